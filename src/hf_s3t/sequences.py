@@ -1,0 +1,301 @@
+"""Orders of a shard's slices, and what deletions leave of them.
+
+Responsible for choosing the sequences of one shard, for cutting the tails that no deletion can make useful, and for
+the arithmetic of survival. It leaves stages and shards to `plan.py`, parameters and data to others.
+
+A sequence is an order of the slice ids `0..L-1`, `L = num_slices`. Once some slices were deleted from, the part before
+its first hit slice survives. Whether a prefix survives is thus a matter of its *set* of slices alone.
+"""
+
+import math
+import random
+import warnings
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+
+Order = tuple[int, ...]
+
+MAX_SLICES = 1000  # more than any model has layers; bounds the work that an untrusted plan can ask for
+EXACT_SLICES = 12  # up to here all 2^L hit sets are enumerated
+SAMPLED_STREAMS = 20_000  # deletion streams drawn beyond that
+
+
+def _check_count(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer from {low} to {high}, not {value!r:.40}. Give one in that range.")
+
+
+def _check_budget(num_slices: int, budget: int) -> None:
+    _check_count("num_slices", num_slices, 1, MAX_SLICES)
+    orders = min(math.factorial(num_slices), 10**9)
+    _check_count(f"budget, the number of different orders of {num_slices} slices,", budget, 1, orders)
+
+
+def cyclic(num_slices: int, budget: int) -> list[Order]:
+    """The iterative cyclic rotation of the paper (S3T, arXiv 2406.16257).
+
+    The first `L` orders are the rotations of `0..L-1`. The next keep each rotation's first slice and rotate the rest
+    to the right, block after block; then the first two slices are kept, and so on, until all `L!` orders were given.
+    Beyond `L` a warning says what the extra orders buy: up to `2 L` nothing, they hold the same circular windows.
+
+    Args:
+        num_slices (`int`): `L`, the number of slices in the shard.
+        budget (`int`): `B`, the number of sequences, at most `L!`.
+
+    Returns:
+        `list[Order]`: `budget` distinct orders. Numbers out of range are a `ValueError`.
+
+    >>> cyclic(4, 3)
+    [(0, 1, 2, 3), (1, 2, 3, 0), (2, 3, 0, 1)]
+    """
+    _check_budget(num_slices, budget)
+    orders = [_rotation(num_slices, number) for number in range(budget)]
+    if budget > num_slices:
+        _warn_about_extra(orders, num_slices)
+    return orders
+
+
+def _rotation(num_slices: int, number: int) -> Order:
+    """Read `number` in the mixed base L, L-1, ..., 1: digit `i` says how far what follows `i` slices is rotated."""
+    number, start = divmod(number, num_slices)
+    rest = [*range(start, num_slices), *range(start)]
+    order = [rest.pop(0)]
+    while rest:
+        number, turn = divmod(number, len(rest))
+        rest = rest[len(rest) - turn :] + rest[: len(rest) - turn]
+        order.append(rest.pop(0))
+    return tuple(order)
+
+
+def _warn_about_extra(orders: Sequence[Order], num_slices: int) -> None:
+    first = orders[:num_slices]
+    gain = expected_surviving_prefix(orders, num_slices) / expected_surviving_prefix(first, num_slices) - 1
+    cost = training_cost(orders) / training_cost(first)
+    pruned = training_cost(prune_orders(orders)) / training_cost(prune_orders(first))
+    message = (
+        f"budget={len(orders)} is more than num_slices={num_slices}: after {num_slices} deletions the extra sequences "
+        f"add {100 * gain:.1f} % to the expected surviving prefix, at {cost:.2f} times the training cost "
+        f"({pruned:.2f} times with pruning). Consider budget={num_slices}, or orders of your own."
+    )
+    warnings.warn(message, stacklevel=3)
+
+
+def spaced(num_slices: int, budget: int) -> list[Order]:
+    """Rotations that start `L / B` apart.
+
+    They cost as much as the first `B` cyclic ones, but their prefixes share fewer slices, so more survives. At `B = L`
+    they are the cyclic ones; beyond, they go on as `cyclic` does and warn as it does. Args and errors: see there.
+
+    >>> spaced(4, 2)
+    [(0, 1, 2, 3), (2, 3, 0, 1)]
+    """
+    _check_budget(num_slices, budget)
+    if budget > num_slices:
+        return cyclic(num_slices, budget)
+    return [_rotation(num_slices, round(number * num_slices / budget)) for number in range(budget)]
+
+
+def random_orders(num_slices: int, budget: int, seed: int) -> list[Order]:
+    """Distinct random orders, in rounds of `L` that start with every slice once. Args and errors: see `cyclic`.
+
+    The same seed (`int`) gives the same orders on any machine and Python version.
+
+    >>> sorted(order[0] for order in random_orders(4, 4, seed=0))
+    [0, 1, 2, 3]
+    """
+    _check_budget(num_slices, budget)
+    rng = random.Random(seed)
+    orders: dict[Order, None] = {}
+    while len(orders) < budget:
+        for start in _shuffled(range(num_slices), rng)[: budget - len(orders)]:
+            rest = [slice_id for slice_id in range(num_slices) if slice_id != start]
+            while (order := (start, *_shuffled(rest, rng))) in orders:
+                pass
+            orders[order] = None
+    return list(orders)
+
+
+def _shuffled(slices: Iterable[int], rng: random.Random) -> list[int]:
+    # Python promises that `random()` never changes, but not `shuffle()`.
+    return sorted(slices, key=lambda _: rng.random())
+
+
+def explicit(orders: Iterable[Sequence[int]], num_slices: int) -> list[Order]:
+    """Check orders that a user or a file gives. An order may be truncated: the first slices of a sequence.
+
+    Args:
+        orders (`Iterable[Sequence[int]]`): The orders.
+        num_slices (`int`): `L`; slice ids run from 0 to `L - 1`.
+
+    Returns:
+        `list[Order]`: The same orders as tuples.
+
+    Raises:
+        ValueError: If there is no order, or one is empty, repeats a slice, names an unknown one, or is there twice.
+
+    >>> explicit([[0, 1, 2], [2, 0]], num_slices=3)
+    [(0, 1, 2), (2, 0)]
+    """
+    _check_count("num_slices", num_slices, 1, MAX_SLICES)
+    checked: dict[Order, int] = {}
+    for position, order in enumerate(orders):
+        if not isinstance(order, (list, tuple)):
+            raise ValueError(f"Order {position} is {order!r:.40}. Give a list of lists of slice ids: [[0, 1], ...].")
+        for slice_id in order:
+            _check_count(f"A slice id in order {position}", slice_id, 0, num_slices - 1)
+        order = tuple(order)
+        if not order:
+            raise ValueError(f"Order {position} is empty. Give it at least one slice or remove it.")
+        if len(set(order)) < len(order):
+            raise ValueError(f"Order {position}, {order}, names a slice twice. Name each slice at most once.")
+        if order in checked:
+            raise ValueError(f"Order {position}, {order}, is the same as order {checked[order]}. Remove one of them.")
+        checked[order] = position
+    if not checked:
+        raise ValueError("The list of orders is empty. Give at least one order, such as [[0, 1]].")
+    return list(checked)
+
+
+def select_sequences(
+    selection: str | Sequence[Sequence[int]], num_slices: int, budget: int | None = None, seed: int = 0
+) -> list[Order]:
+    """The sequences of one shard, by name or as given; not yet pruned.
+
+    Args:
+        selection (`str` or `Sequence[Sequence[int]]`): `"cyclic"`, `"spaced"`, `"random"`, or the orders themselves.
+        num_slices (`int`): `L`, the number of slices in the shard.
+        budget (`int`, *optional*, defaults to `num_slices`): `B`; of given orders, their number.
+        seed (`int`, *optional*, defaults to `0`): Used by `"random"` only.
+
+    Returns:
+        `list[Order]`: The orders. A selection, order or budget that does not fit is a `ValueError`.
+
+    >>> select_sequences("spaced", num_slices=4, budget=2)
+    [(0, 1, 2, 3), (2, 3, 0, 1)]
+    """
+    if not isinstance(selection, str):
+        orders = explicit(selection, num_slices)
+        if budget not in (None, len(orders)):
+            raise ValueError(f"budget={budget}, but {len(orders)} orders are given. Drop the budget or correct it.")
+        return orders
+    budget = num_slices if budget is None else budget
+    if selection == "cyclic":
+        return cyclic(num_slices, budget)
+    if selection == "spaced":
+        return spaced(num_slices, budget)
+    if selection == "random":
+        return random_orders(num_slices, budget, seed)
+    raise ValueError(f"Unknown sequence selection {selection!r}. Use 'cyclic', 'spaced', 'random' or explicit orders.")
+
+
+def prune_orders(orders: Iterable[Order]) -> list[Order]:
+    """Cut the tails that survival does not need.
+
+    A last slice is cut while the order's slices are, as a set, also a prefix of an order kept before: whatever is
+    deleted, both survive or neither does. An order of which nothing is left is dropped.
+
+    >>> prune_orders([(0, 1, 2), (1, 2, 0), (2, 1, 0)])
+    [(0, 1, 2), (1, 2), (2,)]
+    """
+    covered: set[frozenset[int]] = set()
+    kept = []
+    for order in orders:
+        while order and frozenset(order) in covered:
+            order = order[:-1]
+        if order:
+            kept.append(order)
+            covered.update(frozenset(order[:depth]) for depth in range(1, len(order) + 1))
+    return kept
+
+
+def training_cost(orders: Iterable[Order]) -> int:
+    """Slice passes for one shard: a stage at depth `d` costs `d`, and a shared prefix is trained once.
+
+    >>> training_cost([(0, 1, 2), (0, 2)])
+    8
+    """
+    return sum(map(len, {order[:depth] for order in orders for depth in range(1, len(order) + 1)}))
+
+
+def surviving_length(order: Order, hit: Collection[int]) -> int:
+    """How many leading slices of an order survive when the slices in `hit` were deleted from.
+
+    >>> surviving_length((2, 0, 3, 1), hit={3})
+    2
+    """
+    return next((depth for depth, slice_id in enumerate(order) if slice_id in hit), len(order))
+
+
+def expected_surviving_prefix(orders: Iterable[Order], requests: int, prior: Sequence[float] | None = None) -> float:
+    """The expected length of the longest surviving prefix after a number of deletion requests.
+
+    Exact up to 12 slices. Above that it is the mean over 20,000 deletion streams drawn with a fixed seed.
+
+    Args:
+        orders (`Iterable[Order]`): The orders of one shard.
+        requests (`int`): Deletions of one example each, all within this shard.
+        prior (`Sequence[float]`, *optional*): The probability that a request hits each slice. Without it, all slices
+            up to the largest id in `orders` are equally likely.
+
+    Returns:
+        `float`: The expected length, in slices. Invalid input is a `ValueError`.
+
+    >>> expected_surviving_prefix([(0, 1), (1, 0)], requests=1)
+    1.0
+    """
+    _check_count("requests", requests, 0, 10**6)
+    checked = explicit(orders, MAX_SLICES if prior is None else len(prior))
+    num_slices = len(prior) if prior is not None else 1 + max(map(max, checked))
+    chances = np.asarray([1 / num_slices] * num_slices if prior is None else prior, dtype=float)
+    if not (chances >= 0).all() or abs(chances.sum() - 1) > 1e-6:
+        raise ValueError(f"The prior must be non-negative and sum to 1, not {prior!r:.100}. Divide it by its sum.")
+    if num_slices <= EXACT_SLICES:
+        hit = (np.arange(1 << num_slices) >> np.arange(num_slices)[:, None] & 1).astype(bool)  # column D: its bits
+        weights = _hit_set_chances(hit, requests, chances)
+    else:
+        hit = np.random.default_rng(0).multinomial(requests, chances, size=SAMPLED_STREAMS).T > 0
+        weights = np.full(SAMPLED_STREAMS, 1 / SAMPLED_STREAMS)
+    return float(weights @ _best_lengths(checked, hit))
+
+
+def _hit_set_chances(hit: np.ndarray, requests: int, chances: np.ndarray) -> np.ndarray:
+    """`P_{r+1}(D) = P_r(D) p(D) + sum_{j in D} P_r(D - j) p_j` for every hit set `D`, a column of `hit`."""
+    inside = chances @ hit  # p(D)
+    current = np.zeros(hit.shape[1])
+    current[0] = 1.0
+    for _ in range(requests):
+        following = current * inside
+        for j, chance in enumerate(chances):  # the middle axis of the reshaped arrays is bit j
+            following.reshape(-1, 2, 1 << j)[:, 1] += chance * current.reshape(-1, 2, 1 << j)[:, 0]
+        current = following
+    return current
+
+
+def _best_lengths(orders: Iterable[Order], hit: np.ndarray) -> np.ndarray:
+    """The longest surviving prefix for each column of `hit`, `(slices, hit sets)`."""
+    best = np.zeros(hit.shape[1], dtype=int)
+    for order in orders:
+        alive, length = np.ones_like(hit[0]), np.zeros_like(best)
+        for slice_id in order:
+            alive &= ~hit[slice_id]
+            if not alive.any():
+                break
+            length += alive
+        np.maximum(best, length, out=best)
+    return best
+
+
+def requests_until_dead(num_shards: int, num_slices: int, budget: int) -> float:
+    """The expected number of deletion requests until no stage of any shard is left: `m L H(m min(B, L))`.
+
+    Each request hits one of the `m L` slices, all equally likely, and everything is gone once every slice that starts
+    a sequence was hit (`H` is the harmonic number). Exact for sequences with as many different starts as possible.
+
+    >>> round(requests_until_dead(5, 4, 1), 2)
+    45.67
+    """
+    for name, value in (("num_shards", num_shards), ("num_slices", num_slices), ("budget", budget)):
+        _check_count(name, value, 1, 10**6)
+    starts = num_shards * min(budget, num_slices)
+    return num_shards * num_slices * math.fsum(1 / i for i in range(1, starts + 1))
