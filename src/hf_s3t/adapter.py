@@ -1,0 +1,102 @@
+"""Arithmetic of LoRA adapters on the CPU: stages joined into a prefix, prefixes averaged into the root adapter.
+
+An adapter here is what an adapter folder holds: the dictionary of `adapter_config.json` and the tensors. No model is
+needed. Which stages to join is for `folder.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .files import json_bytes, safetensors_bytes
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+class Adapter(NamedTuple):
+    """Content of an adapter folder.
+
+    Args:
+        config (`dict`): the fields of a plain PEFT config of type `LORA`.
+        tensors (`dict[str, torch.Tensor]`): LoRA matrices, A of shape `(r, in)` and B of shape `(out, r)`, and heads.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def scaling(self) -> float:
+        """Factor of `B @ A`: `lora_alpha / r`, with rsLoRA `lora_alpha / sqrt(r)`."""
+        rank = self.config["r"]
+        return self.config["lora_alpha"] / (math.sqrt(rank) if self.config["use_rslora"] else rank)
+
+    @property
+    def heads(self) -> set[str]:
+        """Names of the tensors that are no LoRA matrices."""
+        return {name for name in self.tensors if not is_lora(name)}
+
+    def files(self, about: dict[str, Any]) -> dict[str, bytes]:
+        """The two files of the adapter folder; `about` goes into the metadata, so that no two share their bytes."""
+        described = json_bytes(about).decode().strip()
+        return {
+            CONFIG_FILE: json_bytes(self.config),
+            WEIGHTS_FILE: safetensors_bytes(self.tensors, {"format": "pt", "hf_s3t": described}),
+        }
+
+
+def is_lora(name: str) -> bool:
+    """Whether a tensor of an adapter is a LoRA matrix, not part of a head."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def join(stages: Sequence[Adapter]) -> Adapter:
+    """Joins the stages along a prefix into one adapter: layer groups are disjoint, and a later head replaces an earlier.
+
+    A stage that owns all layers replaces its parent as a whole, which is the same union.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    layers: set[int] = set()
+    for stage in stages:
+        tensors.update(stage.tensors)
+        layers.update(stage.config["layers_to_transform"])
+    config = {**stages[-1].config, "layers_to_transform": sorted(layers), "auto_mapping": None}
+    return Adapter(config, tensors)
+
+
+def average(members: Sequence[Adapter]) -> Adapter | None:
+    """The weight average of several prefixes as one plain LoRA adapter: `mean_i(scaling_i * B_i @ A_i)`.
+
+    Ranks add up; `lora_alpha = r`, so that the scale is 1; B is multiplied by `scaling_i / members` in fp64 and rounded
+    once, A stays as it is; a member without LoRA in a layer gets zero columns there.
+
+    Returns:
+        [`Adapter`] or `None`: `None` where there is no such adapter: no members, or several members with heads.
+    """
+    if len(members) <= 1:
+        return members[0] if members else None
+    if any(member.heads for member in members):
+        return None
+    rank = sum(member.config["r"] for member in members)
+    tensors = {}
+    for name in sorted(set().union(*(member.tensors for member in members))):
+        example = next(member.tensors[name] for member in members if name in member.tensors)
+        parts = [_part(member, name, example, len(members)) for member in members]
+        tensors[name] = torch.cat(parts, dim=0 if ".lora_A." in name else 1).contiguous()
+    layers = sorted(set().union(*(member.config["layers_to_transform"] for member in members)))
+    config = {**members[0].config, "r": rank, "lora_alpha": rank, "use_rslora": False, "layers_to_transform": layers}
+    return Adapter(config, tensors)
+
+
+def _part(member: Adapter, name: str, example: torch.Tensor, count: int) -> torch.Tensor:
+    rank = member.config["r"]
+    value = member.tensors.get(name)
+    if ".lora_A." in name:
+        return torch.zeros(rank, *example.shape[1:]) if value is None else value
+    if value is None:
+        return torch.zeros(example.shape[0], rank, *example.shape[2:])
+    return (value.double() * (member.scaling / count)).float()

@@ -1,0 +1,131 @@
+"""How callbacks see a staged run: one training instead of one per stage, with `stage` in their keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, ProgressCallback
+
+from .errors import IsolationError
+from .plan import Stage
+from .tuner import StageTuner
+
+logger = get_logger(__name__)
+
+
+class StageCallbackHandler(CallbackHandler):
+    """Passes `stage` to every callback, and shows trackers one run: they begin with the first stage and end once.
+
+    Args:
+        handler ([`~transformers.trainer_callback.CallbackHandler`]): the trainer's own, whose callbacks are taken over.
+        report_to (`list[str]`): names of the trackers, as in the TrainingArguments.
+    """
+
+    def __init__(self, handler: CallbackHandler, report_to: list[str]):
+        super().__init__(
+            handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
+        )
+        self.stage: Stage | None = None
+        self.trackers = tuple(get_reporting_integration_callbacks(report_to))
+        self._begun = False
+
+    def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        everyone = self.callbacks
+        tracked = event == "on_train_end" or (event == "on_train_begin" and self._begun)
+        if tracked and self.stage is not None and self.trackers:
+            self.callbacks = [callback for callback in everyone if not isinstance(callback, self.trackers)]
+        self._begun = self._begun or event == "on_train_begin"
+        try:
+            return super().call_event(event, args, state, control, stage=self.stage, **kwargs)
+        finally:
+            self.callbacks = everyone
+
+    def end_run(self, args: Any, state: Any, control: Any) -> None:
+        """Tells the trackers, once, that the run is over."""
+        if self._begun:
+            for callback in self.callbacks:
+                if self.trackers and isinstance(callback, self.trackers):
+                    callback.on_train_end(args, state, control, model=self.model)
+        self._begun = False
+
+
+class StageGuard(TrainerCallback):
+    """Checks promise 1 while a stage trains, and drops the stage when a deletion hits it.
+
+    Args:
+        tuner ([`StageTuner`]): knows what the stage owns.
+        drop_if_hit (`Callable`): raises when an intent covers the running stage.
+    """
+
+    def __init__(self, tuner: StageTuner, drop_if_hit: Callable[[], None]):
+        self.tuner, self.drop_if_hit = tuner, drop_if_hit
+        self.waiting: dict[str, torch.nn.Parameter] = {}
+        self.steps = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.tuner.check_mask()
+        self.tuner.check_optimizer(optimizer)
+        self.waiting, self.steps = self.tuner.adapter_parameters("default"), 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.drop_if_hit()
+        self.steps += 1
+        reached = [name for name, value in self.waiting.items() if value.grad is not None and bool(value.grad.any())]
+        for name in reached:
+            del self.waiting[name]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.steps or not self.waiting:
+            return
+        if len(self.waiting) == len(self.tuner.training_owned):
+            raise IsolationError(
+                f"No parameter of the stage received a gradient in {self.steps} steps: it would store untrained weights. "
+                "With activation checkpointing use `use_reentrant=False`; otherwise see whether the loss depends on the "
+                "model's outputs."
+            )
+        shown = ", ".join(sorted(self.waiting)[:5])
+        logger.warning(
+            "%d parameters of the stage never received a non-zero gradient (LoRA A needs a second step): %s",
+            len(self.waiting),
+            shown,
+        )
+
+
+class PlanProgressCallback(ProgressCallback):
+    """One progress bar over the whole plan, in slice passes."""
+
+    def __init__(self, total: int = 0):
+        super().__init__()
+        self.total, self.done = total, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is None:
+            self.training_bar = tqdm(total=self.total, unit=" slice passes", dynamic_ncols=True)
+        if self.training_bar is not None and stage is not None:
+            self.training_bar.set_description(stage.name)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and stage is not None:
+            self._show(self.done + stage.depth * state.global_step / max(state.max_steps, 1))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
+        if stage is not None:
+            self.done += stage.depth
+            self._show(self.done)
+
+    def close(self) -> None:
+        """Ends the bar with the run."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
+    def _show(self, position: float) -> None:
+        if self.training_bar is not None:
+            self.training_bar.n = round(position, 2)
+            self.training_bar.refresh()

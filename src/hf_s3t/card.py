@@ -1,0 +1,142 @@
+"""The model card of a store, from its manifest alone: it can hold neither a training example nor a local path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from .manifest import Manifest
+from .plan import Stage
+from .sequences import requests_until_dead
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "text2text-generation"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
+}
+
+PREFIX_LINES = """\
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+folders = [{folders}]
+configs = [LoraConfig.from_pretrained(folder) for folder in folders]
+configs[-1].layers_to_transform = sorted(set(sum((config.layers_to_transform for config in configs), [])))
+model = get_peft_model(base, configs[-1]).eval()
+for folder in folders:
+    set_peft_model_state_dict(model, load_file(f"{{folder}}/adapter_model.safetensors"))
+"""
+
+ROOT_LINES = """\
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, store)
+"""
+
+CARD = """\
+---
+{metadata}
+---
+
+# An adapter that can forget
+
+Trained with hf_s3t by S3T (Sequence-aware Sharded Sliced Training, arXiv 2406.16257): {shards} shard(s) of {slices}
+slices. Each stage is a LoRA increment that depends only on the slices in its name, so an example is deleted by leaving
+out the stages whose names contain its slice. Generation {generation}.
+
+## Load the served model
+
+```python
+store = "."  # this folder, or what huggingface_hub.snapshot_download returns for this repository
+{base_line}
+```
+
+{root_text}
+
+## Load any prefix
+
+A stage is an increment: loaded alone, any but the first of a sequence answers as a model that never existed. Name all
+stages along the prefix, here {example}:
+
+```python
+{prefix_lines}```
+
+## Live stages
+
+| stage | parent | served |
+|---|---|---|
+{table}
+
+## What deletion covers
+
+The tensors listed above were computed without any example that had been deleted when they were trained, and stages that
+depended on a deleted example are no longer in the folder. Not covered: what the base model saw in pretraining, copies
+that others made, dataset caches, experiment trackers and backups outside this folder, and requests that were chosen by
+looking at the model. Between a deletion and the repair (training again) everyone in the deleted example's slice is
+forgotten with it. A store of this shape takes {requests:.1f} deletions on average until nothing is left without repair.
+"""
+
+
+def render_card(manifest: Manifest) -> str:
+    """The `README.md` of a store."""
+    base, task = manifest.recipe.get("base", {}).get("id"), manifest.recipe.get("config", {}).get("task_type")
+    auto_class, _ = AUTO_CLASSES.get(task, ("AutoModel", None))
+    name = base or "the base model that this was trained on"
+    served = manifest.plan.served(manifest.stages)
+    example = Stage(*next(iter(sorted(served.items())))) if served else None
+    return CARD.format(
+        metadata=_metadata(base, task),
+        shards=manifest.plan.num_shards,
+        slices=manifest.plan.num_slices,
+        generation=manifest.generation,
+        base_line=f'base = transformers.{auto_class}.from_pretrained("{name}")',
+        root_text=_root_text(manifest, len(served)),
+        example=f"`{example.name}`" if example else "of a store that has live stages",
+        prefix_lines=prefix_lines(example) if example else PREFIX_LINES.format(folders=""),
+        table=_table(manifest, served) or "| none | | |",
+        requests=requests_until_dead(manifest.plan.num_shards, manifest.plan.num_slices, _budget(manifest)),
+    )
+
+
+def prefix_lines(stage: Stage) -> str:
+    """Python lines that load the prefix that ends with `stage`, with stock PEFT, given `base` and `store`."""
+    folders = ", ".join(f'f"{{store}}/{above.name}"' for above in stage.path)
+    return PREFIX_LINES.format(folders=folders)
+
+
+def _metadata(base: str | None, task: str | None) -> str:
+    fields: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "transformers", "hf_s3t", "unlearning"]}
+    if base:
+        fields["base_model"] = base
+        fields["tags"].insert(0, f"base_model:adapter:{base}")
+    if task in AUTO_CLASSES:
+        fields["pipeline_tag"] = AUTO_CLASSES[task][1]
+    return ModelCardData(**fields).to_yaml()
+
+
+def _root_text(manifest: Manifest, live: int) -> str:
+    if live == 0:
+        return "No stage is live: nothing can be served but the base model, until the store is trained again."
+    if manifest.root is None:
+        return (
+            "There is no root adapter: several live shards with trained heads have no single plain adapter that equals "
+            "or averages them. Load each shard's prefix as below and average their probabilities."
+        )
+    relation = "equal to" if live == 1 else "the weight average of"
+    return f"The adapter in the root of this folder is {relation} the served model:\n\n```python\n{ROOT_LINES}```"
+
+
+def _table(manifest: Manifest, served: dict[int, tuple[int, ...]]) -> str:
+    rows = []
+    for stage in sorted(manifest.stages):
+        mark = "yes" if served.get(stage.shard) == stage.prefix else ""
+        rows.append(f"| `{stage.name}` | {f'`{stage.parent.name}`' if stage.parent else ''} | {mark} |")
+    return "\n".join(rows)
+
+
+def _budget(manifest: Manifest) -> int:
+    return max(len({order[0] for order in orders}) for orders in manifest.plan.sequences)

@@ -1,0 +1,217 @@
+"""`S3TConfig`: what a user may set, its validation, and its registration with PEFT as type `S3T`.
+
+The config says *what* is trained; which tensors that means in a given model is for `tuner.py`, which slices a stage
+sees is for `plan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+from .sequences import explicit
+
+LORA_FIELDS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "init_lora_weights",
+)
+"""The LoRA fields that S3T supports: they are the part of the recipe that comes from `LoraConfig`."""
+
+BOOKKEEPING_FIELDS = (
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+)
+
+REASONS = {
+    "use_dora": "DoRA's magnitude mixes base and adapter weights, so layer groups would not be independent",
+    "bias": "biases belong to the base model and would be shared by all stages",
+    "layers_to_transform": "the layers of a stage follow from `layers_per_slice` and `num_slices`",
+    "layers_pattern": "the layers of a stage are read from the module paths",
+    "rank_pattern": "stages are joined into one adapter of one rank",
+    "alpha_pattern": "stages are joined into one adapter of one scale",
+    "trainable_token_indices": "token embeddings lie below every layer group and would be shared by all stages",
+    "layer_replication": "replicated layers share weights between layer groups",
+}
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Adds a member to PEFT's enum of methods, which `register_peft_method` insists on. Idempotent.
+
+    PEFT has no public way to do this (the enum is closed at definition); it can go once there is one.
+    """
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_ = member._value_ = name
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+        PeftType._member_names_.append(name)
+        type.__setattr__(PeftType, name, member)
+    return PeftType(name)
+
+
+S3T = add_peft_type("S3T")
+
+
+@dataclass
+class S3TConfig(LoraConfig):
+    """A LoRA config whose layers are trained group by group on growing prefixes of slices.
+
+    Of the [`~peft.LoraConfig`] fields these work: `r`, `lora_alpha`, `lora_dropout`, `use_rslora`, `target_modules`,
+    `exclude_modules`, `modules_to_save`, `fan_in_fan_out` and `init_lora_weights` (`True` or `"gaussian"`); every
+    other one is refused with the reason.
+
+    Args:
+        num_shards (`int`, *optional*, defaults to `1`):
+            Number `m` of shards; each trains its own adapter, and the served model is their ensemble.
+        num_slices (`int`, *optional*, defaults to `4`):
+            Number `L` of slices per shard, and of layer groups.
+        budget (`int`, *optional*):
+            Number `B` of sequences per shard. `None`: `num_slices`.
+        layers_per_slice (`int`, *optional*):
+            Layers in one layer group. `None`: `num_layers // num_slices`; leftover bottom layers stay untrained.
+        sequence_selection (`str` or `list[list[int]]`, *optional*, defaults to `"spaced"`):
+            `"cyclic"` (the paper's rotation), `"spaced"`, `"random"`, or the orders themselves (may be truncated).
+        cost_budget (`int`, *optional*):
+            Slice passes per shard, for `sequence_selection="optimal"`; this version has no optimal selection yet.
+        deletion_prior (`list[float]`, *optional*):
+            Probability that a request hits each slice, for `"bms"` and `"optimal"`; see `cost_budget`.
+        stage_parameters (`"layer_group"` or `"all"`, *optional*, defaults to `"layer_group"`):
+            What a stage owns: its layer group, or the LoRA of all layer groups, started from its parent's weights.
+        prune (`bool`, *optional*, defaults to `True`):
+            Leave out the tails of sequences whose set of slices another sequence covers. Lossless for survival.
+        id_column (`str`, *optional*):
+            Column that names an example. `None`: the column `id` if there is one, else a digest of the raw row.
+        group_column (`str`, *optional*):
+            Column that names whoever the row is about; all rows of a group lie in one slice.
+        slice_columns (`tuple[str, str]`, *optional*):
+            Columns of the dataset that hold the `(shard, slice)` of each row, instead of the keyed hash.
+        stage_layers (`list[int]`, *optional*):
+            Set by the library: the layers that the adapter owns. `None`: all layers of all layer groups.
+
+    Raises:
+        ValueError: for an unsupported LoRA field, or a value out of range.
+
+    Example:
+
+        >>> from hf_s3t import S3TConfig
+        >>> config = S3TConfig(r=8, num_shards=2, num_slices=4)
+        >>> config.peft_type.value, config.sequences_wanted
+        ('S3T', 4)
+    """
+
+    num_shards: int = field(default=1, metadata={"help": "Number m of shards, each with an adapter of its own."})
+    num_slices: int = field(default=4, metadata={"help": "Number L of slices per shard, and of layer groups."})
+    budget: int | None = field(default=None, metadata={"help": "Sequences B per shard. None: num_slices."})
+    layers_per_slice: int | None = field(
+        default=None, metadata={"help": "Layers in one layer group. None: num_layers // num_slices."}
+    )
+    sequence_selection: str | list[list[int]] = field(
+        default="spaced", metadata={"help": "'cyclic', 'spaced', 'random', or the orders themselves."}
+    )
+    cost_budget: int | None = field(default=None, metadata={"help": "Slice passes per shard, for 'optimal'."})
+    deletion_prior: list[float] | None = field(
+        default=None, metadata={"help": "Probability that a request hits each slice, for 'bms' and 'optimal'."}
+    )
+    stage_parameters: Literal["layer_group", "all"] = field(
+        default="layer_group", metadata={"help": "What a stage owns: its layer group, or all LoRA layers."}
+    )
+    prune: bool = field(default=True, metadata={"help": "Leave out tails whose set of slices is covered already."})
+    id_column: str | None = field(default=None, metadata={"help": "Column that names an example."})
+    group_column: str | None = field(default=None, metadata={"help": "Column that names whoever a row is about."})
+    slice_columns: tuple[str, str] | None = field(
+        default=None, metadata={"help": "Columns that hold the (shard, slice) of each row."}
+    )
+    stage_layers: list[int] | None = field(
+        default=None, metadata={"help": "Set by the library: the layers that the adapter owns."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = S3T
+        self._check_lora_fields()
+        self._check_ranges()
+        self._check_selection()
+        self._check_columns()
+
+    @property
+    def sequences_wanted(self) -> int:
+        """Number of sequences per shard: `budget`, or what it defaults to."""
+        if self.budget is not None:
+            return self.budget
+        return self.num_slices if isinstance(self.sequence_selection, str) else len(self.sequence_selection)
+
+    def _check_lora_fields(self) -> None:
+        for item in fields(LoraConfig):
+            if item.name in LORA_FIELDS + BOOKKEEPING_FIELDS:
+                continue
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
+            value = getattr(self, item.name)
+            if value != default:
+                reason = REASONS.get(item.name, "S3T has not been shown to keep its promises with it")
+                raise ValueError(
+                    f"S3TConfig does not support `{item.name}` (got {value!r}): {reason}. "
+                    f"Leave it at its default {default!r}; supported LoRA fields: {', '.join(LORA_FIELDS)}."
+                )
+        if self.init_lora_weights is not True and self.init_lora_weights != "gaussian":
+            raise ValueError(
+                f"`init_lora_weights` must be True or 'gaussian', got {self.init_lora_weights!r}: other ways read the "
+                "base weights or data, or do not start at zero, so a stage would not be its prefix plus a LoRA."
+            )
+
+    def _check_ranges(self) -> None:
+        for name in ("num_shards", "num_slices", "budget", "layers_per_slice", "r"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        if self.stage_parameters not in ("layer_group", "all"):
+            raise ValueError(f"`stage_parameters` must be 'layer_group' or 'all', got {self.stage_parameters!r}.")
+        for name in ("cost_budget", "deletion_prior"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` steers `sequence_selection='optimal'`, which this version does not have. Leave it None."
+                )
+
+    def _check_selection(self) -> None:
+        selection = self.sequence_selection
+        if isinstance(selection, str):
+            if selection not in ("cyclic", "spaced", "random"):
+                raise ValueError(
+                    f"`sequence_selection` must be 'cyclic', 'spaced', 'random' or a list of orders, got {selection!r}."
+                )
+            return
+        orders = [list(order) for order in explicit(selection, self.num_slices)]
+        if self.budget is not None and self.budget != len(orders):
+            raise ValueError(f"`budget` is {self.budget} but {len(orders)} sequences are given. Leave `budget` None.")
+        self.sequence_selection = orders
+
+    def _check_columns(self) -> None:
+        if self.slice_columns is None:
+            return
+        columns = self.slice_columns
+        if isinstance(columns, str) or not isinstance(columns, Sequence) or len(columns) != 2:
+            raise ValueError(f"`slice_columns` must name two columns, (shard, slice), got {columns!r}.")
+        self.slice_columns = (columns[0], columns[1])
+
+
+def register(model_cls: type[Any]) -> None:
+    """Registers `S3TConfig` and its tuner with PEFT. Idempotent, so that a reload of the package is harmless."""
+    if S3T not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name="s3t", config_cls=S3TConfig, model_cls=model_cls, prefix="lora_")

@@ -1,0 +1,403 @@
+"""What a deletion does: resolve a request, write the intent, remove what depends on it, leave tombstones and a receipt.
+
+No model, no dataset and no gradient step: everything follows from the index and the tree of stages. The intent is
+durable before anything changes, and `carry_out` may be run again from any point, so an interrupted deletion ends the
+same. The files themselves are `folder.py`'s.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+from .adapter import CONFIG_FILE, WEIGHTS_FILE
+from .errors import StateError, StoreError, UnknownExampleError
+from .files import json_bytes, remove, sync_folder, write_atomic
+from .folder import StoreFolder
+from .manifest import Manifest, State, Tombstone
+from .partition import Index, count_by_place, keyed_digest, row_digest
+from .plan import Stage
+
+logger = logging.getLogger(__name__)
+
+Place = tuple[int, int]
+
+LIMITS = (
+    "Nothing is said of what the base model saw in pretraining.",
+    "Copies that others made, dataset caches, experiment trackers and backups outside the store are not reached.",
+    "A request that was chosen by looking at the model is not covered.",
+    "Until repair the model misses whole slices; only after repair is it what training without the examples gives.",
+)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a deletion found and did. Kept in `.s3t/receipts.jsonl`, never published.
+
+    Args:
+        receipt (`str`): its own name.
+        kind (`str`): `"delete"` or `"readmit"`.
+        status (`str`): `"dry run"`, `"unchanged"` (all was deleted before), or `"inactive"`: no longer served by this
+            store since `inactive_since`.
+        requested_at, inactive_since (`str`): UTC times in ISO 8601.
+        asked, found, already_deleted (`int`): numbers of ids, groups, rows or slices in the request.
+        examples (`int`): examples that the request covers and that were in the index.
+        dark_examples (`int`): other examples whose slices are not served until repair.
+        stages_removed (`dict[str, dict[str, str]]`): sha256 per file of each removed stage.
+        served_before, served_after (`dict[str, list[int]]`): served prefix per live shard.
+        exports (`list[str]`): exported copies that still carry the influence.
+        caches (`list[str]`): files of the datasets cache, outside the store, that may hold the text.
+    """
+
+    receipt: str
+    kind: str
+    status: str
+    requested_at: str
+    generation: int
+    asked: int = 0
+    found: int = 0
+    already_deleted: int = 0
+    examples: int = 0
+    dark_examples: int = 0
+    inactive_since: str | None = None
+    reference: str | None = None
+    stages_removed: dict[str, dict[str, str]] = field(default_factory=dict)
+    served_before: dict[str, list[int]] = field(default_factory=dict)
+    served_after: dict[str, list[int]] = field(default_factory=dict)
+    exports: list[str] = field(default_factory=list)
+    caches: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    limits: tuple[str, ...] = LIMITS
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request in the store's own terms: keyed digests, places, and what was not found.
+
+    Args:
+        ids, groups (`dict[str, tuple]`): places by keyed digest of what is to be deleted and not deleted yet.
+        places (`set`): every `(shard, slice)` that is hit.
+        asked, already (`int`): numbers of things asked for, and deleted before.
+        unknown (`tuple`): what was asked for and is not known, as it was asked.
+    """
+
+    ids: dict[str, tuple[Place, ...]]
+    groups: dict[str, tuple[Place, ...]]
+    places: frozenset[Place]
+    asked: int
+    already: int
+    unknown: tuple[Any, ...]
+
+
+def resolve(
+    folder: StoreFolder,
+    ids: Iterable[Any] = (),
+    groups: Iterable[Any] = (),
+    rows: Iterable[Mapping[str, Any]] = (),
+    slices: Iterable[Place] = (),
+    digests: Iterable[str] = (),
+) -> Request:
+    """Looks a request up in the index and the tombstones. Changes nothing.
+
+    Raises:
+        ValueError: nothing is asked for, rows lack their id, groups in a store without groups, a slice out of range.
+        StateError: the state is needed and absent.
+    """
+    manifest = folder.manifest()
+    hit = {(int(shard), int(slice_id)) for shard, slice_id in slices}
+    manifest.plan.affected(hit)  # refuses places out of range
+    wanted = [(value, "id") for value in ids] + [(_row_id(row, manifest), "id") for row in rows]
+    wanted += [(value, "group") for value in groups]
+    known = [(digest, digest, "id") for digest in digests]
+    if not wanted and not hit and not known:
+        raise ValueError("The request is empty: give ids, groups, rows or slices.")
+    if any(kind == "group" for _, kind in wanted) and not manifest.recipe["partition"]["group_column"]:
+        raise ValueError("This store was trained without `group_column`, so it knows no groups. Delete by ids or rows.")
+    if not wanted and not known:
+        return _slices_request(folder, hit)
+    key = folder.key if wanted else b""
+    known += [(value, keyed_digest(key, kind, value), kind) for value, kind in wanted]
+    request = _look_up(folder.index(), folder.state(), known)
+    extra = _slices_request(folder, hit) if hit else None
+    if extra is None:
+        return request
+    merged = {**extra.ids, **request.ids}
+    return replace(request, ids=merged, places=request.places | hit, asked=request.asked + len(hit))
+
+
+def _row_id(row: Mapping[str, Any], manifest: Manifest) -> Any:
+    column = manifest.recipe["partition"]["id_column"]
+    if column is None:
+        return row_digest(row)
+    if column not in row:
+        raise ValueError(f"Examples of this store are named by column {column!r}, which a given row lacks.")
+    return row[column]
+
+
+def _slices_request(folder: StoreFolder, hit: set[Place]) -> Request:
+    """A request for whole slices; with the state lost it still removes the stages."""
+    try:
+        index: Index = folder.index()
+    except StoreError:
+        index = {}
+    ids = {digest: (entry[:2],) for digest, entry in index.items() if entry[:2] in hit}
+    return Request(ids, {}, frozenset(hit), len(hit), 0, ())
+
+
+def _look_up(index: Index, state: State, known: Sequence[tuple[Any, str, str]]) -> Request:
+    members: dict[str, list[str]] = {}
+    for digest, entry in index.items():
+        if entry.group is not None:
+            members.setdefault(entry.group, []).append(digest)
+    ids: dict[str, tuple[Place, ...]] = {}
+    groups: dict[str, tuple[Place, ...]] = {}
+    unknown, already = [], 0
+    for value, digest, kind in dict.fromkeys(known):
+        if kind == "id" and digest in index:
+            ids[digest] = (index[digest][:2],)
+        elif kind == "group" and digest in members:
+            found = members[digest]
+            ids.update({member: (index[member][:2],) for member in found})
+            groups[digest] = tuple(sorted({index[member][:2] for member in found}))
+        elif digest in (state.ids if kind == "id" else state.groups):
+            already += 1
+        else:
+            unknown.append(value)
+    places = frozenset(place for found in (*ids.values(), *groups.values()) for place in found)
+    return Request(ids, groups, places, len(dict.fromkeys(known)), already, tuple(unknown))
+
+
+def delete(
+    folder: StoreFolder, request: Request, *, reference: str | None, missing_ok: bool, dry_run: bool
+) -> Receipt:
+    """Deletes what a request covers. Runs under the store's write lock; see [`S3TStore.delete`] for the arguments."""
+    if request.unknown and not missing_ok:
+        shown = ", ".join(map(repr, request.unknown[:5]))
+        raise UnknownExampleError(
+            f"{len(request.unknown)} of {request.asked} are not known to {folder.path}: {shown}. Nothing was changed. "
+            "Check them (`locate`), or pass `missing_ok=True` to delete the others."
+        )
+    receipt = _preview(folder, request, reference)
+    if dry_run:
+        return replace(receipt, status="dry run")
+    if not request.places:
+        return _append_receipt(folder, replace(receipt, status="unchanged", inactive_since=_now()))
+    intent = {
+        "kind": "delete",
+        "receipt": receipt.to_json(),
+        "ids": {digest: list(places) for digest, places in request.ids.items()},
+        "groups": {digest: list(places) for digest, places in request.groups.items()},
+        "places": sorted(request.places),
+        "generation": receipt.generation,
+    }
+    return carry_out(folder, _write_intent(folder, intent))
+
+
+def readmit(folder: StoreFolder, request_digests: Mapping[str, str], reference: str | None) -> Receipt:
+    """Lifts tombstones (`digest -> "id" | "group"`). The examples come back when they are handed to a training again."""
+    manifest = folder.manifest()
+    receipt = Receipt(
+        _receipt_name(), "readmit", "readmitted", _now(), manifest.generation + 1, reference=reference,
+        asked=len(request_digests), found=len(request_digests), versions=versions(), limits=(),
+    )  # fmt: skip
+    intent = {
+        "kind": "readmit",
+        "receipt": receipt.to_json(),
+        "ids": {digest: [] for digest, kind in request_digests.items() if kind == "id"},
+        "groups": {digest: [] for digest, kind in request_digests.items() if kind == "group"},
+        "places": [],
+        "generation": receipt.generation,
+    }
+    return carry_out(folder, _write_intent(folder, intent))
+
+
+def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Receipt:
+    manifest = folder.live()
+    gone = [stage for stage in sorted(manifest.stages) if stage.slices & request.places]
+    before = manifest.plan.served(manifest.stages)
+    after = manifest.plan.served(manifest.without(gone).stages)
+    try:
+        counts, state = count_by_place(folder.index()), folder.state()
+    except StoreError:
+        counts, state = None, State()
+    lost = [(shard, slice_id) for shard, prefix in before.items() for slice_id in prefix]
+    lost = [place for place in lost if place[1] not in after.get(place[0], ())]
+    deleted = len(request.ids)
+    hit = {place for places in request.ids.values() for place in places}
+    dark = sum((counts or {}).get(place, 0) for place in {*lost, *hit}) - deleted
+    return Receipt(
+        receipt=_receipt_name(), kind="delete", status="inactive", requested_at=_now(),
+        generation=manifest.generation + 1, asked=request.asked,
+        found=request.asked - request.already - len(request.unknown), already_deleted=request.already,
+        examples=deleted, dark_examples=max(dark, 0), reference=reference,
+        stages_removed={stage.name: manifest.stages[stage] for stage in gone},
+        served_before=_served_json(before), served_after=_served_json(after),
+        exports=[path for path, names in read_exports(folder).items() if set(names) & {stage.name for stage in gone}],
+        caches=list(state.caches), versions=versions(),
+    )  # fmt: skip
+
+
+def carry_out(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
+    """Brings an intent to its end, from wherever it was interrupted. Runs under the store's write lock."""
+    places = {tuple(place) for place in intent["places"]}
+    manifest = folder.manifest()
+    gone = [stage for stage in manifest.stages if stage.slices & places]
+    state = _with_tombstones(folder, intent)
+    if gone or manifest.generation < intent["generation"]:
+        manifest = _rewrite(folder, manifest.without(gone), intent["generation"], state)
+    sweep(folder, manifest, places)
+    if state is not None:
+        folder.write_state(replace(state, stages={name: record for name, record in state.stages.items()
+                                                  if Stage.from_name(name) in manifest.stages}))  # fmt: skip
+        if intent["kind"] == "delete":
+            folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
+    receipt = _append_receipt(folder, replace(Receipt(**intent["receipt"]), inactive_since=_now()))
+    remove(folder.private / "intents" / intent["file"])
+    logger.info("%s %s: %d stages removed", receipt.kind, receipt.receipt, len(receipt.stages_removed))
+    return receipt
+
+
+def _with_tombstones(folder: StoreFolder, intent: Mapping[str, Any]) -> State | None:
+    try:
+        state = folder.state()
+    except StateError:
+        return None  # lost: `delete(slices=...)` removes stages all the same
+    ids, groups = dict(state.ids), dict(state.groups)
+    for digests, stones in ((intent["ids"], ids), (intent["groups"], groups)):
+        for digest, places in digests.items():
+            if intent["kind"] == "readmit":
+                stones.pop(digest, None)
+            else:
+                found = tuple((shard, slice_id) for shard, slice_id in places)
+                stones[digest] = Tombstone(found, intent["generation"], intent["receipt"]["receipt"])
+    return replace(state, generation=max(state.generation, intent["generation"]), ids=ids, groups=groups)
+
+
+def _rewrite(folder: StoreFolder, manifest: Manifest, generation: int, state: State | None) -> Manifest:
+    try:
+        manifest = folder.write_root(manifest)
+    except StoreError as error:  # a damaged stage that stays must not keep another one from being deleted
+        logger.error("the root adapter was removed, because a kept stage can not be read: %s", error)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            remove(folder.path / name)
+        manifest = replace(manifest, root=None)
+    digest = manifest.tombstones
+    if state is not None:
+        try:
+            digest = state.digest(folder.key)
+        except StateError:
+            logger.warning("the partition key is absent: the manifest keeps the old digest of the tombstones")
+    manifest = replace(manifest, generation=max(generation, manifest.generation), tombstones=digest)
+    folder.write_manifest(manifest)
+    return manifest
+
+
+def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ()) -> None:
+    """Removes every file that the manifest does not account for, and running checkpoints of stages that were hit."""
+    hit = set(places)
+    for path in [*folder.path.glob("shard-*/*"), *folder.path.glob("shard-*/.*")]:
+        try:
+            stage = Stage.from_name(path.relative_to(folder.path).as_posix())
+        except ValueError:
+            stage = None
+        if stage is None or stage not in manifest.stages or stage.slices & hit:
+            remove(path)
+    for shard in folder.path.glob("shard-*"):
+        if shard.is_dir() and not any(shard.iterdir()):
+            shard.rmdir()
+    for scrap in [*folder.path.glob(".*.tmp"), *folder.path.glob(".s3t/**/.*.tmp"), folder.private / "scratch"]:
+        remove(scrap)
+    for running in (folder.private / "running").glob("*"):
+        try:
+            stage = Stage.from_name(running.name.replace("_", "/"))
+        except ValueError:
+            remove(running)
+            continue
+        if stage.slices & hit:
+            remove(running)
+
+
+def recover(folder: StoreFolder) -> None:
+    """What every writer does first: finish interrupted deletions, drop half-written files, obey newer tombstones."""
+    for intent in folder.intents():
+        carry_out(folder, intent)
+    if not folder.exists:
+        return
+    manifest = folder.manifest()
+    try:
+        state = folder.state()
+    except StateError:
+        sweep(folder, manifest)
+        return
+    if state.generation > manifest.generation:  # an older copy of the published files was put back
+        stones = [*state.ids.values(), *state.groups.values()]
+        hit = {place for stone in stones if stone.generation > manifest.generation for place in stone.places}
+        gone = [stage for stage in manifest.stages if stage.slices & hit]
+        manifest = _rewrite(folder, manifest.without(gone), state.generation, state)
+    sweep(folder, manifest)
+
+
+def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]:
+    name = f"{intent['generation']:08d}-{intent['receipt']['receipt']}.json"
+    intent = {**intent, "file": name}
+    write_atomic(folder.private / "intents" / name, json_bytes(intent))
+    return intent
+
+
+def _append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
+    """Appends a receipt unless it is there already, which it may be after an interruption."""
+    if not any(known["receipt"] == receipt.receipt for known in read_receipts(folder)):
+        folder.private.mkdir(parents=True, exist_ok=True)
+        with open(folder.private / "receipts.jsonl", "a", encoding="utf-8") as file:
+            # The newline comes first: a line that a crash cut short then spoils only itself.
+            file.write("\n" + json.dumps(receipt.to_json(), sort_keys=True, ensure_ascii=False))
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(folder.private)
+    return receipt
+
+
+def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
+    """Every receipt, oldest first; a line that a crash cut short is left out."""
+    path = folder.private / "receipts.jsonl"
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def read_exports(folder: StoreFolder) -> dict[str, list[str]]:
+    """Path of every exported copy -> names of the stages in it."""
+    path = folder.private / "exports.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed."""
+    return {name: version(name) for name in ("hf_s3t", "torch", "transformers", "peft", "accelerate")}
+
+
+def _served_json(served: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
+    return {str(shard): list(prefix) for shard, prefix in sorted(served.items())}
+
+
+def _receipt_name() -> str:
+    return f"receipt-{secrets.token_hex(6)}"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

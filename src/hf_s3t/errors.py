@@ -1,0 +1,47 @@
+"""Every exception that the library raises on its own account.
+
+```
+S3TError
+├── IsolationError      a stage touched a tensor that it does not own
+├── StoreError          the store can not be read or written as asked
+│   ├── StateError      the private state is absent, foreign or older than the manifest
+│   └── StoreLockedError  another writer or another training run holds the store
+├── RecipeError         settings that change bits differ from those of the store
+├── DatasetError        rows have vanished or changed without a deletion
+└── UnknownExampleError a request names an example that the store does not know
+```
+
+Bad arguments are plain `ValueError`s.
+"""
+
+
+class S3TError(Exception):
+    """Base class: a promise of the library can not be kept as things stand."""
+
+
+class IsolationError(S3TError):
+    """A stage changed, or was about to train, a tensor that it does not own (promise 1)."""
+
+
+class StoreError(S3TError):
+    """The store is damaged, of an unknown format, or asked for something that it does not hold."""
+
+
+class StateError(StoreError):
+    """The private state below `.s3t/` is absent, belongs to another store, or is older than the manifest."""
+
+
+class StoreLockedError(StoreError):
+    """Another process holds the store; the message names it."""
+
+
+class RecipeError(S3TError):
+    """A setting that changes bits differs from the one that the store was trained with."""
+
+
+class DatasetError(S3TError):
+    """The train set does not agree with the index of what was trained on."""
+
+
+class UnknownExampleError(S3TError):
+    """A request names ids, groups or rows that the store does not know; nothing was changed."""

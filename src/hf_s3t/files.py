@@ -1,0 +1,187 @@
+"""Durable files: atomic writes, deterministic safetensors, locks that name their holder. Knows nothing of stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from .errors import StoreError, StoreLockedError
+
+MAX_JSON_BYTES = 1 << 30
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON that is the same bytes for the same value, and readable."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        StoreError: it is absent, larger than `limit` bytes, or no JSON.
+    """
+    try:
+        if path.stat().st_size > limit:
+            raise StoreError(f"{path} has {path.stat().st_size} bytes, more than the {limit} that it may have.")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StoreError(f"{path} does not exist.") from None
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is not valid JSON ({error}). Restore it from a backup.") from None
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces a file's content in one step: after a crash it holds the old bytes or the new ones, durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        write_durable(scratch, data)
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Writes a new file and waits until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes creations, renames and removals in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def install_folder(scratch: Path, final: Path) -> None:
+    """Moves a complete folder to its name in one step."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(scratch, final)
+    sync_folder(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there, durably. A link is removed, never followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+    else:
+        return
+    sync_folder(path.parent)
+
+
+def inside(root: Path, relative: str) -> Path:
+    """`root / relative`.
+
+    Raises:
+        StoreError: the path leaves `root`, by itself or through a link.
+    """
+    path = root / relative
+    if os.path.isabs(relative) or not path.resolve().is_relative_to(root.resolve()):
+        raise StoreError(f"Path {relative!r} leaves the store {root}. The manifest is damaged or hostile; do not use it.")
+    return path
+
+
+def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same tensors: the metadata's order is fixed too.
+
+    The serialiser keeps metadata in a hash map, so that two entries come out in either order; the header (8 bytes of
+    length, JSON, spaces up to a multiple of 8) is therefore written again with sorted metadata.
+    """
+    data = save({name: value.contiguous() for name, value in tensors.items()}, metadata=dict(metadata))
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        StoreError: it is absent or truncated.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise StoreError(f"{path} does not exist, but the manifest lists it. Restore it, or delete its slices.") from None
+    except SafetensorError as error:
+        raise StoreError(f"{path} can not be read ({error}): it is truncated or damaged.") from None
+
+
+class Lock:
+    """A lock between processes, held in the kernel: the lock of a process that died is free at once.
+
+    Args:
+        path (`Path`): the lock file; `path` + `.holder` names the process that has it.
+        purpose (`str`): what the holder is doing, for the message.
+    """
+
+    def __init__(self, path: Path, purpose: str):
+        self.path, self.purpose = path, purpose
+        self._lock = FileLock(path, thread_local=False)
+
+    def acquire(self, timeout: float) -> None:
+        """Takes the lock; may be nested, each time with a [`release`].
+
+        Args:
+            timeout (`float`): seconds to wait for another holder.
+
+        Raises:
+            StoreLockedError: another process still has it after `timeout` seconds; the message names it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=timeout)
+        except Timeout:
+            raise StoreLockedError(
+                f"{self.path.parent.parent} is held by {self._holder()} ({self.purpose}). Wait for it to finish, or "
+                "stop that process: a stopped process gives the lock back at once."
+            ) from None
+        self.path.with_suffix(".holder").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+
+    def release(self) -> None:
+        """Gives the lock back."""
+        if self._lock.lock_counter == 1:
+            self.path.with_suffix(".holder").unlink(missing_ok=True)
+        self._lock.release()
+
+    @contextmanager
+    def hold(self, timeout: float) -> Iterator[None]:
+        """Holds the lock for a block; see [`acquire`]."""
+        self.acquire(timeout)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def _holder(self) -> str:
+        try:
+            return self.path.with_suffix(".holder").read_text()
+        except OSError:
+            return "another process"

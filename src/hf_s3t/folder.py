@@ -1,0 +1,255 @@
+"""The store as a folder: which file holds what, in which order files are written, and what of them may be served.
+
+```
+out/  README.md  s3t.json  adapter_config.json  adapter_model.safetensors      the card, the manifest, the root adapter
+      shard-00/2-0-3/adapter_config.json, adapter_model.safetensors            stage (0, (2, 0, 3))
+      .s3t/  partition.key  index.json  state.json  receipts.jsonl  intents/   the state, never published
+             running/  scratch/  write.lock  train.lock                        scratch
+```
+
+Readers take no lock: every file is replaced in one step and the manifest is written last. What an open intent covers is
+served no more, whether or not its files are still there. What a deletion does is for `deletion.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, join
+from .card import render_card
+from .errors import StateError, StoreError
+from .files import (
+    Lock,
+    inside,
+    install_folder,
+    json_bytes,
+    read_json,
+    read_safetensors,
+    remove,
+    sync_folder,
+    write_atomic,
+    write_durable,
+)
+from .manifest import Manifest, State, key_check_value
+from .partition import Entry, Index
+from .plan import Order, Stage
+
+MANIFEST = "s3t.json"
+KEY_VARIABLE = "HF_S3T_KEY"
+LOCK_SECONDS = 120.0
+"""How long a writer waits for another one: no longer than a checkpoint takes to write."""
+
+
+def as_key(key: str | bytes) -> bytes:
+    """A partition key as bytes: hexadecimal text is decoded, other text taken as it is.
+
+    Raises:
+        ValueError: shorter than 16 bytes.
+    """
+    if isinstance(key, str):
+        try:
+            key = bytes.fromhex(key)
+        except ValueError:
+            key = key.encode()
+    if len(key) < 16:
+        raise ValueError(f"The partition key has {len(key)} bytes; it needs 16 or more to keep ids from being guessed.")
+    return key
+
+
+class StoreFolder:
+    """Files of one store.
+
+    Args:
+        path (`str` or `Path`): the folder; it need not exist yet.
+        key (`str` or `bytes`, *optional*): the partition key. `None`: the environment variable `HF_S3T_KEY`, else
+            `.s3t/partition.key`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], key: str | bytes | None = None):
+        self.path = Path(path)
+        self.private = self.path / ".s3t"
+        self._given_key = as_key(key) if key is not None else None
+        self.write_lock = Lock(self.private / "write.lock", "writing")
+        self.train_lock = Lock(self.private / "train.lock", "training")
+
+    # ---- the manifest and what may be served ----
+
+    @property
+    def exists(self) -> bool:
+        """Whether a training has started here."""
+        return (self.path / MANIFEST).exists()
+
+    def manifest(self) -> Manifest:
+        """The manifest as it is on disk now."""
+        if not self.exists:
+            raise StoreError(f"{self.path} holds no store: there is no {MANIFEST}. Give the output_dir of a training.")
+        return Manifest.from_json(read_json(self.path / MANIFEST))
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Replaces the manifest, durably."""
+        write_atomic(self.path / MANIFEST, json_bytes(manifest.to_json()))
+
+    def live(self, manifest: Manifest | None = None) -> Manifest:
+        """The manifest less every stage that an open intent covers: the stages that may be served."""
+        hit = {place for intent in self.intents() for place in intent["places"]}
+        manifest = manifest or self.manifest()  # after the intents: one that ended in between is in the manifest
+        return manifest.without([stage for stage in manifest.stages if stage.slices & hit])
+
+    def served(self, manifest: Manifest | None = None) -> dict[int, Order]:
+        """The served prefix of each live shard."""
+        manifest = self.live(manifest)
+        return manifest.plan.served(manifest.stages)
+
+    # ---- adapters ----
+
+    def read_stage(self, stage: Stage, manifest: Manifest | None = None) -> Adapter:
+        """A stage's own adapter, after its files were compared with the manifest.
+
+        Raises:
+            StoreError: the stage is not live, or a file is missing or differs.
+        """
+        manifest = self.live(manifest)
+        if stage not in manifest.stages:
+            raise StoreError(f"Stage {stage.name} is not in the store: never trained, or removed by a deletion.")
+        return self._read_adapter(stage.name, manifest.stages[stage])
+
+    def _read_adapter(self, relative: str, expected: Mapping[str, str]) -> Adapter:
+        folder = inside(self.path, relative)
+        for name, digest in expected.items():
+            path = inside(folder, name)
+            if not path.exists():
+                raise StoreError(f"{path} is missing, but the manifest lists it. Restore it from a backup.")
+            if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+                raise StoreError(f"{path} is not the file that was trained: its sha256 differs from the manifest's.")
+        return Adapter(read_json(folder / CONFIG_FILE), read_safetensors(folder / WEIGHTS_FILE))
+
+    def assemble(self, shard: int, prefix: Order, manifest: Manifest | None = None) -> Adapter:
+        """Any live prefix as one ordinary LoRA adapter."""
+        manifest = self.live(manifest)
+        return join([self.read_stage(stage, manifest) for stage in Stage(shard, tuple(prefix)).path])
+
+    def write_stage(self, stage: Stage, adapter: Adapter) -> dict[str, str]:
+        """Writes a stage's folder in one step; returns the sha256 of its files. The manifest is the caller's."""
+        files = adapter.files({"stage": stage.name, "parents": [above.name for above in stage.path[:-1]]})
+        scratch = self.private / "scratch" / stage.name.replace("/", "_")
+        remove(scratch)
+        scratch.mkdir(parents=True)
+        for name, data in files.items():
+            write_durable(scratch / name, data)
+        sync_folder(scratch)
+        install_folder(scratch, inside(self.path, stage.name))
+        return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+
+    def write_root(self, manifest: Manifest) -> Manifest:
+        """Replaces the root adapter and the card by those of the manifest's served prefixes.
+
+        Weights go first: under an older config, layers that they lack start at zero, which is their absence.
+        """
+        served = manifest.plan.served(manifest.stages)
+        root = average([self.assemble(shard, prefix, manifest) for shard, prefix in sorted(served.items())])
+        if root is None:
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
+                remove(self.path / name)
+            digests = None
+        else:
+            files = root.files({"root": [Stage(shard, prefix).name for shard, prefix in sorted(served.items())]})
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
+                write_atomic(self.path / name, files[name])
+            digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+        manifest = replace(manifest, root=digests)
+        write_atomic(self.path / "README.md", render_card(manifest).encode())
+        return manifest
+
+    # ---- the state ----
+
+    @property
+    def key(self) -> bytes:
+        """The partition key.
+
+        Raises:
+            StateError: there is none, or it is not the one that this store was trained with.
+        """
+        key = self._given_key or self._environment_key()
+        if key is None:
+            path = self.private / "partition.key"
+            if not path.exists():
+                raise StateError(
+                    f"{self.path} has no partition key. Give `key=`, set {KEY_VARIABLE}, or restore .s3t/ from its backup "
+                    "(`hf-s3t state import`). With the state lost, `delete(slices=...)` still works."
+                )
+            key = as_key(path.read_text().strip())
+        if self.exists and key_check_value(key) != self.manifest().key_check:
+            raise StateError(
+                f"The partition key is not the one that {self.path} was trained with: ids would be looked for in the "
+                "wrong slices. Restore the right key from the backup of .s3t/."
+            )
+        return key
+
+    def _environment_key(self) -> bytes | None:
+        value = os.environ.get(KEY_VARIABLE)
+        return as_key(value) if value else None
+
+    def ensure_key(self) -> bytes:
+        """The partition key; a store without any stage gets a new one. A key from the environment is never written."""
+        path = self.private / "partition.key"
+        if self.exists and self.manifest().stages:
+            return self.key
+        key = self._given_key or self._environment_key()
+        if key is None and not path.exists():
+            key = secrets.token_bytes(32)
+        if key is not None and self._environment_key() is None:
+            self.private.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, key.hex().encode() + b"\n")
+            path.chmod(0o600)
+        return self.key
+
+    def state(self) -> State:
+        """Generation, tombstones and training records."""
+        path = self.private / "state.json"
+        if not path.exists():
+            raise StateError(
+                f"{self.path} has no state (.s3t/state.json). Restore it from its backup with `hf-s3t state import`; "
+                "with the state lost, `delete(slices=...)` still works."
+            )
+        return State.from_json(read_json(path))
+
+    def write_state(self, state: State) -> None:
+        """Replaces the state, durably."""
+        write_atomic(self.private / "state.json", json_bytes(state.to_json()))
+
+    def index(self) -> Index:
+        """Keyed digests of the examples that were handed in and not deleted."""
+        data = read_json(self.private / "index.json")
+        return {digest: Entry(*entry) for digest, entry in data.items()}
+
+    def write_index(self, index: Index) -> None:
+        """Replaces the index, durably."""
+        write_atomic(self.private / "index.json", json_bytes({digest: list(entry) for digest, entry in index.items()}))
+
+    def intents(self) -> list[dict[str, Any]]:
+        """Deletions that were begun and not finished, oldest first; their places as a set of `(shard, slice)`."""
+        found = []
+        for path in sorted((self.private / "intents").glob("*.json")):
+            try:
+                intent = read_json(path)
+            except StoreError:
+                if path.exists():  # otherwise it was finished between the listing and the reading
+                    raise
+                continue
+            found.append({**intent, "places": {(shard, slice_id) for shard, slice_id in intent["places"]}})
+        return found
+
+    def marks(self) -> tuple[Any, ...]:
+        """Changes whenever a deletion begins or ends: cheap enough to look at before every step."""
+        try:
+            status = os.stat(self.path / MANIFEST)
+            intents = sorted(os.listdir(self.private / "intents"))
+        except FileNotFoundError:
+            status, intents = os.stat(self.path), []
+        return (status.st_mtime_ns, status.st_ino, *intents)

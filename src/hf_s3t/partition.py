@@ -1,0 +1,243 @@
+"""Where an example lives: from a row of the train set to `(shard, slice)`, and the index that remembers it.
+
+An example's place is a keyed hash of its id (or of its group), so it never depends on other examples, on the order of
+the rows or on the content beyond the id: deleting one example moves no other. Only keyed digests leave this file; which
+stages a place belongs to is for `plan.py`, where the index is kept for `store.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import hmac
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from .config import S3TConfig
+from .errors import DatasetError
+
+DIGEST_CHARS = 32
+"""Length of a keyed digest in the index: 128 bits of HMAC-SHA256, in hexadecimal."""
+
+TOKENIZED_COLUMNS = ("input_ids", "attention_mask", "pixel_values", "input_values", "input_features")
+
+
+class Entry(NamedTuple):
+    """What the index knows of one example: its place, and keyed digests of its group and of its content."""
+
+    shard: int
+    slice: int
+    group: str | None
+    content: str
+
+
+Index = dict[str, Entry]
+"""Keyed digest of an example's id -> its entry."""
+
+
+def canonical(value: Any) -> bytes:
+    """Canonical JSON of a value: sorted keys, no spaces, bytes as base64, numbers as Python prints them.
+
+    >>> canonical({"b": 1, "a": b"x"})
+    b'{"a":{"base64":"eA=="},"b":1}'
+    """
+    return json.dumps(
+        value, default=_plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=True
+    ).encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return {"base64": base64.b64encode(bytes(value)).decode()}
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch
+        return value.tolist()
+    return str(value)
+
+
+def row_digest(row: Mapping[str, Any]) -> str:
+    """SHA-256 over the canonical JSON of an undecoded raw row; of a file's bytes and path only the bytes count."""
+    return hashlib.sha256(canonical({name: _without_path(value) for name, value in row.items()})).hexdigest()
+
+
+def _without_path(value: Any) -> Any:
+    if isinstance(value, Mapping) and set(value) == {"bytes", "path"} and value["bytes"] is not None:
+        return {"bytes": value["bytes"]}
+    return value
+
+
+def keyed_digest(key: bytes, kind: Literal["id", "group", "content", "key check"], value: Any) -> str:
+    """HMAC-SHA256 of an id, group or content digest, in hexadecimal. An id `17` and an id `"17"` are the same id."""
+    text = str(value) if isinstance(value, str | int) else canonical(value).decode()
+    return hmac.new(key, f"{kind}\0{text}".encode(), hashlib.sha256).hexdigest()[:DIGEST_CHARS]
+
+
+def assign(key: bytes, digest: str, num_shards: int, num_slices: int) -> tuple[int, int]:
+    """The `(shard, slice)` of an example or group, from its keyed digest. Uniform over the `m * L` places.
+
+    >>> key = b"a key of our own"
+    >>> assign(key, keyed_digest(key, "id", "row-1"), 2, 4)
+    (0, 3)
+    """
+    number = int.from_bytes(hmac.new(key, f"place\0{digest}".encode(), hashlib.sha256).digest(), "big")
+    shard, slice_id = divmod(number % (num_shards * num_slices), num_slices)
+    return shard, slice_id
+
+
+def raw_rows(dataset: Any) -> Iterable[Mapping[str, Any]]:
+    """Rows of a dataset before any transform or decoding, each a mapping from column to plain value.
+
+    Raises:
+        ValueError: the dataset has no length (it is streamed), or its rows are no mappings.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError("S3T needs a train set with a length: a stream can not be cut into slices. Materialise it.")
+    if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
+        for batch in dataset.with_format("arrow").iter(batch_size=1000):
+            yield from batch.to_pylist()
+        return
+    for position in range(len(dataset)):
+        row = dataset[position]
+        if not isinstance(row, Mapping):
+            raise ValueError(f"Rows of the train set must be mappings from column to value, got {type(row).__name__}.")
+        yield row
+
+
+def id_source(config: S3TConfig, columns: Sequence[str]) -> str | None:
+    """The column that names an example, or `None` for a digest of the raw row.
+
+    Raises:
+        ValueError: a named column is missing, or the rows are tokenised and have no id.
+    """
+    for name in (config.id_column, config.group_column, *(config.slice_columns or ())):
+        if name is not None and name not in columns:
+            raise ValueError(f"The train set has no column {name!r}. Its columns: {', '.join(columns)}.")
+    if config.id_column is not None:
+        return config.id_column
+    if "id" in columns:
+        return "id"
+    tokenized = [name for name in TOKENIZED_COLUMNS if name in columns]
+    if tokenized:
+        raise ValueError(
+            f"The train set has no ids and is already tokenised ({', '.join(tokenized)}): a digest of tokens can not "
+            "be found again from a person's text. Keep an id column through tokenisation, pass the raw rows, or name "
+            f"the column that shall serve as the id, e.g. `id_column={tokenized[0]!r}`."
+        )
+    return None
+
+
+def read_rows(dataset: Any, key: bytes, config: S3TConfig) -> list[tuple[str, Entry]]:
+    """Keyed digest and entry of every row, in the dataset's order.
+
+    Raises:
+        ValueError: an id that occurs twice, a place out of range, or a group in several places.
+    """
+    digests: list[tuple[str, Entry]] = []
+    names: dict[str, Any] = {}
+    twice: list[Any] = []
+    source: str | None = None
+    for position, row in enumerate(raw_rows(dataset)):
+        if position == 0:
+            source = id_source(config, list(row))
+        content = row_digest(row)
+        name = content if source is None else row[source]
+        if name is None:
+            raise ValueError(f"Row {position} has no id: column {source!r} is None there. Every row needs one.")
+        digest = keyed_digest(key, "id", name)
+        if source is not None and digest in names:
+            twice.append(name)
+        names[digest] = name
+        person = None if config.group_column is None else row[config.group_column]
+        group = None if person is None else keyed_digest(key, "group", person)
+        place = _place(row, position, group or digest, key, config)
+        digests.append((digest, Entry(*place, group, keyed_digest(key, "content", content))))
+    if twice:
+        shown = ", ".join(map(repr, twice[:5]))
+        raise ValueError(f"{len(twice)} ids occur more than once in column {source!r}, e.g. {shown}. Make ids unique.")
+    _check_groups(digests)
+    return digests
+
+
+def _place(row: Mapping[str, Any], position: int, digest: str, key: bytes, config: S3TConfig) -> tuple[int, int]:
+    if config.slice_columns is None:
+        return assign(key, digest, config.num_shards, config.num_slices)
+    shard, slice_id = (row[column] for column in config.slice_columns)
+    for column, value, limit in zip(config.slice_columns, (shard, slice_id), (config.num_shards, config.num_slices)):
+        if not isinstance(value, int) or not 0 <= value < limit:
+            raise ValueError(f"Row {position} has {value!r} in column {column!r}; expected a whole number below {limit}.")
+    return shard, slice_id
+
+
+def _check_groups(digests: Sequence[tuple[str, Entry]]) -> None:
+    places: dict[str, tuple[int, int]] = {}
+    torn = 0
+    for _, entry in digests:
+        if entry.group is not None and places.setdefault(entry.group, entry[:2]) != entry[:2]:
+            torn += 1
+    if torn:
+        raise ValueError(
+            f"`slice_columns` put {torn} rows apart from other rows of their group. All rows of a group must lie in one "
+            "slice, or deleting the group would hit several."
+        )
+
+
+def warn_of_empty_slices(index: Index, key: bytes, config: S3TConfig) -> None:
+    """Warns before the first training if a slice got no example, with the chance of it and the way out."""
+    m, most = config.num_shards, config.num_slices
+    filled = {entry[:2] for entry in index.values()}
+    empty = [(shard, slice_id) for shard in range(m) for slice_id in range(most) if (shard, slice_id) not in filled]
+    if not empty:
+        return
+    units = {entry.group or digest for digest, entry in index.items()}
+    expected = m * most * (1 - 1 / (m * most)) ** len(units)
+    advice = "Fill them in the dataset's own slice columns."
+    if config.slice_columns is None:
+        fits = [size for size in range(1, most) if len({assign(key, unit, m, size) for unit in units}) == m * size]
+        advice = f"The largest num_slices without an empty slice is {max(fits)}." if fits else "There is too little data."
+    warnings.warn(
+        f"{len(empty)} of {m * most} slices are empty, e.g. (shard, slice) {empty[0]}: {len(units)} "
+        f"{'groups' if config.group_column else 'examples'} leave {expected:.2f} empty on average. {advice}",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a train set differs from the index: keyed digests of rows that are gone, changed, or new."""
+
+    missing: frozenset[str]
+    changed: frozenset[str]
+    new: frozenset[str]
+
+
+def compare(index: Index, rows: Mapping[str, Entry]) -> Comparison:
+    """Compares the rows of a train set with the index of what was handed in before.
+
+    Raises:
+        DatasetError: a known example moved to another place, which only the dataset's own columns can cause.
+    """
+    moved = [digest for digest, entry in rows.items() if digest in index and entry[:3] != index[digest][:3]]
+    if moved:
+        raise DatasetError(
+            f"{len(moved)} known examples have another slice or group now. A stage that saw them would no longer be "
+            "found by a deletion. Restore the columns, or delete these examples first and hand them in as new ones."
+        )
+    changed = {digest for digest, entry in rows.items() if digest in index and entry.content != index[digest].content}
+    return Comparison(frozenset(index.keys() - rows.keys()), frozenset(changed), frozenset(rows.keys() - index.keys()))
+
+
+def examples_digest(digests: Sequence[str]) -> str:
+    """One digest for the examples of a stage, in their order; made of keyed digests, it tells nothing without the key."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def count_by_place(index: Index) -> Counter[tuple[int, int]]:
+    """Number of examples per `(shard, slice)`."""
+    return Counter(entry[:2] for entry in index.values())

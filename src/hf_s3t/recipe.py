@@ -1,0 +1,138 @@
+"""The recipe: every setting that changes bits, as plain data that may be published, and how two recipes differ.
+
+It holds no local path and no token. Settings that only log, save or evaluate are left out; an argument that this file
+has never heard of counts as one that changes bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from .config import LORA_FIELDS, S3TConfig
+from .errors import RecipeError
+from .partition import canonical
+from .tuner import Layout, tensor_digest
+
+SILENT_PREFIXES = (
+    "logging_", "log_", "hub_", "push_to_hub", "report_to", "run_name", "project", "trackio_", "do_", "include_",
+    "skip_memory_metrics", "ddp_", "deepspeed", "fsdp", "local_rank", "disable_tqdm", "debug", "resume_from_checkpoint",
+    "ignore_data_skip", "restore_callback_states", "output_dir", "logging_dir", "torch_empty_cache_steps", "use_cpu",
+    "auto_find_batch_size", "enable_jit", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "place_model_on_device", "fp16_full_eval", "bf16_full_eval", "overwrite",
+)  # fmt: skip
+"""Beginnings of the names of TrainingArguments that change no bit of a stage."""
+
+CHOOSING_PREFIXES = ("eval_", "save_", "per_device_eval", "batch_eval", "prediction_loss_only", "metric_for_best", "greater")
+"""They count only with `load_best_model_at_end`: then the evaluation set chooses the weights."""
+
+
+def make_recipe(
+    config: S3TConfig,
+    layout: Layout,
+    id_column: str | None,
+    args: TrainingArguments,
+    model: nn.Module,
+    processing_class: Any,
+    collator: Any,
+    base_id: str | None,
+    heads: Mapping[str, str],
+) -> dict[str, Any]:
+    """The recipe of a run. `heads` are the digests of the heads that the base lacked and that were drawn."""
+    lora = {name: getattr(config, name) for name in LORA_FIELDS if name != "exclude_modules"}
+    recipe = {
+        "config": {
+            **lora,
+            "target_modules": list(layout.suffixes),
+            "modules_to_save": list(layout.heads),
+            "groups": [list(group) for group in layout.groups],
+            "stage_parameters": config.stage_parameters,
+            "task_type": config.task_type,
+        },
+        "partition": {
+            "num_shards": config.num_shards,
+            "num_slices": config.num_slices,
+            "id_column": id_column,
+            "group_column": config.group_column,
+            "slice_columns": list(config.slice_columns) if config.slice_columns else None,
+        },
+        "arguments": bit_changing_arguments(args),
+        "processes": args.world_size,
+        "base": {
+            "id": base_id,
+            "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+            "quantization": _quantization(model),
+            "sha256": base_digest(model),
+            "drawn_heads": dict(heads),
+        },
+        "processing": processing_digest(processing_class),
+        "collator": type(collator).__name__ if not hasattr(collator, "__name__") else collator.__name__,
+    }
+    return json.loads(json.dumps(recipe, default=str, sort_keys=True))
+
+
+def bit_changing_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The TrainingArguments (of any subclass) that change the bits of a stage."""
+    silent = SILENT_PREFIXES if args.load_best_model_at_end else SILENT_PREFIXES + CHOOSING_PREFIXES
+    kept = {name: value for name, value in args.to_dict().items() if not name.startswith(silent)}
+    return {name: value for name, value in sorted(kept.items()) if not _is_path(value)}
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
+
+
+def _quantization(model: nn.Module) -> dict[str, Any] | None:
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return None if config is None else json.loads(json.dumps(config.to_dict(), default=str))
+
+
+def base_digest(model: nn.Module) -> str:
+    """sha256 over every tensor of the base model, the same with and without adapters around its modules."""
+    digests = {}
+    for name, value in model.state_dict().items():
+        if "lora_" in name or ".modules_to_save." in name or not isinstance(value, torch.Tensor):
+            continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        digests[plain] = tensor_digest(value)
+    return hashlib.sha256(canonical(digests)).hexdigest()
+
+
+def processing_digest(processing_class: Any) -> str | None:
+    """sha256 over what a tokenizer (its chat template included) or an image processor does to an example."""
+    if processing_class is None:
+        return None
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        return hashlib.sha256(canonical(processing_class.to_dict())).hexdigest()
+    backend = getattr(processing_class, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else processing_class.get_vocab()
+    for changing in ("truncation", "padding"):  # what the last call left in the backend
+        rules.pop(changing, None)
+    about = (rules, processing_class.chat_template, processing_class.special_tokens_map, processing_class.padding_side)
+    return hashlib.sha256(canonical(about)).hexdigest()
+
+
+def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises [`RecipeError`] with every difference, unless two recipes are the same."""
+    differences = list(_differences(stored, wanted, ""))
+    if differences:
+        raise RecipeError(
+            "The settings differ from those that the store was trained with, so repaired stages would not be what "
+            "training from scratch gives:\n  " + "\n  ".join(differences) + "\nUse the stored settings, or train into "
+            "another output_dir."
+        )
+
+
+def _differences(stored: Any, wanted: Any, path: str) -> Any:
+    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
+        for name in sorted({*stored, *wanted}):
+            yield from _differences(stored.get(name), wanted.get(name), f"{path}.{name}" if path else name)
+    elif stored != wanted:
+        yield f"{path}: the store has {stored!r}, this run {wanted!r}"

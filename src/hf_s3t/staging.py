@@ -1,0 +1,93 @@
+"""What a staged run settles before its first stage: arguments it refuses, the wrapped model, the plan, the seeds."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import TrainingArguments
+
+from .config import S3TConfig
+from .plan import Plan, Stage
+from .sequences import select_sequences
+from .tuner import draw_heads, find_heads
+
+
+def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str) -> None:
+    """Raises `ValueError` for what can not work stage by stage, with the way out."""
+    if args is None:
+        raise ValueError("S3T needs `args`: `TrainingArguments(output_dir=...)` names the store.")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` must be a loaded model, got {type(model).__name__}. Load it with `from_pretrained`.")
+    if kwargs.get("model_init") is not None:
+        raise ValueError("`model_init` would make a new base model: all stages share one. Pass `model`.")
+    if any(kwargs.get("optimizers") or ()):
+        raise ValueError("A ready optimizer holds the parameters of one stage. Use `optimizer_cls_and_kwargs` instead.")
+    if missing not in ("error", "delete", "ignore"):
+        raise ValueError(f"`missing` must be 'error', 'delete' or 'ignore', got {missing!r}.")
+    refusals = {
+        "auto_find_batch_size": "it starts again on weights that were updated already; set the batch size",
+        "packing": "it joins examples of different slices; set `packing=False`",
+        "fsdp": "stages need whole tensors on every process; use DDP",
+        "deepspeed": "stages need whole tensors on every process; use DDP",
+        "push_to_hub": "this version can not push a store, and upstream's way would publish its private state",
+        "use_liger_kernel": "it patches the model at every stage; patch it once before you pass it",
+    }
+    for name, reason in refusals.items():
+        if getattr(args, name, None):
+            raise ValueError(f"S3T does not work with `{name}={getattr(args, name)!r}`: {reason}.")
+
+
+def set_stage_defaults(args: TrainingArguments) -> None:
+    """Defaults that fit a frozen base: no search for unused parameters, checkpointing that needs no input gradients."""
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
+    if args.activation_checkpointing:
+        args.activation_checkpointing_kwargs = {"use_reentrant": False, **(args.activation_checkpointing_kwargs or {})}
+
+
+def wrap_model(model: nn.Module, config: S3TConfig | None, seed: int) -> tuple[PeftModel, S3TConfig, dict[str, str]]:
+    """The base model with S3T adapters, the config with what it left open filled in, and digests of drawn heads.
+
+    Raises:
+        ValueError: no config, adapters of another type, or a freshly drawn module that no stage would store.
+    """
+    if isinstance(model, PeftModel):
+        config = config or model.peft_config["default"]
+        model = model.unload()
+    if not isinstance(config, S3TConfig):
+        raise ValueError(f"`peft_config` must be an S3TConfig, got {type(config).__name__}.")
+    config = copy.deepcopy(config)
+    heads = find_heads(model, config)
+    drawn = draw_heads(model, heads, seed)
+    config.modules_to_save = list(heads) or None
+    return get_peft_model(model, copy.deepcopy(config)), config, drawn
+
+
+def public_id(model: nn.Module) -> str | None:
+    """The base model's id on the Hub; `None` where it is a local path or was built from a config."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return None if not name or os.path.exists(name) or os.path.isabs(name) else name
+
+
+def make_plan(config: S3TConfig, seed: int) -> Plan:
+    """The tree of stages that a config asks for; random orders differ between shards."""
+    shards = range(config.num_shards)
+    numbers = [_number(f"orders of shard {shard}, seed {seed}") for shard in shards]
+    chosen = [
+        select_sequences(config.sequence_selection, config.num_slices, config.budget, seed=number) for number in numbers
+    ]
+    return Plan.make_per_shard(config.num_slices, chosen, prune=config.prune)
+
+
+def stage_seed(seed: int, stage: Stage) -> int:
+    """A stage's seed: a digest of the run's seed, the shard and the prefix, so that no other stage moves it."""
+    return _number(f"seed {seed}, stage {stage.name}")
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

@@ -1,0 +1,286 @@
+"""`S3TStore`: what an eraser does with a store, from a laptop without a GPU, months later.
+
+Every method reads the folder afresh, so several processes may look at one store; what changes it holds the write lock
+and first finishes what an interrupted writer left (`deletion.py`). Files and formats are `folder.py`'s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import deletion
+from .adapter import Adapter, average
+from .deletion import Place, Receipt
+from .errors import StateError, StoreError, UnknownExampleError
+from .files import json_bytes, read_json, write_atomic
+from .folder import LOCK_SECONDS, StoreFolder, as_key
+from .manifest import State, key_check_value
+from .partition import Entry, keyed_digest
+from .plan import Order, Stage
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where one asked-for id or group is.
+
+    Args:
+        asked (`str`): as it was asked.
+        found (`str`): `"live"`, `"deleted"` (a tombstone) or `"unknown"`.
+        places (`tuple[tuple[int, int], ...]`): its `(shard, slice)`s.
+        stages (`tuple[str, ...]`): live stages that were computed with it, or would be.
+    """
+
+    asked: str
+    found: str
+    places: tuple[Place, ...]
+    stages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Status:
+    """A store at a glance; see [`S3TStore.status`]."""
+
+    path: str
+    generation: int
+    planned: int
+    trained: int
+    missing: tuple[str, ...]
+    repair_slice_passes: int
+    served: dict[str, tuple[int, ...]]
+    dead_shards: tuple[int, ...]
+    examples: int | None
+    deleted_examples: int | None
+    requests: int
+    interrupted_deletions: int
+    exports: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+class S3TStore(StoreFolder):
+    """A store of stages in a folder.
+
+    Args:
+        path (`str` or `Path`): the `output_dir` of a training.
+        key (`str` or `bytes`, *optional*): the partition key; `None`: `HF_S3T_KEY`, else `.s3t/partition.key`.
+
+    Example:
+
+        ```py
+        store = S3TStore("out")
+        store.locate(ids=["row-17"])
+        receipt = store.delete(ids=["row-17"], reference="DSR-2026-118")
+        ```
+    """
+
+    @contextmanager
+    def writing(self, timeout: float = LOCK_SECONDS) -> Iterator[None]:
+        """Holds the store's write lock, after finishing what an interrupted writer left."""
+        with self.write_lock.hold(timeout):
+            deletion.recover(self)
+            yield
+
+    # ---- looking ----
+
+    def status(self) -> Status:
+        """What is trained, served, missing and deleted. Needs no key; without the state, counts are `None`."""
+        manifest = self.live()
+        served = manifest.plan.served(manifest.stages)
+        missing = manifest.plan.missing(manifest.stages)
+        try:
+            examples, deleted = len(self.index()), len(self.state().ids)
+        except StoreError:
+            examples = deleted = None
+        return Status(
+            path=str(self.path),
+            generation=manifest.generation,
+            planned=len(manifest.plan.stages),
+            trained=len(manifest.stages),
+            missing=tuple(stage.name for stage in missing),
+            repair_slice_passes=sum(stage.depth for stage in missing),
+            served={Stage(shard, prefix).name: tuple(prefix) for shard, prefix in sorted(served.items())},
+            dead_shards=tuple(shard for shard in range(manifest.plan.num_shards) if shard not in served),
+            examples=examples,
+            deleted_examples=deleted,
+            requests=sum(1 for receipt in deletion.read_receipts(self) if receipt["kind"] == "delete"),
+            interrupted_deletions=len(self.intents()),
+            exports=tuple(deletion.read_exports(self)),
+        )
+
+    def locate(self, ids: Iterable[Any] = (), groups: Iterable[Any] = ()) -> list[Location]:
+        """Tells for each id and group whether and where it is, and which live stages saw it."""
+        key, index, state, manifest = self.key, self.index(), self.state(), self.live()
+        found = []
+        for kind, values in (("id", ids), ("group", groups)):
+            for value in values:
+                digest = keyed_digest(key, "id" if kind == "id" else "group", value)
+                found.append(_locate(value, digest, kind, index, state, manifest.stages))
+        return found
+
+    # ---- deleting ----
+
+    def delete(
+        self,
+        ids: Iterable[Any] = (),
+        groups: Iterable[Any] = (),
+        rows: Iterable[Mapping[str, Any]] = (),
+        slices: Iterable[Place] = (),
+        *,
+        digests: Iterable[str] = (),
+        dry_run: bool = False,
+        reference: str | None = None,
+        missing_ok: bool = False,
+    ) -> Receipt:
+        """Removes everything that depends on some examples. No model, no dataset, no gradient step.
+
+        Args:
+            ids (`Iterable`): ids, as they stood in the id column.
+            groups (`Iterable`): groups, all of whose examples go.
+            rows (`Iterable[dict]`): raw rows; named by their id column, else by their content.
+            slices (`Iterable[tuple[int, int]]`): whole `(shard, slice)`s; works with the state lost, too.
+            digests (`Iterable[str]`): keyed digests as the index holds them.
+            dry_run (`bool`): only tell what would be removed.
+            reference (`str`, *optional*): your name for the request; it stays in the private receipt.
+            missing_ok (`bool`): delete what is known although something else is not.
+
+        Returns:
+            [`Receipt`]
+
+        Raises:
+            UnknownExampleError: something is not known; nothing was changed.
+            StoreLockedError: another writer did not finish in time.
+        """
+        with self.writing():
+            request = deletion.resolve(self, ids, groups, rows, slices, digests)
+            return deletion.delete(self, request, reference=reference, missing_ok=missing_ok, dry_run=dry_run)
+
+    def readmit(self, ids: Iterable[Any] = (), groups: Iterable[Any] = (), reference: str | None = None) -> Receipt:
+        """Lifts tombstones, for rectified data or renewed consent. Hand the rows to `train()` again afterwards.
+
+        Raises:
+            UnknownExampleError: something has no tombstone; nothing was changed.
+        """
+        wanted: dict[str, tuple[Any, str]] = {}
+        with self.writing():
+            key, state = self.key, self.state()
+            wanted.update({keyed_digest(key, "id", value): (value, "id") for value in ids})
+            wanted.update({keyed_digest(key, "group", value): (value, "group") for value in groups})
+            standing = {"id": state.ids, "group": state.groups}
+            unknown = [value for digest, (value, kind) in wanted.items() if digest not in standing[kind]]
+            if unknown or not wanted:
+                raise UnknownExampleError(f"No tombstone stands for {unknown[:5]!r}, so nothing was changed.")
+            return deletion.readmit(self, {digest: kind for digest, (_, kind) in wanted.items()}, reference)
+
+    # ---- taking out ----
+
+    def export(self, path: str | os.PathLike[str], prefix: str | Order | Stage | None = None) -> Adapter:
+        """Writes the served model, or any live prefix, as one plain LoRA adapter that stock PEFT loads.
+
+        Args:
+            path (`str` or `Path`): a folder outside the store. It is remembered: a later deletion names it.
+            prefix (`str`, `tuple[int, ...]` or [`Stage`], *optional*): for example `"shard-00/2-0"`; a bare prefix
+                means shard 0. `None`: the root adapter.
+
+        Raises:
+            StoreError: there is no such adapter, or `path` lies in the store.
+        """
+        target = Path(path)
+        if target.resolve().is_relative_to(self.path.resolve()):
+            raise StoreError(f"{target} lies inside the store, which holds its own files only. Export to another folder.")
+        stages, adapter = self._export_source(prefix)
+        for name, data in adapter.files({"export": [stage.name for stage in stages]}).items():
+            write_atomic(target / name, data)
+        with self.writing():
+            parts = sorted({above.name for stage in stages for above in stage.path})
+            exports = {**deletion.read_exports(self), str(target.resolve()): parts}
+            write_atomic(self.private / "exports.json", json_bytes(exports))
+        return adapter
+
+    def _export_source(self, prefix: str | Order | Stage | None) -> tuple[list[Stage], Adapter]:
+        manifest = self.live()
+        if prefix is not None:
+            stage = as_stage(prefix)
+            return [stage], self.assemble(stage.shard, stage.prefix, manifest)
+        served = [Stage(shard, order) for shard, order in sorted(manifest.plan.served(manifest.stages).items())]
+        adapter = average([self.assemble(stage.shard, stage.prefix, manifest) for stage in served])
+        if adapter is None:
+            reason = "several live shards with heads have no single adapter" if served else "no stage is live"
+            raise StoreError(f"There is no root adapter: {reason}. Name a prefix, e.g. `prefix='shard-00/0'`.")
+        return served, adapter
+
+    # ---- the state's backup ----
+
+    def export_state(self, file: str | os.PathLike[str]) -> None:
+        """Writes key, index, tombstones and receipts into one private file (mode 600): the backup of `.s3t/`."""
+        key_file = self.private / "partition.key"
+        bundle = {
+            "hf_s3t_state": 1,
+            "key": key_file.read_text().strip() if key_file.exists() else None,
+            "index": {digest: list(entry) for digest, entry in self.index().items()},
+            "state": self.state().to_json(),
+            "receipts": deletion.read_receipts(self),
+            "exports": deletion.read_exports(self),
+        }
+        path = Path(file)
+        write_atomic(path, json_bytes(bundle))
+        path.chmod(0o600)
+
+    def import_state(self, file: str | os.PathLike[str]) -> None:
+        """Puts a backup of the state in place, and finishes what its tombstones ask for.
+
+        Raises:
+            StateError: the backup is of another store, or older than the state that is here.
+        """
+        bundle = read_json(Path(file))
+        if not isinstance(bundle, dict) or bundle.get("hf_s3t_state") != 1:
+            raise StateError(f"{file} is no state that `export_state` wrote.")
+        state = State.from_json(bundle["state"])
+        with self.write_lock.hold(LOCK_SECONDS):
+            if self.exists and bundle["key"] and key_check_value(as_key(bundle["key"])) != self.manifest().key_check:
+                raise StateError(f"{file} belongs to another store: its key does not match the manifest of {self.path}.")
+            if (self.private / "state.json").exists() and self.state().generation > state.generation:
+                raise StateError(
+                    f"{file} is of generation {state.generation}, the state here of {self.state().generation}: importing "
+                    "it would forget deletions. Nothing was changed."
+                )
+            if bundle["key"]:
+                write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n")
+                (self.private / "partition.key").chmod(0o600)
+            self.write_index({digest: Entry(*entry) for digest, entry in bundle["index"].items()})
+            write_atomic(self.private / "receipts.jsonl", _lines(bundle["receipts"]))
+            write_atomic(self.private / "exports.json", json_bytes(bundle["exports"]))
+            self.write_state(state)
+            deletion.recover(self)
+
+
+def as_stage(prefix: str | Order | Stage) -> Stage:
+    """A stage from its name, or from a bare prefix of shard 0."""
+    if isinstance(prefix, Stage):
+        return prefix
+    return Stage.from_name(prefix) if isinstance(prefix, str) else Stage(0, tuple(prefix))
+
+
+def _lines(receipts: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(b"\n" + json_bytes(receipt).replace(b"\n", b" ") for receipt in receipts)
+
+
+def _locate(value: Any, digest: str, kind: str, index: Any, state: State, trained: Iterable[Stage]) -> Location:
+    if kind == "id":
+        places = [index[digest][:2]] if digest in index else []
+        stone = state.ids.get(digest)
+    else:
+        places = sorted({entry[:2] for entry in index.values() if entry.group == digest})
+        stone = state.groups.get(digest)
+    if places:
+        stages = tuple(stage.name for stage in sorted(trained) if stage.slices & set(places))
+        return Location(str(value), "live", tuple(places), stages)
+    return Location(str(value), "deleted" if stone else "unknown", stone.places if stone else (), ())
+
+

@@ -1,0 +1,470 @@
+"""Which parameters a stage owns, which of them trains, and which prefix is active: all that touches PEFT's inside.
+
+```
+layer          stage 1        stage 2        stage 3        a served prefix of length 2
+  7 ┐ group 1  default  ●     prefix   ○     prefix   ○     shard-00 ○
+  6 ┘          default  ●     prefix   ○     prefix   ○     shard-00 ○
+  5 ┐ group 2     -           default  ●     prefix   ○     shard-00 ○       ● trains
+  4 ┘             -           default  ●     prefix   ○     shard-00 ○       ○ frozen
+  3 ┐ group 3     -              -           default  ●        -             - no LoRA, not computed
+  2 ┘             -              -           default  ●        -
+  head         default  ●     default  ●     default  ●     shard-00 ○
+```
+
+The model holds at most two adapters while it trains: `default`, what the running stage owns plus its head, and
+`prefix`, its parent assembled into one plain frozen LoRA. A kind of stage is nothing but the answer to two questions,
+[`owned_layers`] and [`frozen_layers`]. Data, order and files are for `plan.py`, `trainer.py` and `store.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
+from torch import nn
+from transformers import set_seed
+
+from .config import LORA_FIELDS, S3TConfig, register
+from .errors import IsolationError
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+
+HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that PEFT's task classes add to `modules_to_save` on their own."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model's numbered layers are, which of their modules are targets, and how they form layer groups.
+
+    Args:
+        container (`str`): path of the list of layers, for example `"model.layers"`.
+        targets (`dict[int, tuple[str, ...]]`): per layer, the paths of its targets below the layer.
+        groups (`tuple[tuple[int, ...], ...]`): layer groups, the top one first; `groups[i - 1]` is stage `i`'s.
+        heads (`tuple[str, ...]`): paths of the modules that are trained whole and saved with every stage.
+        suffixes (`tuple[str, ...]`): the shortest `target_modules` that name the same modules to stock PEFT.
+    """
+
+    container: str
+    targets: dict[int, tuple[str, ...]]
+    groups: tuple[tuple[int, ...], ...]
+    heads: tuple[str, ...]
+    suffixes: tuple[str, ...]
+
+    @property
+    def grouped_layers(self) -> tuple[int, ...]:
+        """All layers that belong to a layer group, ascending."""
+        return tuple(sorted(layer for group in self.groups for layer in group))
+
+    def module_names(self, layers: tuple[int, ...] | list[int]) -> set[str]:
+        """Full paths of the target modules in `layers`."""
+        return {f"{self.container}.{layer}.{suffix}" for layer in layers for suffix in self.targets[layer]}
+
+
+def split_layer_path(path: str) -> tuple[str, int, str] | None:
+    """Splits a module path at its first number, which is the layer index (later ones number experts and the like).
+
+    >>> split_layer_path("model.layers.11.mlp.experts.5.up_proj")
+    ('model.layers', 11, 'mlp.experts.5.up_proj')
+    """
+    parts = path.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:position]), int(part), ".".join(parts[position + 1 :])
+    return None
+
+
+def find_layout(model: nn.Module, config: S3TConfig) -> Layout:
+    """Finds the layers that `config` targets in a bare base model and lays them into layer groups from the top.
+
+    Raises:
+        ValueError: targets outside the numbered layers, layers in several lists, or more layer groups than layers.
+    """
+    resolved, everything_linear = _resolve_targets(model, config)
+    heads = find_heads(model, config)
+    inside: dict[str, dict[int, list[str]]] = {}
+    outside: list[str] = []
+    for path, _ in model.named_modules():
+        match = check_target_module_exists(resolved, path) if path else False
+        if not match or isinstance(match, _ExcludedModule):
+            continue
+        place = split_layer_path(path)
+        if place is None or not place[2]:
+            outside.append(path)
+        else:
+            inside.setdefault(place[0], {}).setdefault(place[1], []).append(place[2])
+    container = _only_container(inside, config)
+    if outside and not everything_linear:
+        raise ValueError(
+            f"`target_modules` also match modules outside the numbered layers: {', '.join(outside)}. They belong to no "
+            "stage. Leave them out with `exclude_modules`, or train them whole as part of every stage's head with "
+            "`modules_to_save`."
+        )
+    if outside:
+        logger.info("all-linear: left out %s, which lie outside the numbered layers", ", ".join(outside))
+    targets = {layer: tuple(sorted(suffixes)) for layer, suffixes in sorted(inside[container].items())}
+    groups = _layer_groups(len(model.get_submodule(container)), targets, config)
+    layout = Layout(container, targets, groups, heads, ())
+    return replace(layout, suffixes=_shortest_suffixes(model, layout))
+
+
+def _resolve_targets(model: nn.Module, config: S3TConfig) -> tuple[LoraConfig, bool]:
+    """A LoRA config with the same targets, PEFT's defaults and "all-linear" filled in."""
+    targets = config.target_modules
+    if targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        if targets is None:
+            raise ValueError(f"PEFT knows no default `target_modules` for model type {model_type!r}; name them.")
+    everything_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+    resolved = LoraConfig(
+        target_modules=targets,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+    )
+    return _maybe_include_all_linear_layers(resolved, model), everything_linear
+
+
+def find_heads(model: nn.Module, config: S3TConfig) -> tuple[str, ...]:
+    """Paths of the modules that `modules_to_save` names, as PEFT matches them (by the end of the path)."""
+    wanted = {*(config.modules_to_save or ()), *HEADS_BY_TASK.get(config.task_type or "", ())}
+    heads = tuple(path for path, _ in model.named_modules() if path and any(path.endswith(name) for name in wanted))
+    within = [path for path in heads if split_layer_path(path) is not None]
+    if within:
+        raise ValueError(
+            f"`modules_to_save` names modules inside the numbered layers: {', '.join(within)}. Every stage would train "
+            "them again. Target them with LoRA instead."
+        )
+    return heads
+
+
+def _only_container(inside: Mapping[str, Any], config: S3TConfig) -> str:
+    if not inside:
+        raise ValueError(
+            f"`target_modules` ({config.target_modules!r}) match no module in numbered layers such as `layers.0`. "
+            "S3T trains by layer groups; name linear modules inside the layers, or use 'all-linear'."
+        )
+    if len(inside) > 1:
+        raise ValueError(
+            f"`target_modules` match layers in several lists: {', '.join(sorted(inside))}. S3T needs one stack of "
+            "layers; leave the others out with `exclude_modules`."
+        )
+    return next(iter(inside))
+
+
+def _layer_groups(num_layers: int, targets: Mapping[int, Any], config: S3TConfig) -> tuple[tuple[int, ...], ...]:
+    size = config.layers_per_slice or num_layers // config.num_slices
+    if size < 1 or size * config.num_slices > num_layers:
+        raise ValueError(
+            f"{config.num_slices} slices of {max(size, 1)} layers need {max(size, 1) * config.num_slices} layers, but "
+            f"the model has {num_layers}. Use at most {num_layers // max(size, 1)} slices of that many layers, or set "
+            "`layers_per_slice` lower."
+        )
+    tops = [num_layers - size * index for index in range(config.num_slices)]
+    groups = tuple(tuple(range(top - size, top)) for top in tops)
+    empty = [group for group in groups if not any(layer in targets for layer in group)]
+    if empty:
+        raise ValueError(f"`target_modules` match nothing in layers {', '.join(map(str, empty))}: a stage owns nothing.")
+    return tuple(tuple(layer for layer in group if layer in targets) for group in groups)
+
+
+def _shortest_suffixes(model: nn.Module, layout: Layout) -> tuple[str, ...]:
+    """`target_modules` by which stock PEFT, given the layer numbers, finds exactly the layout's targets."""
+    layers = list(layout.grouped_layers)
+    full = {suffix for layer in layers for suffix in layout.targets[layer]}
+    for suffixes in ({suffix.rsplit(".", 1)[-1] for suffix in full}, full):
+        stock = LoraConfig(
+            target_modules=sorted(suffixes), layers_to_transform=layers, layers_pattern=_layers_pattern(layout)
+        )
+        found = {path for path, _ in model.named_modules() if check_target_module_exists(stock, path)}
+        if found == layout.module_names(layers):
+            return tuple(sorted(suffixes))
+    raise ValueError(
+        "`target_modules` pick different modules in different layers, which plain PEFT configs can not express. "
+        "Name modules that are targeted in every layer where they occur."
+    )
+
+
+def _layers_pattern(layout: Layout) -> str:
+    return layout.container.rsplit(".", 1)[-1]
+
+
+class S3TModel(LoraModel):
+    """A [`~peft.LoraModel`] whose adapters live in the layers that their [`S3TConfig`] owns (`stage_layers`)."""
+
+    def _pre_injection_hook(self, model: nn.Module, config: S3TConfig, adapter_name: str) -> None:
+        self.layout = find_layout(model, config)
+
+    def _prepare_adapter_config(self, peft_config: S3TConfig, model_config: dict) -> S3TConfig:
+        peft_config.target_modules = set(self.layout.suffixes)
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: S3TConfig, key: str) -> bool:
+        layers = peft_config.stage_layers
+        return key in self.layout.module_names(self.layout.grouped_layers if layers is None else layers)
+
+
+register(S3TModel)
+
+
+def owned_layers(config: S3TConfig, layout: Layout, depth: int) -> tuple[int, ...]:
+    """Layers whose LoRA the stage at `depth` (1 is the first) trains."""
+    return layout.grouped_layers if config.stage_parameters == "all" else layout.groups[depth - 1]
+
+
+def frozen_layers(config: S3TConfig, layout: Layout, depth: int) -> tuple[int, ...]:
+    """Layers whose LoRA comes from the stage's parent and stays as it is."""
+    if config.stage_parameters == "all":
+        return ()
+    return tuple(sorted(layer for group in layout.groups[: depth - 1] for layer in group))
+
+
+def plain_lora_config(config: S3TConfig, layout: Layout, layers: tuple[int, ...]) -> dict[str, Any]:
+    """The `adapter_config.json` of a LoRA in `layers`, for stock PEFT: type `LORA`, and the same bytes every time."""
+    plain = LoraConfig(
+        **{name: getattr(config, name) for name in LORA_FIELDS if name not in ("target_modules", "exclude_modules")},
+        target_modules=list(layout.suffixes),
+        layers_to_transform=sorted(layers),
+        layers_pattern=_layers_pattern(layout),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    ).to_dict()
+    plain["modules_to_save"] = list(layout.heads) or None
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}
+
+
+def without_grad(model: nn.Module) -> None:
+    """Freezes every parameter."""
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+
+
+class StageTuner:
+    """Puts one stage at a time into a PEFT model, and takes it out again.
+
+    Args:
+        model ([`~peft.PeftModel`]): a model whose adapters are of type `S3T`.
+    """
+
+    def __init__(self, model: PeftModel):
+        self.model = model
+        self.config: S3TConfig = next(iter(model.peft_config.values()))
+        self.layout: Layout = model.base_model.layout
+        self.active: list[str] = []
+        self.training_owned: frozenset[str] = frozenset()
+        self._numel = {name: value.numel() for name, value in self.adapter_parameters("default").items()}
+
+    def begin(self, depth: int, seed: int, parent: Tensors | None) -> None:
+        """Makes the model ready to train the stage at `depth`: its own LoRA and head fresh, its parent frozen.
+
+        Args:
+            depth (`int`): length of the stage's prefix, 1 for a first stage.
+            seed (`int`): seeds the LoRA's initial values.
+            parent (`dict[str, torch.Tensor]`, *optional*): the assembled adapter of the parent prefix.
+        """
+        self._clear()
+        set_seed(seed)
+        owned = owned_layers(self.config, self.layout, depth)
+        self._inject("default", owned, heads=True)
+        self.active = ["default"]
+        frozen = frozen_layers(self.config, self.layout, depth)
+        if frozen:
+            self._inject("prefix", frozen, heads=False)
+            self.active.append("prefix")
+        if parent is not None:
+            self._load("default", {key: value for key, value in parent.items() if key in self._keys("default")})
+        if frozen and parent is not None:
+            self._load("prefix", {key: value for key, value in parent.items() if "lora_" in key}, whole=True)
+        self.arm(training=True)
+
+    def serve(self, members: Mapping[str, tuple[tuple[int, ...], Tensors]]) -> None:
+        """Replaces whatever is loaded by whole prefixes, one adapter each, and activates the first.
+
+        Args:
+            members (`dict[str, tuple[layers, tensors]]`): per adapter name, its layers and assembled tensors. Empty:
+                an untrained adapter takes their place, which answers exactly as the base model.
+        """
+        self._clear()
+        for name, (layers, tensors) in members.items():
+            self._inject(name, layers, heads=True)
+            self._load(name, tensors, whole=True)
+        if not members:
+            self._inject("default", self.layout.groups[0], heads=True)
+        self.activate(next(iter(members), "default"))
+
+    def activate(self, name: str) -> None:
+        """Makes one loaded adapter answer, with its head; nothing trains."""
+        self.active = [name]
+        self.arm(training=False)
+
+    def arm(self, training: bool) -> None:
+        """Sets active adapters, heads and `requires_grad`. Runs after everything that may have changed them."""
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_adapter(self.active)
+            elif isinstance(module, ModulesToSaveWrapper):
+                module.set_adapter(self.active[0])
+        self.model.base_model.active_adapter = list(self.active)
+        self.model.active_adapter = self.active[0]
+        without_grad(self.model)
+        owned = self.adapter_parameters("default") if training else {}
+        for parameter in owned.values():
+            parameter.requires_grad = True
+        self.training_owned = frozenset(owned)
+
+    def stage_numel(self, layers: tuple[int, ...]) -> int:
+        """Numbers that a stage stores which owns `layers`: its LoRA and its heads."""
+        inside = {f"{name}." for name in self.layout.module_names(layers)}
+        return sum(
+            count
+            for name, count in self._numel.items()
+            if "lora_" not in name or any(f".{module}" in name for module in inside)
+        )
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Named parameters of one adapter: its LoRA matrices and its heads."""
+        return {key: value for key, value in self.model.named_parameters() if f".{name}." in f"{key}."}
+
+    def check_mask(self) -> None:
+        """Raises [`IsolationError`] unless exactly the stage's own parameters train."""
+        training = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if training != self.training_owned or not training:
+            raise IsolationError(
+                "The parameters that train are not the stage's. Unexpected: "
+                f"{sorted(training - self.training_owned)[:5]}; missing: {sorted(self.training_owned - training)[:5]}. "
+                "Something (a callback, a subclass) changed `requires_grad`; take that out."
+            )
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Raises [`IsolationError`] unless the optimizer holds exactly the stage's own parameters."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        owned = {id(parameter): name for name, parameter in self.adapter_parameters("default").items()}
+        if held != set(owned):
+            absent = sorted(name for key, name in owned.items() if key not in held)
+            raise IsolationError(
+                f"The optimizer holds {len(held - set(owned))} tensors that the stage does not own and lacks "
+                f"{absent[:5] or 'none'} of its own. Build the optimizer from the parameters that require gradients."
+            )
+
+    def frozen_digests(self) -> dict[str, str]:
+        """sha256 of every tensor in the model's state that the running stage does not own."""
+        return {
+            name: tensor_digest(value)
+            for name, value in self.model.state_dict().items()
+            if isinstance(value, torch.Tensor) and name not in self.training_owned
+        }
+
+    def check_frozen(self, before: Mapping[str, str]) -> None:
+        """Raises [`IsolationError`] if a tensor outside the stage differs from `before`."""
+        after = self.frozen_digests()
+        changed = sorted(name for name in before if after.get(name) != before[name])
+        if changed:
+            raise IsolationError(
+                f"Training changed {len(changed)} tensors that the stage does not own: {', '.join(changed[:5])}. "
+                "Running statistics (batch norm) and tied weights can not be isolated; freeze them or use another model."
+            )
+
+    def stage_tensors(self) -> Tensors:
+        """What the running stage stores: its own LoRA and its heads, fp32 on the CPU, under PEFT's names."""
+        tensors = get_peft_model_state_dict(self.model, adapter_name="default", save_embedding_layers=False)
+        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in tensors.items()}
+
+    def zero_stage(self) -> None:
+        """Makes the running stage a stage without effect, for a prefix that has no example: its LoRA is all zeros."""
+        with torch.no_grad():
+            for name, parameter in self.adapter_parameters("default").items():
+                if "lora_" in name:
+                    parameter.zero_()
+
+    def _clear(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PEFT warns that it picks a new active adapter; arm() does
+            for name in list(self.model.peft_config):
+                self.model.delete_adapter(name)
+        self.model.base_model.active_adapter = []
+
+    def _inject(self, name: str, layers: tuple[int, ...], heads: bool) -> None:
+        config = replace(
+            self.config,
+            stage_layers=list(layers),
+            modules_to_save=list(self.layout.heads) if heads and self.layout.heads else None,
+            lora_dropout=self.config.lora_dropout if name == "default" else 0.0,
+        )
+        if not self.model.base_model.active_adapter:
+            self.model.base_model.active_adapter = [name]
+        # Not `add_adapter` of the task's own class: that one adds heads to every adapter, also to `prefix`.
+        PeftModel.add_adapter(self.model, name, config)
+
+    def _keys(self, name: str) -> set[str]:
+        return set(get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False))
+
+    def _load(self, name: str, tensors: Tensors, whole: bool = False) -> None:
+        keys = self._keys(name)
+        surplus, missing = sorted(set(tensors) - keys), sorted(keys - set(tensors)) if whole else []
+        if surplus or missing:
+            raise IsolationError(
+                f"The stored tensors do not fit the layers of adapter {name!r}: missing {missing[:3]}, surplus "
+                f"{surplus[:3]}. The store was trained with another config or base model."
+            )
+        set_peft_model_state_dict(self.model, tensors, adapter_name=name)
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's bytes."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy()).hexdigest()
+
+
+def freshly_initialized(model: nn.Module) -> list[str]:
+    """Paths of the modules that `from_pretrained` drew at random because the checkpoint lacks them.
+
+    transformers marks every loaded parameter; a model that was built from a config has no marks and is taken as it is.
+    """
+    marks = {name: getattr(value, "_is_hf_initialized", False) for name, value in model.named_parameters()}
+    if not any(marks.values()):
+        return []
+    fresh = {
+        name.rsplit(".", 1)[0]
+        for name, value in model.named_parameters()
+        if not marks[name] and value.is_floating_point()
+    }
+    return sorted(fresh)
+
+
+def draw_heads(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str, str]:
+    """Draws the heads that the base lacks anew, each from a digest of (seed, path); returns their sha256.
+
+    Raises:
+        ValueError: a freshly initialised module is not in `modules_to_save`, so no stage would store it.
+    """
+    fresh = freshly_initialized(model)
+    orphans = [path for path in fresh if not any(path == head or path.startswith(f"{head}.") for head in heads)]
+    if orphans:
+        raise ValueError(
+            f"The base model lacks weights for {', '.join(orphans)}, which were drawn at random and would be lost: no "
+            f"stage stores them. Add them to the config, e.g. `modules_to_save={sorted({p.split('.')[0] for p in orphans})}`."
+        )
+    drawn = {}
+    for path in fresh:
+        module = model.get_submodule(path)
+        number = int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "big") >> 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number)
+            model._init_weights(module)
+        joined = b"".join(tensor_digest(value).encode() for _, value in sorted(module.named_parameters()))
+        drawn[path] = hashlib.sha256(joined).hexdigest()
+    return drawn
