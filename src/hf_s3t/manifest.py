@@ -132,6 +132,10 @@ class State:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     caches: tuple[str, ...] = ()
 
+    def buries(self, digest: str, group: str | None) -> bool:
+        """Whether a tombstone stands for an example, or for its group."""
+        return digest in self.ids or (group is not None and group in self.groups)
+
     def digest(self, key: bytes) -> str:
         """HMAC over the tombstones, which the manifest carries."""
         names = {"ids": sorted(self.ids), "groups": sorted(self.groups)}

@@ -64,6 +64,7 @@ def make_recipe(
             "slice_columns": list(config.slice_columns) if config.slice_columns else None,
         },
         "arguments": bit_changing_arguments(args),
+        "mixed_precision": str(args.mixed_precision),
         "processes": args.world_size,
         "base": {
             "id": base_id,

@@ -42,6 +42,19 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
             raise ValueError(f"S3T does not work with `{name}={getattr(args, name)!r}`: {reason}.")
 
 
+def check_processes(args: TrainingArguments) -> None:
+    """Raises `ValueError` where a launcher started several processes that do not know of each other.
+
+    They would all write the same store. It happens on machines without a GPU unless `use_cpu=True` is passed.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(
+            f"The launcher started {launched} processes, but each of them would train alone (world size "
+            f"{args.world_size}). On machines without a GPU pass `use_cpu=True` in the TrainingArguments."
+        )
+
+
 def set_stage_defaults(args: TrainingArguments) -> None:
     """Defaults that fit a frozen base: no search for unused parameters, checkpointing that needs no input gradients."""
     if args.ddp_find_unused_parameters is None:

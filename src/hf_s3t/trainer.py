@@ -9,42 +9,53 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from . import deletion
 from .adapter import Adapter
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
 from .checkpoints import collates_the_same, latest_checkpoint, mark_complete
 from .config import S3TConfig
 from .deletion import Receipt, versions
 from .ensemble import S3TEnsemble, read_members
-from .errors import DatasetError, IsolationError, S3TError, StateError
+from .errors import IsolationError, S3TError
 from .files import remove
 from .folder import LOCK_SECONDS
-from .manifest import Manifest, State, key_check_value
-from .partition import Entry, compare, examples_digest, id_source, raw_rows, read_rows, warn_of_empty_slices
+from .partition import examples_digest
 from .plan import Stage
-from .recipe import check_same, make_recipe
-from .staging import make_plan, public_id, refuse_arguments, set_stage_defaults, stage_seed, wrap_model
+from .recipe import make_recipe
+from .reconcile import Missing, Wanted, reconcile
+from .rows import TrainRows
+from .staging import (
+    check_processes,
+    make_plan,
+    public_id,
+    refuse_arguments,
+    set_stage_defaults,
+    stage_seed,
+    wrap_model,
+)
 from .store import S3TStore
 from .tuner import StageTuner, Tensors, owned_layers, plain_lora_config, tensor_digest
 
 logger = get_logger(__name__)
 
-DIGEST_COLUMN = "hf_s3t_example"
+if TYPE_CHECKING:
+    TrainerBase = Trainer
+else:
+    TrainerBase = object
 
 
 class StageDropped(Exception):
@@ -68,7 +79,7 @@ class StageOrder:
     generation: int
 
 
-class S3TMixin:
+class S3TMixin(TrainerBase):
     """Makes a subclass of [`~transformers.Trainer`] train slice by slice. Put it first among the base classes.
 
     Args:
@@ -102,7 +113,7 @@ class S3TMixin:
         *,
         peft_config: S3TConfig | None = None,
         partition_key: str | bytes | None = None,
-        missing: Literal["error", "delete", "ignore"] = "error",
+        missing: Missing = "error",
         extend: bool = False,
         base_model_id: str | None = None,
         **kwargs: Any,
@@ -114,13 +125,16 @@ class S3TMixin:
         model, self.s3t_config, self._drawn_heads = wrap_model(model, peft_config, args.seed)
         self.base_model_id = base_model_id or public_id(model)
         self.s3t_config.base_model_name_or_path = self.base_model_id
-        self._rows: dict[str, Entry] = {}
-        self._id_column: str | None = None
+        self._rows: TrainRows | None = None
+        check_processes(args)
         if train_dataset is not None:
-            train_dataset = self._partition(train_dataset, args)
+            key = _on_main_process(args, self.store.ensure_key)
+            self._rows = TrainRows(train_dataset, key, self.s3t_config)
+            train_dataset = self._rows.marked(train_dataset)
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
         self.tuner = StageTuner(self.model)
-        self._index_positions()
+        if self._rows is not None:
+            self.train_dataset = self._rows.adopt(self.train_dataset)
         self.guard = StageGuard(self.tuner, self._drop_if_hit)
         self.callback_handler = StageCallbackHandler(self.callback_handler, self.args.report_to)
         self.add_callback(self.guard)
@@ -131,42 +145,6 @@ class S3TMixin:
         self._members: list[str] | None = None
         self._marks: Any = None
         self._steps_before = 0
-
-    # ---- data ----
-
-    def _partition(self, dataset: Any, args: TrainingArguments) -> Any:
-        """Finds the slice of every raw row; the keyed digests travel with the rows through what subclasses do."""
-        args.device  # noqa: B018  # starts the process group
-        key = _on_main_process(args, self.store.ensure_key)
-        self.store = S3TStore(args.output_dir, key) if args.world_size > 1 else self.store
-        rows = read_rows(dataset, key, self.s3t_config)
-        self._rows = dict(rows)
-        first = next(iter(raw_rows(dataset)), None)
-        self._id_column = id_source(self.s3t_config, list(first)) if first is not None else None
-        logger.info("examples are named by %s", self._id_column or "a digest of their raw content")
-        self._digests = [digest for digest, _ in rows]
-        return dataset.add_column(DIGEST_COLUMN, self._digests) if hasattr(dataset, "add_column") else dataset
-
-    def _index_positions(self) -> None:
-        """Maps digests to positions in the train set that the subclass made, which may have dropped rows."""
-        self._positions: dict[str, list[int]] = {}
-        dataset = self.train_dataset
-        if dataset is None:
-            return
-        if DIGEST_COLUMN in getattr(dataset, "column_names", ()):
-            self._digests = dataset.with_format(None)[DIGEST_COLUMN][:]
-            dataset = dataset.remove_columns(DIGEST_COLUMN)
-        elif len(dataset) != len(self._digests):
-            raise ValueError(
-                f"{len(self._digests)} rows became {len(dataset)} without the column {DIGEST_COLUMN!r}: it is not known "
-                "which row is whose. Keep extra columns in the dataset's preparation, and do not pack examples."
-            )
-        for position, digest in enumerate(self._digests):
-            self._positions.setdefault(digest, []).append(position)
-        self.train_dataset = self.full_train_dataset = dataset
-        dropped = len(self._rows.keys() - self._positions.keys())
-        if dropped:
-            logger.warning("%d rows were dropped in the dataset's preparation: known to the index, not trained on", dropped)
 
     # ---- training ----
 
@@ -190,24 +168,20 @@ class S3TMixin:
         """
         if resume_from_checkpoint not in (None, True, False) or trial is not None:
             raise ValueError("`train()` resumes from the store itself; pass no checkpoint path and no trial.")
-        if not self._positions:
+        if self._rows is None:
             raise ValueError("`train()` needs a `train_dataset`.")
+        outputs: dict[Stage, TrainOutput] = {}
         with self._training_lock():
-            generation_line = self._on_main(self._open_store)
-            logger.info("%s", generation_line)
-            outputs = {}
+            logger.info("%s", self._on_main(self._open_store))
             while (order := self._on_main(self._next_order)) is not None:
                 try:
-                    output = self._train_stage(order, resume_from_checkpoint is not False, ignore_keys_for_eval)
+                    outputs[order.stage] = self._train_stage(order, resume_from_checkpoint is not False, ignore_keys_for_eval)
                 except StageDropped:
-                    logger.warning("stage %s was hit by a deletion and dropped", order.stage.name)
-                    self._on_main(lambda order=order: remove(self._running_dir(order.stage)))
-                    continue
-                outputs[order.stage] = output
+                    self._on_main(partial(self._drop, order))
             self._on_main(self._close_store)
         self.callback_handler.end_run(self.args, self.state, self.control)
         self.progress.close()
-        self.train_dataset = self.full_train_dataset
+        self.train_dataset = self._rows.dataset
         self._serve()
         return _summary(outputs)
 
@@ -221,71 +195,37 @@ class S3TMixin:
             yield
 
     def _open_store(self) -> str:
-        """Creates or checks the store, brings the index up to date, and says what is about to be trained."""
-        with self.store.writing():
-            manifest, state, index = self._read_or_create()
-            rows = {digest: entry for digest, entry in self._rows.items() if not _buried(digest, entry, state)}
-            comparison = compare(index, rows)
-            gone = comparison.missing | comparison.changed
-            if gone and manifest.stages and self.missing == "error":
-                raise DatasetError(
-                    f"{len(comparison.missing)} examples that were trained on are gone from the train set and "
-                    f"{len(comparison.changed)} have changed. Stages still hold their influence. Pass missing='delete' "
-                    "to delete them now, missing='ignore' to keep their influence, or restore the rows."
-                )
-            if gone and manifest.stages and self.missing == "delete":
-                receipt = self.store.delete(digests=sorted(gone), reference="vanished or changed rows")
-                deletion.readmit(self.store, dict.fromkeys(comparison.changed, "id"), "changed rows")
-                logger.warning("deleted %d vanished or changed examples: %s", len(gone), receipt.receipt)
-                manifest, state, index = self.store.manifest(), self.store.state(), self.store.index()
-            if self.extend and comparison.new and manifest.stages:
-                hit = {rows[digest][:2] for digest in comparison.new}
-                manifest = manifest.without([stage for stage in manifest.stages if stage.slices & hit])
-                manifest = self.store.write_root(manifest)
-            kept = {digest: entry for digest, entry in index.items() if self.missing == "ignore" or digest in rows}
-            merged = {**rows, **kept} if manifest.stages else rows
-            if not manifest.stages:
-                warn_of_empty_slices(merged, self.store.key, self.s3t_config)
-            self.store.write_index(merged)
-            self.store.write_state(replace(state, caches=tuple(sorted({*state.caches, *self._cache_files()}))))
-            self.store.write_manifest(manifest)
-            deletion.sweep(self.store, manifest)
-            return self._announcement(manifest)
-
-    def _read_or_create(self) -> tuple[Manifest, State, dict[str, Entry]]:
-        key = self.store.key
+        """Brings store, settings and rows into agreement; returns what is about to be trained, in one line."""
         recipe = make_recipe(
-            self.s3t_config, self.tuner.layout, self._id_column, self.args, self.model, self.processing_class,
+            self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
             self.data_collator, self.base_model_id, self._drawn_heads,
         )  # fmt: skip
         plan = make_plan(self.s3t_config, self.args.seed)
-        if not self.store.exists:
-            logger.warning(
-                "The private state of this store is in %s. Back it up (`hf-s3t state export`): without it, nobody can "
-                "be found again.", self.store.private,
-            )  # fmt: skip
-            state = State()
-            return Manifest(0, state.digest(key), key_check_value(key), recipe, plan), state, {}
-        manifest, state = self.store.manifest(), self.store.state()
-        check_same(manifest.recipe, recipe)
-        if state.generation != manifest.generation or state.digest(key) != manifest.tombstones:
-            raise StateError(
-                f"The state is of generation {state.generation}, the manifest of {manifest.generation}, or their "
-                "tombstones differ: something was deleted elsewhere, and training here would bring it back. Nothing was "
-                "trained. Bring the state up to date: `hf-s3t state export` there, `hf-s3t state import` here."
-            )
-        return replace(manifest, plan=plan), state, self.store.index()
-
-    def _announcement(self, manifest: Manifest) -> str:
-        plan, config = manifest.plan, self.s3t_config
+        wanted = Wanted(recipe, plan, self.rows.entries, self.missing, self.extend, self.rows.cache_files)
+        with self.store.writing():
+            manifest = reconcile(self.store, self.s3t_config, wanted)
         missing = plan.missing(manifest.stages)
-        numel = sum(self.tuner.stage_numel(owned_layers(config, self.tuner.layout, stage.depth)) for stage in missing)
-        ratio = sum(stage.depth for stage in missing) / (plan.num_shards * plan.num_slices)
-        self.progress.total = sum(stage.depth for stage in missing)
+        cost = sum(stage.depth for stage in missing)
+        numel = sum(self.tuner.stage_numel(self._owned(stage)) for stage in missing)
+        self.progress.total = cost
         return (
-            f"{len(missing)} of {len(plan.stages)} stages to train, {self.progress.total} slice passes = {ratio:.1f} x one "
-            f"plain fine-tuning, {4 * numel / 1e6:.1f} MB of stages"
+            f"{len(missing)} of {len(plan.stages)} stages to train, {cost} slice passes = "
+            f"{cost / (plan.num_shards * plan.num_slices):.1f} x one plain fine-tuning, {4 * numel / 1e6:.1f} MB of stages"
         )
+
+    @property
+    def rows(self) -> TrainRows:
+        """The partitioned train set."""
+        assert self._rows is not None
+        return self._rows
+
+    def _owned(self, stage: Stage) -> tuple[int, ...]:
+        return owned_layers(self.s3t_config, self.tuner.layout, stage.depth)
+
+    def _drop(self, order: StageOrder) -> None:
+        logger.warning("stage %s was hit by a deletion: dropped", order.stage.name)
+        with self.store.writing():
+            remove(self._running_dir(order.stage))
 
     def _next_order(self) -> StageOrder | None:
         """The first stage that the store lacks, with its rows as they may be used now."""
@@ -299,18 +239,7 @@ class S3TMixin:
             parent = None
             if stage.parent is not None:
                 parent = self.store.assemble(stage.shard, stage.parent.prefix, manifest).tensors
-            return StageOrder(stage, self._examples(stage, state), parent, state.generation)
-
-    def _examples(self, stage: Stage, state: State) -> tuple[str, ...]:
-        found = []
-        for slice_id in stage.prefix:
-            place = (stage.shard, slice_id)
-            found += sorted(
-                digest
-                for digest, entry in self._rows.items()
-                if entry[:2] == place and digest in self._positions and not _buried(digest, entry, state)
-            )
-        return tuple(found)
+            return StageOrder(stage, self.rows.examples(stage, state), parent, state.generation)
 
     def _train_stage(self, order: StageOrder, resume: bool, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         """One stage from its fresh parameters to its place in the store."""
@@ -324,7 +253,7 @@ class S3TMixin:
             self.model_wrapped = self.model
             output = TrainOutput(0, 0.0, {})
             if order.examples:
-                self.train_dataset = self._subset(order.examples)
+                self.train_dataset = self.rows.select(order.examples)
                 checkpoint = self._on_main(lambda: self._resumable_checkpoint(resume))
                 frozen = self.tuner.frozen_digests()
                 set_seed(seed)
@@ -343,20 +272,14 @@ class S3TMixin:
         self._steps_before += output.global_step
         logger.info(
             "stage %s: layers %s, %d examples, %d trainable parameters, loss %.4f, %.1f s", stage.name,
-            list(owned_layers(self.s3t_config, self.tuner.layout, stage.depth)), len(order.examples),
+            list(self._owned(stage)), len(order.examples),
             sum(value.numel() for value in tensors.values()), output.training_loss, record["seconds"],
         )  # fmt: skip
         return output
 
-    def _subset(self, examples: Sequence[str]) -> Any:
-        positions = [position for digest in examples for position in self._positions[digest]]
-        dataset = self.full_train_dataset
-        return dataset.select(positions) if hasattr(dataset, "select") else Subset(dataset, positions)
-
     def _commit(self, order: StageOrder, tensors: Tensors, record: dict[str, Any]) -> None:
         """Writes the stage, the record before the manifest that makes it count; or drops it, if it was hit."""
-        layers = owned_layers(self.s3t_config, self.tuner.layout, order.stage.depth)
-        config = plain_lora_config(self.s3t_config, self.tuner.layout, layers)
+        config = plain_lora_config(self.s3t_config, self.tuner.layout, self._owned(order.stage))
         config["auto_mapping"] = self._auto_mapping(order.stage)
         with self.store.writing():
             if self._is_hit(order):
@@ -569,10 +492,6 @@ class S3TMixin:
     def _on_main(self, function: Callable[[], Any]) -> Any:
         return _on_main_process(self.args, function)
 
-    def _cache_files(self) -> list[str]:
-        files = getattr(self.full_train_dataset, "cache_files", None) or ()
-        return [record["filename"] for record in files]
-
 
 def _on_main_process(args: TrainingArguments, function: Callable[[], Any]) -> Any:
     """Runs a function on the main process and gives every process its result, or its error."""
@@ -589,11 +508,6 @@ def _on_main_process(args: TrainingArguments, function: Callable[[], Any]) -> An
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def _buried(digest: str, entry: Entry, state: State) -> bool:
-    """Whether a tombstone stands for an example or for its group."""
-    return digest in state.ids or (entry.group is not None and entry.group in state.groups)
 
 
 def _summary(outputs: Mapping[Stage, TrainOutput]) -> TrainOutput:

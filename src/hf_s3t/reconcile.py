@@ -1,0 +1,127 @@
+"""What must agree before anything trains: the store with the recipe, the state with the manifest, the rows with the index.
+
+Runs once per `train()`, under the write lock, on the main process. What it returns is the manifest to train from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from . import deletion
+from .config import S3TConfig
+from .errors import DatasetError, StateError
+from .manifest import Manifest, State, key_check_value
+from .partition import Comparison, Entry, Index, compare, warn_of_empty_slices
+from .plan import Plan
+from .recipe import check_same
+from .store import S3TStore
+
+logger = logging.getLogger(__name__)
+
+Missing = Literal["error", "delete", "ignore"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run brings along: its recipe, its plan, its rows, and what to do where they differ from the store's.
+
+    Args:
+        recipe (`dict`): every setting that changes bits.
+        plan ([`Plan`]): may differ from the store's; live stages are kept.
+        rows (`dict[str, Entry]`): keyed digest and entry of every row.
+        missing (`"error"`, `"delete"` or `"ignore"`): for rows that are gone or changed.
+        extend (`bool`): train stages again whose slices got new rows.
+        caches (`list[str]`): files outside the store that hold the rows' text.
+    """
+
+    recipe: dict[str, Any]
+    plan: Plan
+    rows: Mapping[str, Entry]
+    missing: Missing
+    extend: bool
+    caches: list[str]
+
+
+def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
+    """Creates the store, or brings it and the train set into agreement; under the write lock.
+
+    Raises:
+        RecipeError: the settings differ.
+        StateError: the state is absent, or older than the manifest.
+        DatasetError: rows are gone or changed and `missing="error"`.
+    """
+    if not store.exists:
+        return _create(store, config, wanted)
+    manifest, state = store.manifest(), store.state()
+    check_same(manifest.recipe, wanted.recipe)
+    _check_generation(store, manifest, state)
+    index, rows = store.index(), _unburied(wanted.rows, state)
+    comparison = compare(index, rows)
+    if manifest.stages and (comparison.missing or comparison.changed):
+        manifest, index = _settle_differences(store, comparison, wanted, manifest, index)
+    manifest = replace(manifest, plan=wanted.plan)
+    if manifest.stages and wanted.extend and comparison.new:
+        hit = {rows[digest][:2] for digest in comparison.new}
+        kept = manifest.without([stage for stage in manifest.stages if stage.slices & hit])
+        manifest = store.write_root(kept)
+    _write(store, manifest, {**index, **rows} if manifest.stages else rows, wanted)
+    return manifest
+
+
+def _create(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
+    key, state = store.key, State()
+    warn_of_empty_slices(dict(wanted.rows), key, config)
+    logger.warning(
+        "The private state of this store is in %s. Back it up (`hf-s3t state export`): without it, nobody can be found "
+        "again.",
+        store.private,
+    )
+    manifest = Manifest(0, state.digest(key), key_check_value(key), wanted.recipe, wanted.plan)
+    store.write_state(state)
+    _write(store, manifest, dict(wanted.rows), wanted)
+    return manifest
+
+
+def _write(store: S3TStore, manifest: Manifest, index: Index, wanted: Wanted) -> None:
+    """The index first, the manifest last: whatever trains is found by a deletion."""
+    state = store.state()
+    store.write_index(index)
+    store.write_state(replace(state, caches=tuple(sorted({*state.caches, *wanted.caches}))))
+    store.write_manifest(manifest)
+    deletion.sweep(store, manifest)
+
+
+def _check_generation(store: S3TStore, manifest: Manifest, state: State) -> None:
+    if state.generation == manifest.generation and state.digest(store.key) == manifest.tombstones:
+        return
+    raise StateError(
+        f"The state is of generation {state.generation}, the manifest of {manifest.generation}, or their tombstones "
+        "differ: something was deleted elsewhere, and training here would bring it back. Nothing was trained. Bring the "
+        "state up to date: `hf-s3t state export` there, `hf-s3t state import` here."
+    )
+
+
+def _unburied(rows: Mapping[str, Entry], state: State) -> Index:
+    return {digest: entry for digest, entry in rows.items() if not state.buries(digest, entry.group)}
+
+
+def _settle_differences(
+    store: S3TStore, comparison: Comparison, wanted: Wanted, manifest: Manifest, index: Index
+) -> tuple[Manifest, Index]:
+    gone = comparison.missing | comparison.changed
+    if wanted.missing == "error":
+        raise DatasetError(
+            f"{len(comparison.missing)} examples that were trained on are gone from the train set and "
+            f"{len(comparison.changed)} have changed. Stages still hold their influence. Pass missing='delete' to delete "
+            "them now, missing='ignore' to keep their influence, or restore the rows."
+        )
+    if wanted.missing == "ignore":
+        return manifest, index
+    receipt = store.delete(digests=sorted(gone), reference="vanished or changed rows")
+    if comparison.changed:  # their new content may be trained on
+        deletion.readmit(store, dict.fromkeys(sorted(comparison.changed), "id"), "changed rows")
+    logger.warning("deleted %d vanished or changed examples: %s", len(gone), receipt.receipt)
+    return store.manifest(), store.index()

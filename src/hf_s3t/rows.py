@@ -1,0 +1,91 @@
+"""The rows of a train set on their way through a Trainer: from raw row to the examples of a stage.
+
+Subclasses of the Trainer tokenise and filter rows inside `__init__`. So the raw rows are partitioned first, each row
+carries its keyed digest through the preparation in one extra column, and afterwards that column says which prepared row
+is whose.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Subset
+
+from .config import S3TConfig
+from .manifest import State
+from .partition import Entry, id_source, raw_rows, read_rows
+from .plan import Stage
+
+logger = logging.getLogger(__name__)
+
+DIGEST_COLUMN = "hf_s3t_example"
+
+
+class TrainRows:
+    """Which row of the train set is which example.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or map-style dataset): the raw rows.
+        key (`bytes`): the partition key.
+        config ([`S3TConfig`]): names the columns.
+    """
+
+    def __init__(self, dataset: Any, key: bytes, config: S3TConfig):
+        pairs = read_rows(dataset, key, config)
+        if not pairs:
+            raise ValueError("The train set has no rows.")
+        self.entries: dict[str, Entry] = dict(pairs)
+        self.id_column = id_source(config, list(next(iter(raw_rows(dataset)))))
+        self._digests = [digest for digest, _ in pairs]
+        self._positions: dict[str, list[int]] = {}
+        self.dataset: Any = None
+        logger.info("examples are named by %s", self.id_column or "a digest of their raw content")
+
+    def marked(self, dataset: Any) -> Any:
+        """The raw dataset with the digest column, where it can have one."""
+        return dataset.add_column(DIGEST_COLUMN, self._digests) if hasattr(dataset, "add_column") else dataset
+
+    def adopt(self, prepared: Any) -> Any:
+        """Takes the prepared dataset; returns it without the digest column.
+
+        Raises:
+            ValueError: rows were lost or joined and it can not be told which are left.
+        """
+        if DIGEST_COLUMN in getattr(prepared, "column_names", ()):
+            digests = list(prepared.with_format(None)[DIGEST_COLUMN])
+            prepared = prepared.remove_columns(DIGEST_COLUMN)
+        elif len(prepared) == len(self._digests):
+            digests = self._digests
+        else:
+            raise ValueError(
+                f"{len(self._digests)} rows became {len(prepared)} without the column {DIGEST_COLUMN!r}: it is not known "
+                "which row is whose. Keep extra columns in the dataset's preparation, and do not pack examples."
+            )
+        for position, digest in enumerate(digests):
+            self._positions.setdefault(digest, []).append(position)
+        dropped = len(self.entries.keys() - self._positions.keys())
+        if dropped:
+            logger.warning("%d rows were dropped in the preparation: the index knows them, no stage sees them", dropped)
+        self.dataset = prepared
+        return prepared
+
+    def examples(self, stage: Stage, state: State) -> tuple[str, ...]:
+        """Keyed digests of a stage's examples: slice by slice along its prefix, ordered by digest, nothing deleted."""
+        by_slice: dict[int, list[str]] = {slice_id: [] for slice_id in stage.prefix}
+        for digest, entry in self.entries.items():
+            if entry.shard == stage.shard and entry.slice in by_slice and digest in self._positions:
+                if not state.buries(digest, entry.group):
+                    by_slice[entry.slice].append(digest)
+        return tuple(digest for slice_id in stage.prefix for digest in sorted(by_slice[slice_id]))
+
+    def select(self, examples: Sequence[str]) -> Any:
+        """The prepared rows of some examples, in their order."""
+        positions = [position for digest in examples for position in self._positions[digest]]
+        return self.dataset.select(positions) if hasattr(self.dataset, "select") else Subset(self.dataset, positions)
+
+    @property
+    def cache_files(self) -> list[str]:
+        """Files of the datasets cache that hold prepared rows."""
+        return [record["filename"] for record in getattr(self.dataset, "cache_files", None) or ()]
