@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,8 @@ class S3TStore(StoreFolder):
             UnknownExampleError: something is not known; nothing was changed.
             StoreLockedError: another writer did not finish in time.
         """
-        with self.writing():
+        self.manifest()  # a folder that is no store is refused before a lock file is made in it
+        with nullcontext() if dry_run else self.writing():  # a dry run only reads
             request = deletion.resolve(self, ids, groups, rows, slices, digests)
             return deletion.delete(self, request, reference=reference, missing_ok=missing_ok, dry_run=dry_run)
 
@@ -168,6 +169,7 @@ class S3TStore(StoreFolder):
             UnknownExampleError: something has no tombstone; nothing was changed.
         """
         wanted: dict[str, tuple[Any, str]] = {}
+        self.manifest()
         with self.writing():
             key, state = self.key, self.state()
             wanted.update({keyed_digest(key, "id", value): (value, "id") for value in ids})
