@@ -191,6 +191,11 @@ class StoreFolder:
             )
         return key
 
+    @property
+    def has_key(self) -> bool:
+        """Whether a partition key is at hand, the right one or not."""
+        return bool(self._given_key or self._environment_key()) or (self.private / "partition.key").exists()
+
     def _environment_key(self) -> bytes | None:
         value = os.environ.get(KEY_VARIABLE)
         return as_key(value) if value else None

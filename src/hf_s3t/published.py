@@ -1,0 +1,215 @@
+"""Checks of what a store publishes: its manifest, its stages and the root adapter, without key or state.
+
+Each check is a generator of findings: a text says what is broken, a [`NotChecked`] what could not be told. `verify.py`
+runs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .adapter import CONFIG_FILE, WEIGHTS_FILE, average, is_lora
+from .errors import S3TError, StoreError
+from .files import inside, read_json
+from .folder import MANIFEST, StoreFolder
+from .layout import split_layer_path
+from .manifest import Manifest
+from .plan import Stage
+
+TENSOR_FILES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".h5", ".gguf", ".onnx", ".pkl", ".arrow",
+)  # fmt: skip
+"""Endings of files that may hold tensors or rows; in a store only the manifest's own may."""
+
+MALFORMED = (S3TError, OSError, KeyError, TypeError, ValueError, AttributeError)
+"""What reading a damaged or hostile file raises."""
+
+
+class NotChecked(Exception):
+    """A finding that says what could not be checked, and why."""
+
+
+Findings = Iterator[str | NotChecked]
+
+FindingsOf = Callable[[StoreFolder, Manifest], Findings]
+
+
+def _check_files(folder: StoreFolder, manifest: Manifest) -> Findings:
+    for stage, files in sorted(manifest.stages.items()):
+        if set(files) != {CONFIG_FILE, WEIGHTS_FILE}:
+            yield f"{stage.name}: the manifest lists {sorted(files)}; a stage has {CONFIG_FILE} and {WEIGHTS_FILE}"
+        for name, digest in sorted(files.items()):
+            path = inside(folder.path, f"{stage.name}/{name}")
+            if not path.is_file():
+                yield f"{stage.name}/{name} is missing"
+            elif _sha256(path) != digest:
+                yield f"{stage.name}/{name} is not the file that was trained: its sha256 differs from the manifest's"
+
+
+def _check_tree(folder: StoreFolder, manifest: Manifest) -> Findings:
+    data, plan, recipe = read_json(folder.path / MANIFEST), manifest.plan, manifest.recipe
+    for stage in sorted(manifest.stages):
+        named = data["stages"][stage.name].get("parent")
+        if named != (stage.parent.name if stage.parent else None):
+            yield f"{stage.name}: the manifest names {named!r} as its parent"
+        if stage.parent and stage.parent not in manifest.stages:
+            yield f"{stage.name}: its parent {stage.parent.name} is not in the store, so it can not be served"
+        if stage.shard >= plan.num_shards or max(stage.prefix) >= plan.num_slices:
+            yield f"{stage.name}: the plan has {plan.num_shards} shards of {plan.num_slices} slices"
+    if data["served"] != manifest.to_json()["served"]:
+        yield "the served prefixes that the manifest names are not those that follow from its stages"
+    if (recipe["partition"]["num_shards"], recipe["partition"]["num_slices"]) != (plan.num_shards, plan.num_slices):
+        yield "plan and partition differ in their numbers of shards or slices"
+
+
+def _check_contents(folder: StoreFolder, manifest: Manifest) -> Findings:
+    recipe = manifest.recipe["config"]
+    alike: dict[int, dict[Stage, frozenset[tuple[str, tuple[int, ...]]]]] = {}
+    for stage in sorted(manifest.stages):
+        path = inside(folder.path, stage.name)
+        try:
+            header = _read_header(path / WEIGHTS_FILE)
+            yield from _stage_findings(stage, recipe, read_json(path / CONFIG_FILE), header)
+        except MALFORMED as error:
+            yield f"{stage.name} can not be read: {type(error).__name__}: {error}"
+            continue
+        depth = 0 if recipe["stage_parameters"] == "all" else stage.depth
+        shapes = frozenset((name, tuple(entry["shape"])) for name, entry in header.items())
+        alike.setdefault(depth, {})[stage] = shapes
+    for tensors in alike.values():
+        usual = Counter(tensors.values()).most_common(1)[0][0]
+        for stage, shapes in tensors.items():
+            odd = sorted({name for name, _ in shapes ^ usual})
+            if odd:
+                yield f"{stage.name}: it has other tensors than most stages of its depth: {', '.join(odd[:3])}"
+
+
+def _stage_findings(stage: Stage, recipe: Any, config: Any, header: dict[str, Any]) -> Iterator[str]:
+    """What does not belong to a stage in its own files."""
+    parents = [above.name for above in stage.path[:-1]]
+    about = json.loads(header.pop("__metadata__")["hf_s3t"])
+    if about != {"stage": stage.name, "parents": parents}:
+        yield f"{stage.name}: its weights say that they are those of {about.get('stage')!r}"
+    if stage.depth > len(recipe["groups"]):
+        yield f"{stage.name}: there are only {len(recipe['groups'])} layer groups"
+        return
+    groups = recipe["groups"] if recipe["stage_parameters"] == "all" else [recipe["groups"][stage.depth - 1]]
+    layers = sorted(layer for group in groups for layer in group)
+    for name, value in _expected_config(recipe, layers).items():
+        if config.get(name) != value:
+            yield f"{stage.name}: `{name}` is {config.get(name)!r}, the recipe says {value!r}"
+    if config["auto_mapping"]["parents"] != parents:
+        yield f"{stage.name}: its config names the parents {config['auto_mapping']['parents']}"
+    yield from _tensor_findings(stage.name, header, layers, recipe)
+
+
+def _expected_config(recipe: Any, layers: list[int]) -> dict[str, Any]:
+    """Fields of `adapter_config.json` on which it depends what the tensors mean."""
+    kept = ("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "target_modules", "task_type")
+    return {
+        **{name: recipe[name] for name in kept},
+        "peft_type": "LORA",
+        "layers_to_transform": layers,
+        "modules_to_save": recipe["modules_to_save"] or None,
+        "bias": "none",
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def _tensor_findings(stage: str, header: dict[str, Any], layers: list[int], recipe: Any) -> Iterator[str]:
+    seen: set[int] = set()
+    heads = tuple(f"base_model.model.{head}." for head in recipe["modules_to_save"])
+    for name, entry in sorted(header.items()):
+        if entry["dtype"] != "F32":
+            yield f"{stage}: {name} is of type {entry['dtype']}; stages are stored in fp32"
+        if not is_lora(name):
+            if not name.startswith(heads or ("/",)):
+                yield f"{stage}: {name} is neither LoRA nor part of a head"
+            continue
+        place = split_layer_path(name)
+        if place is None or place[1] not in layers:
+            yield f"{stage}: {name} lies outside its layers {layers}"
+            continue
+        seen.add(place[1])
+        rank = entry["shape"][0 if ".lora_A." in name else 1]
+        if rank != recipe["r"]:
+            yield f"{stage}: {name} is of rank {rank}, the recipe says {recipe['r']}"
+        swap = (".lora_A.", ".lora_B.") if ".lora_A." in name else (".lora_B.", ".lora_A.")
+        if name.replace(*swap) not in header:
+            yield f"{stage}: {name} is there without its other half"
+    for layer in sorted(set(layers) - seen):
+        yield f"{stage}: it has no tensor in its layer {layer}"
+    for head in heads:
+        if not any(name.startswith(head) for name in header):
+            yield f"{stage}: its head {head.removeprefix('base_model.model.').rstrip('.')} is missing"
+
+
+def _check_surplus(folder: StoreFolder, manifest: Manifest) -> Findings:
+    expected = {f"{stage.name}/{name}" for stage, files in manifest.stages.items() for name in files}
+    expected |= set(manifest.root or ())
+    folders = {stage.name for stage in manifest.stages} | {f"shard-{stage.shard:02d}" for stage in manifest.stages}
+    resumable = (folder.private / "running", folder.private / "scratch")
+    for path in _walk(folder.path):
+        relative = path.relative_to(folder.path).as_posix()
+        in_shard = relative.startswith("shard-")
+        if relative == ".git":
+            yield NotChecked(".git: its history may hold stages that were removed since")
+        elif path.is_dir() and not path.is_symlink():
+            if in_shard and relative not in folders:
+                yield f"{relative}/ is no stage of the manifest"
+        elif relative not in expected and (in_shard or path.suffix in TENSOR_FILES):
+            if not any(path.is_relative_to(scratch) for scratch in resumable):
+                yield f"{relative} is not in the manifest"
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for path in sorted(root.iterdir()):
+        yield path
+        if path.is_dir() and not path.is_symlink() and path.name != ".git":
+            yield from _walk(path)
+
+
+def _check_root(folder: StoreFolder, manifest: Manifest) -> Findings:
+    served = [Stage(shard, prefix) for shard, prefix in sorted(folder.served(manifest).items())]
+    root = average([folder.assemble(stage.shard, stage.prefix, manifest) for stage in served])
+    names = [stage.name for stage in served]
+    files = root.files({"root": names}) if root else {}
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        path, recorded = folder.path / name, (manifest.root or {}).get(name)
+        found = path.read_bytes() if path.is_file() else None
+        if found != files.get(name):
+            what = "is missing" if found is None else "is not what the served prefixes give"
+            yield f"{name} {what}: {', '.join(names) or 'none'}. After a training that did not finish, run it again"
+        if recorded != (hashlib.sha256(files[name]).hexdigest() if name in files else None):
+            yield f"{name}: the manifest's sha256 is not that of the served prefixes' adapter"
+
+
+PUBLISHED_CHECKS: dict[str, FindingsOf] = {
+    "stage files are the manifest's": _check_files,
+    "parents, plan and served prefixes agree": _check_tree,
+    "stages own their layers and nothing else": _check_contents,
+    "nothing else lies in the store": _check_surplus,
+    "the root adapter is the served model": _check_root,
+}
+"""By what should hold."""
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Names, types and shapes of a safetensors file, and its metadata, without its tensors."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length < path.stat().st_size:
+            raise StoreError("the file is truncated")
+        return json.loads(file.read(length))

@@ -1,0 +1,119 @@
+"""Trains one stage again, from what remains, and compares it with the store's byte for byte.
+
+It happens in a scratch store with the same key, state and recipe, which lists every other stage as trained: `train()`
+then has one stage to do. The real store is only read.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .adapter import WEIGHTS_FILE
+from .errors import StoreError
+from .files import read_safetensors, write_atomic
+from .folder import StoreFolder
+from .manifest import Manifest
+from .plan import Stage
+from .store import as_stage
+from .trainer import S3TMixin
+from .verify import Check, Findings, NotChecked, differing_examples, run_check
+
+MakeTrainer = Callable[[str], S3TMixin]
+"""Makes the trainer that trained the store, with another `output_dir`."""
+
+
+def retrain_and_compare(store: StoreFolder, stage: str | Stage, make_trainer: MakeTrainer) -> Check:
+    """Trains one stage of a store again and compares the bytes. Needs the state and the key.
+
+    Args:
+        store ([`S3TStore`]): the store; it is not changed.
+        stage (`str` or [`Stage`]): a live stage, for example `"shard-00/2-0"`.
+        make_trainer (`Callable`): given an `output_dir`, returns a trainer with the store's model, arguments, config
+            and train set.
+
+    Returns:
+        [`Check`]: broken if the bytes differ without an innocent reason (other versions, rows that were added later).
+
+    Raises:
+        ValueError: the stage is not live, or the trainer does not train into the given folder or has no such stage.
+        RecipeError, DatasetError: the trainer's settings or rows are not the store's.
+
+    Example:
+
+        ```py
+        def make_trainer(output_dir):
+            return S3TTrainer(model, TrainingArguments(output_dir), train_dataset=dataset, peft_config=config)
+
+        check = retrain_and_compare(S3TStore("out"), "shard-00/2-0", make_trainer)
+        assert check.outcome == "holds", check
+        ```
+    """
+    stage, manifest = as_stage(stage), store.live()
+    if stage not in manifest.stages:
+        raise ValueError(f"{stage.name} is not a live stage of {store.path}. Name one that the model card lists.")
+    with tempfile.TemporaryDirectory(prefix="hf_s3t-") as folder:
+        scratch = _scratch_store(store, manifest, stage, Path(folder) / "store")
+        trainer = make_trainer(str(scratch.path))
+        if trainer.store.path.resolve() != scratch.path.resolve():
+            raise ValueError(f"The trainer would train into {trainer.store.path}; it must use the given `output_dir`.")
+        _train(trainer, scratch, stage)
+        return run_check(f"{stage.name} trained again is the same", _differences(store, scratch, stage))
+
+
+def _scratch_store(store: StoreFolder, manifest: Manifest, stage: Stage, path: Path) -> StoreFolder:
+    scratch = StoreFolder(path)
+    scratch.private.mkdir(parents=True)
+    write_atomic(scratch.private / "partition.key", store.key.hex().encode() + b"\n")
+    scratch.write_index(store.index())
+    scratch.write_state(store.state())
+    for above in stage.path[:-1]:
+        shutil.copytree(store.path / above.name, path / above.name)
+    trained: dict[Stage, dict[str, str]] = {other: {} for other in manifest.plan.stages}
+    trained.update(manifest.stages)
+    del trained[stage]
+    scratch.write_manifest(replace(manifest, stages=trained))
+    return scratch
+
+
+def _train(trainer: Any, scratch: StoreFolder, stage: Stage) -> None:
+    try:
+        trainer.train()
+    except StoreError:
+        # The other stages are listed and not there, so that no root adapter can be made once this one is trained.
+        if not (scratch.path / stage.name).is_dir():
+            raise
+    if not (scratch.path / stage.name).is_dir():
+        raise ValueError(f"The trainer's config has no stage {stage.name}. Give it the config that trained the stage.")
+
+
+def _differences(store: StoreFolder, scratch: StoreFolder, stage: Stage) -> Findings:
+    files = {name: (store.path / stage.name / name).read_bytes() for name in store.manifest().stages[stage]}
+    again = {path.name: path.read_bytes() for path in (scratch.path / stage.name).iterdir()}
+    differing = sorted(name for name in files.keys() | again.keys() if files.get(name) != again.get(name))
+    if not differing:
+        return
+    old, new = store.state().stages.get(stage.name), scratch.state().stages[stage.name]
+    if old is not None and old["data"] != new["data"]:
+        yield differing_examples(stage.name, old["examples"], new["examples"])
+    elif old is not None and old["versions"] != new["versions"]:
+        there, here = _text(old["versions"]), _text(new["versions"])
+        yield NotChecked(f"{stage.name} differs, but it was trained with {there}, and is now with {here}")
+    else:
+        yield f"{stage.name}: {', '.join(differing)} differ{_largest(store, scratch, stage)}; expected the same bytes"
+
+
+def _largest(store: StoreFolder, scratch: StoreFolder, stage: Stage) -> str:
+    """By how much the weights differ, where they can be compared."""
+    old, new = (read_safetensors(folder.path / stage.name / WEIGHTS_FILE) for folder in (store, scratch))
+    if {name: value.shape for name, value in old.items()} != {name: value.shape for name, value in new.items()}:
+        return " in which tensors they hold"
+    return f" by up to {max(float((old[name] - new[name]).abs().max()) for name in old):.3g}"
+
+
+def _text(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))

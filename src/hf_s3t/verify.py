@@ -1,0 +1,228 @@
+"""Audits of a store: what of its promises holds as the files stand, what is broken, and what can not be checked.
+
+An audit reads and changes nothing. Whatever it lacks, the state or the key, it names; nothing passes in silence.
+Hashes tell damage and mix-ups; of a manifest that was rewritten together with its files only training a stage again
+tells, which is for `retrain.py`. Checks that need neither key nor state are in `published.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import S3TError, StoreLockedError
+from .folder import StoreFolder
+from .manifest import Manifest, State
+from .partition import Index, examples_digest
+from .published import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Args:
+        name (`str`): what should hold.
+        broken (`tuple[str, ...]`): where it does not.
+        not_checked (`tuple[str, ...]`): where it could not be told, with the reason.
+    """
+
+    name: str
+    broken: tuple[str, ...] = ()
+    not_checked: tuple[str, ...] = ()
+
+    @property
+    def outcome(self) -> Literal["holds", "broken", "not checked"]:
+        """`"broken"` if anything is, else `"not checked"` if anything was not."""
+        return "broken" if self.broken else "not checked" if self.not_checked else "holds"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "name": self.name,
+            "outcome": self.outcome,
+            "broken": list(self.broken),
+            "not_checked": list(self.not_checked),
+        }
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What an audit found.
+
+    Args:
+        path (`str`): the store.
+        generation (`int`): the manifest's generation.
+        stages (`tuple[str, ...]`): the stages that were looked at.
+        checks (`tuple[Check, ...]`): one entry for each thing that was looked at.
+    """
+
+    path: str
+    generation: int
+    stages: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is broken. What was not checked is in [`complete`]."""
+        return not any(check.broken for check in self.checks)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything could be checked."""
+        return not any(check.not_checked for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "path": self.path,
+            "generation": self.generation,
+            "stages": list(self.stages),
+            "ok": self.ok,
+            "complete": self.complete,
+            "checks": [check.to_json() for check in self.checks],
+        }
+
+
+def verify(store: StoreFolder | str | os.PathLike[str]) -> VerifyReport:
+    """Audits a store; changes nothing.
+
+    Args:
+        store ([`S3TStore`], `str` or `Path`): the store. Its key and its state are used where they are at hand.
+
+    Returns:
+        [`VerifyReport`]
+
+    Raises:
+        StoreError: there is no store, or its manifest can not be read.
+        StoreLockedError: somebody kept changing it meanwhile.
+
+    Example:
+
+        ```py
+        report = verify("out")
+        assert report.ok, [finding for check in report.checks for finding in check.broken]
+        ```
+    """
+    folder = store if isinstance(store, StoreFolder) else StoreFolder(store)
+    for _ in range(3):
+        manifest, marks = folder.manifest(), folder.marks()
+        checks = tuple(run_check(name, check(folder, manifest)) for name, check in CHECKS.items())
+        if folder.marks() == marks:  # readers take no lock, so a writer may have been at work
+            stages = tuple(stage.name for stage in sorted(manifest.stages))
+            return VerifyReport(str(folder.path), manifest.generation, stages, checks)
+    raise StoreLockedError(f"{folder.path} was changed each time while it was audited. Wait for its training to end.")
+
+
+def run_check(name: str, findings: Findings) -> Check:
+    """Collects what a check finds, up to where it can go no further."""
+    broken: list[str] = []
+    not_checked: list[str] = []
+    try:
+        for finding in findings:
+            (not_checked if isinstance(finding, NotChecked) else broken).append(str(finding))
+    except NotChecked as reason:
+        not_checked.append(str(reason))
+    except MALFORMED as error:
+        text = str(error) if isinstance(error, S3TError) else f"{type(error).__name__}: {error}"
+        broken.append(f"The check could not go on. {text}")
+    return Check(name, tuple(broken), tuple(not_checked))
+
+
+def _check_intents(folder: StoreFolder, manifest: Manifest) -> Findings:
+    for intent in folder.intents():
+        left = sum(1 for stage in manifest.stages if stage.slices & intent["places"])
+        yield (
+            f"{intent['receipt']['receipt']} ({intent['kind']}) was begun and not finished; {left} of the stages that "
+            "it removes are still in the manifest. The next `hf-s3t delete` or `train()` finishes it"
+        )
+
+
+def _state(folder: StoreFolder) -> State:
+    if not (folder.private / "state.json").exists():
+        raise NotChecked("The state (.s3t/state.json) is not here.")
+    return folder.state()
+
+
+def _index(folder: StoreFolder) -> Index:
+    if not (folder.private / "index.json").exists():
+        raise NotChecked("The index (.s3t/index.json) is not here.")
+    return folder.index()
+
+
+def _check_generation(folder: StoreFolder, manifest: Manifest) -> Findings:
+    state = _state(folder)
+    if state.generation != manifest.generation:
+        yield (
+            f"the state is of generation {state.generation}, the manifest of {manifest.generation}: one of them is an "
+            "older copy, and lacks deletions"
+        )
+
+
+def _check_tombstones(folder: StoreFolder, manifest: Manifest) -> Findings:
+    state = _state(folder)
+    if not folder.has_key:
+        raise NotChecked("The partition key is not here: give it, or set HF_S3T_KEY.")
+    if state.digest(folder.key) != manifest.tombstones:
+        yield "the tombstones are not those that the manifest was written with: some were added or removed elsewhere"
+
+
+def _check_buried(folder: StoreFolder, manifest: Manifest) -> Findings:
+    state = _state(folder)
+    newest: dict[tuple[int, int], int] = {}
+    for stone in (*state.ids.values(), *state.groups.values()):
+        for place in stone.places:
+            newest[place] = max(newest.get(place, 0), stone.generation)
+    for stage in sorted(manifest.stages):
+        needed = max((newest.get(place, 0) for place in stage.slices), default=0)
+        record = state.stages.get(stage.name)
+        if needed and record is None:
+            yield NotChecked(f"{stage.name}: the state has no record of when it was trained")
+        elif record is not None and record["generation"] < needed:
+            yield (
+                f"{stage.name} was trained at generation {record['generation']}, and examples of its slices were "
+                f"deleted at generation {needed}: it may hold their influence"
+            )
+    kept = sum(1 for digest, entry in _index(folder).items() if state.buries(digest, entry.group))
+    if kept:
+        yield f"{kept} deleted examples are still in the index"
+
+
+def _check_examples(folder: StoreFolder, manifest: Manifest) -> Findings:
+    state, index = _state(folder), _index(folder)
+    by_place: dict[tuple[int, int], list[str]] = {}
+    for digest, entry in sorted(index.items()):
+        by_place.setdefault(entry[:2], []).append(digest)
+    for stage in sorted(manifest.stages):
+        record = state.stages.get(stage.name)
+        examples = [digest for number in stage.prefix for digest in by_place.get((stage.shard, number), ())]
+        if record is None:
+            yield NotChecked(f"{stage.name}: the state has no record of its examples")
+        elif record["data"] != examples_digest(examples):
+            yield differing_examples(stage.name, record["examples"], len(examples))
+
+
+def differing_examples(stage: str, seen: int, known: int) -> str | NotChecked:
+    """What it means that a stage was trained on other examples than those of its slices now.
+
+    Rows that are added later, or dropped in the dataset's preparation, make it fewer. Equal numbers or more can only
+    come from an example that left the index while the stage stayed.
+    """
+    if seen < known:
+        return NotChecked(
+            f"{stage} saw {seen} examples and its slices have {known}: rows were added later, or left out in the "
+            "dataset's preparation, so it can not be told whether the others are the same"
+        )
+    return f"{stage} saw {seen} examples, which are not the {known} that its slices have: one that it saw is gone"
+
+
+CHECKS: dict[str, FindingsOf] = {
+    **PUBLISHED_CHECKS,
+    "no deletion is unfinished": _check_intents,
+    "state and manifest are of one generation": _check_generation,
+    "tombstones are the manifest's": _check_tombstones,
+    "no stage is older than a deletion from it": _check_buried,
+    "stages saw the examples of the index": _check_examples,
+}
+"""By what should hold."""
