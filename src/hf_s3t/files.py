@@ -144,7 +144,7 @@ class Lock:
 
     def __init__(self, path: Path, purpose: str):
         self.path, self.purpose = path, purpose
-        self._lock = FileLock(path, thread_local=False)
+        self._lock = FileLock(path)  # counts per thread: threads that share a store wait for one another, too
 
     def acquire(self, timeout: float) -> None:
         """Takes the lock; may be nested, each time with a [`release`].

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .adapter import CONFIG_FILE, WEIGHTS_FILE
 from .errors import StateError, StoreError
 from .partition import canonical, keyed_digest
 from .plan import Plan, Stage
@@ -20,7 +21,8 @@ from .plan import Plan, Stage
 FORMAT = 1
 """Version of the folder format; a store of another version is refused."""
 
-HEX = re.compile(r"[0-9a-f]{32,64}")
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+"""What reading data of another shape can raise."""
 
 
 @dataclass(frozen=True)
@@ -84,26 +86,49 @@ class Manifest:
                 "Use the version that wrote it, or a newer one."
             )
         try:
-            stages = {Stage.from_name(name): _files(record["sha256"]) for name, record in data["stages"].items()}
-            generation, root = int(data["generation"]), data["root"]
+            plan, root = Plan.from_json(data["plan"]), data["root"]
             return cls(
-                generation,
-                str(data["tombstones"]),
-                str(data["key_check"]),
-                dict(data["recipe"]),
-                Plan.from_json(data["plan"]),
-                stages,
+                _count(data["generation"]),
+                _digest(data["tombstones"], 64),
+                _digest(data["key_check"], 32),
+                _recipe(data["recipe"]),
+                plan,
+                {_stage(name, plan): _files(record["sha256"]) for name, record in data["stages"].items()},
                 None if root is None else _files(root),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except DAMAGED as error:
             raise StoreError(f"The manifest is damaged: {type(error).__name__} {error}. Restore it from a backup.") from None
 
 
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.80} is no number of deletions")
+    return value
+
+
+def _digest(value: Any, length: int) -> str:
+    if not re.fullmatch(f"[0-9a-f]{{{length}}}", value):
+        raise ValueError(f"{value!r:.80} is no digest of {length} hexadecimal digits")
+    return value
+
+
+def _recipe(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(value[name], dict) for name in ("config", "partition", "base")):
+        raise ValueError("the recipe has not the sections config, partition and base")
+    return value
+
+
+def _stage(name: Any, plan: Plan) -> Stage:
+    stage = Stage.from_name(name)
+    if stage.shard >= plan.num_shards or max(stage.prefix) >= plan.num_slices:
+        raise ValueError(f"{name} is no stage of {plan.num_shards} shards of {plan.num_slices} slices")
+    return stage
+
+
 def _files(record: Any) -> dict[str, str]:
-    for name, digest in record.items():
-        if "/" in name or "\\" in name or name.startswith(".") or not HEX.fullmatch(digest):
-            raise ValueError(f"{name!r}: {digest!r} is no file with its sha256")
-    return dict(record)
+    if not isinstance(record, dict) or set(record) != {CONFIG_FILE, WEIGHTS_FILE}:
+        raise ValueError(f"{record!r:.200} does not name exactly {CONFIG_FILE} and {WEIGHTS_FILE}")
+    return {name: _digest(digest, 64) for name, digest in record.items()}
 
 
 @dataclass(frozen=True)
@@ -163,13 +188,13 @@ class State:
             raise StateError(f"The state is not of format {FORMAT}. Use the version of hf_s3t that wrote it.")
         try:
             return cls(
-                int(data["generation"]),
+                _count(data["generation"]),
                 {digest: _tombstone(stone) for digest, stone in data["ids"].items()},
                 {digest: _tombstone(stone) for digest, stone in data["groups"].items()},
                 dict(data["stages"]),
                 tuple(data["caches"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except DAMAGED as error:
             raise StateError(f"The state is damaged: {type(error).__name__} {error}. Restore it from a backup.") from None
 
 
