@@ -28,6 +28,7 @@ class StageCallbackHandler(CallbackHandler):
     """
 
     def __init__(self, handler: CallbackHandler, report_to: list[str]):
+        self.callbacks: list[TrainerCallback]
         super().__init__(
             handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
         )
@@ -102,6 +103,7 @@ class PlanProgressCallback(ProgressCallback):
 
     def __init__(self, total: int = 0):
         super().__init__()
+        self.training_bar: Any = None
         self.total, self.done = total, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:

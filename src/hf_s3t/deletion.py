@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -22,12 +23,11 @@ from .errors import StateError, StoreError, UnknownExampleError
 from .files import json_bytes, remove, sync_folder, write_atomic
 from .folder import StoreFolder
 from .manifest import Manifest, State, Tombstone
-from .partition import Index, count_by_place, keyed_digest, row_digest
+from .partition import count_by_place
 from .plan import Stage
+from .requests import Place, Request
 
 logger = logging.getLogger(__name__)
-
-Place = tuple[int, int]
 
 LIMITS = (
     "Nothing is said of what the base model saw in pretraining.",
@@ -81,103 +81,6 @@ class Receipt:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Request:
-    """A request in the store's own terms: keyed digests, places, and what was not found.
-
-    Args:
-        ids, groups (`dict[str, tuple]`): places by keyed digest of what is to be deleted and not deleted yet.
-        places (`set`): every `(shard, slice)` that is hit.
-        asked, already (`int`): numbers of things asked for, and deleted before.
-        unknown (`tuple`): what was asked for and is not known, as it was asked.
-    """
-
-    ids: dict[str, tuple[Place, ...]]
-    groups: dict[str, tuple[Place, ...]]
-    places: frozenset[Place]
-    asked: int
-    already: int
-    unknown: tuple[Any, ...]
-
-
-def resolve(
-    folder: StoreFolder,
-    ids: Iterable[Any] = (),
-    groups: Iterable[Any] = (),
-    rows: Iterable[Mapping[str, Any]] = (),
-    slices: Iterable[Place] = (),
-    digests: Iterable[str] = (),
-) -> Request:
-    """Looks a request up in the index and the tombstones. Changes nothing.
-
-    Raises:
-        ValueError: nothing is asked for, rows lack their id, groups in a store without groups, a slice out of range.
-        StateError: the state is needed and absent.
-    """
-    manifest = folder.manifest()
-    hit = {(int(shard), int(slice_id)) for shard, slice_id in slices}
-    manifest.plan.affected(hit)  # refuses places out of range
-    wanted = [(value, "id") for value in ids] + [(_row_id(row, manifest), "id") for row in rows]
-    wanted += [(value, "group") for value in groups]
-    known = [(digest, digest, "id") for digest in digests]
-    if not wanted and not hit and not known:
-        raise ValueError("The request is empty: give ids, groups, rows or slices.")
-    if any(kind == "group" for _, kind in wanted) and not manifest.recipe["partition"]["group_column"]:
-        raise ValueError("This store was trained without `group_column`, so it knows no groups. Delete by ids or rows.")
-    if not wanted and not known:
-        return _slices_request(folder, hit)
-    key = folder.key if wanted else b""
-    known += [(value, keyed_digest(key, kind, value), kind) for value, kind in wanted]
-    request = _look_up(folder.index(), folder.state(), known)
-    extra = _slices_request(folder, hit) if hit else None
-    if extra is None:
-        return request
-    merged = {**extra.ids, **request.ids}
-    return replace(request, ids=merged, places=request.places | hit, asked=request.asked + len(hit))
-
-
-def _row_id(row: Mapping[str, Any], manifest: Manifest) -> Any:
-    column = manifest.recipe["partition"]["id_column"]
-    if column is None:
-        return row_digest(row)
-    if column not in row:
-        raise ValueError(f"Examples of this store are named by column {column!r}, which a given row lacks.")
-    return row[column]
-
-
-def _slices_request(folder: StoreFolder, hit: set[Place]) -> Request:
-    """A request for whole slices; with the state lost it still removes the stages."""
-    try:
-        index: Index = folder.index()
-    except StoreError:
-        index = {}
-    ids = {digest: (entry[:2],) for digest, entry in index.items() if entry[:2] in hit}
-    return Request(ids, {}, frozenset(hit), len(hit), 0, ())
-
-
-def _look_up(index: Index, state: State, known: Sequence[tuple[Any, str, str]]) -> Request:
-    members: dict[str, list[str]] = {}
-    for digest, entry in index.items():
-        if entry.group is not None:
-            members.setdefault(entry.group, []).append(digest)
-    ids: dict[str, tuple[Place, ...]] = {}
-    groups: dict[str, tuple[Place, ...]] = {}
-    unknown, already = [], 0
-    for value, digest, kind in dict.fromkeys(known):
-        if kind == "id" and digest in index:
-            ids[digest] = (index[digest][:2],)
-        elif kind == "group" and digest in members:
-            found = members[digest]
-            ids.update({member: (index[member][:2],) for member in found})
-            groups[digest] = tuple(sorted({index[member][:2] for member in found}))
-        elif digest in (state.ids if kind == "id" else state.groups):
-            already += 1
-        else:
-            unknown.append(value)
-    places = frozenset(place for found in (*ids.values(), *groups.values()) for place in found)
-    return Request(ids, groups, places, len(dict.fromkeys(known)), already, tuple(unknown))
-
-
 def delete(
     folder: StoreFolder, request: Request, *, reference: str | None, missing_ok: bool, dry_run: bool
 ) -> Receipt:
@@ -227,15 +130,17 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
     gone = [stage for stage in sorted(manifest.stages) if stage.slices & request.places]
     before = manifest.plan.served(manifest.stages)
     after = manifest.plan.served(manifest.without(gone).stages)
+    counts: Counter[Place] = Counter()
+    state = State()
     try:
         counts, state = count_by_place(folder.index()), folder.state()
     except StoreError:
-        counts, state = None, State()
+        logger.warning("the state of %s is lost: how many examples this concerns is not known", folder.path)
     lost = [(shard, slice_id) for shard, prefix in before.items() for slice_id in prefix]
     lost = [place for place in lost if place[1] not in after.get(place[0], ())]
     deleted = len(request.ids)
     hit = {place for places in request.ids.values() for place in places}
-    dark = sum((counts or {}).get(place, 0) for place in {*lost, *hit}) - deleted
+    dark = sum(counts[place] for place in {*lost, *hit}) - deleted
     return Receipt(
         receipt=_receipt_name(), kind="delete", status="inactive", requested_at=_now(),
         generation=manifest.generation + 1, asked=request.asked,

@@ -85,11 +85,11 @@ class S3TEnsemble(nn.Module):
         Args:
             batch: as for the base model; `labels` give a loss.
         """
-        labels = batch.pop("labels", None)
+        labels, items = batch.pop("labels", None), batch.pop("num_items_in_batch", None)
         averaged = self._average([self._member_logits(name, batch) for name in self.members or [None]])
         loss = None
         if labels is not None:
-            loss = self._loss(averaged, labels)
+            loss = self._loss(averaged, labels, items)
         return ModelOutput(**({} if loss is None else {"loss": loss}), logits=averaged)
 
     def _member_logits(self, name: str | None, batch: dict[str, Any]) -> torch.Tensor:
@@ -106,9 +106,11 @@ class S3TEnsemble(nn.Module):
             torch.tensor(float(len(logits)))
         )
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         kwargs = {"logits": logits, "labels": labels, "config": base.config, "pooled_logits": logits}
+        if items is not None:
+            kwargs["num_items_in_batch"] = items
         return base.loss_function(**kwargs, vocab_size=getattr(base.config, "vocab_size", None))
 
     @torch.no_grad()

@@ -168,7 +168,7 @@ def _place(row: Mapping[str, Any], position: int, digest: str, key: bytes, confi
     if config.slice_columns is None:
         return assign(key, digest, config.num_shards, config.num_slices)
     shard, slice_id = (row[column] for column in config.slice_columns)
-    for column, value, limit in zip(config.slice_columns, (shard, slice_id), (config.num_shards, config.num_slices)):
+    for column, value, limit in zip(config.slice_columns, (shard, slice_id), (config.num_shards, config.num_slices), strict=True):
         if not isinstance(value, int) or not 0 <= value < limit:
             raise ValueError(f"Row {position} has {value!r} in column {column!r}; expected a whole number below {limit}.")
     return shard, slice_id

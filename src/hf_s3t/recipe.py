@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .config import LORA_FIELDS, S3TConfig
 from .errors import RecipeError
+from .layout import Layout
 from .partition import canonical
-from .tuner import Layout, tensor_digest
+from .tuner import tensor_digest
 
 SILENT_PREFIXES = (
     "logging_", "log_", "hub_", "push_to_hub", "report_to", "run_name", "project", "trackio_", "do_", "include_",

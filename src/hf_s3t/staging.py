@@ -5,16 +5,35 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainingArguments
 
 from .config import S3TConfig
+from .layout import find_heads
 from .plan import Plan, Stage
 from .sequences import select_sequences
-from .tuner import draw_heads, find_heads
+from .tuner import draw_heads
+
+
+def on_main_process(args: TrainingArguments, function: Callable[[], Any]) -> Any:
+    """Runs a function on the main process and gives every process its result, or its error."""
+    if args.world_size == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if args.process_index == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:  # raised below, on every process: the others must not wait for a result
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str) -> None:
@@ -59,6 +78,8 @@ def set_stage_defaults(args: TrainingArguments) -> None:
     """Defaults that fit a frozen base: no search for unused parameters, checkpointing that needs no input gradients."""
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
+    if "tensorboard" in (args.report_to or ()):  # its default lies in output_dir, which is the store
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{os.path.normpath(args.output_dir)}-runs")
     if args.activation_checkpointing:
         args.activation_checkpointing_kwargs = {"use_reentrant": False, **(args.activation_checkpointing_kwargs or {})}
 

@@ -15,13 +15,14 @@ from typing import Any
 
 from . import deletion
 from .adapter import Adapter, average
-from .deletion import Place, Receipt
+from .deletion import Receipt
 from .errors import StateError, StoreError, UnknownExampleError
 from .files import json_bytes, read_json, write_atomic
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .manifest import State, key_check_value
 from .partition import Entry, keyed_digest
 from .plan import Order, Stage
+from .requests import Place, resolve
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ class S3TStore(StoreFolder):
         manifest = self.live()
         served = manifest.plan.served(manifest.stages)
         missing = manifest.plan.missing(manifest.stages)
+        examples: int | None = None
+        deleted: int | None = None
         try:
             examples, deleted = len(self.index()), len(self.state().ids)
         except StoreError:
-            examples = deleted = None
+            pass
         return Status(
             path=str(self.path),
             generation=manifest.generation,
@@ -159,7 +162,7 @@ class S3TStore(StoreFolder):
         """
         self.manifest()  # a folder that is no store is refused before a lock file is made in it
         with nullcontext() if dry_run else self.writing():  # a dry run only reads
-            request = deletion.resolve(self, ids, groups, rows, slices, digests)
+            request = resolve(self, ids, groups, rows, slices, digests)
             return deletion.delete(self, request, reference=reference, missing_ok=missing_ok, dry_run=dry_run)
 
     def readmit(self, ids: Iterable[Any] = (), groups: Iterable[Any] = (), reference: str | None = None) -> Receipt:

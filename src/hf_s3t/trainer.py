@@ -11,16 +11,14 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object
-from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from accelerate.utils import gather_object
+from transformers import Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -28,19 +26,20 @@ from .adapter import Adapter
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
 from .checkpoints import collates_the_same, latest_checkpoint, mark_complete
 from .config import S3TConfig
-from .deletion import Receipt, versions
-from .ensemble import S3TEnsemble, read_members
-from .errors import IsolationError, S3TError
+from .deletion import versions
+from .errors import IsolationError
 from .files import remove
 from .folder import LOCK_SECONDS
-from .partition import examples_digest
+from .orders import StageDropped, StageOrder, commit, is_hit, next_order, running_folder
 from .plan import Stage
 from .recipe import make_recipe
 from .reconcile import Missing, Wanted, reconcile
 from .rows import TrainRows
+from .serving import ServedModelMixin
 from .staging import (
     check_processes,
     make_plan,
+    on_main_process,
     public_id,
     refuse_arguments,
     set_stage_defaults,
@@ -52,34 +51,7 @@ from .tuner import StageTuner, Tensors, owned_layers, plain_lora_config, tensor_
 
 logger = get_logger(__name__)
 
-if TYPE_CHECKING:
-    TrainerBase = Trainer
-else:
-    TrainerBase = object
-
-
-class StageDropped(Exception):
-    """A deletion hit the running stage: it is abandoned without a trace."""
-
-
-@dataclass(frozen=True)
-class StageOrder:
-    """What every process needs to train one stage.
-
-    Args:
-        stage ([`Stage`]): the stage.
-        examples (`tuple[str, ...]`): keyed digests of its examples, slice by slice, ordered by digest.
-        parent (`Tensors`, *optional*): the assembled parent prefix.
-        generation (`int`): generation of the store when it was given out.
-    """
-
-    stage: Stage
-    examples: tuple[str, ...]
-    parent: Tensors | None
-    generation: int
-
-
-class S3TMixin(TrainerBase):
+class S3TMixin(ServedModelMixin):
     """Makes a subclass of [`~transformers.Trainer`] train slice by slice. Put it first among the base classes.
 
     Args:
@@ -106,8 +78,8 @@ class S3TMixin(TrainerBase):
 
     def __init__(
         self,
-        model: nn.Module | None = None,
-        args: TrainingArguments | None = None,
+        model: Any = None,
+        args: Any = None,
         data_collator: Any = None,
         train_dataset: Any = None,
         *,
@@ -118,6 +90,8 @@ class S3TMixin(TrainerBase):
         base_model_id: str | None = None,
         **kwargs: Any,
     ):
+        self.train_dataset: Any
+        self.callback_handler: Any
         refuse_arguments(model, args, kwargs, missing)
         set_stage_defaults(args)
         self.missing, self.extend = missing, extend
@@ -128,7 +102,7 @@ class S3TMixin(TrainerBase):
         self._rows: TrainRows | None = None
         check_processes(args)
         if train_dataset is not None:
-            key = _on_main_process(args, self.store.ensure_key)
+            key = on_main_process(args, self.store.ensure_key)
             self._rows = TrainRows(train_dataset, key, self.s3t_config)
             train_dataset = self._rows.marked(train_dataset)
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
@@ -144,7 +118,6 @@ class S3TMixin(TrainerBase):
         self._order: StageOrder | None = None
         self._members: list[str] | None = None
         self._marks: Any = None
-        self._steps_before = 0
 
     # ---- training ----
 
@@ -170,29 +143,25 @@ class S3TMixin(TrainerBase):
             raise ValueError("`train()` resumes from the store itself; pass no checkpoint path and no trial.")
         if self._rows is None:
             raise ValueError("`train()` needs a `train_dataset`.")
-        outputs: dict[Stage, TrainOutput] = {}
         with self._training_lock():
             logger.info("%s", self._on_main(self._open_store))
-            while (order := self._on_main(self._next_order)) is not None:
-                try:
-                    outputs[order.stage] = self._train_stage(order, resume_from_checkpoint is not False, ignore_keys_for_eval)
-                except StageDropped:
-                    self._on_main(partial(self._drop, order))
+            outputs = self._train_missing(resume_from_checkpoint is not False, ignore_keys_for_eval)
             self._on_main(self._close_store)
         self.callback_handler.end_run(self.args, self.state, self.control)
         self.progress.close()
-        self.train_dataset = self._rows.dataset
+        self.train_dataset = self.rows.dataset
         self._serve()
         return _summary(outputs)
 
     @contextmanager
     def _training_lock(self) -> Iterator[None]:
         """One training per store; a deletion needs another lock and never waits for this one."""
-        if not self.is_world_process_zero():
+        self._on_main(partial(self.store.train_lock.acquire, 0))
+        try:
             yield
-            return
-        with self.store.train_lock.hold(timeout=0):
-            yield
+        finally:
+            if self.is_world_process_zero():
+                self.store.train_lock.release()
 
     def _open_store(self) -> str:
         """Brings store, settings and rows into agreement; returns what is about to be trained, in one line."""
@@ -206,7 +175,8 @@ class S3TMixin(TrainerBase):
             manifest = reconcile(self.store, self.s3t_config, wanted)
         missing = plan.missing(manifest.stages)
         cost = sum(stage.depth for stage in missing)
-        numel = sum(self.tuner.stage_numel(self._owned(stage)) for stage in missing)
+        layout = self.tuner.layout
+        numel = sum(self.tuner.stage_numel(owned_layers(self.s3t_config, layout, stage.depth)) for stage in missing)
         self.progress.total = cost
         return (
             f"{len(missing)} of {len(plan.stages)} stages to train, {cost} slice passes = "
@@ -219,92 +189,70 @@ class S3TMixin(TrainerBase):
         assert self._rows is not None
         return self._rows
 
-    def _owned(self, stage: Stage) -> tuple[int, ...]:
-        return owned_layers(self.s3t_config, self.tuner.layout, stage.depth)
-
-    def _drop(self, order: StageOrder) -> None:
-        logger.warning("stage %s was hit by a deletion: dropped", order.stage.name)
-        with self.store.writing():
-            remove(self._running_dir(order.stage))
+    def _train_missing(self, resume: bool, ignore_keys_for_eval: list[str] | None) -> dict[Stage, TrainOutput]:
+        outputs: dict[Stage, TrainOutput] = {}
+        while (order := self._on_main(self._next_order)) is not None:
+            try:
+                outputs[order.stage] = self._train_stage(order, resume, ignore_keys_for_eval)
+            except StageDropped:
+                logger.warning("stage %s was hit by a deletion: dropped", order.stage.name)
+                self._on_main(partial(remove, running_folder(self.store, order.stage)))
+        return outputs
 
     def _next_order(self) -> StageOrder | None:
-        """The first stage that the store lacks, with its rows as they may be used now."""
-        with self.store.writing():
-            manifest, state = self.store.manifest(), self.store.state()
-            missing = manifest.plan.missing(manifest.stages)
-            if not missing:
-                return None
-            stage = missing[0]
-            self._marks = self.store.marks()
-            parent = None
-            if stage.parent is not None:
-                parent = self.store.assemble(stage.shard, stage.parent.prefix, manifest).tensors
-            return StageOrder(stage, self.rows.examples(stage, state), parent, state.generation)
+        self._marks = self.store.marks()
+        return next_order(self.store, self.rows)
 
     def _train_stage(self, order: StageOrder, resume: bool, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         """One stage from its fresh parameters to its place in the store."""
-        stage, started = order.stage, time.monotonic()
-        seed = stage_seed(self.args.seed, stage)
-        self._order = order
-        self.callback_handler.stage = stage
+        started, seed = time.monotonic(), stage_seed(self.args.seed, order.stage)
+        self._order, self.callback_handler.stage = order, order.stage
         try:
-            self.tuner.begin(stage.depth, seed, order.parent)
+            self.tuner.begin(order.stage.depth, seed, order.parent)
+            # A second `Trainer.train()` would go on with the old optimizer, and with DDP's view of the old parameters.
             self.optimizer = self.lr_scheduler = None
             self.model_wrapped = self.model
             output = TrainOutput(0, 0.0, {})
             if order.examples:
                 self.train_dataset = self.rows.select(order.examples)
-                checkpoint = self._on_main(lambda: self._resumable_checkpoint(resume))
+                checkpoint = self._on_main(partial(self._resumable_checkpoint, resume))
                 frozen = self.tuner.frozen_digests()
                 set_seed(seed)
                 output = super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
                 self.tuner.check_frozen(frozen)
             else:
                 self.tuner.zero_stage()
-            tensors = self.tuner.stage_tensors()
-            self._check_ranks(tensors)
-            record = self._record(order, output, time.monotonic() - started)
-            self._on_main(lambda: self._commit(order, tensors, record))
+            self._store_stage(order, output, started)
         finally:
-            self._order = self.callback_handler.stage = None
-            self._members = None
+            self._order = self.callback_handler.stage = self._members = None
             self.is_in_train = False
-        self._steps_before += output.global_step
-        logger.info(
-            "stage %s: layers %s, %d examples, %d trainable parameters, loss %.4f, %.1f s", stage.name,
-            list(self._owned(stage)), len(order.examples),
-            sum(value.numel() for value in tensors.values()), output.training_loss, record["seconds"],
-        )  # fmt: skip
         return output
 
-    def _commit(self, order: StageOrder, tensors: Tensors, record: dict[str, Any]) -> None:
-        """Writes the stage, the record before the manifest that makes it count; or drops it, if it was hit."""
-        config = plain_lora_config(self.s3t_config, self.tuner.layout, self._owned(order.stage))
+    def _store_stage(self, order: StageOrder, output: TrainOutput, started: float) -> None:
+        tensors, layers = self.tuner.stage_tensors(), owned_layers(self.s3t_config, self.tuner.layout, order.stage.depth)
+        self._check_ranks(tensors)
+        config = plain_lora_config(self.s3t_config, self.tuner.layout, layers)
         config["auto_mapping"] = self._auto_mapping(order.stage)
-        with self.store.writing():
-            if self._is_hit(order):
-                raise StageDropped
-            files = self.store.write_stage(order.stage, Adapter(config, tensors))
-            state, manifest = self.store.state(), self.store.manifest()
-            self.store.write_state(replace(state, stages={**state.stages, order.stage.name: record}))
-            self.store.write_manifest(replace(manifest, stages={**manifest.stages, order.stage: files}))
-            remove(self._running_dir(order.stage))
+        record = {
+            "generation": order.generation,
+            "examples": len(order.examples),
+            "data": order.mark["data"],
+            "steps": output.global_step,
+            "seconds": round(time.monotonic() - started, 3),
+            "versions": versions(),
+        }
+        self._on_main(partial(commit, self.store, order, Adapter(config, tensors), record))
+        numel = sum(value.numel() for value in tensors.values())
+        logger.info(
+            "stage %s: layers %s, %d examples, %d trainable parameters, loss %.4f, %.1f s",
+            order.stage.name, list(layers), len(order.examples), numel, output.training_loss, record["seconds"],
+        )  # fmt: skip
 
     def _auto_mapping(self, stage: Stage) -> dict[str, Any]:
         """PEFT's field for libraries: the base's class, and which stages this one builds on."""
         base = self.model.get_base_model()
         parents = [above.name for above in stage.path[:-1]]
         return {"base_model_class": type(base).__name__, "parent_library": type(base).__module__, "parents": parents}
-
-    def _record(self, order: StageOrder, output: TrainOutput, seconds: float) -> dict[str, Any]:
-        return {
-            "generation": order.generation,
-            "examples": len(order.examples),
-            "data": examples_digest(order.examples),
-            "steps": output.global_step,
-            "seconds": round(seconds, 3),
-            "versions": versions(),
-        }
 
     def _close_store(self) -> None:
         with self.store.writing():
@@ -324,56 +272,50 @@ class S3TMixin(TrainerBase):
 
     # ---- deletions while a stage trains ----
 
-    def _is_hit(self, order: StageOrder) -> bool:
-        if any(order.stage.slices & intent["places"] for intent in self.store.intents()):
-            return True
-        state = self.store.state()
-        stones = [*state.ids.values(), *state.groups.values()]
-        return any(
-            stone.generation > order.generation and order.stage.slices & set(stone.places) for stone in stones
-        )
-
     def _drop_if_hit(self) -> None:
         """Raises [`StageDropped`] on every process at the same step once an intent covers the running stage."""
         hit = False
         if self._order is not None and self.is_world_process_zero():
             marks = self.store.marks()
             if marks != self._marks:
-                hit = self._is_hit(self._order)
+                hit = is_hit(self.store, self.order)
                 self._marks = marks
         if self.args.world_size > 1:
-            flag = torch.tensor([hit], device=self.args.device, dtype=torch.int32)
+            flag: Any = torch.tensor([hit], device=self.args.device, dtype=torch.int32)
             torch.distributed.broadcast(flag, 0)
-            hit = bool(flag.item())
+            hit = bool(flag)
         if hit:
             raise StageDropped
 
     # ---- running checkpoints ----
 
-    def _running_dir(self, stage: Stage) -> Path:
-        return self.store.private / "running" / stage.name.replace("/", "_")
+    @property
+    def order(self) -> StageOrder:
+        """The running stage's order."""
+        assert self._order is not None
+        return self._order
+
+    @property
+    def _running(self) -> Path:
+        return running_folder(self.store, self.order.stage)
 
     def _get_output_dir(self, trial: Any) -> str:
         # The store receives our files only: the Trainer's checkpoints are scratch.
-        return str(self._running_dir(self._order.stage)) if self._order else super()._get_output_dir(trial)
-
-    def _checkpoint_mark(self) -> dict[str, Any]:
-        assert self._order is not None
-        return {"stage": self._order.stage.name, "data": examples_digest(self._order.examples)}
+        return str(self._running) if self._order else super()._get_output_dir(trial)
 
     def _resumable_checkpoint(self, resume: bool) -> str | None:
         """The newest complete checkpoint of the running stage; whatever else lies there is removed."""
-        assert self._order is not None
-        running = self._running_dir(self._order.stage)
         for other in self.store.private.glob("running/*"):
-            if other != running:
+            if other != self._running or not resume or self.args.save_only_model:
                 remove(other)
-        dataset, size = self.train_dataset, self.args.per_device_train_batch_size
-        usable = resume and not self.args.save_only_model and collates_the_same(dataset, self.data_collator, size)
-        if not usable:
-            remove(running)
-            return None
-        return latest_checkpoint(running, self._checkpoint_mark())
+        checkpoint = latest_checkpoint(self._running, self.order.mark)
+        if checkpoint is not None:
+            loader = self.get_train_dataloader()
+            if not collates_the_same(loader.dataset, loader.collate_fn, self.args.per_device_train_batch_size):
+                logger.warning("stage %s starts again: its batches are random", self.order.stage.name)
+                remove(self._running)
+                return None
+        return checkpoint
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Under the write lock: a deletion either waits for the checkpoint and then removes it, or comes first.
@@ -382,15 +324,14 @@ class S3TMixin(TrainerBase):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                folder = self._running_dir(self._order.stage) / f"checkpoint-{self.state.global_step}"
-                mark_complete(folder, self._checkpoint_mark())
+                mark_complete(self._running / f"checkpoint-{self.state.global_step}", self.order.mark)
         finally:
             if self.is_world_process_zero():
                 self.store.write_lock.release()
 
     def _enter_checkpoint(self) -> None:
         self.store.write_lock.acquire(LOCK_SECONDS)
-        if self._is_hit(self._order):
+        if is_hit(self.store, self.order):
             self.store.write_lock.release()
             raise StageDropped
 
@@ -402,75 +343,6 @@ class S3TMixin(TrainerBase):
         super()._load_best_model()
         self.tuner.arm(training=True)
 
-    # ---- the served model ----
-
-    def _serve(self) -> None:
-        """Puts the served prefixes into the model and activates the first live shard's."""
-        members = self._on_main(lambda: read_members(self.store) if self.store.exists else {})
-        loaded = {
-            name: (tuple(adapter.config["layers_to_transform"]), adapter.tensors) for name, adapter in members.items()
-        }
-        self.tuner.serve(loaded)
-        self._members = list(members)
-        self.model_wrapped = self.model
-
-    @contextmanager
-    def _served_model(self) -> Iterator[None]:
-        """While a stage trains, the model as it stands; otherwise the served model, an ensemble for several shards."""
-        if self._order is not None:
-            yield
-            return
-        if self._members is None:
-            self._serve()
-        if len(self._members or ()) < 2:
-            yield
-            return
-        peft_model = self.model
-        self.model = self.model_wrapped = S3TEnsemble(peft_model, self._members)
-        try:
-            yield
-        finally:
-            self.model = self.model_wrapped = peft_model
-            self.tuner.activate(self._members[0])
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's, of the served model; while a stage trains, of that stage."""
-        with self._served_model():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, of the served model."""
-        with self._served_model():
-            return super().predict(*args, **kwargs)
-
-    def delete(
-        self, ids: Any = (), groups: Any = (), rows: Any = (), slices: Any = (), **kwargs: Any
-    ) -> Receipt:
-        """Deletes examples from the store and from the model in memory; see [`S3TStore.delete`]."""
-        receipt = self._on_main(lambda: self.store.delete(ids, groups, rows, slices, **kwargs))
-        if self._order is None and not kwargs.get("dry_run"):
-            self._serve()
-        return receipt
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the root adapter and the tokenizer; the store itself holds its root adapter already."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
-        target = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save or target.resolve() == self.store.path.resolve():
-            return
-        self.store.export(target)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(target)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The store writes its own card: the Trainer's would name datasets and losses, and replace it."""
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: upstream uploads the whole folder, the private state and optimizer states included."""
-        raise S3TError("This version can not push a store to the Hub; uploading the folder would publish `.s3t/`.")
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; metrics of a stage carry its name, and steps count over the whole plan."""
         if self._order is None:
@@ -481,33 +353,16 @@ class S3TMixin(TrainerBase):
             f"eval_{name}/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"{name}/{key}": value
             for key, value in logs.items()
         }
-        self.state.global_step += self._steps_before
+        self.state.global_step += self._order.steps_before
         try:
             super().log(named, start_time)
         finally:
-            self.state.global_step -= self._steps_before
+            self.state.global_step -= self._order.steps_before
 
     # ---- processes ----
 
     def _on_main(self, function: Callable[[], Any]) -> Any:
-        return _on_main_process(self.args, function)
-
-
-def _on_main_process(args: TrainingArguments, function: Callable[[], Any]) -> Any:
-    """Runs a function on the main process and gives every process its result, or its error."""
-    outcome: list[Any] = [None, None]
-    if args.process_index == 0:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            if args.world_size == 1:
-                raise
-            outcome[1] = error
-    if args.world_size > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+        return on_main_process(self.args, function)
 
 
 def _summary(outputs: Mapping[Stage, TrainOutput]) -> TrainOutput:

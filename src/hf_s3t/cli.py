@@ -1,0 +1,313 @@
+"""`hf-s3t`: the verbs of an eraser on the command line, thin over `S3TStore` and `verify`.
+
+Exit codes: 0 done; 2 bad input, or something to be put right first; 3 done here, but exports that were made before
+still carry the influence; 4 something asked for is not known, nothing was changed; 5 a promise is broken or a file is
+damaged. Of several stores the gravest code counts (5, 2, 4, 3), and one store's fault does not stop the others. What a
+person sees is laid out in `display.py`, what a person names is read in `reading.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from . import display
+from .errors import DatasetError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
+from .reading import digests_not_in, load_factory, parse_slice, read_dataset, wanted_names
+from .store import S3TStore, as_stage
+from .verify import Check, VerifyReport, verify
+
+DONE, BAD_INPUT, PENDING, UNKNOWN, BROKEN = 0, 2, 3, 4, 5
+GRAVITY = (DONE, PENDING, UNKNOWN, BAD_INPUT, BROKEN, 1)
+"""Exit codes, the gravest last; 1 is a fault of this program."""
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+state_app = typer.Typer(no_args_is_help=True, help="Back up the private state of a store, or put it back.")
+app.add_typer(state_app, name="state")
+
+Stores = Annotated[list[str], typer.Argument(help="Folders of stores: the output_dir of a training.")]
+OneStore = Annotated[str, typer.Argument(help="Folder of a store: the output_dir of a training.")]
+Ids = Annotated[list[str] | None, typer.Option("--ids", help="An id; give the option again for another one.")]
+IdsFile = Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line; - is standard input.")]
+Groups = Annotated[list[str] | None, typer.Option("--groups", help="A group; give the option again for another one.")]
+GroupsFile = Annotated[Path | None, typer.Option("--groups-file", help="File with one group per line.")]
+Reference = Annotated[str | None, typer.Option(help="Your name for the request, kept in the private receipt.")]
+KeyFile = Annotated[Path | None, typer.Option(help="File with the partition key, where .s3t/ does not hold it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document: a list with an outcome per store.")]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a verb ended for one store: its exit code, its result as plain data and for a person, or its error."""
+
+    store: str
+    exit_code: int
+    result: Any = None
+    shown: RenderableType = ""
+    error: dict[str, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"store": self.store, "exit_code": self.exit_code, "result": self.result, "error": self.error}
+
+
+Verb = Callable[[S3TStore], Outcome]
+
+
+@app.callback()
+def main() -> None:
+    """Look after stores of stages that S3T trained: find examples, delete them, check what is there.
+
+    Exit codes: 0 done; 2 bad input; 3 done here, but exports still carry the influence; 4 not known, nothing changed;
+    5 a promise is broken or a file is damaged. Of several stores the gravest counts: 5, 2, 4, 3.
+    """
+
+
+@app.command()
+def status(stores: Stores, as_json: AsJson = False) -> None:
+    """What is trained, served, missing and deleted."""
+
+    def verb(store: S3TStore) -> Outcome:
+        found = store.status()
+        return Outcome(found.path, DONE, found.to_json(), display.show_status(found))
+
+    _run(stores, None, as_json, verb)
+
+
+@app.command()
+def locate(
+    stores: Stores,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+    groups: Groups = None,
+    groups_file: GroupsFile = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whether and where ids and groups are, and which live stages saw them."""
+    wanted = wanted_names(ids, ids_file, groups, groups_file)
+
+    def verb(store: S3TStore) -> Outcome:
+        found = store.locate(**wanted)
+        code = UNKNOWN if any(location.found == "unknown" for location in found) else DONE
+        shown = display.show_locations(str(store.path), found)
+        return Outcome(str(store.path), code, [asdict(location) for location in found], shown)
+
+    _run(stores, key_file, as_json, _asking(wanted, verb))
+
+
+@app.command()
+def delete(
+    stores: Stores,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+    groups: Groups = None,
+    groups_file: GroupsFile = None,
+    not_in: Annotated[
+        Path | None, typer.Option(help="Dataset file or folder; every example that is not in it is deleted.")
+    ] = None,
+    slices: Annotated[list[str] | None, typer.Option(help="SHARD:SLICE; works with the state lost, too.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
+    reference: Reference = None,
+    missing_ok: Annotated[
+        bool, typer.Option("--missing-ok", help="Delete what is known, ignore what is not.")
+    ] = False,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove everything that depends on some examples. Needs no model, no dataset and no GPU."""
+    wanted = wanted_names(ids, ids_file, groups, groups_file)
+    places = [parse_slice(text) for text in slices or ()]
+
+    def verb(store: S3TStore) -> Outcome:
+        path = str(store.path)
+        digests = digests_not_in(store, not_in) if not_in else []
+        if not_in and not any((digests, *wanted.values(), places)):
+            return Outcome(path, DONE, None, f"Every example of {path} is in {not_in}. Nothing was changed.")
+        receipt = store.delete(
+            wanted["ids"], wanted["groups"], slices=places, digests=digests,
+            dry_run=dry_run, reference=reference, missing_ok=missing_ok,
+        )  # fmt: skip
+        code = PENDING if receipt.exports and not dry_run else DONE
+        return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt))
+
+    _run(stores, key_file, as_json, verb)
+
+
+@app.command()
+def readmit(
+    stores: Stores,
+    ids: Ids = None,
+    ids_file: IdsFile = None,
+    groups: Groups = None,
+    groups_file: GroupsFile = None,
+    reference: Reference = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Lift tombstones, for rectified data or renewed consent. Then train again with the rows."""
+    wanted = wanted_names(ids, ids_file, groups, groups_file)
+
+    def verb(store: S3TStore) -> Outcome:
+        receipt = store.readmit(**wanted, reference=reference)
+        shown = display.show_readmission(str(store.path), receipt)
+        return Outcome(str(store.path), DONE, receipt.to_json(), shown)
+
+    _run(stores, key_file, as_json, _asking(wanted, verb))
+
+
+@app.command("verify")
+def verify_command(
+    stores: Stores,
+    retrain: Annotated[
+        list[str] | None, typer.Option(help="A stage to train again and compare, e.g. shard-00/2-0. Repeatable.")
+    ] = None,
+    trainer: Annotated[
+        str | None,
+        typer.Option(
+            help="module:function or file.py:function. It is called with (output_dir, train_dataset) and returns a "
+            "trainer with the settings that trained the store. It is run: give only what you trust."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Dataset file or folder with the train set, for --retrain.")
+    ] = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check hashes, contents, tombstones and the root adapter; with --retrain train stages again, too."""
+
+    def verb(store: S3TStore) -> Outcome:
+        if bool(retrain) != bool(trainer and data):
+            raise ValueError("Give --retrain, --trainer and --data together, or none of them.")
+        report = verify(store)
+        if retrain:
+            report = replace(report, checks=report.checks + _retrain(store, retrain, str(trainer), Path(str(data))))
+        return _report_outcome(report)
+
+    _run(stores, key_file, as_json, verb)
+
+
+def _report_outcome(report: VerifyReport) -> Outcome:
+    return Outcome(report.path, DONE if report.ok else BROKEN, report.to_json(), display.show_report(report))
+
+
+@app.command()
+def export(
+    store: OneStore,
+    target: Annotated[Path, typer.Argument(help="Folder to write the adapter to, outside the store.")],
+    prefix: Annotated[str | None, typer.Option(help="A live stage, e.g. shard-00/2-0. Default: the root.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the served model, or any live prefix, as one plain LoRA adapter that stock PEFT loads."""
+
+    def verb(store: S3TStore) -> Outcome:
+        _check_export(store, target, prefix)
+        store.export(target, prefix)
+        result = {"path": str(target), "prefix": prefix}
+        shown = f"Written to {target}. A later deletion from {store.path} names it if it carries the influence."
+        return Outcome(str(store.path), DONE, result, shown)
+
+    _run([store], None, as_json, verb)
+
+
+def _check_export(store: S3TStore, target: Path, prefix: str | None) -> None:
+    live = store.live()
+    if prefix is not None and as_stage(prefix) not in live.stages:
+        known = ", ".join(stage.name for stage in sorted(live.stages)) or "none"
+        raise ValueError(f"{prefix} is not a live stage of {store.path}. Live stages: {known}.")
+    if prefix is None and live.root is None:
+        raise ValueError(f"{store.path} has no root adapter; its README.md says why. Name a stage with --prefix.")
+    if target.resolve().is_relative_to(store.path.resolve()):
+        raise ValueError(f"{target} lies inside the store, which holds its own files only. Export to another folder.")
+
+
+@state_app.command("export")
+def export_state(
+    store: OneStore, file: Annotated[Path, typer.Argument(help="File to write.")], as_json: AsJson = False
+) -> None:
+    """Write key, index, tombstones and receipts into one private file. Keep it where nobody else reads."""
+
+    def verb(store: S3TStore) -> Outcome:
+        store.export_state(file)
+        shown = f"The state of {store.path} is in {file}. It names who was deleted to whoever has it: keep it private."
+        return Outcome(str(store.path), DONE, {"file": str(file)}, shown)
+
+    _run([store], None, as_json, verb)
+
+
+@state_app.command("import")
+def import_state(
+    store: OneStore, file: Annotated[Path, typer.Argument(help="File that export wrote.")], as_json: AsJson = False
+) -> None:
+    """Put a backup of the state in place, and finish what its tombstones ask for."""
+
+    def verb(store: S3TStore) -> Outcome:
+        store.import_state(file)
+        return Outcome(str(store.path), DONE, {"file": str(file)}, f"The state of {store.path} is that of {file} now.")
+
+    _run([store], None, as_json, verb)
+
+
+# ---- running a verb ----
+
+
+def _run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb) -> None:
+    """Applies a verb to each store, shows the outcomes, and ends the program with the gravest exit code."""
+    outcomes = []
+    person = Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else display.WIDTH)
+    for path in stores:
+        outcome = _outcome(path, key_file, verb)
+        outcomes.append(outcome)
+        if outcome.error:
+            print(f"{outcome.store}: {outcome.error['message']}", file=sys.stderr)
+        elif not as_json:
+            person.print(outcome.shown)
+    if as_json:
+        print(json.dumps([outcome.to_json() for outcome in outcomes], indent=1, ensure_ascii=False))
+    raise typer.Exit(max((outcome.exit_code for outcome in outcomes), key=GRAVITY.index))
+
+
+def _outcome(path: str, key_file: Path | None, verb: Verb) -> Outcome:
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the outcomes alone
+        try:
+            store = S3TStore(path, key_file.read_text().strip() if key_file else None)
+            if not store.exists:
+                raise ValueError("there is no store here (no s3t.json). Give the output_dir of a training.")
+            return verb(store)
+        except (S3TError, ValueError, OSError) as error:
+            code = _exit_code(error)
+            described = {"type": type(error).__name__, "message": str(error)}
+        except Exception as error:
+            traceback.print_exc()
+            code, described = 1, {"type": type(error).__name__, "message": f"{error} (a fault of this program)"}
+    return Outcome(path, code, error=described)
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, UnknownExampleError):
+        return UNKNOWN
+    fixable = (StateError, StoreLockedError, RecipeError, DatasetError)
+    return BROKEN if isinstance(error, S3TError) and not isinstance(error, fixable) else BAD_INPUT
+
+
+def _asking(wanted: dict[str, list[str]], verb: Verb) -> Verb:
+    if not any(wanted.values()):
+        raise typer.BadParameter("Nothing is asked for. Give --ids, --ids-file, --groups or --groups-file.")
+    return verb
+
+
+def _retrain(store: S3TStore, stages: list[str], factory: str, data: Path) -> tuple[Check, ...]:
+    from .retrain import retrain_and_compare
+
+    make_trainer, rows = load_factory(factory), read_dataset(data)
+    return tuple(retrain_and_compare(store, name, lambda folder: make_trainer(folder, rows)) for name in stages)

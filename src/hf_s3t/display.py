@@ -1,0 +1,122 @@
+"""What the command line shows a person: stores, locations, receipts and audits as tables of at most 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from .deletion import Receipt
+from .store import Location, Status
+from .verify import VerifyReport
+
+WIDTH = 100
+
+
+def show_status(status: Status) -> RenderableType:
+    """A store at a glance."""
+    unknown = "unknown: the state is not here"
+    rows: list[tuple[str, Any]] = [
+        ("generation", status.generation),
+        ("stages", f"{status.trained} of {status.planned} trained"),
+        ("served", ", ".join(status.served) or "nothing: only the base model can answer"),
+        ("repair", f"{status.repair_slice_passes} slice passes for {len(status.missing)} missing stages"),
+        ("examples", unknown if status.examples is None else status.examples),
+        ("deleted examples", unknown if status.deleted_examples is None else status.deleted_examples),
+        ("deletions", status.requests),
+    ]
+    if status.dead_shards:
+        rows.insert(3, ("shards without a stage", ", ".join(map(str, status.dead_shards))))
+    if status.interrupted_deletions:
+        rows.append(("interrupted deletions", f"{status.interrupted_deletions}: the next delete or train() ends them"))
+    if status.exports:
+        rows.append(("exports", "\n".join(status.exports)))
+    return Group(status.path, _pairs(rows))
+
+
+def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
+    """Where ids and groups are."""
+    table = Table("asked for", "found", "shard: slice", "live stages that saw it", width=WIDTH, title=path)
+    table.title_justify = "left"
+    for column in table.columns:
+        column.overflow = "fold"
+    for location in locations:
+        places = ", ".join(f"{shard}: {slice_id}" for shard, slice_id in location.places)
+        table.add_row(location.asked, location.found, places, ", ".join(location.stages))
+    return table
+
+
+def show_receipt(path: str, receipt: Receipt) -> RenderableType:
+    """What a deletion did, or would do."""
+    rows: list[tuple[str, Any]] = [
+        ("request", _request_line(receipt)),
+        ("examples", f"{receipt.examples} of this request"),
+        ("served prefixes", _served_lines(receipt)),
+        ("stages removed", ", ".join(receipt.stages_removed) or "none"),
+        ("dark until repair", f"{receipt.dark_examples} other examples, whose slices are not served"),
+        ("exports that still carry it", "\n".join(receipt.exports) or "none known"),
+        ("caches with the text", "\n".join(receipt.caches) or "none known"),
+    ]
+    if receipt.reference:
+        rows.append(("reference", receipt.reference))
+    rows.append(("receipt", "none, as nothing was changed" if receipt.status == "dry run" else receipt.receipt))
+    limits = Group(*(f"- {limit}" for limit in receipt.limits))
+    return Group(_sentence(path, receipt), _pairs(rows), "Not covered:", limits)
+
+
+def show_readmission(path: str, receipt: Receipt) -> RenderableType:
+    """What a readmission did."""
+    sentence = f"{receipt.found} tombstones of {path} are lifted. The rows come back when they are trained on again."
+    return Group(sentence, _pairs([("receipt", receipt.receipt)]))
+
+
+def show_report(report: VerifyReport) -> RenderableType:
+    """What an audit found."""
+    table = Table("what should hold", "outcome", width=WIDTH, title=f"{report.path}, generation {report.generation}")
+    table.title_justify = "left"
+    details = []
+    for check in report.checks:
+        table.add_row(check.name, check.outcome)
+        details += [f"broken: {finding}" for finding in check.broken]
+        details += [f"not checked: {finding}" for finding in check.not_checked]
+    verdict = "Nothing is broken" if report.ok else "Something is broken"
+    rest = "" if report.complete else ", but not everything could be checked"
+    return Group(table, *details, f"{verdict}{rest}.")
+
+
+def _sentence(path: str, receipt: Receipt) -> str:
+    count = len(receipt.stages_removed)
+    stages = f"{count} stage{'' if count == 1 else 's'}"
+    if receipt.status == "dry run":
+        return f"Dry run: {stages} would no longer be served by {path}. Nothing was changed."
+    if receipt.status == "unchanged":
+        return f"Everything asked for was deleted from {path} before. Nothing was changed."
+    return f"{stages} no longer served by {path} since {receipt.inactive_since}."
+
+
+def _request_line(receipt: Receipt) -> str:
+    line = f"{receipt.found} of {receipt.asked} found"
+    return f"{line}, {receipt.already_deleted} deleted before" if receipt.already_deleted else line
+
+
+def _served_lines(receipt: Receipt) -> str:
+    shards = sorted({*receipt.served_before, *receipt.served_after}, key=int)
+    changes = [(shard, receipt.served_before.get(shard), receipt.served_after.get(shard)) for shard in shards]
+    lines = [f"shard {shard}: {_prefix(old)} -> {_prefix(new)}" for shard, old, new in changes if old != new]
+    unchanged = len(shards) - len(lines)
+    return "\n".join([*lines, f"{unchanged} shard{'' if unchanged == 1 else 's'} unchanged"])
+
+
+def _prefix(prefix: Sequence[int] | None) -> str:
+    return "-".join(map(str, prefix)) if prefix else "nothing"
+
+
+def _pairs(rows: Sequence[tuple[str, Any]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(f"  {name}", str(value))
+    return table

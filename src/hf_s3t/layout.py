@@ -1,0 +1,181 @@
+"""Where a model's numbered layers are and how they form layer groups: read from module paths, as whole numbers.
+
+Works on the bare base model. What a stage owns of a layout is for `tuner.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from .config import S3TConfig
+
+logger = logging.getLogger(__name__)
+
+HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that PEFT's task classes add to `modules_to_save` on their own."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model's numbered layers are, which of their modules are targets, and how they form layer groups.
+
+    Args:
+        container (`str`): path of the list of layers, for example `"model.layers"`.
+        targets (`dict[int, tuple[str, ...]]`): per layer, the paths of its targets below the layer.
+        groups (`tuple[tuple[int, ...], ...]`): layer groups, the top one first; `groups[i - 1]` is stage `i`'s.
+        heads (`tuple[str, ...]`): paths of the modules that are trained whole and saved with every stage.
+        suffixes (`tuple[str, ...]`): the shortest `target_modules` that name the same modules to stock PEFT.
+    """
+
+    container: str
+    targets: dict[int, tuple[str, ...]]
+    groups: tuple[tuple[int, ...], ...]
+    heads: tuple[str, ...]
+    suffixes: tuple[str, ...]
+
+    @property
+    def grouped_layers(self) -> tuple[int, ...]:
+        """All layers that belong to a layer group, ascending."""
+        return tuple(sorted(layer for group in self.groups for layer in group))
+
+    def module_names(self, layers: tuple[int, ...] | list[int]) -> set[str]:
+        """Full paths of the target modules in `layers`."""
+        return {f"{self.container}.{layer}.{suffix}" for layer in layers for suffix in self.targets[layer]}
+
+
+def split_layer_path(path: str) -> tuple[str, int, str] | None:
+    """Splits a module path at its first number, which is the layer index (later ones number experts and the like).
+
+    >>> split_layer_path("model.layers.11.mlp.experts.5.up_proj")
+    ('model.layers', 11, 'mlp.experts.5.up_proj')
+    """
+    parts = path.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:position]), int(part), ".".join(parts[position + 1 :])
+    return None
+
+
+def find_layout(model: nn.Module, config: S3TConfig) -> Layout:
+    """Finds the layers that `config` targets in a bare base model and lays them into layer groups from the top.
+
+    Raises:
+        ValueError: targets outside the numbered layers, layers in several lists, or more layer groups than layers.
+    """
+    resolved, everything_linear = _resolve_targets(model, config)
+    heads = find_heads(model, config)
+    inside: dict[str, dict[int, list[str]]] = {}
+    outside: list[str] = []
+    for path, _ in model.named_modules():
+        match = check_target_module_exists(resolved, path) if path else False
+        if not match or isinstance(match, _ExcludedModule):
+            continue
+        place = split_layer_path(path)
+        if place is None or not place[2]:
+            outside.append(path)
+        else:
+            inside.setdefault(place[0], {}).setdefault(place[1], []).append(place[2])
+    container = _only_container(inside, config)
+    if outside and not everything_linear:
+        raise ValueError(
+            f"`target_modules` also match modules outside the numbered layers: {', '.join(outside)}. They belong to no "
+            "stage. Leave them out with `exclude_modules`, or train them whole as part of every stage's head with "
+            "`modules_to_save`."
+        )
+    if outside:
+        logger.info("all-linear: left out %s, which lie outside the numbered layers", ", ".join(outside))
+    targets = {layer: tuple(sorted(suffixes)) for layer, suffixes in sorted(inside[container].items())}
+    groups = _layer_groups(len(model.get_submodule(container)), targets, config)
+    layout = Layout(container, targets, groups, heads, ())
+    return replace(layout, suffixes=_shortest_suffixes(model, layout))
+
+
+def _resolve_targets(model: nn.Module, config: S3TConfig) -> tuple[LoraConfig, bool]:
+    """A LoRA config with the same targets, PEFT's defaults and "all-linear" filled in."""
+    targets = config.target_modules
+    if targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        if targets is None:
+            raise ValueError(f"PEFT knows no default `target_modules` for model type {model_type!r}; name them.")
+    everything_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+    resolved = LoraConfig(
+        target_modules=targets,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+    )
+    return _maybe_include_all_linear_layers(resolved, model), everything_linear
+
+
+def find_heads(model: nn.Module, config: S3TConfig) -> tuple[str, ...]:
+    """Paths of the modules that `modules_to_save` names, as PEFT matches them (by the end of the path)."""
+    wanted = {*(config.modules_to_save or ()), *HEADS_BY_TASK.get(config.task_type or "", ())}
+    heads = tuple(path for path, _ in model.named_modules() if path and any(path.endswith(name) for name in wanted))
+    within = [path for path in heads if split_layer_path(path) is not None]
+    if within:
+        raise ValueError(
+            f"`modules_to_save` names modules inside the numbered layers: {', '.join(within)}. Every stage would train "
+            "them again. Target them with LoRA instead."
+        )
+    return heads
+
+
+def _only_container(inside: Mapping[str, Any], config: S3TConfig) -> str:
+    if not inside:
+        raise ValueError(
+            f"`target_modules` ({config.target_modules!r}) match no module in numbered layers such as `layers.0`. "
+            "S3T trains by layer groups; name linear modules inside the layers, or use 'all-linear'."
+        )
+    if len(inside) > 1:
+        raise ValueError(
+            f"`target_modules` match layers in several lists: {', '.join(sorted(inside))}. S3T needs one stack of "
+            "layers; leave the others out with `exclude_modules`."
+        )
+    return next(iter(inside))
+
+
+def _layer_groups(num_layers: int, targets: Mapping[int, Any], config: S3TConfig) -> tuple[tuple[int, ...], ...]:
+    size = config.layers_per_slice or num_layers // config.num_slices
+    if size < 1 or size * config.num_slices > num_layers:
+        raise ValueError(
+            f"{config.num_slices} slices of {max(size, 1)} layers need {max(size, 1) * config.num_slices} layers, but "
+            f"the model has {num_layers}. Use at most {num_layers // max(size, 1)} slices of that many layers, or set "
+            "`layers_per_slice` lower."
+        )
+    tops = [num_layers - size * index for index in range(config.num_slices)]
+    groups = tuple(tuple(range(top - size, top)) for top in tops)
+    empty = [group for group in groups if not any(layer in targets for layer in group)]
+    if empty:
+        raise ValueError(f"`target_modules` match nothing in layers {', '.join(map(str, empty))}: a stage owns nothing.")
+    return tuple(tuple(layer for layer in group if layer in targets) for group in groups)
+
+
+def _shortest_suffixes(model: nn.Module, layout: Layout) -> tuple[str, ...]:
+    """`target_modules` by which stock PEFT, given the layer numbers, finds exactly the layout's targets."""
+    layers = list(layout.grouped_layers)
+    full = {suffix for layer in layers for suffix in layout.targets[layer]}
+    for suffixes in ({suffix.rsplit(".", 1)[-1] for suffix in full}, full):
+        stock = LoraConfig(
+            target_modules=sorted(suffixes), layers_to_transform=layers, layers_pattern=layers_pattern(layout.container)
+        )
+        found = {path for path, _ in model.named_modules() if check_target_module_exists(stock, path)}
+        if found == layout.module_names(layers):
+            return tuple(sorted(suffixes))
+    raise ValueError(
+        "`target_modules` pick different modules in different layers, which plain PEFT configs can not express. "
+        "Name modules that are targeted in every layer where they occur."
+    )
+
+
+def layers_pattern(container: str) -> str:
+    """The last part of the path of the list of layers: what PEFT calls `layers_pattern`."""
+    return container.rsplit(".", 1)[-1]

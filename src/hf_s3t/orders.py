@@ -1,0 +1,91 @@
+"""What a training takes from the store and gives back, one stage at a time: the order to train it, and the result.
+
+Every function runs on the main process, takes the write lock for a moment, and looks for deletions under it. A training
+never holds that lock while it computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .adapter import Adapter
+from .files import remove
+from .partition import examples_digest
+from .plan import Stage
+from .rows import TrainRows
+from .store import S3TStore
+from .tuner import Tensors
+
+
+class StageDropped(Exception):
+    """A deletion hit the running stage: it is abandoned without a trace."""
+
+
+@dataclass(frozen=True)
+class StageOrder:
+    """What every process needs to train one stage.
+
+    Args:
+        stage ([`Stage`]): the stage.
+        examples (`tuple[str, ...]`): keyed digests of its examples, slice by slice, ordered by digest.
+        parent (`Tensors`, *optional*): the assembled parent prefix.
+        generation (`int`): generation of the store when it was given out.
+        steps_before (`int`): optimizer steps of all stages that the store holds: where the run's step count stands.
+    """
+
+    stage: Stage
+    examples: tuple[str, ...]
+    parent: Tensors | None
+    generation: int
+    steps_before: int
+
+    @property
+    def mark(self) -> dict[str, str]:
+        """By what a running checkpoint of this very stage, on these very examples, is known."""
+        return {"stage": self.stage.name, "data": examples_digest(self.examples)}
+
+
+def next_order(store: S3TStore, rows: TrainRows) -> StageOrder | None:
+    """The first stage that the store lacks, with its rows as they may be used now; `None` when nothing is missing."""
+    with store.writing():
+        manifest, state = store.manifest(), store.state()
+        missing = manifest.plan.missing(manifest.stages)
+        if not missing:
+            return None
+        stage = missing[0]
+        parent = None
+        if stage.parent is not None:
+            parent = store.assemble(stage.shard, stage.parent.prefix, manifest).tensors
+        steps = sum(record["steps"] for record in state.stages.values())
+        return StageOrder(stage, rows.examples(stage, state), parent, state.generation, steps)
+
+
+def is_hit(store: S3TStore, order: StageOrder) -> bool:
+    """Whether a deletion that began after the order was given out covers a slice of its stage."""
+    if any(order.stage.slices & intent["places"] for intent in store.intents()):
+        return True
+    state = store.state()
+    stones = [*state.ids.values(), *state.groups.values()]
+    return any(stone.generation > order.generation and order.stage.slices & set(stone.places) for stone in stones)
+
+
+def commit(store: S3TStore, order: StageOrder, adapter: Adapter, record: dict[str, Any]) -> None:
+    """Writes a trained stage: its record first, the manifest, which makes it count, last.
+
+    Raises:
+        StageDropped: a deletion hit it; nothing was written.
+    """
+    with store.writing():
+        if is_hit(store, order):
+            raise StageDropped
+        files = store.write_stage(order.stage, adapter)
+        state, manifest = store.state(), store.manifest()
+        store.write_state(replace(state, stages={**state.stages, order.stage.name: record}))
+        store.write_manifest(replace(manifest, stages={**manifest.stages, order.stage: files}))
+        remove(running_folder(store, order.stage))
+
+
+def running_folder(store: S3TStore, stage: Stage) -> Any:
+    """Where the Trainer puts the checkpoints of a running stage."""
+    return store.private / "running" / stage.name.replace("/", "_")

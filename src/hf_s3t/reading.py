@@ -1,0 +1,92 @@
+"""What a person names on the command line: ids and groups, slices, datasets, and the function that makes a trainer."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .partition import keyed_digest, raw_rows, row_digest
+from .store import S3TStore
+
+KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def wanted_names(
+    ids: list[str] | None, ids_file: Path | None, groups: list[str] | None, groups_file: Path | None
+) -> dict[str, list[str]]:
+    """The ids and groups of a request, from the options and the files."""
+    return {"ids": [*(ids or ()), *_lines(ids_file)], "groups": [*(groups or ()), *_lines(groups_file)]}
+
+
+def _lines(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{file} can not be read: {error}") from None
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def parse_slice(text: str) -> tuple[int, int]:
+    """`(shard, slice)` from `"0:2"`."""
+    match = re.fullmatch(r"(\d{1,6}):(\d{1,4})", text)
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no slice. Write SHARD:SLICE, for example 0:2.")
+    return int(match[1]), int(match[2])
+
+
+def digests_not_in(store: S3TStore, file: Path) -> list[str]:
+    """Keyed digests of the store's examples that a dataset does not hold."""
+    key, index, rows = store.key, store.index(), read_dataset(file)
+    column = store.manifest().recipe["partition"]["id_column"]
+    if column is not None and column not in rows.column_names:
+        raise ValueError(f"{file} has no column {column!r}, which names the examples of {store.path}.")
+    names = (row_digest(row) if column is None else row[column] for row in raw_rows(rows))
+    kept = {keyed_digest(key, "id", name) for name in names}
+    if index and not index.keys() & kept:
+        raise ValueError(f"{file} holds none of the {len(index)} examples of {store.path}. Is it another dataset?")
+    return sorted(index.keys() - kept)
+
+
+def read_dataset(path: Path) -> Any:
+    """A dataset from a file, or from a folder that `save_to_disk` wrote; leaves no copy in any cache."""
+    from datasets import load_dataset, load_from_disk  # type: ignore[import-untyped]
+
+    if path.is_dir():
+        dataset = load_from_disk(str(path))
+        if not hasattr(dataset, "column_names") or isinstance(dataset, dict):
+            raise ValueError(f"{path} holds several splits. Give the folder of the train split.")
+        return dataset
+    if not path.exists() or path.suffix not in KINDS:
+        found = "is of no known kind" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {found}. Give a file that ends in {', '.join(KINDS)}, or a saved dataset's folder.")
+    with tempfile.TemporaryDirectory(prefix="hf_s3t-") as cache:
+        kind = KINDS[path.suffix]
+        return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True)
+
+
+def load_factory(text: str) -> Callable[[str, Any], Any]:
+    """The function that `module:function` or `file.py:function` names. The module is run."""
+    match = re.fullmatch(r"(.+):(\w+)", text)
+    if not match:
+        raise ValueError(f"{text!r} names no function. Write module:function or file.py:function.")
+    if match[1].endswith(".py"):
+        spec = importlib.util.spec_from_file_location("hf_s3t_trainer_factory", match[1])
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, "")
+        module = importlib.import_module(match[1])
+    if not callable(getattr(module, match[2], None)):
+        raise ValueError(f"{match[1]} has no function {match[2]!r}.")
+    return getattr(module, match[2])
