@@ -1,8 +1,8 @@
 """Where an example lives: from a row of the train set to `(shard, slice)`, and the index that remembers it.
 
 An example's place is a keyed hash of its id (or of its group), so it never depends on other examples, on the order of
-the rows or on the content beyond the id: deleting one example moves no other. Only keyed digests leave this file; which
-stages a place belongs to is for `plan.py`, where the index is kept for `store.py`.
+the rows or on the content beyond the id: deleting one example moves no other. Only keyed digests leave this file;
+which stages a place belongs to is for `plan.py`, where the index is kept for `store.py`.
 """
 
 from __future__ import annotations
@@ -63,13 +63,16 @@ def _plain(value: Any) -> Any:
 
 def row_digest(row: Mapping[str, Any]) -> str:
     """SHA-256 over the canonical JSON of an undecoded raw row; of a file's bytes and path only the bytes count."""
-    return hashlib.sha256(canonical({name: _without_path(value) for name, value in row.items()})).hexdigest()
+    return hashlib.sha256(canonical(_without_path(row))).hexdigest()
 
 
 def _without_path(value: Any) -> Any:
-    if isinstance(value, Mapping) and set(value) == {"bytes", "path"} and value["bytes"] is not None:
-        return {"bytes": value["bytes"]}
-    return value
+    if isinstance(value, list | tuple):
+        return [_without_path(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    is_file = set(value) == {"bytes", "path"} and value["bytes"] is not None
+    return {name: _without_path(item) for name, item in value.items() if not (is_file and name == "path")}
 
 
 def keyed_digest(key: bytes, kind: Literal["id", "group", "content", "key check"], value: Any) -> str:
@@ -83,7 +86,7 @@ def assign(key: bytes, digest: str, num_shards: int, num_slices: int) -> tuple[i
 
     >>> key = b"a key of our own"
     >>> assign(key, keyed_digest(key, "id", "row-1"), 2, 4)
-    (0, 3)
+    (0, 1)
     """
     number = int.from_bytes(hmac.new(key, f"place\0{digest}".encode(), hashlib.sha256).digest(), "big")
     shard, slice_id = divmod(number % (num_shards * num_slices), num_slices)
@@ -146,14 +149,14 @@ def read_rows(dataset: Any, key: bytes, config: S3TConfig) -> list[tuple[str, En
         if position == 0:
             source = id_source(config, list(row))
         content = row_digest(row)
-        name = content if source is None else row[source]
+        name = content if source is None else row.get(source)
         if name is None:
             raise ValueError(f"Row {position} has no id: column {source!r} is None there. Every row needs one.")
         digest = keyed_digest(key, "id", name)
         if source is not None and digest in names:
             twice.append(name)
         names[digest] = name
-        person = None if config.group_column is None else row[config.group_column]
+        person = None if config.group_column is None else row.get(config.group_column)
         group = None if person is None else keyed_digest(key, "group", person)
         place = _place(row, position, group or digest, key, config)
         digests.append((digest, Entry(*place, group, keyed_digest(key, "content", content))))
@@ -167,9 +170,9 @@ def read_rows(dataset: Any, key: bytes, config: S3TConfig) -> list[tuple[str, En
 def _place(row: Mapping[str, Any], position: int, digest: str, key: bytes, config: S3TConfig) -> tuple[int, int]:
     if config.slice_columns is None:
         return assign(key, digest, config.num_shards, config.num_slices)
-    shard, slice_id = (row[column] for column in config.slice_columns)
+    shard, slice_id = (row.get(column) for column in config.slice_columns)
     for column, value, limit in zip(config.slice_columns, (shard, slice_id), (config.num_shards, config.num_slices), strict=True):
-        if not isinstance(value, int) or not 0 <= value < limit:
+        if type(value) is not int or not 0 <= value < limit:
             raise ValueError(f"Row {position} has {value!r} in column {column!r}; expected a whole number below {limit}.")
     return shard, slice_id
 
@@ -182,8 +185,8 @@ def _check_groups(digests: Sequence[tuple[str, Entry]]) -> None:
             torn += 1
     if torn:
         raise ValueError(
-            f"`slice_columns` put {torn} rows apart from other rows of their group. All rows of a group must lie in one "
-            "slice, or deleting the group would hit several."
+            f"`slice_columns` put {torn} rows apart from other rows of their group. All rows of a group must lie in "
+            "one slice, or deleting the group would hit several."
         )
 
 
