@@ -55,7 +55,7 @@ def is_lora(name: str) -> bool:
 
 
 def join(stages: Sequence[Adapter]) -> Adapter:
-    """Joins the stages along a prefix into one adapter: layer groups are disjoint, and a later head replaces an earlier.
+    """Joins the stages along a prefix into one adapter: layer groups are disjoint, and a later head replaces an older.
 
     A stage that owns all layers replaces its parent as a whole, which is the same union.
     """
@@ -71,8 +71,8 @@ def join(stages: Sequence[Adapter]) -> Adapter:
 def average(members: Sequence[Adapter]) -> Adapter | None:
     """The weight average of several prefixes as one plain LoRA adapter: `mean_i(scaling_i * B_i @ A_i)`.
 
-    Ranks add up; `lora_alpha = r`, so that the scale is 1; B is multiplied by `scaling_i / members` in fp64 and rounded
-    once, A stays as it is; a member without LoRA in a layer gets zero columns there.
+    Ranks add up; `lora_alpha = r`, so that the scale is 1; B is multiplied by `scaling_i / members` in fp64 and
+    rounded once, A stays as it is; a member without LoRA in a layer gets zero columns there.
 
     Returns:
         [`Adapter`] or `None`: `None` where there is no such adapter: no members, or several members with heads.

@@ -23,7 +23,8 @@ class StageCallbackHandler(CallbackHandler):
     """Passes `stage` to every callback, and shows trackers one run: they begin with the first stage and end once.
 
     Args:
-        handler ([`~transformers.trainer_callback.CallbackHandler`]): the trainer's own, whose callbacks are taken over.
+        handler ([`~transformers.trainer_callback.CallbackHandler`]): the trainer's own; its callbacks are
+            taken over.
         report_to (`list[str]`): names of the trackers, as in the TrainingArguments.
     """
 
@@ -86,9 +87,9 @@ class StageGuard(TrainerCallback):
             return
         if len(self.waiting) == len(self.tuner.training_owned):
             raise IsolationError(
-                f"No parameter of the stage received a gradient in {self.steps} steps: it would store untrained weights. "
-                "With activation checkpointing use `use_reentrant=False`; otherwise see whether the loss depends on the "
-                "model's outputs."
+                f"No parameter of the stage received a gradient in {self.steps} steps: it would store untrained "
+                "weights. With activation checkpointing use `use_reentrant=False`; otherwise see whether the loss "
+                "depends on the model's outputs."
             )
         shown = ", ".join(sorted(self.waiting)[:5])
         logger.warning(

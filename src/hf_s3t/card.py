@@ -73,11 +73,12 @@ stages along the prefix, here {example}:
 
 ## What deletion covers
 
-The tensors listed above were computed without any example that had been deleted when they were trained, and stages that
-depended on a deleted example are no longer in the folder. Not covered: what the base model saw in pretraining, copies
-that others made, dataset caches, experiment trackers and backups outside this folder, and requests that were chosen by
-looking at the model. Between a deletion and the repair (training again) everyone in the deleted example's slice is
-forgotten with it. A store of this shape takes {requests:.1f} deletions on average until nothing is left without repair.
+The tensors listed above were computed without any example that had been deleted when they were trained, and stages
+that depended on a deleted example are no longer in the folder. Not covered: what the base model saw in pretraining,
+copies that others made, dataset caches, experiment trackers and backups outside this folder, and requests that were
+chosen by looking at the model. Between a deletion and the repair (training again) everyone in the deleted example's
+slice is forgotten with it. A store of this shape takes {requests:.1f} deletions on average until nothing is left
+without repair.
 """
 
 
@@ -123,8 +124,8 @@ def _root_text(manifest: Manifest, live: int) -> str:
         return "No stage is live: nothing can be served but the base model, until the store is trained again."
     if manifest.root is None:
         return (
-            "There is no root adapter: several live shards with trained heads have no single plain adapter that equals "
-            "or averages them. Load each shard's prefix as below and average their probabilities."
+            "There is no root adapter: several live shards with trained heads have no single plain adapter that "
+            "equals or averages them. Load each shard's prefix as below and average their probabilities."
         )
     relation = "equal to" if live == 1 else "the weight average of"
     return f"The adapter in the root of this folder is {relation} the served model:\n\n```python\n{ROOT_LINES}```"

@@ -50,7 +50,7 @@ def _has_mark(folder: Path, mark: Mapping[str, Any]) -> bool:
 
 
 def collates_the_same(dataset: Any, collator: Any, size: int) -> bool:
-    """Whether dataset and collator give the first batch twice alike: otherwise a resumed stage would see other data."""
+    """Whether dataset and collator give the first batch twice alike: otherwise a resumed stage sees other data."""
     python, arrays, tensors = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
         first, second = (_plain_batch(dataset, collator, size) for _ in range(2))

@@ -194,7 +194,7 @@ class S3TConfig(LoraConfig):
         if isinstance(selection, str):
             if selection not in ("cyclic", "spaced", "random"):
                 raise ValueError(
-                    f"`sequence_selection` must be 'cyclic', 'spaced', 'random' or a list of orders, got {selection!r}."
+                    f"`sequence_selection` must be 'cyclic', 'spaced', 'random' or orders, got {selection!r}."
                 )
             return
         orders = [list(order) for order in explicit(selection, self.num_slices)]

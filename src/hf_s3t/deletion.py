@@ -1,4 +1,4 @@
-"""What a deletion does: resolve a request, write the intent, remove what depends on it, leave tombstones and a receipt.
+"""What a deletion does: write the intent, remove what depends on the examples, leave tombstones and a receipt.
 
 No model, no dataset and no gradient step: everything follows from the index and the tree of stages. The intent is
 durable before anything changes, and `carry_out` may be run again from any point, so an interrupted deletion ends the
@@ -108,7 +108,7 @@ def delete(
 
 
 def readmit(folder: StoreFolder, request_digests: Mapping[str, str], reference: str | None) -> Receipt:
-    """Lifts tombstones (`digest -> "id" | "group"`). The examples come back when they are handed to a training again."""
+    """Lifts tombstones (`digest -> "id" | "group"`). Examples come back when they are handed to a training again."""
     manifest = folder.manifest()
     receipt = Receipt(
         _receipt_name(), "readmit", "readmitted", _now(), manifest.generation + 1, reference=reference,

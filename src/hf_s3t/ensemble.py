@@ -1,7 +1,7 @@
 """The served model in memory: one adapter per live shard, the members' probabilities averaged.
 
-Members are switched in turn, each with its own head. The root adapter of several shards is something else: an average of
-weights. Loading from a folder, forward and generation are here; what is served is decided by `folder.py`.
+Members are switched in turn, each with its own head. The root adapter of several shards is something else: an average
+of weights. Loading from a folder, forward and generation are here; what is served is decided by `folder.py`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class S3TEnsemble(nn.Module):
 
         Args:
             folder (`str` or `Path`): the store. It needs neither key nor state.
-            base_model (`PreTrainedModel` or `str`, *optional*): the base, or where to load it from. `None`: the id that
-                the store names.
+            base_model (`PreTrainedModel` or `str`, *optional*): the base, or where to load it from. `None`: the id
+                that the store names.
             kwargs: for the base model's `from_pretrained`.
 
         Raises:
@@ -75,6 +75,10 @@ class S3TEnsemble(nn.Module):
         return self.model.config
 
     @property
+    def _names(self) -> list[str | None]:
+        return [*self.members] or [None]
+
+    @property
     def device(self) -> torch.device:
         """Where the base model is."""
         return next(self.model.parameters()).device
@@ -86,7 +90,7 @@ class S3TEnsemble(nn.Module):
             batch: as for the base model; `labels` give a loss.
         """
         labels, items = batch.pop("labels", None), batch.pop("num_items_in_batch", None)
-        averaged = self._average([self._member_logits(name, batch) for name in self.members or [None]])
+        averaged = self._average([self._member_logits(name, batch) for name in self._names])
         loss = None
         if labels is not None:
             loss = self._loss(averaged, labels, items)
@@ -128,7 +132,7 @@ class S3TEnsemble(nn.Module):
             `torch.Tensor`: `(batch, sequence + new)`; after a row's end-of-sequence token come padding tokens.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        caches = {name: DynamicCache(config=self.config) for name in self.members or [None]}
+        caches = {name: DynamicCache(config=self.config) for name in self._names}
         settings = self.model.generation_config
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         pad = settings.pad_token_id if settings.pad_token_id is not None else 0

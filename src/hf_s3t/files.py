@@ -101,7 +101,7 @@ def inside(root: Path, relative: str) -> Path:
     """
     path = root / relative
     if os.path.isabs(relative) or not path.resolve().is_relative_to(root.resolve()):
-        raise StoreError(f"Path {relative!r} leaves the store {root}. The manifest is damaged or hostile; do not use it.")
+        raise StoreError(f"Path {relative!r} leaves the store {root}. The manifest is damaged or hostile.")
     return path
 
 
@@ -129,7 +129,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise StoreError(f"{path} does not exist, but the manifest lists it. Restore it, or delete its slices.") from None
+        raise StoreError(f"{path} does not exist, but the manifest lists it. Restore it from a backup.") from None
     except SafetensorError as error:
         raise StoreError(f"{path} can not be read ({error}): it is truncated or damaged.") from None
 

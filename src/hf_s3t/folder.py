@@ -7,8 +7,8 @@ out/  README.md  s3t.json  adapter_config.json  adapter_model.safetensors      t
              running/  scratch/  write.lock  train.lock                        scratch
 ```
 
-Readers take no lock: every file is replaced in one step and the manifest is written last. What an open intent covers is
-served no more, whether or not its files are still there. What a deletion does is for `deletion.py`.
+Readers take no lock: every file is replaced in one step and the manifest is written last. What an open intent covers
+is served no more, whether or not its files are still there. What a deletion does is for `deletion.py`.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def as_key(key: str | bytes) -> bytes:
         ValueError: shorter than 16 bytes.
     """
     if isinstance(key, str):
+        text = key
         try:
-            key = bytes.fromhex(key)
+            key = bytes.fromhex(text)
         except ValueError:
-            key = key.encode()
+            key = text.encode()
     if len(key) < 16:
-        raise ValueError(f"The partition key has {len(key)} bytes; it needs 16 or more to keep ids from being guessed.")
+        raise ValueError(f"The partition key has {len(key)} bytes; it needs 16 or more, or ids could be guessed.")
     return key
 
 
@@ -180,8 +181,8 @@ class StoreFolder:
             path = self.private / "partition.key"
             if not path.exists():
                 raise StateError(
-                    f"{self.path} has no partition key. Give `key=`, set {KEY_VARIABLE}, or restore .s3t/ from its backup "
-                    "(`hf-s3t state import`). With the state lost, `delete(slices=...)` still works."
+                    f"{self.path} has no partition key. Give `key=`, set {KEY_VARIABLE}, or restore .s3t/ from its "
+                    "backup (`hf-s3t state import`). With the state lost, `delete(slices=...)` still works."
                 )
             key = as_key(path.read_text().strip())
         if self.exists and key_check_value(key) != self.manifest().key_check:

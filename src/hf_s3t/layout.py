@@ -19,7 +19,11 @@ from .config import S3TConfig
 
 logger = logging.getLogger(__name__)
 
-HEADS_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+HEADS_BY_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 """Heads that PEFT's task classes add to `modules_to_save` on their own."""
 
 
@@ -86,14 +90,14 @@ def find_layout(model: nn.Module, config: S3TConfig) -> Layout:
     container = _only_container(inside, config)
     if outside and not everything_linear:
         raise ValueError(
-            f"`target_modules` also match modules outside the numbered layers: {', '.join(outside)}. They belong to no "
-            "stage. Leave them out with `exclude_modules`, or train them whole as part of every stage's head with "
+            f"`target_modules` also match modules outside the numbered layers: {', '.join(outside)}. They belong to "
+            "no stage. Leave them out with `exclude_modules`, or train them whole as part of every stage's head with "
             "`modules_to_save`."
         )
     if outside:
         logger.info("all-linear: left out %s, which lie outside the numbered layers", ", ".join(outside))
     targets = {layer: tuple(sorted(suffixes)) for layer, suffixes in sorted(inside[container].items())}
-    groups = _layer_groups(len(model.get_submodule(container)), targets, config)
+    groups = _layer_groups(len(list(model.get_submodule(container).children())), targets, config)
     layout = Layout(container, targets, groups, heads, ())
     return replace(layout, suffixes=_shortest_suffixes(model, layout))
 
@@ -123,8 +127,8 @@ def find_heads(model: nn.Module, config: S3TConfig) -> tuple[str, ...]:
     within = [path for path in heads if split_layer_path(path) is not None]
     if within:
         raise ValueError(
-            f"`modules_to_save` names modules inside the numbered layers: {', '.join(within)}. Every stage would train "
-            "them again. Target them with LoRA instead."
+            f"`modules_to_save` names modules inside the numbered layers: {', '.join(within)}. Every stage would "
+            "train them again. Target them with LoRA instead."
         )
     return heads
 
@@ -155,7 +159,7 @@ def _layer_groups(num_layers: int, targets: Mapping[int, Any], config: S3TConfig
     groups = tuple(tuple(range(top - size, top)) for top in tops)
     empty = [group for group in groups if not any(layer in targets for layer in group)]
     if empty:
-        raise ValueError(f"`target_modules` match nothing in layers {', '.join(map(str, empty))}: a stage owns nothing.")
+        raise ValueError(f"`target_modules` match nothing in layers {empty}: a stage would own nothing.")
     return tuple(tuple(layer for layer in group if layer in targets) for group in groups)
 
 
@@ -165,7 +169,9 @@ def _shortest_suffixes(model: nn.Module, layout: Layout) -> tuple[str, ...]:
     full = {suffix for layer in layers for suffix in layout.targets[layer]}
     for suffixes in ({suffix.rsplit(".", 1)[-1] for suffix in full}, full):
         stock = LoraConfig(
-            target_modules=sorted(suffixes), layers_to_transform=layers, layers_pattern=layers_pattern(layout.container)
+            target_modules=sorted(suffixes),
+            layers_to_transform=layers,
+            layers_pattern=layers_pattern(layout.container),
         )
         found = {path for path, _ in model.named_modules() if check_target_module_exists(stock, path)}
         if found == layout.module_names(layers):

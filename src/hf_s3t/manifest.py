@@ -1,7 +1,7 @@
 """What the store writes down: the manifest `s3t.json`, which may be published, and the state, which never is.
 
-Both are plain data with strict readers: a manifest may come from a hostile repository. Which file holds which, and when
-it is written, is for `folder.py`.
+Both are plain data with strict readers: a manifest may come from a hostile repository. Which file holds which, and
+when it is written, is for `folder.py`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Manifest:
             StoreError: it is of another format version, or not a manifest.
         """
         if not isinstance(data, dict) or data.get("library") != "hf_s3t":
-            raise StoreError("This is no manifest of hf_s3t. Give the folder that a training wrote, with its s3t.json.")
+            raise StoreError("This is no manifest of hf_s3t. Give the folder that a training wrote.")
         if data.get("format") != FORMAT:
             raise StoreError(
                 f"The store has format {data.get('format')!r}; this version of hf_s3t reads format {FORMAT}. "
@@ -97,7 +97,8 @@ class Manifest:
                 None if root is None else _files(root),
             )
         except DAMAGED as error:
-            raise StoreError(f"The manifest is damaged: {type(error).__name__} {error}. Restore it from a backup.") from None
+            what = f"{type(error).__name__} {error}"
+            raise StoreError(f"The manifest is damaged: {what}. Restore it from a backup.") from None
 
 
 def _count(value: Any) -> int:
@@ -113,7 +114,8 @@ def _digest(value: Any, length: int) -> str:
 
 
 def _recipe(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(value[name], dict) for name in ("config", "partition", "base")):
+    parts = ("config", "partition", "base")
+    if not isinstance(value, dict) or not all(isinstance(value[name], dict) for name in parts):
         raise ValueError("the recipe has not the sections config, partition and base")
     return value
 
@@ -195,11 +197,13 @@ class State:
                 tuple(data["caches"]),
             )
         except DAMAGED as error:
-            raise StateError(f"The state is damaged: {type(error).__name__} {error}. Restore it from a backup.") from None
+            what = f"{type(error).__name__} {error}"
+            raise StateError(f"The state is damaged: {what}. Restore it from a backup.") from None
 
 
 def _tombstone_json(stone: Tombstone) -> dict[str, Any]:
-    return {"places": [list(place) for place in stone.places], "generation": stone.generation, "receipt": stone.receipt}
+    places = [list(place) for place in stone.places]
+    return {"places": places, "generation": stone.generation, "receipt": stone.receipt}
 
 
 def _tombstone(data: Any) -> Tombstone:

@@ -1,7 +1,7 @@
 """What a training takes from the store and gives back, one stage at a time: the order to train it, and the result.
 
-Every function runs on the main process, takes the write lock for a moment, and looks for deletions under it. A training
-never holds that lock while it computes.
+Every function runs on the main process, takes the write lock for a moment, and looks for deletions under it. A
+training never holds that lock while it computes.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from .config import S3TConfig
 from .errors import DatasetError
@@ -170,10 +170,11 @@ def read_rows(dataset: Any, key: bytes, config: S3TConfig) -> list[tuple[str, En
 def _place(row: Mapping[str, Any], position: int, digest: str, key: bytes, config: S3TConfig) -> tuple[int, int]:
     if config.slice_columns is None:
         return assign(key, digest, config.num_shards, config.num_slices)
-    shard, slice_id = (row.get(column) for column in config.slice_columns)
-    for column, value, limit in zip(config.slice_columns, (shard, slice_id), (config.num_shards, config.num_slices), strict=True):
+    shard, slice_id = (cast(int, row.get(column)) for column in config.slice_columns)
+    limits = (config.num_shards, config.num_slices)
+    for column, value, limit in zip(config.slice_columns, (shard, slice_id), limits, strict=True):
         if type(value) is not int or not 0 <= value < limit:
-            raise ValueError(f"Row {position} has {value!r} in column {column!r}; expected a whole number below {limit}.")
+            raise ValueError(f"Row {position} has {value!r} in column {column!r}; expected a number below {limit}.")
     return shard, slice_id
 
 
@@ -202,7 +203,8 @@ def warn_of_empty_slices(index: Index, key: bytes, config: S3TConfig) -> None:
     advice = "Fill them in the dataset's own slice columns."
     if config.slice_columns is None:
         fits = [size for size in range(1, most) if len({assign(key, unit, m, size) for unit in units}) == m * size]
-        advice = f"The largest num_slices without an empty slice is {max(fits)}." if fits else "There is too little data."
+        largest = f"The largest num_slices without an empty slice is {max(fits)}." if fits else ""
+        advice = largest or "There is too little data for any number of slices."
     warnings.warn(
         f"{len(empty)} of {m * most} slices are empty, e.g. (shard, slice) {empty[0]}: {len(units)} "
         f"{'groups' if config.group_column else 'examples'} leave {expected:.2f} empty on average. {advice}",
@@ -237,7 +239,7 @@ def compare(index: Index, rows: Mapping[str, Entry]) -> Comparison:
 
 
 def examples_digest(digests: Sequence[str]) -> str:
-    """One digest for the examples of a stage, in their order; made of keyed digests, it tells nothing without the key."""
+    """One digest for the examples of a stage, in order. Made of keyed digests, it tells nothing without the key."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

@@ -24,14 +24,14 @@ from .tuner import tensor_digest
 
 SILENT_PREFIXES = (
     "logging_", "log_", "hub_", "push_to_hub", "report_to", "run_name", "project", "trackio_", "do_", "include_",
-    "skip_memory_metrics", "ddp_", "deepspeed", "fsdp", "local_rank", "disable_tqdm", "debug", "resume_from_checkpoint",
+    "skip_memory_metrics", "ddp_", "deepspeed", "fsdp", "local_rank", "disable_tqdm", "debug", "resume_from",
     "ignore_data_skip", "restore_callback_states", "output_dir", "logging_dir", "torch_empty_cache_steps", "use_cpu",
     "auto_find_batch_size", "enable_jit", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "place_model_on_device", "fp16_full_eval", "bf16_full_eval", "overwrite",
 )  # fmt: skip
 """Beginnings of the names of TrainingArguments that change no bit of a stage."""
 
-CHOOSING_PREFIXES = ("eval_", "save_", "per_device_eval", "batch_eval", "prediction_loss_only", "metric_for_best", "greater")
+CHOOSING_PREFIXES = ("eval_", "save_", "per_device_eval", "batch_eval", "prediction_loss", "metric_for_best", "great")
 """They count only with `load_best_model_at_end`: then the evaluation set chooses the weights."""
 
 

@@ -1,4 +1,4 @@
-"""What must agree before anything trains: the store with the recipe, the state with the manifest, the rows with the index.
+"""What must agree before anything trains: store and recipe, state and manifest, rows and index.
 
 Runs once per `train()`, under the write lock, on the main process. What it returns is the manifest to train from.
 """
@@ -75,8 +75,8 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
     key, state = store.key, State()
     warn_of_empty_slices(dict(wanted.rows), key, config)
     logger.warning(
-        "The private state of this store is in %s. Back it up (`hf-s3t state export`): without it, nobody can be found "
-        "again.",
+        "The private state of this store is in %s. Back it up (`hf-s3t state export`): without it, nobody can be "
+        "found again.",
         store.private,
     )
     manifest = Manifest(0, state.digest(key), key_check_value(key), wanted.recipe, wanted.plan)
@@ -99,8 +99,8 @@ def _check_generation(store: S3TStore, manifest: Manifest, state: State) -> None
         return
     raise StateError(
         f"The state is of generation {state.generation}, the manifest of {manifest.generation}, or their tombstones "
-        "differ: something was deleted elsewhere, and training here would bring it back. Nothing was trained. Bring the "
-        "state up to date: `hf-s3t state export` there, `hf-s3t state import` here."
+        "differ: something was deleted elsewhere, and training here would bring it back. Nothing was trained. Bring "
+        "the state up to date: `hf-s3t state export` there, `hf-s3t state import` here."
     )
 
 
@@ -115,8 +115,8 @@ def _settle_differences(
     if wanted.missing == "error":
         raise DatasetError(
             f"{len(comparison.missing)} examples that were trained on are gone from the train set and "
-            f"{len(comparison.changed)} have changed. Stages still hold their influence. Pass missing='delete' to delete "
-            "them now, missing='ignore' to keep their influence, or restore the rows."
+            f"{len(comparison.changed)} have changed. Stages still hold their influence. Pass missing='delete' to "
+            "delete them now, missing='ignore' to keep their influence, or restore the rows."
         )
     if wanted.missing == "ignore":
         return manifest, index

@@ -1,10 +1,10 @@
-"""From what an eraser asks for (ids, groups, rows, slices) to what the store knows: digests and places. Changes nothing."""
+"""From what an eraser asks for (ids, groups, rows, slices) to what the store knows: digests and places."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from .errors import StoreError
 from .folder import StoreFolder
@@ -13,6 +13,8 @@ from .partition import Index, keyed_digest, row_digest
 
 Place = tuple[int, int]
 """`(shard, slice)`: where an example lies."""
+
+Kind = Literal["id", "group"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ def resolve(
     manifest = folder.manifest()
     hit = {(int(shard), int(slice_id)) for shard, slice_id in slices}
     manifest.plan.affected(hit)  # refuses places out of range
-    wanted = [(value, "id") for value in ids] + [(_row_id(row, manifest), "id") for row in rows]
+    wanted: list[tuple[Any, Kind]] = [(value, "id") for value in ids]
+    wanted += [(_row_id(row, manifest), "id") for row in rows]
     wanted += [(value, "group") for value in groups]
-    known = [(digest, digest, "id") for digest in digests]
+    known: list[tuple[Any, str, Kind]] = [(digest, digest, "id") for digest in digests]
     if not wanted and not hit and not known:
         raise ValueError("The request is empty: give ids, groups, rows or slices.")
     if any(kind == "group" for _, kind in wanted) and not manifest.recipe["partition"]["group_column"]:
-        raise ValueError("This store was trained without `group_column`, so it knows no groups. Delete by ids or rows.")
+        raise ValueError("This store was trained without `group_column`, so it knows none. Delete by ids or rows.")
     if not wanted and not known:
         return _slices_request(folder, hit)
     key = folder.key if wanted else b""
@@ -85,11 +88,11 @@ def _slices_request(folder: StoreFolder, hit: set[Place]) -> Request:
         index: Index = folder.index()
     except StoreError:
         index = {}
-    ids = {digest: (entry[:2],) for digest, entry in index.items() if entry[:2] in hit}
+    ids: dict[str, tuple[Place, ...]] = {digest: (entry[:2],) for digest, entry in index.items() if entry[:2] in hit}
     return Request(ids, {}, frozenset(hit), len(hit), 0, ())
 
 
-def _look_up(index: Index, state: State, known: Sequence[tuple[Any, str, str]]) -> Request:
+def _look_up(index: Index, state: State, known: Sequence[tuple[Any, str, Kind]]) -> Request:
     members: dict[str, list[str]] = {}
     for digest, entry in index.items():
         if entry.group is not None:

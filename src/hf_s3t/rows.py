@@ -1,8 +1,8 @@
 """The rows of a train set on their way through a Trainer: from raw row to the examples of a stage.
 
 Subclasses of the Trainer tokenise and filter rows inside `__init__`. So the raw rows are partitioned first, each row
-carries its keyed digest through the preparation in one extra column, and afterwards that column says which prepared row
-is whose.
+carries its keyed digest through the preparation in one extra column, and afterwards that column says which prepared
+row is whose.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class TrainRows:
             digests = self._digests
         else:
             raise ValueError(
-                f"{len(self._digests)} rows became {len(prepared)} without the column {DIGEST_COLUMN!r}: it is not known "
-                "which row is whose. Keep extra columns in the dataset's preparation, and do not pack examples."
+                f"{len(self._digests)} rows became {len(prepared)} without the column {DIGEST_COLUMN!r}: it is not "
+                "known which row is whose. Keep extra columns in the dataset's preparation, and do not pack examples."
             )
         for position, digest in enumerate(digests):
             self._positions.setdefault(digest, []).append(position)
         dropped = len(self.entries.keys() - self._positions.keys())
         if dropped:
-            logger.warning("%d rows were dropped in the preparation: the index knows them, no stage sees them", dropped)
+            logger.warning("%d rows were dropped in the preparation: no stage sees them", dropped)
         self.dataset = prepared
         return prepared
 

@@ -70,9 +70,7 @@ class ServedModelMixin(TrainerBase):
         with self._served_model():
             return super().predict(*args, **kwargs)
 
-    def delete(
-        self, ids: Any = (), groups: Any = (), rows: Any = (), slices: Any = (), **kwargs: Any
-    ) -> Receipt:
+    def delete(self, ids: Any = (), groups: Any = (), rows: Any = (), slices: Any = (), **kwargs: Any) -> Receipt:
         """Deletes examples from the store and from the model in memory; see [`S3TStore.delete`]."""
         receipt = on_main_process(self.args, lambda: self.store.delete(ids, groups, rows, slices, **kwargs))
         if self._order is None and not kwargs.get("dry_run"):

@@ -41,11 +41,11 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
     if args is None:
         raise ValueError("S3T needs `args`: `TrainingArguments(output_dir=...)` names the store.")
     if not isinstance(model, nn.Module):
-        raise ValueError(f"`model` must be a loaded model, got {type(model).__name__}. Load it with `from_pretrained`.")
+        raise ValueError(f"`model` must be a loaded model, got {type(model).__name__}. Use `from_pretrained`.")
     if kwargs.get("model_init") is not None:
         raise ValueError("`model_init` would make a new base model: all stages share one. Pass `model`.")
     if any(kwargs.get("optimizers") or ()):
-        raise ValueError("A ready optimizer holds the parameters of one stage. Use `optimizer_cls_and_kwargs` instead.")
+        raise ValueError("A ready optimizer holds the parameters of one stage. Use `optimizer_cls_and_kwargs`.")
     if missing not in ("error", "delete", "ignore"):
         raise ValueError(f"`missing` must be 'error', 'delete' or 'ignore', got {missing!r}.")
     refusals = {
@@ -75,7 +75,7 @@ def check_processes(args: TrainingArguments) -> None:
 
 
 def set_stage_defaults(args: TrainingArguments) -> None:
-    """Defaults that fit a frozen base: no search for unused parameters, checkpointing that needs no input gradients."""
+    """Defaults that fit a frozen base: no search for unused parameters, no checkpointing through input gradients."""
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
     if "tensorboard" in (args.report_to or ()):  # its default lies in output_dir, which is the store
@@ -113,7 +113,8 @@ def make_plan(config: S3TConfig, seed: int) -> Plan:
     shards = range(config.num_shards)
     numbers = [_number(f"orders of shard {shard}, seed {seed}") for shard in shards]
     chosen = [
-        select_sequences(config.sequence_selection, config.num_slices, config.budget, seed=number) for number in numbers
+        select_sequences(config.sequence_selection, config.num_slices, config.budget, seed=number)
+        for number in numbers
     ]
     return Plan.make_per_shard(config.num_slices, chosen, prune=config.prune)
 

@@ -198,7 +198,7 @@ class S3TStore(StoreFolder):
         """
         target = Path(path)
         if target.resolve().is_relative_to(self.path.resolve()):
-            raise StoreError(f"{target} lies inside the store, which holds its own files only. Export to another folder.")
+            raise StoreError(f"{target} lies inside the store, which holds only its own files. Name another folder.")
         stages, adapter = self._export_source(prefix)
         for name, data in adapter.files({"export": [stage.name for stage in stages]}).items():
             write_atomic(target / name, data)
@@ -249,11 +249,11 @@ class S3TStore(StoreFolder):
         state = State.from_json(bundle["state"])
         with self.write_lock.hold(LOCK_SECONDS):
             if self.exists and bundle["key"] and key_check_value(as_key(bundle["key"])) != self.manifest().key_check:
-                raise StateError(f"{file} belongs to another store: its key does not match the manifest of {self.path}.")
+                raise StateError(f"{file} belongs to another store: its key does not fit {self.path}.")
             if (self.private / "state.json").exists() and self.state().generation > state.generation:
                 raise StateError(
-                    f"{file} is of generation {state.generation}, the state here of {self.state().generation}: importing "
-                    "it would forget deletions. Nothing was changed."
+                    f"{file} is of generation {state.generation}, the state here of {self.state().generation}: "
+                    "importing it would forget deletions. Nothing was changed."
                 )
             if bundle["key"]:
                 write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n")
@@ -287,5 +287,3 @@ def _locate(value: Any, digest: str, kind: str, index: Any, state: State, traine
         stages = tuple(stage.name for stage in sorted(trained) if stage.slices & set(places))
         return Location(str(value), "live", tuple(places), stages)
     return Location(str(value), "deleted" if stone else "unknown", stone.places if stone else (), ())
-
-

@@ -1,8 +1,9 @@
 """`S3TTrainer`: a Trainer whose `train()` trains every stage that the store lacks.
 
-One stage is one ordinary `Trainer.train()` on the rows of its prefix. This file decides which stage comes next, prepares
-model, rows and a fresh optimizer for it, and hands the result to the store; the loop itself, user hooks, checkpoints
-and distribution stay the Trainer's. Which parameters train is for `tuner.py`, what is on disk for `store.py`.
+One stage is one ordinary `Trainer.train()` on the rows of its prefix. This file decides which stage comes next,
+prepares model, rows and a fresh optimizer for it, and hands the result to the store; the loop itself, user hooks,
+checkpoints and distribution stay the Trainer's. Which parameters train is for `tuner.py`, what is on disk for
+`store.py`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from .store import S3TStore
 from .tuner import StageTuner, Tensors, owned_layers, plain_lora_config, tensor_digest
 
 logger = get_logger(__name__)
+
 
 class S3TMixin(ServedModelMixin):
     """Makes a subclass of [`~transformers.Trainer`] train slice by slice. Put it first among the base classes.
@@ -180,7 +182,8 @@ class S3TMixin(ServedModelMixin):
         self.progress.total = cost
         return (
             f"{len(missing)} of {len(plan.stages)} stages to train, {cost} slice passes = "
-            f"{cost / (plan.num_shards * plan.num_slices):.1f} x one plain fine-tuning, {4 * numel / 1e6:.1f} MB of stages"
+            f"{cost / (plan.num_shards * plan.num_slices):.1f} x one plain fine-tuning, "
+            f"{4 * numel / 1e6:.1f} MB of stages"
         )
 
     @property
@@ -229,7 +232,8 @@ class S3TMixin(ServedModelMixin):
         return output
 
     def _store_stage(self, order: StageOrder, output: TrainOutput, started: float) -> None:
-        tensors, layers = self.tuner.stage_tensors(), owned_layers(self.s3t_config, self.tuner.layout, order.stage.depth)
+        tensors = self.tuner.stage_tensors()
+        layers = owned_layers(self.s3t_config, self.tuner.layout, order.stage.depth)
         self._check_ranks(tensors)
         config = plain_lora_config(self.s3t_config, self.tuner.layout, layers)
         config["auto_mapping"] = self._auto_mapping(order.stage)
@@ -266,8 +270,8 @@ class S3TMixin(ServedModelMixin):
         digest = hashlib.sha256("".join(tensor_digest(tensors[name]) for name in sorted(tensors)).encode()).hexdigest()
         if len(set(gather_object([digest]))) > 1:
             raise IsolationError(
-                "The processes ended the stage with different weights: gradients were not averaged between them. Nothing "
-                "was stored. See whether a callback or a loss changes the model on one process only."
+                "The processes ended the stage with different weights: gradients were not averaged between them. "
+                "Nothing was stored. See whether a callback or a loss changes the model on one process only."
             )
 
     # ---- deletions while a stage trains ----

@@ -37,6 +37,7 @@ from .layout import Layout, find_layout, layers_pattern
 
 Tensors = dict[str, torch.Tensor]
 
+
 class S3TModel(LoraModel):
     """A [`~peft.LoraModel`] whose adapters live in the layers that their [`S3TConfig`] owns (`stage_layers`)."""
 
@@ -181,7 +182,8 @@ class StageTuner:
         if training != self.training_owned or not training:
             raise IsolationError(
                 "The parameters that train are not the stage's. Unexpected: "
-                f"{sorted(training - self.training_owned)[:5]}; missing: {sorted(self.training_owned - training)[:5]}. "
+                f"{sorted(training - self.training_owned)[:5]}; missing: "
+                f"{sorted(self.training_owned - training)[:5]}. "
                 "Something (a callback, a subclass) changed `requires_grad`; take that out."
             )
 
@@ -211,7 +213,7 @@ class StageTuner:
         if changed:
             raise IsolationError(
                 f"Training changed {len(changed)} tensors that the stage does not own: {', '.join(changed[:5])}. "
-                "Running statistics (batch norm) and tied weights can not be isolated; freeze them or use another model."
+                "Running statistics (batch norm) and tied weights can not be isolated; freeze them first."
             )
 
     def stage_tensors(self) -> Tensors:
@@ -292,7 +294,8 @@ def draw_heads(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str,
     if orphans:
         raise ValueError(
             f"The base model lacks weights for {', '.join(orphans)}, which were drawn at random and would be lost: no "
-            f"stage stores them. Add them to the config, e.g. `modules_to_save={sorted({p.split('.')[0] for p in orphans})}`."
+            "stage stores them. Add them to the config: "
+            f"`modules_to_save={sorted({path.split('.')[0] for path in orphans})}`."
         )
     drawn = {}
     for path in fresh:
