@@ -84,8 +84,8 @@ def _train(trainer: Any, scratch: StoreFolder, stage: Stage) -> None:
     try:
         trainer.train()
     except StoreError:
-        # The other stages are listed and not there, so that no root adapter can be made once this one is trained.
-        if not (scratch.path / stage.name).is_dir():
+        # Stages are listed that are not there, so that no root adapter can be made once this one is trained.
+        if stage in scratch.manifest().plan.stages and not (scratch.path / stage.name).is_dir():
             raise
     if not (scratch.path / stage.name).is_dir():
         raise ValueError(f"The trainer's config has no stage {stage.name}. Give it the config that trained the stage.")
