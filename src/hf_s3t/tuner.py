@@ -123,7 +123,8 @@ class StageTuner:
             self._inject("prefix", frozen, heads=False)
             self.active.append("prefix")
         if parent is not None:
-            self._load("default", {key: value for key, value in parent.items() if key in self._keys("default")})
+            keys = self._keys("default")
+            self._load("default", {key: value for key, value in parent.items() if key in keys})
         if frozen and parent is not None:
             self._load("prefix", {key: value for key, value in parent.items() if "lora_" in key}, whole=True)
         self.arm(training=True)
