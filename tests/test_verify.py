@@ -230,10 +230,6 @@ def test_root_adapter_that_should_not_be_there(store: Path) -> None:
         (lambda data: data.update(served={}), "served prefixes"),
         (lambda data: data["stages"].pop("shard-01/2"), "its parent shard-01/2 is not in the store"),
         (lambda data: data["recipe"]["partition"].update(num_slices=4), "plan and partition differ"),
-        (
-            lambda data: data["plan"].update(num_shards=1, sequences=data["plan"]["sequences"][:1]),
-            "the plan has 1 shards",
-        ),
     ],
 )
 def test_manifest_that_disagrees_with_itself(store: Path, change: Callable, text: str) -> None:
@@ -242,8 +238,8 @@ def test_manifest_that_disagrees_with_itself(store: Path, change: Callable, text
 
 
 def test_malformed_recipe_is_reported_and_no_crash(store: Path) -> None:
-    edit_json(store / "s3t.json", lambda data: data["recipe"].update(config={}))
-    assert "could not go on" in broken(verify(store))[CONTENTS]
+    edit_json(store / "s3t.json", lambda data: data["recipe"].update(config={"r": 2}))
+    assert "could not go on. KeyError: 'stage_parameters'" in broken(verify(store))[CONTENTS]
 
 
 def test_no_store(tmp_path: Path) -> None:
@@ -413,9 +409,7 @@ def test_retraining_refuses_what_it_can_not_compare(store: Path, tmp_path: Path)
     rows = models.llama_rows(trained_stores.ROWS)
     with pytest.raises(ValueError, match="no stage"):
         other = {"sequence_selection": [[0, 1, 2]]}
-        retrain_and_compare(
-            S3TStore(store), "shard-01/2", lambda folder: trained_stores.make_trainer(folder, rows, **other)
-        )
+        retrain_and_compare(S3TStore(store), "shard-01/2", lambda out: trained_stores.make_trainer(out, rows, **other))
     shutil.rmtree(store / ".s3t")
     with pytest.raises(StateError):
         retrain_and_compare(S3TStore(store), "shard-01/2", make_trainer)

@@ -73,8 +73,7 @@ def _scratch_store(store: StoreFolder, manifest: Manifest, stage: Stage, path: P
     scratch.write_state(store.state())
     for above in stage.path[:-1]:
         shutil.copytree(store.path / above.name, path / above.name)
-    trained: dict[Stage, dict[str, str]] = {other: {} for other in manifest.plan.stages}
-    trained.update(manifest.stages)
+    trained = {**dict.fromkeys(manifest.plan.stages, manifest.stages[stage]), **manifest.stages}
     del trained[stage]
     scratch.write_manifest(replace(manifest, stages=trained))
     return scratch

@@ -1,0 +1,385 @@
+"""The command line: every verb, every exit code, what is printed where, and that one fault does not stop the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from datasets import Dataset
+from typer.testing import CliRunner
+
+import models
+import trained_stores
+from hf_s3t import IsolationError, S3TStore, StoreLockedError, cli
+from trained_stores import WEIGHTS, edit_json, tree
+
+TESTS = Path(__file__).parent
+FACTORY = f"{TESTS / 'trained_stores.py'}:make_trainer"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_stores.train_store(tmp_path_factory.mktemp("cli") / "trained")
+
+
+@pytest.fixture
+def store(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "store"))
+
+
+def run(*arguments: object, stdin: str | None = None) -> Result:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def outcomes(*arguments: object, code: int = 0) -> list[dict[str, Any]]:
+    """The one JSON document on standard output."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == code, result.stderr
+    found = json.loads(result.stdout)
+    assert all(set(outcome) == {"store", "exit_code", "result", "error"} for outcome in found)
+    return found
+
+
+def row_ids(count: int = 3) -> list[str]:
+    return models.llama_rows(count)["id"][:]
+
+
+def plain(text: str) -> str:
+    """Printed text without its line breaks."""
+    return " ".join(text.split())
+
+
+# ---- looking ----
+
+
+def test_status(store: Path) -> None:
+    (outcome,) = outcomes("status", store)
+    assert outcome["result"]["trained"] == 14 and outcome["result"]["examples"] == trained_stores.ROWS
+    text = run("status", store).stdout
+    assert "14 of 14 trained" in text and "shard-00/0-1-2, shard-01/0-1-2" in text
+
+
+def test_status_without_the_state_says_so(store: Path) -> None:
+    shutil.rmtree(store / ".s3t")
+    assert "unknown: the state is not here" in run("status", store).stdout
+
+
+def test_status_tells_dead_shards_exports_and_interrupted_deletions(store: Path, tmp_path: Path) -> None:
+    run("export", store, tmp_path / "out")
+    run("delete", store, "--slices", "0:0", "--slices", "0:1", "--slices", "0:2")
+    (store / ".s3t/intents").mkdir(exist_ok=True)
+    text = run("status", store).stdout
+    assert "shards without a stage  0" in text and str(tmp_path / "out") in plain(text).replace(" ", "")
+
+
+def test_locate(store: Path) -> None:
+    known = row_ids()[0]
+    (outcome,) = outcomes("locate", store, "--ids", known, "--groups", "person-0")
+    assert [found["found"] for found in outcome["result"]] == ["live", "live"]
+    assert set(outcome["result"][0]) == {"asked", "found", "places", "stages"}
+    result = run("locate", store, "--ids", known, "--ids", "nobody [red]")
+    assert result.exit_code == 4
+    assert "nobody [red]" in result.stdout and "unknown" in result.stdout
+
+
+def test_tables_fit_100_columns(store: Path, tmp_path: Path) -> None:
+    run("export", store, tmp_path / ("long" * 30))
+    for arguments in (("locate", "--ids", "x" * 200), ("verify",), ("delete", "--slices", "0:0")):
+        result = run(arguments[0], store, *arguments[1:])
+        assert result.stdout and max(map(len, result.stdout.splitlines())) <= 100
+
+
+# ---- deleting ----
+
+
+def test_delete(store: Path) -> None:
+    result = run("delete", store, "--ids", row_ids()[0], "--reference", "DSR-1")
+    assert result.exit_code == 0
+    assert f"no longer served by {store} since 2" in plain(result.stdout).replace("store since", "store since")
+    for part in ("1 of 1 found", "served prefixes", "->", "other examples", "DSR-1", "receipt-", "Not covered:"):
+        assert part in result.stdout
+    assert "erased" not in result.stdout
+    assert S3TStore(store).locate(ids=row_ids()[:1])[0].found == "deleted"
+
+
+def test_delete_again_changes_nothing(store: Path) -> None:
+    run("delete", store, "--ids", row_ids()[0])
+    (outcome,) = outcomes("delete", store, "--ids", row_ids()[0])
+    assert outcome["result"]["status"] == "unchanged" and outcome["result"]["already_deleted"] == 1
+    assert "was deleted from" in run("delete", store, "--ids", row_ids()[0]).stdout
+
+
+def test_delete_receipt_as_json(store: Path) -> None:
+    (outcome,) = outcomes("delete", store, "--groups", "person-0")
+    receipt = outcome["result"]
+    assert receipt["kind"] == "delete" and receipt["status"] == "inactive" and receipt["examples"] == 3
+    assert {"receipt", "stages_removed", "served_before", "served_after", "dark_examples", "exports"} <= set(receipt)
+
+
+@pytest.mark.parametrize("leave", ["everything", "the locks out", "an intent"])
+def test_dry_run_changes_no_byte(store: Path, leave: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if leave == "the locks out":
+        (store / ".s3t/write.lock").unlink()
+    if leave == "an intent":
+
+        def killed(*args: object) -> None:
+            raise InterruptedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr("hf_s3t.deletion.carry_out", killed)
+            assert run("delete", store, "--ids", row_ids()[1]).exit_code == 2
+    before = tree(store)
+    result = run("delete", store, "--ids", row_ids()[0], "--dry-run")
+    assert result.exit_code == 0 and "Dry run:" in result.stdout and "would no longer be served" in result.stdout
+    assert "since" not in result.stdout.split("\n")[0]
+    assert tree(store) == before
+    (outcome,) = outcomes("delete", store, "--ids", row_ids()[0], "--dry-run")
+    assert outcome["result"]["status"] == "dry run" and outcome["result"]["stages_removed"]
+    assert tree(store) == before
+
+
+def test_unknown_id_is_named_and_nothing_changes(store: Path) -> None:
+    before = tree(store)
+    result = run("delete", store, "--ids", row_ids()[0], "--ids", "nobody")
+    assert result.exit_code == 4 and "'nobody'" in result.stderr and "Nothing was changed" in result.stderr
+    assert result.stdout == ""
+    assert tree(store) == before
+    (outcome,) = outcomes("delete", store, "--ids", row_ids()[0], "--ids", "nobody", "--missing-ok")
+    assert outcome["result"]["found"] == 1
+
+
+def test_ids_from_a_file_and_from_standard_input(store: Path, tmp_path: Path) -> None:
+    first, second, third = row_ids()
+    (tmp_path / "ids.txt").write_bytes(f"\ufeff{first}\r\n\r\n{second}".encode())
+    (outcome,) = outcomes("locate", store, "--ids-file", tmp_path / "ids.txt", "--ids", third)
+    assert [found["asked"] for found in outcome["result"]] == [third, first, second]
+    (tmp_path / "groups.txt").write_text("person-1\n")
+    assert outcomes("delete", store, "--groups-file", tmp_path / "groups.txt")[0]["result"]["examples"] == 3
+    assert run("locate", store, "--ids-file", "-", stdin=f"{first}\n").exit_code == 0
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json", "jsonl", "csv", "folder"])
+def test_delete_what_a_dataset_no_longer_holds(store: Path, tmp_path: Path, kind: str) -> None:
+    rows = models.llama_rows(trained_stores.ROWS).select(range(2, trained_stores.ROWS))
+    file = tmp_path / f"rows.{kind}"
+    write = {"parquet": rows.to_parquet, "csv": rows.to_csv, "folder": rows.save_to_disk}.get(kind, rows.to_json)
+    write(str(file))
+    (outcome,) = outcomes("delete", store, "--not-in", file)
+    assert outcome["result"]["examples"] == 2
+    assert {found.found for found in S3TStore(store).locate(ids=row_ids(2))} == {"deleted"}
+    result = run("delete", store, "--not-in", file)
+    assert result.exit_code == 0 and "Nothing was changed" in plain(result.stdout)
+
+
+def test_not_in_another_dataset_is_refused(store: Path, tmp_path: Path) -> None:
+    before = tree(store)
+    models.llama_rows(5, seed=1).to_parquet(str(tmp_path / "other.parquet"))
+    Dataset.from_list([{"name": "x"}]).to_parquet(str(tmp_path / "columns.parquet"))
+    for name, text in (
+        ("other.parquet", "holds none"),
+        ("columns.parquet", "no column 'id'"),
+        ("absent.parquet", "does not exist"),
+        ("rows.txt", "does not exist"),
+    ):
+        result = run("delete", store, "--not-in", tmp_path / name)
+        assert result.exit_code == 2 and text in result.stderr
+    assert tree(store) == before
+
+
+def test_slices_work_with_the_state_lost(store: Path) -> None:
+    shutil.rmtree(store / ".s3t")
+    assert run("delete", store, "--ids", row_ids()[0]).exit_code == 2
+    (outcome,) = outcomes("delete", store, "--slices", "0:1")
+    assert "shard-00/1" in outcome["result"]["stages_removed"]
+    assert not (store / "shard-00/1").exists()
+
+
+def test_exports_that_carry_the_influence_are_pending(store: Path, tmp_path: Path) -> None:
+    assert run("export", store, tmp_path / "out").exit_code == 0
+    assert (tmp_path / "out" / WEIGHTS).exists()
+    assert outcomes("delete", store, "--ids", row_ids()[0], "--dry-run")[0]["exit_code"] == 0
+    result = run("delete", store, "--ids", row_ids()[0])
+    assert result.exit_code == 3 and "exports that still carry it" in result.stdout
+    assert str(tmp_path / "out") in "".join(part.strip() for part in result.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("delete",),
+        ("locate",),
+        ("readmit",),
+        ("delete", "--slices", "0-1"),
+        ("delete", "--slices", "9:9"),
+        ("delete", "--ids-file", "absent.txt"),
+        ("delete", "--ids", "x", "--key-file", "absent.key"),
+        ("verify", "--retrain", "shard-00/0"),
+    ],
+)
+def test_bad_input(store: Path, arguments: tuple[str, ...]) -> None:
+    before = tree(store)
+    result = run(arguments[0], store, *arguments[1:])
+    assert result.exit_code == 2 and result.stderr and "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert tree(store) == before
+
+
+def test_folder_that_is_no_store_stays_empty(tmp_path: Path) -> None:
+    for verb in (
+        ("status",),
+        ("locate", "--ids", "a"),
+        ("delete", "--slices", "0:0"),
+        ("readmit", "--ids", "a"),
+        ("verify",),
+    ):
+        result = run(verb[0], tmp_path, *verb[1:])
+        assert result.exit_code == 2 and "no store here" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_key_from_a_file(store: Path, tmp_path: Path) -> None:
+    (store / ".s3t/partition.key").unlink()
+    result = run("delete", store, "--ids", row_ids()[0])
+    assert result.exit_code == 2 and "no partition key" in result.stderr
+    (tmp_path / "foreign.key").write_text("another key of more than 16 bytes\n")
+    result = run("locate", store, "--ids", row_ids()[0], "--key-file", tmp_path / "foreign.key")
+    assert result.exit_code == 2 and "not the one" in result.stderr
+    (tmp_path / "right.key").write_text(f"{trained_stores.KEY}\n")
+    assert run("delete", store, "--ids", row_ids()[0], "--key-file", tmp_path / "right.key").exit_code == 0
+
+
+# ---- several stores, faults ----
+
+
+def test_one_fault_does_not_stop_the_rest(store: Path, trained: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(trained, tmp_path / "damaged"))
+    (damaged / "s3t.json").write_text("{")
+    found = outcomes("delete", damaged, tmp_path / "absent", store, "--ids", row_ids()[0], code=5)
+    assert [outcome["exit_code"] for outcome in found] == [5, 2, 0]
+    assert found[0]["result"] is None and found[0]["error"]["type"] == "StoreError"
+    assert found[2]["error"] is None and found[2]["result"]["status"] == "inactive"
+    result = run("status", damaged, store)
+    assert result.exit_code == 5 and "damaged" in result.stderr and "14 trained" in result.stdout
+
+
+def test_gravest_exit_code_of_several_stores(store: Path, trained: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(trained, tmp_path / "other"))
+    run("delete", other, "--ids", row_ids()[0])
+    run("export", store, tmp_path / "out")
+    assert run("delete", store, other, "--ids", row_ids()[0]).exit_code == 3
+    assert run("delete", store, other, "--ids", "nobody").exit_code == 4
+    assert run("delete", store, tmp_path / "absent", "--ids", "nobody").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(IsolationError("x"), 5), (StoreLockedError("x"), 2), (OSError("disk full"), 2), (KeyError("fault"), 1)],
+)
+def test_exit_codes_of_errors(store: Path, error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: S3TStore) -> None:
+        raise error
+
+    monkeypatch.setattr(S3TStore, "status", fail)
+    result = run("status", store)
+    assert result.exit_code == code
+    assert ("Traceback" in result.stderr) is (code == 1)
+
+
+# ---- the other verbs ----
+
+
+def test_readmit(store: Path) -> None:
+    run("delete", store, "--ids", row_ids()[0])
+    assert run("readmit", store, "--ids", row_ids()[1]).exit_code == 4
+    (outcome,) = outcomes("readmit", store, "--ids", row_ids()[0], "--reference", "consent renewed")
+    assert outcome["result"]["kind"] == "readmit" and outcome["result"]["reference"] == "consent renewed"
+    run("delete", store, "--groups", "person-1")
+    assert "1 tombstones" in run("readmit", store, "--groups", "person-1").stdout
+
+
+def test_verify(store: Path) -> None:
+    (outcome,) = outcomes("verify", store)
+    assert outcome["result"]["ok"] and outcome["result"]["complete"] and len(outcome["result"]["checks"]) == 10
+    edit_json(store / "s3t.json", lambda manifest: manifest.update(generation=7))
+    result = run("verify", store)
+    assert result.exit_code == 5 and "broken: the state is of generation 0" in plain(result.stdout)
+    shutil.rmtree(store / ".s3t")
+    result = run("verify", store)
+    assert result.exit_code == 0 and "not everything could be checked" in result.stdout
+
+
+def test_verify_trains_a_stage_again(store: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.parquet"
+    models.llama_rows(trained_stores.ROWS).to_parquet(str(rows))
+    arguments = ("verify", store, "--data", rows, "--retrain", "shard-01/2")
+    (outcome,) = outcomes(*arguments, "--trainer", FACTORY)
+    assert outcome["result"]["checks"][-1] == {
+        "name": "shard-01/2 trained again is the same", "outcome": "holds", "broken": [], "not_checked": [],
+    }  # fmt: skip
+    trained_stores.edit_tensors(store, "shard-01/2", lambda tensors: next(iter(tensors.values())).mul_(2))
+    result = run(*arguments, "--trainer", "trained_stores:make_trainer")
+    assert result.exit_code == 5 and "expected the same bytes" in plain(result.stdout)
+    for factory in ("nothing", "trained_stores:nothing", "shard"):
+        assert run(*arguments, "--trainer", factory).exit_code == 2
+
+
+def test_export_of_a_prefix(store: Path, tmp_path: Path) -> None:
+    (outcome,) = outcomes("export", store, tmp_path / "out", "--prefix", "shard-00/2-0")
+    assert outcome["result"] == {"path": str(tmp_path / "out"), "prefix": "shard-00/2-0"}
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["layers_to_transform"] == [4, 5, 6, 7]
+
+
+def test_export_that_can_not_be(store: Path, tmp_path: Path) -> None:
+    assert run("export", store, store / "inside").exit_code == 2
+    result = run("export", store, tmp_path / "out", "--prefix", "shard-00/2-1")
+    assert result.exit_code == 2 and "Live stages: shard-00/0," in result.stderr
+    assert run("export", store, tmp_path / "out", "--prefix", "2-0").exit_code == 2
+    run("delete", store, *(part for place in range(6) for part in ("--slices", f"{place // 3}:{place % 3}")))
+    result = run("export", store, tmp_path / "out")
+    assert result.exit_code == 2 and "no root adapter" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_state_goes_out_and_in(store: Path, tmp_path: Path) -> None:
+    backup = tmp_path / "state.json"
+    assert run("state", "export", store, backup).exit_code == 0
+    assert backup.stat().st_mode & 0o777 == 0o600
+    shutil.rmtree(store / ".s3t")
+    assert outcomes("state", "import", store, backup)[0]["result"] == {"file": str(backup)}
+    assert outcomes("verify", store)[0]["result"]["complete"]
+    (tmp_path / "other.json").write_text("{}")
+    assert run("state", "import", store, tmp_path / "other.json").exit_code == 2
+    run("delete", store, "--ids", row_ids()[0])
+    assert run("state", "import", store, backup).exit_code == 2
+
+
+# ---- as a program ----
+
+
+def program(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from hf_s3t.cli import app; app()", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
+
+
+def test_as_a_program(store: Path) -> None:
+    done = program("delete", store.name, "--ids", row_ids()[0], "--json", cwd=store.parent)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["result"]["status"] == "inactive"
+    unknown = program("delete", store.name, "--ids", "nobody", cwd=store.parent)
+    assert unknown.returncode == 4 and unknown.stdout == "" and "Traceback" not in unknown.stderr
+
+
+def test_help_names_the_verbs() -> None:
+    text = run("--help").stdout
+    for verb in ("status", "locate", "delete", "readmit", "verify", "export", "state"):
+        assert verb in text
+    assert "Exit codes" in text
