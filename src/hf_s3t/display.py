@@ -93,7 +93,7 @@ def _sentence(path: str, receipt: Receipt) -> str:
         return f"Dry run: {stages} would no longer be served by {path}. Nothing was changed."
     if receipt.status == "unchanged":
         return f"Everything asked for was deleted from {path} before. Nothing was changed."
-    return f"{stages} no longer served by {path} since {receipt.inactive_since}."
+    return f"{stages} {'is' if count == 1 else 'are'} no longer served by {path} since {receipt.inactive_since}."
 
 
 def _request_line(receipt: Receipt) -> str:
