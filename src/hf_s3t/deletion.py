@@ -165,7 +165,7 @@ def carry_out(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     if state is not None:
         folder.write_state(replace(state, stages={name: record for name, record in state.stages.items()
                                                   if Stage.from_name(name) in manifest.stages}))  # fmt: skip
-        if intent["kind"] == "delete":
+        if intent["kind"] == "delete" and (folder.private / "index.json").exists():
             folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
     receipt = _append_receipt(folder, replace(Receipt(**intent["receipt"]), inactive_since=_now()))
     remove(folder.private / "intents" / intent["file"])
@@ -186,7 +186,11 @@ def _with_tombstones(folder: StoreFolder, intent: Mapping[str, Any]) -> State | 
             else:
                 found = tuple((shard, slice_id) for shard, slice_id in places)
                 stones[digest] = Tombstone(found, intent["generation"], intent["receipt"]["receipt"])
-    return replace(state, generation=max(state.generation, intent["generation"]), ids=ids, groups=groups)
+    generation = max(state.generation, intent["generation"])
+    if state.generation < intent["generation"] - 1:
+        logger.warning("the state missed deletions that were made elsewhere: bring it up to date before the next training")
+        generation = state.generation
+    return replace(state, generation=generation, ids=ids, groups=groups)
 
 
 def _rewrite(folder: StoreFolder, manifest: Manifest, generation: int, state: State | None) -> Manifest:
@@ -211,6 +215,9 @@ def _rewrite(folder: StoreFolder, manifest: Manifest, generation: int, state: St
 def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ()) -> None:
     """Removes every file that the manifest does not account for, and running checkpoints of stages that were hit."""
     hit = set(places)
+    for shard in folder.path.glob("shard-*"):
+        if shard.is_symlink():  # never ours, and what it leads to is not the store's to remove
+            remove(shard)
     for path in [*folder.path.glob("shard-*/*"), *folder.path.glob("shard-*/.*")]:
         try:
             stage = Stage.from_name(path.relative_to(folder.path).as_posix())
@@ -246,11 +253,22 @@ def recover(folder: StoreFolder) -> None:
         sweep(folder, manifest)
         return
     if state.generation > manifest.generation:  # an older copy of the published files was put back
-        stones = [*state.ids.values(), *state.groups.values()]
-        hit = {place for stone in stones if stone.generation > manifest.generation for place in stone.places}
+        hit = _unobeyed(folder, manifest, state)
         gone = [stage for stage in manifest.stages if stage.slices & hit]
         manifest = _rewrite(folder, manifest.without(gone), state.generation, state)
     sweep(folder, manifest)
+
+
+def _unobeyed(folder: StoreFolder, manifest: Manifest, state: State) -> set[Place]:
+    """Places of the tombstones that an older manifest knows nothing of; of all tombstones, where that can not be told."""
+    since = manifest.generation
+    ids, groups = ({d: s for d, s in all_.items() if s.generation <= since} for all_ in (state.ids, state.groups))
+    try:
+        same_past = replace(state, ids=ids, groups=groups).digest(folder.key) == manifest.tombstones
+    except StateError:
+        same_past = False
+    stones = [*state.ids.values(), *state.groups.values()]
+    return {place for stone in stones if stone.generation > since or not same_past for place in stone.places}
 
 
 def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +284,7 @@ def _append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
         folder.private.mkdir(parents=True, exist_ok=True)
         with open(folder.private / "receipts.jsonl", "a", encoding="utf-8") as file:
             # The newline comes first: a line that a crash cut short then spoils only itself.
-            file.write("\n" + json.dumps(receipt.to_json(), sort_keys=True, ensure_ascii=False))
+            file.write("\n" + json.dumps(receipt.to_json(), sort_keys=True))
             file.flush()
             os.fsync(file.fileno())
         sync_folder(folder.private)
@@ -277,7 +295,7 @@ def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
     """Every receipt, oldest first; a line that a crash cut short is left out."""
     path = folder.private / "receipts.jsonl"
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             found.append(json.loads(line))
         except ValueError:

@@ -202,9 +202,9 @@ class StoreFolder:
         return as_key(value) if value else None
 
     def ensure_key(self) -> bytes:
-        """The partition key; a store without any stage gets a new one. A key from the environment is never written."""
+        """The partition key; only a folder without a store gets a new one. A key from the environment is never written."""
         path = self.private / "partition.key"
-        if self.exists and self.manifest().stages:
+        if self.exists:
             return self.key
         key = self._given_key or self._environment_key()
         if key is None and not path.exists():

@@ -51,7 +51,10 @@ def resolve(
         StateError: the state is needed and absent.
     """
     manifest = folder.manifest()
-    hit = {(int(shard), int(slice_id)) for shard, slice_id in slices}
+    for name, given in (("ids", ids), ("groups", groups), ("rows", rows), ("slices", slices), ("digests", digests)):
+        if isinstance(given, str | bytes | Mapping):
+            raise ValueError(f"`{name}` must be a list, got {given!r:.80}. For a single one write `{name}=[...]`.")
+    hit = _places(slices)
     manifest.plan.affected(hit)  # refuses places out of range
     wanted: list[tuple[Any, Kind]] = [(value, "id") for value in ids]
     wanted += [(_row_id(row, manifest), "id") for row in rows]
@@ -73,7 +76,16 @@ def resolve(
     return replace(request, ids=merged, places=request.places | hit, asked=request.asked + len(hit))
 
 
+def _places(slices: Iterable[Place]) -> set[Place]:
+    try:
+        return {(int(shard), int(slice_id)) for shard, slice_id in slices}
+    except (TypeError, ValueError):
+        raise ValueError("`slices` must be a list of pairs of numbers, e.g. `slices=[(0, 2)]`.") from None
+
+
 def _row_id(row: Mapping[str, Any], manifest: Manifest) -> Any:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"`rows` must be mappings from column to value, got {type(row).__name__}.")
     column = manifest.recipe["partition"]["id_column"]
     if column is None:
         return row_digest(row)

@@ -199,13 +199,13 @@ class S3TStore(StoreFolder):
         target = Path(path)
         if target.resolve().is_relative_to(self.path.resolve()):
             raise StoreError(f"{target} lies inside the store, which holds only its own files. Name another folder.")
-        stages, adapter = self._export_source(prefix)
-        for name, data in adapter.files({"export": [stage.name for stage in stages]}).items():
-            write_atomic(target / name, data)
-        with self.writing():
+        with self.writing():  # a deletion comes before, or finds the copy on record
+            stages, adapter = self._export_source(prefix)
             parts = sorted({above.name for stage in stages for above in stage.path})
             exports = {**deletion.read_exports(self), str(target.resolve()): parts}
             write_atomic(self.private / "exports.json", json_bytes(exports))
+            for name, data in adapter.files({"export": [stage.name for stage in stages]}).items():
+                write_atomic(target / name, data)
         return adapter
 
     def _export_source(self, prefix: str | Order | Stage | None) -> tuple[list[Stage], Adapter]:
@@ -224,16 +224,18 @@ class S3TStore(StoreFolder):
 
     def export_state(self, file: str | os.PathLike[str]) -> None:
         """Writes key, index, tombstones and receipts into one private file (mode 600): the backup of `.s3t/`."""
-        key_file = self.private / "partition.key"
-        bundle = {
-            "hf_s3t_state": 1,
-            "key": key_file.read_text().strip() if key_file.exists() else None,
-            "index": {digest: list(entry) for digest, entry in self.index().items()},
-            "state": self.state().to_json(),
-            "receipts": deletion.read_receipts(self),
-            "exports": deletion.read_exports(self),
-        }
-        path = Path(file)
+        path, key_file = Path(file), self.private / "partition.key"
+        if path.resolve().is_relative_to(self.path.resolve()):
+            raise StoreError(f"{path} lies inside the store: the backup holds the key and would be published, or lost with it.")
+        with self.writing():
+            bundle = {
+                "hf_s3t_state": 1,
+                "key": key_file.read_text().strip() if key_file.exists() else None,
+                "index": {digest: list(entry) for digest, entry in self.index().items()},
+                "state": self.state().to_json(),
+                "receipts": deletion.read_receipts(self),
+                "exports": deletion.read_exports(self),
+            }
         write_atomic(path, json_bytes(bundle))
         path.chmod(0o600)
 
@@ -244,16 +246,20 @@ class S3TStore(StoreFolder):
             StateError: the backup is of another store, or older than the state that is here.
         """
         bundle = read_json(Path(file))
-        if not isinstance(bundle, dict) or bundle.get("hf_s3t_state") != 1:
+        parts = {"hf_s3t_state", "key", "index", "state", "receipts", "exports"}
+        if not isinstance(bundle, dict) or set(bundle) != parts or bundle["hf_s3t_state"] != 1:
             raise StateError(f"{file} is no state that `export_state` wrote.")
         state = State.from_json(bundle["state"])
         with self.write_lock.hold(LOCK_SECONDS):
             if self.exists and bundle["key"] and key_check_value(as_key(bundle["key"])) != self.manifest().key_check:
                 raise StateError(f"{file} belongs to another store: its key does not fit {self.path}.")
-            if (self.private / "state.json").exists() and self.state().generation > state.generation:
+            here = self.state() if (self.private / "state.json").exists() else State()
+            forgotten = _forgotten(here, state, bundle["receipts"])
+            if here.generation > state.generation or forgotten:
                 raise StateError(
-                    f"{file} is of generation {state.generation}, the state here of {self.state().generation}: "
-                    "importing it would forget deletions. Nothing was changed."
+                    f"{file} is of generation {state.generation}, the state here of {here.generation}, and {forgotten} "
+                    "tombstones here are not known there: importing it would forget deletions. Nothing was changed. "
+                    "Delete there what was deleted here, and export it again."
                 )
             if bundle["key"]:
                 write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n")
@@ -270,6 +276,13 @@ def as_stage(prefix: str | Order | Stage) -> Stage:
     if isinstance(prefix, Stage):
         return prefix
     return Stage.from_name(prefix) if isinstance(prefix, str) else Stage(0, tuple(prefix))
+
+
+def _forgotten(here: State, there: State, receipts: Iterable[Mapping[str, Any]]) -> int:
+    """Number of tombstones that stand here and neither stand there nor were lifted there."""
+    known = {receipt["receipt"] for receipt in receipts}
+    pairs = ((here.ids, there.ids), (here.groups, there.groups))
+    return sum(d not in other and stone.receipt not in known for ours, other in pairs for d, stone in ours.items())
 
 
 def _lines(receipts: Iterable[Mapping[str, Any]]) -> bytes:

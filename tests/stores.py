@@ -1,0 +1,131 @@
+"""Whole stores without any training: real partition, plan, index and state; stages of small random tensors.
+
+What a stage holds is drawn from its name alone, so two stores with the same plan are alike byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from hf_s3t import Plan, S3TConfig, S3TStore, Stage
+from hf_s3t.adapter import Adapter
+from hf_s3t.manifest import Manifest, State, key_check_value
+from hf_s3t.partition import Entry, Index, id_source, read_rows
+from hf_s3t.sequences import cyclic
+
+KEY = bytes(range(100, 132))
+PASSING = ("write.lock", "write.holder", "train.lock", "train.holder")
+"""Files of the locks, which hold nothing."""
+
+
+def people(n: int = 48) -> list[dict[str, Any]]:
+    """Rows with an id and a text, two of each person."""
+    return [
+        {"id": f"row-{i}", "person": f"person-{i // 2}", "text": f"{random.Random(i).random()} is told"}
+        for i in range(n)
+    ]
+
+
+def stage_adapter(stage: Stage, head: bool = False) -> Adapter:
+    """A stage of rank 2 over two layers, in a model of `2 * L` layers."""
+    generator = torch.Generator().manual_seed(zlib.crc32(stage.name.encode()))
+    layers = [20 - 2 * stage.depth, 21 - 2 * stage.depth]
+    tensors = {}
+    for layer in layers:
+        path = f"base_model.model.layers.{layer}.q_proj"
+        tensors[f"{path}.lora_A.weight"] = torch.randn(2, 4, generator=generator)
+        tensors[f"{path}.lora_B.weight"] = torch.randn(4, 2, generator=generator)
+    if head:
+        tensors["base_model.model.score.weight"] = torch.randn(3, 4, generator=generator)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "target_modules": ["q_proj"]}
+    return Adapter({**config, "layers_to_transform": layers, "auto_mapping": None}, tensors)
+
+
+def make_store(
+    path: Path,
+    rows: list[dict[str, Any]] | None = None,
+    *,
+    plan: Plan | None = None,
+    key: bytes | None = KEY,
+    head: bool = False,
+    trained: int | None = None,
+    **columns: Any,
+) -> S3TStore:
+    """A store as a training leaves it.
+
+    Args:
+        rows: its train set; `people()` by default.
+        plan: two shards, three slices, all rotations by default.
+        key: given to the store, which writes it; `None`: whatever the environment holds.
+        head: whether stages have heads, so that no root adapter averages them.
+        trained: number of stages that are there; all by default.
+        columns: of the `S3TConfig`, for example `group_column`.
+    """
+    plan = plan or Plan.make(2, 3, cyclic(3, 3), prune=False)
+    config = S3TConfig(num_shards=plan.num_shards, num_slices=plan.num_slices, **columns)
+    dataset = Dataset.from_list(people() if rows is None else rows)
+    store = S3TStore(path, key)
+    store.ensure_key()
+    partition = {
+        "id_column": id_source(config, dataset.column_names),
+        "group_column": config.group_column,
+        "slice_columns": config.slice_columns,
+    }
+    recipe = {"config": {"task_type": "CAUSAL_LM"}, "partition": partition, "base": {"id": None}}
+    index = dict(read_rows(dataset, store.key, config))
+    stages = plan.stages[:trained]
+    state = State(stages={stage.name: {"generation": 0, "examples": 1, "steps": 1} for stage in stages})
+    store.write_index(index)
+    store.write_state(state)
+    manifest = Manifest(0, state.digest(store.key), key_check_value(store.key), recipe, plan)
+    stages_files = {stage: store.write_stage(stage, stage_adapter(stage, head)) for stage in stages}
+    manifest = Manifest(0, manifest.tombstones, manifest.key_check, recipe, plan, stages_files)
+    store.write_manifest(store.write_root(manifest))
+    (store.private / "scratch").rmdir()
+    return S3TStore(path)
+
+
+@dataclass
+class Known:
+    """What a test knows of a store's train set: the rows by id, and where each lies."""
+
+    rows: dict[str, dict[str, Any]]
+    index: Index
+    places: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, store: S3TStore, rows: list[dict[str, Any]] | None = None) -> Known:
+        """Looks every row up, before anything is deleted."""
+        rows = people() if rows is None else rows
+        found = {location.asked: location.places[0] for location in store.locate(ids=[row["id"] for row in rows])}
+        return cls({row["id"]: row for row in rows}, store.index(), found)
+
+    def at(self, shard: int, slice_id: int) -> list[str]:
+        """Ids of the examples of a slice."""
+        return [name for name, place in self.places.items() if place == (shard, slice_id)]
+
+    def entry(self, name: str) -> Entry:
+        """The index entry of an example, through its place alone."""
+        return next(entry for entry in self.index.values() if entry[:2] == self.places[name])
+
+
+def tree(path: Path) -> dict[str, str]:
+    """sha256 of every file below a store, but the locks'."""
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name not in PASSING
+    }
+
+
+def stage_folders(path: Path) -> set[str]:
+    """Names of the stage folders on disk."""
+    return {str(folder.relative_to(path)) for folder in path.glob("shard-*/*")}
