@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
 from .errors import IsolationError
@@ -36,6 +37,12 @@ class StageCallbackHandler(CallbackHandler):
         self.stage: Stage | None = None
         self.trackers = tuple(get_reporting_integration_callbacks(report_to))
         self._begun = False
+
+    def keep_outside(self, output_dir: str) -> None:
+        """Sends tensorboard to `OUTPUT_DIR-runs` unless told otherwise: its default lies in the store."""
+        for callback in self.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = f"{os.path.normpath(output_dir)}-runs"
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         everyone = self.callbacks

@@ -78,8 +78,6 @@ def set_stage_defaults(args: TrainingArguments) -> None:
     """Defaults that fit a frozen base: no search for unused parameters, no checkpointing through input gradients."""
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
-    if "tensorboard" in (args.report_to or ()):  # its default lies in output_dir, which is the store
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{os.path.normpath(args.output_dir)}-runs")
     if args.activation_checkpointing:
         args.activation_checkpointing_kwargs = {"use_reentrant": False, **(args.activation_checkpointing_kwargs or {})}
 

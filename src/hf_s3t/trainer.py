@@ -113,6 +113,7 @@ class S3TMixin(ServedModelMixin):
             self.train_dataset = self._rows.adopt(self.train_dataset)
         self.guard = StageGuard(self.tuner, self._drop_if_hit)
         self.callback_handler = StageCallbackHandler(self.callback_handler, self.args.report_to)
+        self.callback_handler.keep_outside(self.args.output_dir)
         self.add_callback(self.guard)
         self.progress = PlanProgressCallback()
         if self.pop_callback(ProgressCallback) is not None:
