@@ -20,7 +20,7 @@ from typing import Any
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE
 from .errors import StateError, StoreError, UnknownExampleError
-from .files import json_bytes, remove, sync_folder, write_atomic
+from .files import json_bytes, read_json, remove, sync_folder, write_atomic
 from .folder import StoreFolder
 from .manifest import Manifest, State, Tombstone
 from .partition import count_by_place
@@ -138,7 +138,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         logger.warning("the state of %s is lost: how many examples this concerns is not known", folder.path)
     lost = [(shard, slice_id) for shard, prefix in before.items() for slice_id in prefix]
     lost = [place for place in lost if place[1] not in after.get(place[0], ())]
-    deleted = len(request.ids)
+    deleted, removed = len(request.ids), {stage.name for stage in gone}
     hit = {place for places in request.ids.values() for place in places}
     dark = sum(counts[place] for place in {*lost, *hit}) - deleted
     return Receipt(
@@ -148,7 +148,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         examples=deleted, dark_examples=max(dark, 0), reference=reference,
         stages_removed={stage.name: manifest.stages[stage] for stage in gone},
         served_before=_served_json(before), served_after=_served_json(after),
-        exports=[path for path, names in read_exports(folder).items() if set(names) & {stage.name for stage in gone}],
+        exports=[path for path, names in read_exports(folder).items() if names & removed and os.path.exists(path)],
         caches=list(state.caches), versions=versions(),
     )  # fmt: skip
 
@@ -188,7 +188,7 @@ def _with_tombstones(folder: StoreFolder, intent: Mapping[str, Any]) -> State | 
                 stones[digest] = Tombstone(found, intent["generation"], intent["receipt"]["receipt"])
     generation = max(state.generation, intent["generation"])
     if state.generation < intent["generation"] - 1:
-        logger.warning("the state missed deletions that were made elsewhere: bring it up to date before the next training")
+        logger.warning("the state missed deletions made elsewhere: bring it up to date before the next training")
         generation = state.generation
     return replace(state, generation=generation, ids=ids, groups=groups)
 
@@ -260,7 +260,7 @@ def recover(folder: StoreFolder) -> None:
 
 
 def _unobeyed(folder: StoreFolder, manifest: Manifest, state: State) -> set[Place]:
-    """Places of the tombstones that an older manifest knows nothing of; of all tombstones, where that can not be told."""
+    """Places of the tombstones that an older manifest knows nothing of; of all, where that can not be told."""
     since = manifest.generation
     ids, groups = ({d: s for d, s in all_.items() if s.generation <= since} for all_ in (state.ids, state.groups))
     try:
@@ -303,10 +303,15 @@ def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
     return found
 
 
-def read_exports(folder: StoreFolder) -> dict[str, list[str]]:
+def read_exports(folder: StoreFolder) -> dict[str, set[str]]:
     """Path of every exported copy -> names of the stages in it."""
     path = folder.private / "exports.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return {name: set(parts) for name, parts in read_json(path).items()} if path.exists() else {}
+
+
+def write_exports(folder: StoreFolder, exports: Mapping[str, Iterable[str]]) -> None:
+    """Replaces the record of exported copies."""
+    write_atomic(folder.private / "exports.json", json_bytes({path: sorted(names) for path, names in exports.items()}))
 
 
 def versions() -> dict[str, str]:

@@ -201,9 +201,8 @@ class S3TStore(StoreFolder):
             raise StoreError(f"{target} lies inside the store, which holds only its own files. Name another folder.")
         with self.writing():  # a deletion comes before, or finds the copy on record
             stages, adapter = self._export_source(prefix)
-            parts = sorted({above.name for stage in stages for above in stage.path})
-            exports = {**deletion.read_exports(self), str(target.resolve()): parts}
-            write_atomic(self.private / "exports.json", json_bytes(exports))
+            parts = {above.name for stage in stages for above in stage.path}
+            deletion.write_exports(self, {**deletion.read_exports(self), str(target.resolve()): parts})
             for name, data in adapter.files({"export": [stage.name for stage in stages]}).items():
                 write_atomic(target / name, data)
         return adapter
@@ -226,7 +225,7 @@ class S3TStore(StoreFolder):
         """Writes key, index, tombstones and receipts into one private file (mode 600): the backup of `.s3t/`."""
         path, key_file = Path(file), self.private / "partition.key"
         if path.resolve().is_relative_to(self.path.resolve()):
-            raise StoreError(f"{path} lies inside the store: the backup holds the key and would be published, or lost with it.")
+            raise StoreError(f"{path} lies inside the store: the key would be published, or lost with it.")
         with self.writing():
             bundle = {
                 "hf_s3t_state": 1,
@@ -234,7 +233,7 @@ class S3TStore(StoreFolder):
                 "index": {digest: list(entry) for digest, entry in self.index().items()},
                 "state": self.state().to_json(),
                 "receipts": deletion.read_receipts(self),
-                "exports": deletion.read_exports(self),
+                "exports": {path: sorted(names) for path, names in deletion.read_exports(self).items()},
             }
         write_atomic(path, json_bytes(bundle))
         path.chmod(0o600)
@@ -257,16 +256,16 @@ class S3TStore(StoreFolder):
             forgotten = _forgotten(here, state, bundle["receipts"])
             if here.generation > state.generation or forgotten:
                 raise StateError(
-                    f"{file} is of generation {state.generation}, the state here of {here.generation}, and {forgotten} "
-                    "tombstones here are not known there: importing it would forget deletions. Nothing was changed. "
-                    "Delete there what was deleted here, and export it again."
+                    f"{file} is of generation {state.generation}, the state here of {here.generation}, and "
+                    f"{forgotten} tombstones here are not known there: importing it would forget deletions. Nothing "
+                    "was changed. Delete there what was deleted here, and export it again."
                 )
             if bundle["key"]:
                 write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n")
                 (self.private / "partition.key").chmod(0o600)
             self.write_index({digest: Entry(*entry) for digest, entry in bundle["index"].items()})
             write_atomic(self.private / "receipts.jsonl", _lines(bundle["receipts"]))
-            write_atomic(self.private / "exports.json", json_bytes(bundle["exports"]))
+            deletion.write_exports(self, bundle["exports"])
             self.write_state(state)
             deletion.recover(self)
 
