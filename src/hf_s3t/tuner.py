@@ -124,7 +124,11 @@ class StageTuner:
             self.active.append("prefix")
         if parent is not None:
             keys = self._keys("default")
-            self._load("default", {key: value for key, value in parent.items() if key in keys})
+            start = {key: value for key, value in parent.items() if key in keys}
+            if not any(bool(value.any()) for key, value in start.items() if "lora_" in key):
+                # An empty parent stores zeros: no LoRA matrix gets a gradient from there, so these stay fresh.
+                start = {key: value for key, value in start.items() if "lora_" not in key}
+            self._load("default", start)
         if frozen and parent is not None:
             self._load("prefix", {key: value for key, value in parent.items() if "lora_" in key}, whole=True)
         self.arm(training=True)
