@@ -1,0 +1,298 @@
+"""Promise 5: killed at any instant and run again equals never killed, and a deletion interrupted anywhere holds.
+
+The run trains three stages, deletes an example while the second one trains, and trains what is then missing. All of its
+instants are counted once; the kills are drawn from them with a seed, each kind of instant as often as `DRAWN` says.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from killing import CATEGORIES, MODES, fill_disk, in_child, kill, train_struck
+from trainings import CASES, KINDS, make_trainer, place, published, rows_of, without
+from transformers import TrainerCallback, default_data_collator
+
+from hf_s3t import S3TStore, StoreError
+from hf_s3t.ensemble import read_members
+
+DRAWN = {"step": 4, "checkpoint": 4, "rename": 3, "manifest": 4, "deletion": 5}
+PAIRS = [(case, kind) for case in CASES for kind in KINDS]
+KILLS = [(*PAIRS[number % 6], category, number) for number, category in
+         enumerate(category for category, times in DRAWN.items() for _ in range(times))]  # fmt: skip
+LONG = [(case, kind, category, 100 + number) for case, kind in PAIRS for category in CATEGORIES for number in range(5)]
+
+
+class DeleteWhileTraining(TrainerCallback):
+    """Deletes the victim in the middle of stage 0-1, unless that is done."""
+
+    def __init__(self, path: Path, victim: str):
+        self.path, self.victim = path, victim
+
+    def on_step_end(self, args, state, control, stage=None, **kwargs):
+        if stage.depth == 2 and state.global_step == 3:
+            delete_unless_done(self.path, self.victim)
+
+
+def delete_unless_done(path: Path, victim: str) -> None:
+    store = S3TStore(path)
+    if store.locate(ids=[victim])[0].found == "live":
+        store.delete(ids=[victim])
+
+
+class Run:
+    """One model and kind: the run that is to be killed, its instants, and what a run that is never killed leaves."""
+
+    def __init__(self, case: str, kind: str, folder: Path):
+        self.case, self.kind, self.folder = CASES[case], kind, folder
+        rows = rows_of(self.case, 48)
+        slices = [[row for row, name in enumerate(rows["id"]) if place(name, slices=2)[1] == i] for i in (0, 1)]
+        self.rows = rows.select(slices[0][:8] + slices[1][:12])  # stage 0-1: 3 steps an epoch
+        self.victim = next(name for name in self.rows["id"] if place(name, slices=2)[1] == 0)
+        self.reference, self.categories = folder / "reference", []
+
+    def train(self, path: Path, rows=None, callbacks=(), **options):
+        options |= {"num_slices": 2, "args": {"per_device_train_batch_size": 8, "num_train_epochs": 2}}
+        rows = self.rows if rows is None else rows
+        make_trainer(path, self.case, self.kind, rows, callbacks=list(callbacks), **options).train()
+
+    def scenario(self, path: Path) -> None:
+        self.train(path, callbacks=[DeleteWhileTraining(path, self.victim)])
+        delete_unless_done(path, self.victim)
+        self.train(path)
+
+    def never_killed(self) -> dict[str, str]:
+        if not self.categories:
+            log = self.folder / "instants"
+            assert train_struck(log, lambda: self.scenario(self.reference), None, "") == 0
+            self.categories = log.read_text().split()
+            scratch = self.folder / "scratch"
+            self.train(scratch, without(self.rows, {self.victim}))
+            assert published(scratch) == published(self.reference)
+        return published(self.reference)
+
+    def draw(self, category: str, number: int) -> tuple[int, str]:
+        chance = random.Random(f"{self.case.name} {self.kind} {number}")
+        self.never_killed()
+        return chance.choice([i for i, found in enumerate(self.categories) if found == category]), chance.choice(MODES)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return {pair: Run(*pair, tmp_path_factory.mktemp("-".join(pair))) for pair in PAIRS}
+
+
+def check_readers(path: Path, run: Run) -> None:
+    """What a reader finds is whole, and of a stage that a deletion hits nothing. No writer has been there to recover."""
+    store = S3TStore(path)
+    if not store.exists:
+        return
+    members, live, state = read_members(store), store.live().stages, store.state()
+    assert set(members) == {f"shard-{shard:02d}" for shard in store.served()}
+    deleted = bool(store.intents() or state.ids)
+    for stage in live:
+        store.assemble(stage.shard, stage.prefix)  # compares every file with the manifest
+        trained_since = state.stages[stage.name]["generation"] == 1 and not store.intents()
+        assert not deleted or trained_since or (0, 0) not in stage.slices, stage.name
+    for prefix in ((0,), (0, 1)) if store.intents() else ():
+        with pytest.raises(StoreError, match="not in the store"):
+            store.assemble(0, prefix)
+
+
+def check_leftovers(path: Path) -> None:
+    """Nothing half-written is left once a training has ended."""
+    names = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert not any((path / ".s3t" / name).exists() for name in ("running", "scratch"))
+    assert not list((path / ".s3t" / "intents").glob("*"))
+    assert {name for name in names if name.startswith("shard-")} == {
+        f"{stage.name}/{name}" for stage, files in S3TStore(path).manifest().stages.items() for name in files
+    }
+
+
+def check_kill(run: Run, path: Path, category: str, number: int) -> None:
+    instant, mode = run.draw(category, number)
+    log = path.with_name("struck")
+    assert train_struck(log, lambda: run.scenario(path), instant, mode) == -9
+    found = log.read_text().split()
+    assert found[: instant + 1] == run.categories[: instant + 1]
+    check_readers(path, run)
+    run.scenario(path)
+    assert published(path) == run.never_killed()
+    check_leftovers(path)
+
+
+@pytest.mark.parametrize(("case", "kind", "category", "number"), KILLS)
+def test_killed_at_an_instant_and_run_again_is_never_killed(runs, tmp_path, case, kind, category, number):
+    check_kill(runs[case, kind], tmp_path / "out", category, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "kind", "category", "number"), LONG)
+def test_killed_at_many_instants(runs, tmp_path, case, kind, category, number):
+    check_kill(runs[case, kind], tmp_path / "out", category, number)
+
+
+def test_every_kind_of_instant_is_drawn(runs):
+    assert sum(DRAWN.values()) == len(KILLS) == 20
+    run = runs["llama", "layer_group"]
+    run.never_killed()
+    assert set(run.categories) == set(CATEGORIES)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_full_disk_leaves_nothing_half_written(runs, tmp_path, number):
+    run, path = runs[PAIRS[number]], tmp_path / "out"
+    category = ("checkpoint", "rename", "manifest", "deletion", "other", "other")[number]
+    instant, _ = run.draw(category, 50 + number)
+    log = tmp_path / "struck"
+    assert train_struck(log, lambda: run.scenario(path), instant, "before", fill_disk) == errno.ENOSPC
+    check_readers(path, run)
+    run.scenario(path)
+    assert published(path) == run.never_killed()
+    check_leftovers(path)
+
+
+# ---- inside a stage ----
+
+
+class StepCounter(TrainerCallback):
+    """Notes at which step each stage began, and how many it took."""
+
+    def __init__(self):
+        self.began, self.taken = {}, {}
+
+    def on_train_begin(self, args, state, control, stage=None, **kwargs):
+        self.began[stage.name], self.taken[stage.name] = state.global_step, 0
+
+    def on_step_end(self, args, state, control, stage=None, **kwargs):
+        self.taken[stage.name] += 1
+
+
+class Killer(TrainerCallback):
+    """Kills the process at a step of a stage of depth 2."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, stage=None, **kwargs):
+        if stage.depth == 2 and state.global_step == self.step:
+            kill()
+
+
+@pytest.mark.parametrize(("case", "kind"), PAIRS)
+def test_a_killed_stage_goes_on_where_its_checkpoint_was_written(runs, tmp_path, case, kind):
+    run, path, whole = runs[case, kind], tmp_path / "out", tmp_path / "whole"
+    run.train(whole)
+    assert in_child(lambda: run.train(path, callbacks=[Killer(5)])) == -9
+    assert sorted(folder.name for folder in path.glob(".s3t/running/shard-00_0-1/*")) == ["checkpoint-2", "checkpoint-4"]
+    steps = StepCounter()
+    run.train(path, callbacks=[steps])
+    assert (steps.began["shard-00/0-1"], steps.taken["shard-00/0-1"]) == (4, 2)
+    assert published(path) == published(whole)
+
+
+def test_a_stage_with_random_batches_starts_again(runs, tmp_path):
+    run = runs["llama", "layer_group"]
+
+    def noisy(rows):
+        batch = default_data_collator(rows)
+        tokens = torch.randint(3, 60, batch["input_ids"].shape)
+        return {**batch, "input_ids": torch.where(torch.rand(tokens.shape) < 0.2, tokens, batch["input_ids"])}
+
+    run.train(tmp_path / "whole", data_collator=noisy)
+    assert in_child(lambda: run.train(tmp_path / "out", callbacks=[Killer(5)], data_collator=noisy)) == -9
+    steps = StepCounter()
+    run.train(tmp_path / "out", callbacks=[steps], data_collator=noisy)
+    assert (steps.began["shard-00/0-1"], steps.taken["shard-00/0-1"]) == (0, 6)
+    assert published(tmp_path / "out") == published(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_other_data_is_not_resumed(runs, tmp_path):
+    """Between kill and resume an example of the running stage's slice is deleted."""
+    run = runs["llama", "all"]
+    assert in_child(lambda: run.train(tmp_path / "out", callbacks=[Killer(5)])) == -9
+    later = next(name for name in run.rows["id"] if place(name, slices=2)[1] == 1)
+    S3TStore(tmp_path / "out").delete(ids=[later])
+    assert not list((tmp_path / "out/.s3t/running").glob("*"))
+    run.train(tmp_path / "out")
+    run.train(tmp_path / "scratch", without(run.rows, {later}))
+    assert published(tmp_path / "out") == published(tmp_path / "scratch")
+
+
+# ---- a deletion while a stage trains ----
+
+
+class DeleteFromElsewhere(TrainerCallback):
+    """Another process deletes at one event of stage 0-1; afterwards nothing may be written for that stage."""
+
+    def __init__(self, path: Path, ids: list[str], event: str, step: int):
+        self.path, self.ids, self.step, self.states = path, ids, step, []
+        setattr(self, event, self.strike)
+
+    def strike(self, args, state, control, stage=None, **kwargs):
+        if stage.depth == 2 and state.global_step == self.step and not self.states:
+            assert in_child(lambda: S3TStore(self.path).delete(ids=self.ids)) == 0
+            self.states.append((stage.name, state.global_step, state.max_steps))
+
+    def on_train_begin(self, args, state, control, stage=None, **kwargs):
+        if self.states and not self.states[1:]:
+            self.states.append((stage.name, state.global_step, sorted(self.path.glob(".s3t/running/shard*/*"))))
+
+    def on_save(self, args, state, control, stage=None, **kwargs):
+        assert len(self.states) != 1, "a checkpoint of the dropped stage was written"
+
+
+EVENTS = [("on_step_end", 3), ("on_step_end", 2), ("on_step_end", 6), ("on_train_end", 6)]
+
+
+@pytest.mark.parametrize(("event", "step"), EVENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deletion_does_not_wait_for_the_stage_that_it_drops(runs, tmp_path, monkeypatch, kind, event, step):
+    run, path = runs["llama", kind], tmp_path / "out"
+    run.never_killed()
+    callback = DeleteFromElsewhere(path, [run.victim], event, step)
+    kept = watch_stage_folders(monkeypatch, path)
+    run.train(path, callbacks=[callback])
+    deletion, again = callback.states
+    assert deletion == ("shard-00/0-1", step, 6)  # it returned, and the stage was still running
+    assert again == ("shard-00/0", 0, [])  # the next stage to train, with no checkpoint left
+    assert kept == ["shard-00/0", "shard-00/0", "shard-00/0-1", "shard-00/1"]  # 0-1 only once, after the repair of 0
+    assert published(path) == run.never_killed()
+
+
+def test_a_deletion_from_another_slice_lets_the_stage_go_on(runs, tmp_path, monkeypatch):
+    """Stage 1 trains; the deletion hits slice 0, whose stages are done."""
+    run, path = runs["llama", "layer_group"], tmp_path / "out"
+    rows = run.rows
+    kept = watch_stage_folders(monkeypatch, path)
+
+    class Late(DeleteFromElsewhere):
+        def strike(self, args, state, control, stage=None, **kwargs):
+            if stage.name == "shard-00/1" and not self.states:
+                assert in_child(lambda: S3TStore(self.path).delete(ids=self.ids)) == 0
+                self.states.append((stage.name, 0, 0))
+
+        def on_save(self, args, state, control, stage=None, **kwargs):
+            pass
+
+    run.train(path, rows, callbacks=[Late(path, [run.victim], "on_step_end", 0)])
+    assert kept == ["shard-00/0", "shard-00/0-1", "shard-00/1", "shard-00/0", "shard-00/0-1"]
+    run.never_killed()
+    assert published(path) == run.never_killed()
+
+
+def watch_stage_folders(monkeypatch, path: Path) -> list[str]:
+    """The stage folders that are installed from now on, in this process, in their order."""
+    installed, rename = [], os.rename
+
+    def watched(source, target, **kwargs):
+        installed.append(str(Path(target).relative_to(path)))
+        return rename(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "rename", watched)
+    return installed
