@@ -53,6 +53,7 @@ class ServedModelMixin(TrainerBase):
             yield
             return
         peft_model = self.model
+        self._set_signature_columns_if_needed()  # of the base model: the ensemble takes whatever it is given
         self.model = self.model_wrapped = S3TEnsemble(peft_model, members)
         try:
             yield
