@@ -159,6 +159,11 @@ class S3TConfig(LoraConfig):
         return self.num_slices if isinstance(self.sequence_selection, str) else len(self.sequence_selection)
 
     def _check_lora_fields(self) -> None:
+        if self.init_lora_weights is not True and self.init_lora_weights != "gaussian":
+            raise ValueError(
+                f"`init_lora_weights` must be True or 'gaussian', got {self.init_lora_weights!r}: other ways read the "
+                "base weights or data, or do not start at zero, so a stage would not be its prefix plus a LoRA."
+            )
         for item in fields(LoraConfig):
             if item.name in LORA_FIELDS + BOOKKEEPING_FIELDS:
                 continue
@@ -170,11 +175,6 @@ class S3TConfig(LoraConfig):
                     f"S3TConfig does not support `{item.name}` (got {value!r}): {reason}. "
                     f"Leave it at its default {default!r}; supported LoRA fields: {', '.join(LORA_FIELDS)}."
                 )
-        if self.init_lora_weights is not True and self.init_lora_weights != "gaussian":
-            raise ValueError(
-                f"`init_lora_weights` must be True or 'gaussian', got {self.init_lora_weights!r}: other ways read the "
-                "base weights or data, or do not start at zero, so a stage would not be its prefix plus a LoRA."
-            )
 
     def _check_ranges(self) -> None:
         for name in ("num_shards", "num_slices", "budget", "layers_per_slice", "r"):
@@ -206,7 +206,8 @@ class S3TConfig(LoraConfig):
         if self.slice_columns is None:
             return
         columns = self.slice_columns
-        if isinstance(columns, str) or not isinstance(columns, Sequence) or len(columns) != 2:
+        named = isinstance(columns, Sequence) and all(isinstance(column, str) for column in columns)
+        if isinstance(columns, str) or not named or not len(columns) == len(set(columns)) == 2:
             raise ValueError(f"`slice_columns` must name two columns, (shard, slice), got {columns!r}.")
         self.slice_columns = (columns[0], columns[1])
 
