@@ -63,21 +63,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What differs between the paper's Llama systems; all use m=1, L=4, B=4, learning rate 2e-5, 3 epochs and rsLoRA."""
 
 DEMO = Path(__file__).parent / "demo"
-DEMO_KEY = "6b65792d6f662d7468652d64656d6f21"
+DEMO_KEY = "7075626c6963206b6579206f66207468652064656d6f203030303037"
 """A fixed partition key, so that everyone sees the same slices; of your own data it must be secret."""
 
 DEMO_CONFIG: dict[str, Any] = {
     "num_shards": 2,
     "num_slices": 4,
-    "r": 16,
-    "lora_alpha": 256,
+    "r": 32,
+    "lora_alpha": 512,
     "target_modules": ALL_PROJECTIONS,
     "group_column": "person",
 }
 DEMO_ARGUMENTS: dict[str, Any] = {
-    "num_train_epochs": 12,
+    "num_train_epochs": 10,
     "per_device_train_batch_size": 16,
-    "learning_rate": 4e-3,
+    "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "max_grad_norm": 1.0,
     "seed": 0,
