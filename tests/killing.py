@@ -1,8 +1,8 @@
 """Kills a training at a chosen instant: in a forked process, at one of the calls by which anything becomes durable.
 
 Every optimizer step and every `fsync`, rename, removal and `torch.save` is an instant. They come in the same order in
-every run, so that a number names one. A kill before a call, after it, or in the middle of it is a different state of the
-disk: in the middle, an unsynced file has lost its second half.
+every run, so that a number names one. A kill before a call, after it, or in the middle of it leaves the disk in
+another state: in the middle, an unsynced file has lost its second half.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Instants:
         self.log, self.strike_at, self.mode, self.strike = open(log, "w"), strike_at, mode, strike or kill
         self.count, self.inside = 0, []
         self._watch_rooms()
-        for owner, name in ((os, "replace"), (os, "rename"), (os, "unlink"), (os, "fsync"), (os, "rmdir"), (torch, "save")):
-            setattr(owner, name, self._wrap(getattr(owner, name), name))
-        shutil.rmtree = self._wrap(shutil.rmtree, "rmtree")
-        Path.unlink = self._wrap(Path.unlink, "unlink")
+        for owner, names in ((os, ("replace", "rename", "unlink", "fsync", "rmdir")), (torch, ("save",)),
+                             (shutil, ("rmtree",)), (Path, ("unlink",))):  # fmt: skip
+            for name in names:
+                setattr(owner, name, self._wrap(getattr(owner, name), name))
         steps: list[int] = []
         register_optimizer_step_pre_hook(lambda *_: steps.append(self._begin("step", ())))
         register_optimizer_step_post_hook(lambda *_: self._end(steps.pop()))
@@ -118,7 +118,7 @@ def fill_disk() -> None:
 
 
 def in_child(function: Callable[[], Any]) -> int:
-    """Runs a function in a forked process; returns minus the signal that ended it, 28 for a full disk, 1 for an error."""
+    """Runs a function in a forked process; returns minus the signal that ended it, an `OSError`'s number, or 1."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -137,7 +137,9 @@ def in_child(function: Callable[[], Any]) -> int:
         os._exit(code)
 
 
-def train_struck(log: Path, scenario: Callable[[], Any], strike_at: int | None, mode: str, strike: Callable = kill) -> int:
+def train_struck(
+    log: Path, scenario: Callable[[], Any], strike_at: int | None, mode: str, strike: Callable = kill
+) -> int:
     """Runs a scenario in a child that is struck at one instant; see `in_child` for what is returned."""
 
     def child() -> None:

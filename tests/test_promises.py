@@ -1,4 +1,4 @@
-"""The promises 1 to 6, bit for bit, over a Llama-, a BERT- (with a trained head) and a ViT-shaped model, for both kinds.
+"""Promises 1 to 6, bit by bit, over a Llama-, a BERT- (with a trained head) and a ViT-shaped model, for both kinds.
 
 Kills are in `test_promises_crash.py`, promises 7 and 8 in `test_promises_files.py`; `test_promises_8bit.py` runs the
 tests of this file over a quantised base. `mutations.py` shows that each of them can go red.
@@ -13,6 +13,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_s3t import IsolationError, S3TStore, Stage, StateError
+from hf_s3t.card import prefix_lines
+from hf_s3t.ensemble import read_members
 from trainings import (
     CASES,
     KINDS,
@@ -27,11 +32,6 @@ from trainings import (
     tensor_bytes,
     without,
 )
-from transformers import TrainerCallback
-
-from hf_s3t import IsolationError, S3TStore, Stage, StateError
-from hf_s3t.card import prefix_lines
-from hf_s3t.ensemble import read_members
 
 HIT = {"shard-00/0-1", "shard-00/0-1-2", "shard-00/1", "shard-00/1-2"}
 KEPT = {"shard-00/0", "shard-00/2", "shard-00/2-0"}
@@ -50,7 +50,7 @@ def layer_of(world: World, name: str) -> int | None:
 
 
 def owned(world: World, stage: Stage, name: str) -> bool:
-    """Whether a tensor of the model in training belongs to the stage: its LoRA layers, counted from the top, or a head."""
+    """Whether a tensor of the training model is the stage's: a head, or LoRA of its layers, counted from the top."""
     if ".default." not in name:
         return False
     if any(f".{head}.modules_to_save." in name for head in world.case.heads):
@@ -161,10 +161,10 @@ def test_a_whole_slice_deleted_one_by_one_and_repaired(world, tmp_path):
     store = world.copy(tmp_path)
     for name in sorted(world.slice_ids):
         store.delete(ids=[name])
-    rows = without(world.rows, world.slice_ids)
-    world.trainer(store.path, rows).train()
+    rows, plan = without(world.rows, world.slice_ids), [[1, 2], [2, 0], [0]]
+    world.trainer(store.path, rows, sequence_selection=plan).train()
     with pytest.warns(UserWarning, match=r"1 of 3 slices are empty, e.g. \(shard, slice\) \(0, 1\)"):
-        world.trainer(tmp_path / "scratch", rows).train()
+        world.trainer(tmp_path / "scratch", rows, sequence_selection=plan).train()
     assert_same_stores(store.path, tmp_path / "scratch")
     empty = load_file(store.path / "shard-00/1/adapter_model.safetensors")
     assert all(not value.any() for name, value in empty.items() if ".lora_" in name)
@@ -176,14 +176,14 @@ def test_readmitted_and_trained_is_never_deleted(world, tmp_path):
     store = world.copy(tmp_path)
     store.delete(ids=[world.victim])
     store.readmit(ids=[world.victim])
-    world.trainer(store.path).train()
-    assert_same_stores(store.path, world.trained)
+    world.trainer(store.path, sequence_selection=[[0, 1], [1]]).train()
+    world.assert_stages(store.path, world.trained, "0", "0-1", "1")
 
 
 def test_the_order_of_the_rows_changes_no_bit(world, tmp_path):
     shuffled = world.rows.select(torch.randperm(24, generator=torch.Generator().manual_seed(5)).tolist())
-    world.trainer(tmp_path / "out", shuffled).train()
-    assert_same_stores(tmp_path / "out", world.trained)
+    world.trainer(tmp_path / "out", shuffled, sequence_selection=[[0, 1, 2]]).train()
+    world.assert_stages(tmp_path / "out", world.trained, "0", "0-1", "0-1-2")
 
 
 def test_a_stage_depends_on_its_prefix_alone(world):
@@ -216,8 +216,8 @@ def test_a_machine_with_an_old_state_trains_nothing(world, tmp_path):
     }
     here.export_state(tmp_path / "state.json")
     there.import_state(tmp_path / "state.json")
-    world.trainer(there.path).train()
-    assert_same_stores(there.path, world.never_had)
+    world.trainer(there.path, sequence_selection=[[1]]).train()
+    world.assert_stages(there.path, world.never_had, "1")
 
 
 def bring_published_files(source: S3TStore, target: S3TStore) -> None:
