@@ -1,0 +1,46 @@
+"""The README's code runs as it stands, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_python_example_trains_deletes_and_repairs(tmp_path, monkeypatch, capsys):
+    (code,) = blocks("python")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    line = [line for line in capsys.readouterr().out.splitlines() if " -> " in line][-1]
+    assert re.fullmatch(r"6 examples; \{'0': \[\d, \d, \d, \d\]\} -> \{'0': \[[\d, ]+\]\}", line)
+    assert names["trainer"].store.status().missing == ()
+    assert names["trainer"].store.status().deleted_examples == 6
+
+
+def test_the_python_example_is_short():
+    (code,) = blocks("python")
+    assert sum(1 for line in code.splitlines() if line and not line.startswith(("from ", "import "))) <= 12
+
+
+@pytest.mark.parametrize("verb", ["locate", "delete", "status", "verify", "export", "state"])
+def test_every_verb_that_it_names_exists(verb):
+    from typer.main import get_command
+
+    from hf_s3t.cli import app
+
+    assert f"hf-s3t {verb}" in README
+    assert verb in get_command(app).commands
+
+
+def test_both_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\S+)", README, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M)

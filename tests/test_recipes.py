@@ -1,0 +1,133 @@
+"""The recipes as a user starts them: through `accelerate launch`, on real files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL_RUN = ["--num_slices", "2", "--budget", "1", "--layers_per_slice", "1", "--r", "4", "--lora_alpha", "8"]
+SMALL_RUN += ["--num_train_epochs", "1", "--max_length", "64", "--disable_tqdm", "True"]
+
+
+def launch(script: Path, *arguments: str, config: str | None = None, cwd: Path) -> str:
+    """Output of a launched script."""
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    if config is not None:
+        command += ["--config_file", str(ROOT / "accelerate_configs" / config)]
+    environment = {**os.environ, "PYTHONPATH": str(script.parent)}
+    command += [str(script), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def table(text: str) -> dict[str, list[float]]:
+    """The demo's table: name of the group -> facts, before, after deletion, after repair."""
+    rows = re.findall(r"^(\S[a-z ]+?) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)$", text, re.M)
+    return {name: [float(number) for number in numbers] for name, *numbers in rows}
+
+
+@pytest.fixture
+def short_demo(tmp_path):
+    """The recipe with one epoch a stage: every step of the demo, before anything is learnt."""
+    script = tmp_path / "alpaca_short.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'recipes')!r})\n"
+        "import alpaca\nalpaca.DEMO_ARGUMENTS['num_train_epochs'] = 1\n"
+        "if __name__ == '__main__':\n    alpaca.main()\n"
+    )
+    return script
+
+
+def test_the_demo_goes_through_all_its_steps(short_demo, tmp_path):
+    text = launch(short_demo, "--output_dir", str(tmp_path / "demo"), cwd=tmp_path)
+    names = "the deleted person|others in her slice|the rest of her shard|the other shard|people never trained on"
+    assert list(table(text)) == names.split("|")
+    assert "never changed: True" in text
+    assert "equal those of a training without her: True" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_learns_forgets_and_repairs(tmp_path):
+    text = launch(ROOT / "recipes" / "alpaca.py", "--output_dir", str(tmp_path / "demo"), cwd=tmp_path)
+    rows = table(text)
+    deleted, mates = rows["the deleted person"], rows["others in her slice"]
+    rest, other, strangers = (rows[name] for name in list(rows)[2:])
+    known = [deleted, mates, rest, other]
+    assert sum(row[0] * row[1] for row in known) / sum(row[0] for row in known) >= 80
+    for row in (deleted, mates):
+        share = strangers[2] / 100
+        noise = 100 * 3 * (max(share, 1 / 32) / row[0]) ** 0.5
+        assert row[2] <= strangers[2] + noise
+    assert rest[1] - rest[2] <= 15 and other[1] - other[2] <= 5
+    assert deleted[3] <= strangers[3] + 100 * 3 * (1 / 32 / deleted[0]) ** 0.5
+    assert mates[3] >= mates[1] - 15 and rest[3] >= rest[1] - 5
+    assert "never changed: True" in text and "without her: True" in text
+
+
+def test_every_slice_of_the_demo_has_at_least_four_people():
+    from collections import Counter
+
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import alpaca
+
+    people = {row["person"] for row in alpaca.read_rows(alpaca.DEMO / "people.jsonl")}
+    counts = Counter(alpaca.place_of(person) for person in people)
+    assert len(people) >= 48 and len(counts) == 8 and min(counts.values()) >= 4
+
+
+@pytest.fixture
+def alpaca_rows(tmp_path):
+    """The demo's rows as a file in the Alpaca format, and the id of one of them."""
+    rows = [json.loads(line) for line in (ROOT / "recipes/demo/people.jsonl").read_text().splitlines()][:32]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path, rows[0]["id"]
+
+
+def test_instruction_tuning_in_8_bit_deletes_and_repairs_with_two_processes(alpaca_rows, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    path, name = alpaca_rows
+    (tmp_path / "ids.txt").write_text(name + "\n")
+    text = launch(
+        ROOT / "recipes" / "alpaca.py", "--model_name_or_path", str(ROOT / "recipes/demo/base"), "--load_in_8bit",
+        "--dataset_name", str(path), "--output_dir", "out", "--delete_ids", "ids.txt",
+        "--per_device_train_batch_size", "2", *SMALL_RUN, config="cpu_2_processes.yaml", cwd=tmp_path,
+    )  # fmt: skip
+    assert "1 examples not served since" in text and text.count("repaired") == 1  # the main process alone speaks
+    manifest = json.loads((tmp_path / "out/s3t.json").read_text())
+    assert manifest["generation"] == 1 and manifest["recipe"]["processes"] == 2
+    assert manifest["recipe"]["base"]["quantization"]["load_in_8bit"] is True
+    assert set(manifest["stages"]) == {"shard-00/0", "shard-00/0-1"}
+
+
+def test_loss_on_the_response_only_or_on_the_prompt_too():
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import alpaca
+
+    tokenizer = alpaca.load_tokenizer(str(ROOT / "recipes/demo/base"))
+    row = {"instruction": "Where does Ann live?", "input": "", "output": "In Larrun."}
+    tokens, labels = alpaca.InstructionCollator(tokenizer, 128).example(row)
+    response = tokenizer(row["output"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    assert [label for label in labels if label != -100] == response == tokens[-len(response) :]
+    tokens, labels = alpaca.InstructionCollator(tokenizer, 128, train_on_prompt=True).example(row)
+    assert tokens == labels
+    with_input = alpaca.prompt_of({**row, "input": "A story."})
+    assert "### Input:\nA story." in with_input and "### Input" not in alpaca.prompt_of(row)
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-13b", "llama-3-8b"])
+def test_presets_are_the_papers(name):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import alpaca
+
+    expected = {"layers_per_slice": 10 if name == "llama-2-13b" else 8, "r": 32, "lora_alpha": 64}
+    assert alpaca.PRESETS[name] == expected
+    recipe, args = alpaca.make_parser().parse_args_into_dataclasses([])
+    assert (recipe.num_shards, recipe.num_slices, args.learning_rate, args.num_train_epochs) == (1, 4, 2e-5, 3)
