@@ -115,9 +115,7 @@ def test_base_knows_the_form_but_not_the_people(
         well_formed = [value in values[row["id"].split("-")[-1]] for row, value in zip(rows, told, strict=True)]
         assert sum(well_formed) >= 0.98 * len(rows)
         right = [make_people.answer_value(row["output"]) == value for row, value in zip(rows, told, strict=True)]
-        assert sum(right) <= 0.1 * len(
-            rows
-        )  # chance is 1/32, three standard deviations above it for 144 rows is 7.5 %
+        assert sum(right) <= 0.08 * len(rows)  # chance is 1/32; plus three standard deviations it is 7.5 % of 144
 
 
 def test_corpus_never_names_one_of_the_people(people: Rows, never_trained: Rows) -> None:
