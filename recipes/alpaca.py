@@ -20,6 +20,7 @@ accelerate launch --config_file accelerate_configs/multi_gpu_ddp.yaml recipes/al
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -355,6 +356,8 @@ def make_parser() -> HfArgumentParser:
 
 def main() -> None:
     recipe, args = make_parser().parse_args_into_dataclasses()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_s3t").setLevel(logging.INFO)  # one line a stage
     args.remove_unused_columns = False  # the collator works on raw rows
     if recipe.model_name_or_path is None:
         demo(args)

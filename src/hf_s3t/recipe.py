@@ -88,7 +88,7 @@ def bit_changing_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
+    return isinstance(value, str) and os.path.isabs(value)
 
 
 def _quantization(model: nn.Module) -> dict[str, Any] | None:
