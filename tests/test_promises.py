@@ -27,6 +27,7 @@ from trainings import (
     assert_same_stores,
     logits_of,
     make_trainer,
+    place,
     published,
     same_tensors,
     tensor_bytes,
@@ -95,6 +96,29 @@ def test_the_base_model_comes_out_as_it_went_in(world, tmp_path):
     kept = {name.replace(".base_layer", "").replace(".original_module", ""): value for name, value in after.items()}
     assert all(kept[name] == value for name, value in before.items() if not name.startswith(world.case.heads))
     assert all(after[name] == value for name, value in drawn.items())
+
+
+def test_a_stage_begins_where_its_parent_ended(world):
+    """Its head, and what it is built on, are the parent's; what is fresh is drawn from its own seed."""
+    drawn = set()
+    for stage, record in world.recorder.stages.items():
+        fresh = {name: record.before[name] for name in record.before if ".default." in name and ".lora_A." in name}
+        if stage.parent is None or world.kind == "layer_group":
+            drawn.add(tuple(fresh.values()))
+        if stage.parent is not None:
+            parent = world.recorder.stages[stage.parent].after
+            names = [name for name in record.before if name.endswith(".weight") and is_from_parent(world, stage, name)]
+            assert names and all(
+                record.before[name] in (parent.get(name), parent.get(name.replace(".prefix.", ".default.")))
+                for name in names
+            )
+    assert len(drawn) == (7 if world.kind == "layer_group" else 3)
+
+
+def is_from_parent(world: World, stage: Stage, name: str) -> bool:
+    if ".lora_" in name:
+        return ".prefix." in name or world.kind == "all"
+    return ".modules_to_save.default." in name
 
 
 # ---- 2. prefix ----
@@ -214,6 +238,12 @@ def test_a_machine_with_an_old_state_trains_nothing(world, tmp_path):
     assert before == {
         path: path.read_bytes() for path in there.path.rglob("*") if path.is_file() and path.suffix != ".lock"
     }
+    other = next(name for name in world.rows["id"] if place(name) == (0, 0))
+    elsewhere = world.copy(tmp_path, "elsewhere")
+    elsewhere.delete(ids=[other])  # as many deletions as here, but not the same
+    bring_published_files(here, elsewhere)
+    with pytest.raises(StateError, match="their tombstones differ"):
+        world.trainer(elsewhere.path).train()
     here.export_state(tmp_path / "state.json")
     there.import_state(tmp_path / "state.json")
     world.trainer(there.path, sequence_selection=[[1]]).train()

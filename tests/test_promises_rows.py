@@ -158,6 +158,19 @@ def test_an_empty_slice_trains_stages_that_change_nothing(world, tmp_path):
     assert all(value.any() for name, value in full.items())
 
 
+def test_two_stages_never_share_their_bytes(world, tmp_path):
+    """Two empty slices: the same zeros in the same layers, yet two files, so that purging one leaves the other."""
+    rows = without(world.rows, {name for name in world.rows["id"] if place(name, 2, 2)[1] == 1})
+    with pytest.warns(UserWarning, match="2 of 4 slices are empty"):
+        world.trainer(tmp_path / "out", rows, **PLAN | {"num_shards": 2, "sequence_selection": [[1]]}).train()
+    first, second = (tmp_path / f"out/shard-0{shard}/1/{WEIGHTS}" for shard in (0, 1))
+    tensors, others = load_file(first), load_file(second)
+    assert {name: tensor_bytes(value) for name, value in tensors.items()} == {
+        name: tensor_bytes(value) for name, value in others.items()
+    }
+    assert first.read_bytes() != second.read_bytes()
+
+
 def test_without_dropout(world, tmp_path):
     base = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     for name, rows in (("out", world.rows), ("scratch", without(world.rows, {victim_of(world)}))):

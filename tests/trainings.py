@@ -55,7 +55,7 @@ CASES = {
         "AutoModelForCausalLM", "model.layers", 12,
     ),
     "bert": Case(
-        "bert", models.tiny_bert, models.bert_rows, {"task_type": "SEQ_CLS", "target_modules": "all-linear"},
+        "bert", models.tiny_bert, models.bert_rows, {"task_type": "SEQ_CLS", "target_modules": ["query", "intermediate.dense"]},
         "AutoModelForSequenceClassification", "bert.encoder.layer", 4, ("classifier",),
     ),
     "vit": Case(
@@ -183,6 +183,8 @@ class Recorder(TrainerCallback):
         self.assemble_new()
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         names = {name for name, parameter in model.named_parameters() if id(parameter) in held}
+        frozen = [module for name, module in model.named_modules() if name.endswith(".lora_dropout.prefix")]
+        assert not any(isinstance(module, torch.nn.Dropout) for module in frozen), "the prefix runs with dropout"
         assert len(names) == len(held), "the optimizer holds a tensor that is not the model's"
         self.stages[stage] = StageRecord(_digests(model), names)
 

@@ -1,0 +1,301 @@
+"""The smallest wrong changes, each of which must turn a test of the promises red.
+
+    python tests/mutations.py             # applies one after the other to a copy of src/, writes docs/mutations.md
+    python tests/mutations.py --only head # those whose description contains a text; writes nothing
+
+A mutation that stays green is a test that is missing. The tests run without any first: red means something only then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SOURCE = Path("src/hf_s3t")
+TABLE = REPOSITORY / "docs" / "mutations.md"
+HEAVY = ("torch", "transformers", "transformers.trainer", "peft", "datasets", "pytest", "scipy.optimize")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A wrong change.
+
+    Args:
+        promise (`int`): what it breaks.
+        about (`str`): what is wrong then.
+        file (`str`): below `src/hf_s3t`.
+        edits (`tuple[tuple[str, str], ...]`): old text, which occurs once, and the new one.
+        tests (`tuple[str, ...]`): node ids below `tests/`; one of them has to fail.
+    """
+
+    promise: int
+    about: str
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    tests: tuple[str, ...]
+
+
+LLAMA, BERT, VIT = "[llama-layer_group]", "[bert-layer_group]", "[vit-layer_group]"
+P, CRASH, FILES, ROWS = (f"test_promises{name}.py::test_" for name in ("", "_crash", "_files", "_rows"))
+OWNS = P + "a_stage_changes_what_it_owns_and_nothing_else"
+STORES = P + "a_stage_stores_its_own_layers_and_heads"
+BEGINS = P + "a_stage_begins_where_its_parent_ended"
+ROGUE = P + "a_callback_that_breaks_isolation_is_stopped"
+STOOD = P + "a_prefix_is_what_stood_when_its_stage_had_been_trained"
+STOCK = P + "stock_peft_gives_a_prefix_the_logits_of_that_time"
+NEVER_SEEN = P + "after_delete_nothing_served_ever_saw_the_example"
+MEMORY = P + "the_model_in_memory_forgets_too"
+REPAIR = P + "delete_and_train_is_training_from_scratch_without_the_example"
+ORDER = P + "the_order_of_the_rows_changes_no_bit"
+BURIED = P + "a_deleted_example_that_is_handed_in_again_is_not_trained_on"
+MACHINE = P + "a_machine_with_an_old_state_trains_nothing"
+KILLED = CRASH + "killed_at_an_instant_and_run_again_is_never_killed"
+RESUMED = CRASH + "a_killed_stage_goes_on_where_its_checkpoint_was_written"
+RUNNING = CRASH + "a_deletion_does_not_wait_for_the_stage_that_it_drops"
+NOTHING_LEFT = FILES + "after_delete_no_file_holds_anything_of_the_example"
+CARD = FILES + "stock_peft_loads_root_and_prefix_by_the_lines_of_the_card"
+SHARDS = ROWS + "several_shards"
+
+MUTATIONS = (
+    # 1. isolation
+    Mutation(1, "layers matched by substring: layers.1 is layers.10, too", "tuner.py", ((
+        "return key in self.layout.module_names(self.layout.grouped_layers if layers is None else layers)",
+        "return any(name.split('.self')[0] in key and key.endswith(name.split('.')[-1])\n"
+        "                   for name in self.layout.module_names(layers or self.layout.grouped_layers))",
+    ),), (OWNS + LLAMA, STORES + LLAMA)),
+    Mutation(1, "the optimizer of the last stage is kept", "trainer.py",
+             (("self.optimizer = self.lr_scheduler = None", "pass"),), (OWNS + LLAMA,)),
+    Mutation(1, "requires_grad is not looked at", "tuner.py",
+             (("if training != self.training_owned or not training:", "if not training:"),), (ROGUE,)),
+    Mutation(1, "the optimizer's tensors are not looked at", "tuner.py",
+             (("if held != set(owned):", "if not held:"),), (ROGUE,)),
+    Mutation(1, "frozen tensors are not compared", "trainer.py",
+             (("self.tuner.check_frozen(frozen)", "pass"),), (ROGUE,)),
+    Mutation(1, "a stage that received no gradient is stored", "callbacks.py",
+             (("if len(self.waiting) == len(self.tuner.training_owned):", "if False:"),),
+             (P + "a_stage_without_any_gradient_is_an_error",)),
+    Mutation(1, "the frozen prefix runs with dropout", "tuner.py",
+             (('self.config.lora_dropout if name == "default" else 0.0', "self.config.lora_dropout"),),
+             (OWNS + LLAMA,)),
+    # 2. prefix
+    Mutation(2, "the head is unversioned: a stage does not store it", "tuner.py", ((
+        "copy=True) for name, value in tensors.items()}",
+        'copy=True) for name, value in tensors.items() if "lora_" in name}',
+    ),), (STORES + BERT, STOOD + BERT)),
+    Mutation(2, "the parent's head is not restored", "tuner.py", ((
+        "start = {key: value for key, value in parent.items() if key in keys}",
+        'start = {key: value for key, value in parent.items() if key in keys and "lora_" in key}',
+    ),), (BEGINS + BERT,)),
+    Mutation(2, "the parent's LoRA is not loaded", "tuner.py",
+             (("if frozen and parent is not None:", "if False:"),), (BEGINS + LLAMA, STOCK + LLAMA)),
+    Mutation(2, "the first head along a prefix wins, not the last", "adapter.py",
+             (("tensors.update(stage.tensors)", "tensors = {**stage.tensors, **tensors}"),), (STOOD + BERT,)),
+    Mutation(2, "a stage of all layers starts fresh, not at its parent", "tuner.py",
+             (("if not any(bool(value.any())", "if True or any(bool(value.any())"),),
+             (BEGINS + "[llama-all]",)),
+    # 3. never seen
+    Mutation(3, "a deletion removes nothing", "deletion.py",
+             (("if stage.slices & places]", "if False]"),), (NEVER_SEEN + LLAMA,)),
+    Mutation(3, "only the last slice of a prefix counts as hit", "plan.py",
+             (("for slice_id in self.prefix)", "for slice_id in self.prefix[-1:])"),), (NEVER_SEEN + LLAMA,)),
+    Mutation(3, "the root adapter is not rewritten", "deletion.py",
+             (("manifest = folder.write_root(manifest)", "pass"),), (NEVER_SEEN + LLAMA,)),
+    Mutation(3, "readers ignore intents", "folder.py",
+             (("for intent in self.intents() for place in", "for intent in () for place in"),),
+             (KILLED,)),
+    Mutation(3, "the model in memory keeps what was deleted", "serving.py",
+             (('if self._order is None and not kwargs.get("dry_run"):', "if False:"),), (MEMORY + LLAMA,)),
+    Mutation(3, "a stage that a deletion hit while it ended is stored", "orders.py", ((
+        "        if is_hit(store, order):\n            raise StageDropped\n        files", "        files",
+    ),), (RUNNING,)),
+    # 4. repair
+    Mutation(4, "a stage's seed does not depend on its prefix", "staging.py",
+             ((", stage {stage.name}", ""),), (BEGINS + LLAMA,)),
+    Mutation(4, "LoRA is drawn from whatever the random state is", "tuner.py",
+             (("        set_seed(seed)\n        owned", "        owned"),), (REPAIR + LLAMA,)),
+    Mutation(4, "examples are ordered by their place in the dataset", "rows.py",
+             (("for digest in sorted(by_slice[slice_id])", "for digest in by_slice[slice_id]"),), (ORDER + LLAMA,)),
+    Mutation(4, "the recipe is not compared", "reconcile.py",
+             (("check_same(manifest.recipe, wanted.recipe)", "pass"),), (ROWS + "a_changed_recipe_trains_nothing",)),
+    Mutation(4, "a group's rows are spread over the slices", "partition.py",
+             (("_place(row, position, group or digest,", "_place(row, position, digest,"),),
+             (ROWS + "a_person_is_deleted_with_all_rows",)),
+    Mutation(4, "a child of an empty stage starts at zeros", "tuner.py",
+             (("if not any(bool(value.any())", "if False and any(bool(value.any())"),),
+             (P + "a_whole_slice_deleted_one_by_one_and_repaired[llama-all]",)),
+    # 5. resume
+    Mutation(5, "requires_grad is not set again after a resume", "trainer.py",
+             (("self.tuner.arm(training=True)  # loading", "pass  # loading"),), (RESUMED,)),
+    Mutation(5, "the marker of a complete checkpoint is not looked at", "checkpoints.py",
+             (("if step.isdigit() and _has_mark(folder, mark):", "if step.isdigit():"),), (KILLED,)),
+    Mutation(5, "the manifest is written before the stage's folder", "orders.py", (
+        ("        files = store.write_stage(order.stage, adapter)\n",
+         "        import hashlib\n"
+         "        about = {'stage': order.stage.name, 'parents': [above.name for above in order.stage.path[:-1]]}\n"
+         "        files = {name: hashlib.sha256(data).hexdigest() for name, data in adapter.files(about).items()}\n"),
+        ("        remove(running_folder(store, order.stage))", "        store.write_stage(order.stage, adapter)"),
+    ), (KILLED,)),
+    Mutation(5, "an interrupted deletion is not finished", "deletion.py",
+             (("        carry_out(folder, intent)\n", "        pass\n"),), (KILLED,)),
+    Mutation(5, "temporary files are left behind", "deletion.py",
+             (("        remove(scrap)", "        pass"),), (KILLED,)),
+    Mutation(5, "random batches are resumed in the middle", "trainer.py",
+             (("if not collates_the_same(", "if False and not collates_the_same("),),
+             (CRASH + "a_stage_with_random_batches_starts_again",)),
+    Mutation(5, "a stage that is hit trains on", "trainer.py",
+             (("hit = is_hit(self.store, self.order)", "hit = False"),), (RUNNING,)),
+    # 6. tombstones
+    Mutation(6, "the rows of a stage are not filtered by tombstones", "rows.py",
+             (("if not state.buries(digest, entry.group):", "if True:"),), (BURIED + LLAMA,)),
+    Mutation(6, "a deletion leaves no tombstone", "deletion.py",
+             (("stones[digest] = Tombstone(", "_ = Tombstone("),), (BURIED + LLAMA,)),
+    Mutation(6, "generations are not compared", "reconcile.py",
+             (("    _check_generation(store, manifest, state)\n", ""),), (MACHINE + LLAMA,)),
+    Mutation(6, "only the number of deletions is compared", "reconcile.py",
+             ((" and state.digest(store.key) == manifest.tombstones:", ":"),), (MACHINE + LLAMA,)),
+    Mutation(6, "the tombstone of a group is ignored", "manifest.py",
+             ((" or (group is not None and group in self.groups)", ""),),
+             (ROWS + "a_person_is_deleted_with_all_rows",)),
+    Mutation(6, "the index keeps what was deleted", "deletion.py",
+             (('if d not in intent["ids"]', "if d"),), (BURIED + LLAMA,)),
+    # 7. nothing left
+    Mutation(7, "a running checkpoint survives the deletion", "deletion.py",
+             (("        if stage.slices & hit:\n            remove(running)", "        pass"),),
+             (NOTHING_LEFT + BERT,)),
+    Mutation(7, "folders of removed stages stay", "deletion.py",
+             (("if stage is None or stage not in manifest.stages or", "if stage is None or False and"),),
+             (NOTHING_LEFT + BERT,)),
+    Mutation(7, "the index holds a plain digest of the content", "partition.py",
+             (('keyed_digest(key, "content", content))', "content)"),), (NOTHING_LEFT + LLAMA,)),
+    Mutation(7, "a stage's metadata does not name it: two share a file", "folder.py",
+             (('adapter.files({"stage": stage.name, "parents": [above.name for above in stage.path[:-1]]})',
+               "adapter.files({})"),), (ROWS + "two_stages_never_share_their_bytes",)),
+    # 8. plain artefacts
+    Mutation(8, "the card loads the last stage of a prefix alone", "card.py",
+             (("for above in stage.path)", "for above in stage.path[-1:])"),), (CARD,)),
+    Mutation(8, "the average is not divided by the number of shards", "adapter.py",
+             (("* (member.scaling / count)", "* member.scaling"),), (SHARDS,)),
+    Mutation(8, "the config in the store does not name the heads", "tuner.py",
+             (('plain["modules_to_save"] = list(layout.heads) or None', 'plain["modules_to_save"] = None'),), (CARD,)),
+)  # fmt: skip
+
+
+def check_anchors(mutation: Mutation) -> list[str]:
+    """Old texts that do not occur exactly once."""
+    text = (REPOSITORY / SOURCE / mutation.file).read_text()
+    return [old for old, _ in mutation.edits if text.count(old) != 1]
+
+
+def run_tests(source: Path, tests: tuple[str, ...], log: Path) -> int:
+    """Runs tests against a copy of the package, in a forked process that has the heavy imports already."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 99
+    try:
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.chdir(REPOSITORY)
+        os.environ["PYTHONPATH"] = str(source)
+        sys.path.insert(0, str(source))
+        import pytest
+
+        paths = [f"tests/{test}" for test in tests]
+        code = int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *paths]))
+        import hf_s3t
+
+        assert str(source) in str(hf_s3t.__file__), "the tests ran against another copy"
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def apply(mutation: Mutation | None, folder: Path) -> Path:
+    """A copy of `src/`, with the change."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(REPOSITORY / "src", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    if mutation is not None:
+        path = folder / "hf_s3t" / mutation.file
+        text = path.read_text()
+        for old, new in mutation.edits:
+            text = text.replace(old, new)
+        path.write_text(text)
+    return folder
+
+
+def caught_by(log: str) -> str:
+    """The first test that failed, as pytest names it."""
+    match = re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(?: - .*)?$", log, re.MULTILINE)
+    return match[1] if match else ""
+
+
+def try_out(mutation: Mutation, source: Path, log: Path) -> tuple[str, str]:
+    """The test that a mutation turned red, or nothing, and what pytest wrote."""
+    if check_anchors(mutation):
+        raise SystemExit(f"{mutation.about}: {check_anchors(mutation)} must occur once in {mutation.file}.")
+    code = run_tests(apply(mutation, source), mutation.tests, log)
+    output = log.read_text()
+    return caught_by(output) if code == 1 else "", output
+
+
+def row(mutation: Mutation, test: str) -> str:
+    return f"| {mutation.promise} | {mutation.about} | `{mutation.file}` | `{test}` |"
+
+
+HEADER = """\
+# Mutations
+
+Each row is a small wrong change to the library and the test that turned red with it, as `python tests/mutations.py`
+found it. The changes themselves are in `tests/mutations.py`.
+
+| promise | what is wrong | file | caught by |
+|---|---|---|---|
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="TEXT", help="mutations whose promise, description or file has it")
+    return parser
+
+
+def main() -> None:
+    only = make_parser().parse_args().only
+    chosen = [item for item in MUTATIONS if not only or only in f"{item.promise} {item.about} {item.file}"]
+    __import__("conftest")  # sets the environment, before anything reads it
+    for name in HEAVY:
+        __import__(name)
+    rows, green = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        source, log = Path(folder) / "src", Path(folder) / "log"
+        tests = tuple(dict.fromkeys(test for mutation in chosen for test in mutation.tests))
+        if run_tests(apply(None, source), tests, log) != 0:
+            raise SystemExit(f"The tests fail without any mutation.\n{log.read_text()}")
+        for mutation in chosen:
+            started = time.monotonic()
+            test, output = try_out(mutation, source, log)
+            rows.append(row(mutation, test))
+            green += [] if test else [mutation.about]
+            sys.stdout.write(f"{mutation.promise}  {mutation.about}  {time.monotonic() - started:.0f} s\n   ")
+            sys.stdout.write(f"red: {test}\n" if test else f"GREEN\n{output[-1500:]}\n")
+            if test and only:
+                sys.stdout.write("".join(line for line in output.splitlines(True) if "Error" in line)[:600])
+            sys.stdout.flush()
+    if green:
+        raise SystemExit(f"{len(green)} mutations stayed green: {green}")
+    if not only:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(HEADER + "\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
