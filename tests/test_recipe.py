@@ -1,0 +1,216 @@
+"""The recipe: what changes bits is in it, what does not is not, and nothing in it tells where it was made."""
+
+from __future__ import annotations
+
+import copy
+import json
+import socket
+from dataclasses import dataclass
+
+import pytest
+import torch
+from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TrainingArguments, ViTImageProcessor, default_data_collator
+
+from hf_s3t import RecipeError, S3TConfig
+from hf_s3t.layout import find_layout
+from hf_s3t.recipe import base_digest, bit_changing_arguments, check_same, make_recipe, processing_digest
+from hf_s3t.tuner import StageTuner
+from models import tiny_bert, tiny_gpt2, tiny_llama
+
+
+def arguments(folder, **fields) -> TrainingArguments:
+    return TrainingArguments(str(folder), **{"report_to": [], "use_cpu": True} | fields)
+
+
+def recipe(folder, *, model=None, args=None, processing_class=None, base_id="me/base", heads=None, **fields):
+    model = model or tiny_llama()
+    config = S3TConfig(**{"num_slices": 2, "target_modules": ["v_proj", "q_proj"], "task_type": "CAUSAL_LM"} | fields)
+    layout, args = find_layout(model, config), arguments(folder, **args or {})
+    return make_recipe(config, layout, config.id_column, args, model, processing_class, default_data_collator, base_id,
+                       heads or {})  # fmt: skip
+
+
+def differences(stored, wanted) -> set[str]:
+    try:
+        check_same(stored, wanted)
+    except RecipeError as error:
+        return {line.split(":")[0].strip() for line in str(error).splitlines()[1:-1]}
+    return set()
+
+
+def test_a_recipe_is_plain_data_and_the_same_every_time(tmp_path):
+    first = recipe(tmp_path / "a")
+    assert json.loads(json.dumps(first)) == first == recipe(tmp_path / "b")
+    assert first["config"]["groups"] == [[4, 5, 6, 7], [0, 1, 2, 3]] and first["base"]["id"] == "me/base"
+    check_same(first, recipe(tmp_path / "b"))
+
+
+def test_a_recipe_tells_neither_where_it_was_made_nor_a_token(tmp_path):
+    args = {"hub_token": "hf_secret", "run_name": "my run", "hub_model_id": "me/x"}
+    text = json.dumps(recipe(tmp_path / "out", args=args))
+    for secret in (str(tmp_path), "hf_secret", "my run", "me/x", socket.gethostname() + "/", "runs/"):
+        assert secret not in text
+
+
+COUNTS = {
+    "r": ({"r": 4}, "config.r"),
+    "alpha": ({"lora_alpha": 3}, "config.lora_alpha"),
+    "dropout": ({"lora_dropout": 0.1}, "config.lora_dropout"),
+    "initial values": ({"init_lora_weights": "gaussian"}, "config.init_lora_weights"),
+    "rsLoRA": ({"use_rslora": True}, "config.use_rslora"),
+    "targets": ({"target_modules": ["q_proj"]}, "config.target_modules"),
+    "excluded": ({"exclude_modules": ["v_proj"]}, "config.target_modules"),
+    "groups": ({"layers_per_slice": 3}, "config.groups"),
+    "kind": ({"stage_parameters": "all"}, "config.stage_parameters"),
+    "head": ({"modules_to_save": ["lm_head"]}, "config.modules_to_save"),
+    "shards": ({"num_shards": 2}, "partition.num_shards"),
+    "group column": ({"group_column": "person"}, "partition.group_column"),
+    "slice columns": ({"slice_columns": ("a", "b")}, "partition.slice_columns"),
+    "id column": ({"id_column": "text"}, "partition.id_column"),
+    "learning rate": ({"args": {"learning_rate": 1e-3}}, "arguments.learning_rate"),
+    "epochs": ({"args": {"num_train_epochs": 1}}, "arguments.num_train_epochs"),
+    "seed": ({"args": {"seed": 1}}, "arguments.seed"),
+    "batch": ({"args": {"per_device_train_batch_size": 3}}, "arguments.per_device_train_batch_size"),
+    "accumulation": ({"args": {"gradient_accumulation_steps": 2}}, "arguments.gradient_accumulation_steps"),
+    "schedule": ({"args": {"lr_scheduler_type": "cosine"}}, "arguments.lr_scheduler_type"),
+    "workers": ({"args": {"dataloader_num_workers": 2}}, "arguments.dataloader_num_workers"),
+    "bf16": ({"args": {"bf16": True}}, "arguments.bf16"),
+    "base id": ({"base_id": "me/other"}, "base.id"),
+    "base": ({"model": tiny_llama(seed=1)}, "base.sha256"),
+    "drawn head": ({"heads": {"score": "0" * 64}}, "base.drawn_heads.score"),
+    "tokenizer": ({"processing_class": ViTImageProcessor()}, "processing"),
+}
+SILENT = {
+    "sequences": {"sequence_selection": "cyclic"},
+    "orders": {"sequence_selection": [[1, 0], [0]]},
+    "budget": {"budget": 1},
+    "pruning": {"prune": False},
+    "spelled out": {"layers_per_slice": 4},
+    "other order": {"target_modules": ["q_proj", "v_proj"]},
+    "by pattern": {"target_modules": r".*\.(q|v)_proj"},
+    "logging": {"args": {"logging_steps": 1, "logging_first_step": True, "disable_tqdm": True}},
+    "saving": {"args": {"save_strategy": "steps", "save_steps": 7, "save_total_limit": 1}},
+    "evaluation": {"args": {"eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 2}},
+    "trackers": {"args": {"run_name": "another"}},
+    "pinning": {"args": {"dataloader_pin_memory": False}},
+}
+
+
+@pytest.mark.parametrize("fields, changed", COUNTS.values(), ids=COUNTS.keys())
+def test_what_changes_bits_is_refused_by_name(tmp_path, fields, changed):
+    also = {"arguments.bf16": {"mixed_precision"}}.get(changed, set())
+    assert differences(recipe(tmp_path), recipe(tmp_path, **fields)) == {changed} | also
+
+
+@pytest.mark.parametrize("fields", SILENT.values(), ids=SILENT.keys())
+def test_what_changes_no_bit_is_not_in_the_recipe(tmp_path, fields):
+    assert recipe(tmp_path / "other", **fields) == recipe(tmp_path)
+
+
+def test_slices_change_the_layer_groups(tmp_path):
+    assert differences(recipe(tmp_path), recipe(tmp_path, num_slices=4)) == {"partition.num_slices", "config.groups"}
+
+
+def test_the_evaluation_counts_where_it_chooses_the_weights(tmp_path):
+    choosing = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    first = recipe(tmp_path, args=choosing | {"eval_steps": 5, "save_steps": 5})
+    second = recipe(tmp_path, args=choosing | {"eval_steps": 10, "save_steps": 10})
+    assert differences(first, second) == {"arguments.eval_steps", "arguments.save_steps"}
+    assert "arguments.load_best_model_at_end" in differences(first, recipe(tmp_path))
+
+
+def test_an_argument_that_was_never_heard_of_counts(tmp_path):
+    @dataclass
+    class Arguments(TrainingArguments):
+        margin: float = 0.5
+
+    first, second = (bit_changing_arguments(Arguments(str(tmp_path), report_to=[], margin=m)) for m in (0.5, 1.0))
+    assert (first["margin"], second["margin"]) == (0.5, 1.0)
+
+
+def test_the_folder_it_runs_in_does_not_matter(tmp_path, monkeypatch):
+    before = recipe("out")
+    for name in ("adamw_torch", "adamw_torch_fused", "linear", "random"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert recipe("out") == before
+
+
+def test_the_message_shows_every_difference_and_the_way_out(tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        check_same(recipe(tmp_path), recipe(tmp_path, r=4, args={"seed": 1}))
+    message = str(caught.value)
+    assert "\n  config.r: the store has 8, this run 4\n" in message
+    assert "\n  arguments.seed: the store has 42, this run 1\n" in message
+    assert message.endswith("Use the stored settings, or train into another output_dir.")
+
+
+@pytest.mark.parametrize(
+    "stored, wanted, found",
+    [
+        ({"a": 1}, {}, {"a"}),
+        ({}, {"a": 1}, {"a"}),
+        ({"a": {"b": 1}}, {"a": 1}, {"a"}),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 2, "c": 2}}, {"a.b"}),
+        ({"a": [1]}, {"a": [2]}, {"a"}),
+        ({"a": [1]}, {"a": [1]}, set()),
+    ],
+)
+def test_what_is_absent_or_of_another_kind_is_a_difference(stored, wanted, found):
+    assert differences(stored, wanted) == found
+
+
+# Digests
+
+
+@pytest.mark.parametrize(
+    "make, fields", [(tiny_llama, {}), (tiny_gpt2, {"fan_in_fan_out": True}), (tiny_bert, {"task_type": "SEQ_CLS"})]
+)
+def test_the_base_is_known_with_and_without_adapters(make, fields):
+    digest = base_digest(make())
+    model = get_peft_model(make(), S3TConfig(target_modules="all-linear", num_slices=2, **fields))
+    assert base_digest(model) == digest
+    tuner = StageTuner(model)
+    tuner.begin(1, seed=0, parent=None)
+    with torch.no_grad():
+        for value in tuner.adapter_parameters("default").values():
+            value.normal_()
+    tuner.begin(2, seed=0, parent=None)
+    assert base_digest(model) == digest != base_digest(make(seed=1))
+    with torch.no_grad():
+        next(iter(model.get_base_model().parameters())).view(-1)[0] += 1
+    assert base_digest(model) != digest
+
+
+def tokenizer(words=("a", "b", "c"), **fields) -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate(("[PAD]", "[UNK]", *words))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", **fields)
+
+
+def test_a_tokenizer_is_known_by_what_it_does():
+    digest = processing_digest(tokenizer())
+    assert digest == processing_digest(tokenizer())
+    others = [
+        tokenizer(words=("b", "a", "c")),
+        tokenizer(padding_side="left"),
+        tokenizer(chat_template="{{ messages }}"),
+        tokenizer(eos_token="c"),
+    ]
+    assert len({digest, *map(processing_digest, others)}) == 5
+
+
+def test_using_a_tokenizer_does_not_change_its_digest():
+    used = tokenizer()
+    digest = processing_digest(used)
+    used(["a b", "c"], padding="max_length", truncation=True, max_length=5, return_tensors="pt")
+    assert processing_digest(used) == digest
+
+
+def test_an_image_processor_is_known_by_its_settings():
+    first, second = (ViTImageProcessor(size={"height": edge, "width": edge}) for edge in (8, 16))
+    assert processing_digest(first) == processing_digest(copy.deepcopy(first)) != processing_digest(second)
+    assert processing_digest(None) is None
