@@ -55,7 +55,8 @@ CASES = {
         "AutoModelForCausalLM", "model.layers", 12,
     ),
     "bert": Case(
-        "bert", models.tiny_bert, models.bert_rows, {"task_type": "SEQ_CLS", "target_modules": ["query", "intermediate.dense"]},
+        "bert", models.tiny_bert, models.bert_rows,
+        {"task_type": "SEQ_CLS", "target_modules": ["query", "intermediate.dense"]},
         "AutoModelForSequenceClassification", "bert.encoder.layer", 4, ("classifier",),
     ),
     "vit": Case(
