@@ -7,6 +7,7 @@ of weights. Loading from a folder, forward and generation are here; what is serv
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
+from torch.nn.functional import logsigmoid
 from transformers import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
@@ -104,11 +106,13 @@ class S3TEnsemble(nn.Module):
     def _average(self, logits: list[torch.Tensor]) -> torch.Tensor:
         if len(logits) == 1:
             return logits[0]
-        if getattr(self.config, "problem_type", None) == "regression" or logits[0].shape[-1] == 1:
+        problem = getattr(self.config, "problem_type", None)
+        if problem == "regression" or logits[0].shape[-1] == 1:
             return torch.stack(logits).mean(dim=0)
-        return torch.stack([value.float().log_softmax(-1) for value in logits]).logsumexp(dim=0) - torch.log(
-            torch.tensor(float(len(logits)))
-        )
+        stacked = torch.stack([value.float() for value in logits])
+        if problem == "multi_label_classification":  # a probability of its own per label: the logit of their mean
+            return logsigmoid(stacked).logsumexp(dim=0) - logsigmoid(-stacked).logsumexp(dim=0)
+        return stacked.log_softmax(-1).logsumexp(dim=0) - math.log(len(logits))
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
