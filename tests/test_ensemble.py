@@ -1,0 +1,233 @@
+"""`S3TEnsemble.from_pretrained`: what the members give, loaded one by one by stock PEFT and put together by hand."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+import models
+from hf_s3t import S3TEnsemble, S3TStore, Stage, StoreError
+from trainers import BASES, batch, logits, make_trainer
+
+ROWS = {"llama": models.llama_rows(12, seed=1), "bert": models.bert_rows(12, seed=1)}
+BASE_NAMES = pytest.mark.parametrize("base", ["llama", "bert"])
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A trained store of three shards per base. Tests that delete take a copy."""
+    folder = tmp_path_factory.mktemp("stores")
+    for base in BASES:
+        make_trainer(folder / base, base=base, config={"num_shards": 3}, args={"learning_rate": 3e-2}).train()
+    return {base: folder / base for base in BASES}
+
+
+def member(store: S3TStore, base: Any, shard: int, prefix: tuple[int, ...]) -> PeftModel:
+    """A prefix on a fresh base, stage by stage, by the lines that the model card prints."""
+    folders = [store.path / stage.name for stage in Stage(shard, prefix).path]
+    configs = [LoraConfig.from_pretrained(folder) for folder in folders]
+    configs[-1].layers_to_transform = sorted(set(sum((config.layers_to_transform for config in configs), [])))
+    model = get_peft_model(base, configs[-1]).eval()
+    for folder in folders:
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    return model
+
+
+def members(store: S3TStore, build: Any) -> list[PeftModel]:
+    """Every live shard's served prefix."""
+    return [member(store, build(), shard, prefix) for shard, prefix in sorted(store.served().items())]
+
+
+def log_mean_softmax(parts: list[torch.Tensor]) -> torch.Tensor:
+    """What an ensemble answers, from its members' logits, in double precision."""
+    return torch.stack([part.double().softmax(-1) for part in parts]).mean(0).log().float()
+
+
+# Logits
+
+
+@BASE_NAMES
+def test_logits_are_the_log_of_the_mean_probability(stores: dict[str, Path], base: str) -> None:
+    inputs = batch(ROWS[base])
+    parts = [logits(one, inputs) for one in members(S3TStore(stores[base]), BASES[base][0])]
+    assert len(parts) == 3
+    assert min((one - other).abs().max() for one in parts for other in parts if one is not other) > 1e-2
+    ensemble = S3TEnsemble.from_pretrained(stores[base], BASES[base][0]())
+    assert ensemble.members == ["shard-00", "shard-01", "shard-02"]
+    torch.testing.assert_close(logits(ensemble, inputs), log_mean_softmax(parts), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(ensemble, inputs).exp().sum(-1), torch.ones(parts[0].shape[:-1]))
+    assert torch.equal(logits(ensemble, inputs), logits(ensemble, inputs))
+
+
+@BASE_NAMES
+def test_dead_shards_drop_out(stores: dict[str, Path], base: str, tmp_path: Path, caplog: Any) -> None:
+    path, inputs, build = shutil.copytree(stores[base], tmp_path / "store"), batch(ROWS[base]), BASES[base][0]
+    store = S3TStore(path)
+
+    store.delete(slices=[(1, 0), (2, 1)])  # shard 1 is dead, shard 2 keeps a shorter prefix
+    ensemble = S3TEnsemble.from_pretrained(path, build())
+    assert ensemble.members == ["shard-00", "shard-02"] and store.served() == {0: (0, 1), 2: (0,)}
+    parts = [logits(one, inputs) for one in members(store, build)]
+    torch.testing.assert_close(logits(ensemble, inputs), log_mean_softmax(parts), atol=1e-5, rtol=1e-5)
+
+    store.delete(slices=[(0, 0)])  # one member is left: no average, no rounding
+    ensemble = S3TEnsemble.from_pretrained(path, build())
+    (part,) = (logits(one, inputs) for one in members(store, build))
+    assert torch.equal(logits(ensemble, inputs), part)
+
+    store.delete(slices=[(2, 0)])
+    ensemble = S3TEnsemble.from_pretrained(path, build())
+    assert "the bare base model answers" in caplog.text
+    assert ensemble.members == [] and torch.equal(logits(ensemble, inputs), logits(build(), inputs))
+
+
+def test_each_prefix_answers_with_its_own_head(stores: dict[str, Path]) -> None:
+    ensemble = S3TEnsemble.from_pretrained(stores["bert"], models.tiny_bert())
+    store = S3TStore(stores["bert"])
+    for shard, name in enumerate(ensemble.members):
+        ensemble.model.set_adapter(name)
+        head = ensemble.model.get_base_model().classifier
+        stored = store.read_stage(Stage(shard, (0, 1))).tensors["base_model.model.classifier.weight"]
+        assert torch.equal(head.modules_to_save[name].weight, stored)
+        assert head.active_adapters == [name]
+
+
+def test_a_loss_comes_with_labels(stores: dict[str, Path]) -> None:
+    for base, rows in ROWS.items():
+        inputs = batch(rows, 12)
+        ensemble = S3TEnsemble.from_pretrained(stores[base], BASES[base][0]())
+        parts = [logits(one, inputs) for one in members(S3TStore(stores[base]), BASES[base][0])]
+        answer, labels = log_mean_softmax(parts), inputs["labels"]
+        if base == "llama":
+            answer, labels = answer[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        with torch.no_grad():
+            output = ensemble(**inputs)
+        expected = torch.nn.functional.nll_loss(answer, labels, ignore_index=-100)
+        torch.testing.assert_close(output.loss, expected, atol=1e-5, rtol=1e-5)
+        assert "loss" not in ensemble(input_ids=inputs["input_ids"])
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_values_and_independent_labels_are_averaged_as_what_they_are(tmp_path: Path, problem: str) -> None:
+    count = 1 if problem == "regression" else 3
+    build = partial(models.tiny_bert, num_labels=count, problem_type=problem)
+
+    def relabel(rows: Any) -> Any:
+        values = [[float(label == place) for place in range(count)] for label in rows["labels"]]
+        return rows.remove_columns("labels").add_column("labels", values)
+
+    rows = relabel(models.bert_rows(24))
+    varied = {"config": {"num_shards": 2}, "args": {"learning_rate": 3e-2}}
+    trainer = make_trainer(tmp_path, base="bert", model=build(), train_dataset=rows, **varied)
+    trainer.train()
+    held_out = relabel(ROWS["bert"])
+    inputs = batch(held_out, 12)
+    parts = [logits(one, inputs) for one in members(trainer.store, build)]
+    assert (parts[0] - parts[1]).abs().max() > 1e-2
+    if problem == "regression":
+        expected = torch.stack(parts).mean(0)
+        loss = torch.nn.functional.mse_loss(expected, inputs["labels"])
+    else:
+        mean = torch.stack([part.double().sigmoid() for part in parts]).mean(0)
+        expected = mean.logit().float()
+        loss = torch.nn.functional.binary_cross_entropy(mean.float(), inputs["labels"])
+    ensemble = S3TEnsemble.from_pretrained(tmp_path, build())
+    torch.testing.assert_close(logits(ensemble, inputs), expected, atol=1e-5, rtol=1e-5)
+    assert trainer.evaluate(held_out)["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+# Generation
+
+
+@torch.no_grad()
+def greedy_without_cache(parts: list[PeftModel], inputs: dict[str, torch.Tensor], new: int, pad: int, end: int) -> Any:
+    """Greedy generation as one writes it down: the whole sequence through every member for every token."""
+    rows = []
+    for tokens, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+        prompt = tokens[mask.bool()]  # a row by itself needs no padding
+        added: list[int] = []
+        while len(added) < new and end not in added:
+            sequence = torch.cat([prompt, torch.tensor(added, dtype=torch.long)])[None]
+            answers = [part(input_ids=sequence).logits[:, -1] for part in parts]
+            added.append(int(log_mean_softmax(answers).argmax()))
+        rows.append(added)
+    longest = max(map(len, rows))
+    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+
+
+def left_padded() -> dict[str, torch.Tensor]:
+    """Prompts of 3 to 8 tokens, padded on the left."""
+    tokens = batch(ROWS["llama"])["input_ids"][:, :8].clone()
+    mask = torch.ones_like(tokens)
+    for row, padding in enumerate([0, 5, 2, 4, 1, 3]):
+        tokens[row, :padding], mask[row, :padding] = 0, 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+def test_greedy_generation_is_the_loop_without_a_cache(stores: dict[str, Path]) -> None:
+    inputs, build = left_padded(), BASES["llama"][0]
+    parts = members(S3TStore(stores["llama"]), build)
+    ensemble = S3TEnsemble.from_pretrained(stores["llama"], build())
+    expected = greedy_without_cache(parts, inputs, 12, pad=0, end=-1)
+    assert len(set(map(tuple, expected.tolist()))) == 6
+    ensemble.model.generation_config.eos_token_id = None
+    generated = ensemble.generate(**inputs, max_new_tokens=12)
+    assert torch.equal(generated[:, :8], inputs["input_ids"])
+    assert torch.equal(generated[:, 8:], expected)
+    for part in parts:  # it is not what a member would say
+        alone = greedy_without_cache([part], inputs, 12, pad=0, end=-1)
+        assert not torch.equal(alone, expected)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_row_that_ended_is_padded_and_generation_stops_with_the_last(stores: dict[str, Path], several: bool) -> None:
+    inputs, build = left_padded(), BASES["llama"][0]
+    parts = members(S3TStore(stores["llama"]), build)
+    free = greedy_without_cache(parts, inputs, 12, pad=0, end=-1)
+    end = int(free[0, 3])  # some row says it early, maybe others later or never
+    expected = greedy_without_cache(parts, inputs, 12, pad=0, end=end)
+    ensemble = S3TEnsemble.from_pretrained(stores["llama"], build())
+    ensemble.model.generation_config.eos_token_id = [end, models.VOCABULARY - 1] if several else end
+    if several:
+        assert not (expected == models.VOCABULARY - 1).any()
+    assert torch.equal(ensemble.generate(**inputs, max_new_tokens=12)[:, 8:], expected)
+    assert (expected == 0).any()
+    first = {name: value[:1] for name, value in inputs.items()}
+    assert ensemble.generate(**first, max_new_tokens=12).shape == (1, 8 + int((free[0] == end).int().argmax()) + 1)
+
+
+def test_generation_without_a_mask_takes_every_token(stores: dict[str, Path]) -> None:
+    tokens = batch(ROWS["llama"])["input_ids"][:, :5]
+    ensemble = S3TEnsemble.from_pretrained(stores["llama"], BASES["llama"][0]())
+    masked = ensemble.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4)
+    assert torch.equal(ensemble.generate(tokens, max_new_tokens=4), masked)
+
+
+# Where the base comes from
+
+
+def test_the_base_may_be_named(stores: dict[str, Path], tmp_path: Path) -> None:
+    BASES["llama"][0]().save_pretrained(tmp_path / "base")
+    inputs = batch(ROWS["llama"])
+    given = S3TEnsemble.from_pretrained(stores["llama"], BASES["llama"][0]())
+    named = S3TEnsemble.from_pretrained(str(stores["llama"]), str(tmp_path / "base"))
+    assert torch.equal(logits(given, inputs), logits(named, inputs))
+    with pytest.raises(StoreError, match="pass `base_model=`"):
+        S3TEnsemble.from_pretrained(stores["llama"])
+
+
+def test_neither_key_nor_state_is_needed(stores: dict[str, Path], tmp_path: Path) -> None:
+    published = tmp_path / "published"
+    shutil.copytree(stores["llama"], published, ignore=shutil.ignore_patterns(".s3t"))
+    inputs = batch(ROWS["llama"])
+    whole = S3TEnsemble.from_pretrained(stores["llama"], BASES["llama"][0]())
+    public = S3TEnsemble.from_pretrained(published, BASES["llama"][0]())
+    assert torch.equal(logits(whole, inputs), logits(public, inputs))
+    assert not (published / ".s3t").exists()
