@@ -92,7 +92,10 @@ class S3TEnsemble(nn.Module):
             batch: as for the base model; `labels` give a loss.
         """
         labels, items = batch.pop("labels", None), batch.pop("num_items_in_batch", None)
+        by_token = batch.pop("fused_lm_head", False)  # how TRL's SFTTrainer asks, since 1.16
         averaged = self._average([self._member_logits(name, batch) for name in self._names])
+        if by_token:
+            return _by_token(averaged, labels)
         loss = None
         if labels is not None:
             loss = self._loss(averaged, labels, items)
@@ -156,6 +159,18 @@ class S3TEnsemble(nn.Module):
             if not running.any():
                 break
         return sequence
+
+
+def _by_token(logits: torch.Tensor, labels: Any) -> ModelOutput:
+    """Instead of logits what TRL's fused head gives per predicted token; zero where there is no label."""
+    log_probabilities, wanted = logits[:, :-1].float().log_softmax(-1), labels[:, 1:]
+    mask = wanted != -100
+    values = {
+        "log_probs": log_probabilities.gather(-1, wanted.clamp(min=0)[..., None])[..., 0],
+        "entropy": -(log_probabilities.exp() * log_probabilities).sum(-1),
+        "is_top1": log_probabilities.argmax(-1) == wanted,
+    }
+    return ModelOutput(**{name: value.masked_fill(~mask, 0) for name, value in values.items()}, label_mask=mask)
 
 
 def _load_base(store: StoreFolder, name: str | None, kwargs: dict[str, Any]) -> nn.Module:
