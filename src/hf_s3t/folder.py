@@ -202,7 +202,7 @@ class StoreFolder:
         return as_key(value) if value else None
 
     def ensure_key(self) -> bytes:
-        """The partition key; only a folder without a store gets a new one. One from the environment is never written."""
+        """The partition key; made where there is no store yet. One from the environment is never written."""
         path = self.private / "partition.key"
         if self.exists:
             return self.key
