@@ -234,7 +234,7 @@ def apply(mutation: Mutation | None, folder: Path) -> Path:
 
 def caught_by(log: str) -> str:
     """The first test that failed, as pytest names it."""
-    match = re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(?: - .*)?$", log, re.MULTILINE)
+    match = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", log, re.MULTILINE)
     return match[1] if match else ""
 
 

@@ -18,7 +18,8 @@ from transformers import TrainerCallback, default_data_collator
 from hf_s3t import S3TStore, StoreError
 from hf_s3t.ensemble import read_members
 from killing import CATEGORIES, MODES, fill_disk, in_child, kill, train_struck
-from trainings import CASES, KINDS, make_trainer, place, published, rows_of, without
+from scanner import find
+from trainings import CASES, KINDS, make_trainer, place, published, rows_of, tensor_bytes, without
 
 DRAWN = {"step": 4, "checkpoint": 4, "rename": 3, "manifest": 4, "deletion": 5}
 PAIRS = [(case, kind) for case in CASES for kind in KINDS]
@@ -233,16 +234,19 @@ class DeleteFromElsewhere(TrainerCallback):
     """Another process deletes at one event of stage 0-1; afterwards nothing may be written for that stage."""
 
     def __init__(self, path: Path, ids: list[str], event: str, step: int):
-        self.path, self.ids, self.step, self.states = path, ids, step, []
+        self.path, self.ids, self.step, self.states, self.dropped = path, ids, step, [], {}
         setattr(self, event, self.strike)
 
-    def strike(self, args, state, control, stage=None, **kwargs):
+    def strike(self, args, state, control, model=None, stage=None, **kwargs):
         if stage.depth == 2 and state.global_step == self.step and not self.states:
             assert in_child(lambda: S3TStore(self.path).delete(ids=self.ids)) == 0
             self.states.append((stage.name, state.global_step, state.max_steps))
+            owned = {name: value for name, value in model.named_parameters() if ".lora_B.default." in name}
+            self.dropped = {name: tensor_bytes(value)[:64] for name, value in owned.items() if value.any()}
 
     def on_train_begin(self, args, state, control, stage=None, **kwargs):
         if self.states and not self.states[1:]:
+            assert self.dropped and find(self.path, self.dropped) == set(), "a file holds the dropped stage"
             self.states.append((stage.name, state.global_step, sorted(self.path.glob(".s3t/running/shard*/*"))))
 
     def on_optimizer_step(self, args, state, control, stage=None, **kwargs):
@@ -267,27 +271,22 @@ def test_a_deletion_does_not_wait_for_the_stage_that_it_drops(runs, tmp_path, mo
     assert deletion == ("shard-00/0-1", step, 6)  # it returned, and the stage was still running
     assert again == ("shard-00/0", 0, [])  # the next stage to train, with no checkpoint left
     assert kept == ["shard-00/0", "shard-00/0", "shard-00/0-1", "shard-00/1"]  # 0-1 only once, after the repair of 0
+    assert find(path, callback.dropped) == set()
     assert published(path) == run.never_killed()
 
 
 def test_a_deletion_from_another_slice_lets_the_stage_go_on(runs, tmp_path, monkeypatch):
     """Stage 1 trains; the deletion hits slice 0, whose stages are done."""
     run, path = runs["llama", "layer_group"], tmp_path / "out"
-    rows = run.rows
     kept = watch_stage_folders(monkeypatch, path)
 
     class Late(DeleteFromElsewhere):
         def strike(self, args, state, control, stage=None, **kwargs):
             if stage.name == "shard-00/1" and not self.states:
                 assert in_child(lambda: S3TStore(self.path).delete(ids=self.ids)) == 0
-                self.states.append((stage.name, 0, 0))
+                self.states += [(stage.name, 0, 0), ("no stage was dropped", 0, [])]
 
-        def on_save(self, *args, **kwargs):
-            pass  # the stage goes on
-
-        on_optimizer_step = on_save
-
-    run.train(path, rows, callbacks=[Late(path, [run.victim], "on_step_end", 0)])
+    run.train(path, callbacks=[Late(path, [run.victim], "on_step_end", 0)])
     assert kept == ["shard-00/0", "shard-00/0-1", "shard-00/1", "shard-00/0", "shard-00/0-1"]
     run.never_killed()
     assert published(path) == run.never_killed()
