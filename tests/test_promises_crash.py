@@ -278,6 +278,7 @@ def test_a_deletion_does_not_wait_for_the_stage_that_it_drops(runs, tmp_path, mo
 def test_a_deletion_from_another_slice_lets_the_stage_go_on(runs, tmp_path, monkeypatch):
     """Stage 1 trains; the deletion hits slice 0, whose stages are done."""
     run, path = runs["llama", "layer_group"], tmp_path / "out"
+    run.never_killed()
     kept = watch_stage_folders(monkeypatch, path)
 
     class Late(DeleteFromElsewhere):
@@ -288,7 +289,6 @@ def test_a_deletion_from_another_slice_lets_the_stage_go_on(runs, tmp_path, monk
 
     run.train(path, callbacks=[Late(path, [run.victim], "on_step_end", 0)])
     assert kept == ["shard-00/0", "shard-00/0-1", "shard-00/1", "shard-00/0", "shard-00/0-1"]
-    run.never_killed()
     assert published(path) == run.never_killed()
 
 
