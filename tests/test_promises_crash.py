@@ -25,7 +25,7 @@ DRAWN = {"step": 4, "checkpoint": 4, "rename": 3, "manifest": 4, "deletion": 5}
 PAIRS = [(case, kind) for case in CASES for kind in KINDS]
 KILLS = [(*PAIRS[number % 6], category, number) for number, category in
          enumerate(category for category, times in DRAWN.items() for _ in range(times))]  # fmt: skip
-LONG = [(case, kind, category, 100 + number) for case, kind in PAIRS for category in CATEGORIES for number in range(5)]
+LONG = [(case, kind, category, 100 + number) for case, kind in PAIRS for category in CATEGORIES for number in range(3)]
 
 
 class DeleteWhileTraining(TrainerCallback):
