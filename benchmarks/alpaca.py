@@ -63,7 +63,8 @@ class Settings:
     s3t_learning_rate: float = 1e-2
     full_learning_rate: float = 5e-3
     choose: str = (
-        "loss on the validation rows of seed 0; S3T: 1e-2, 2e-2, 4e-2 on one shard; full LoRA: 5e-3, 1e-2, 2e-2, 2 epochs"
+        "learning rates by the loss on the validation rows of seed 0: S3T of 1e-2, 2e-2, 4e-2, on one shard; "
+        "full LoRA of 5e-3, 1e-2, 2e-2, after 2 epochs"
     )
 
 
