@@ -88,9 +88,7 @@ def test_several_shards_are_served_as_the_average_of_their_probabilities(tmp_pat
     rows, inputs = HELD_OUT[base], batch(HELD_OUT[base], 12)
 
     def check(served: list[str]) -> None:
-        members = [
-            logits(plain_member(base, trainer, tmp_path / name, prefix=name), inputs) for name in served
-        ]
+        members = [logits(plain_member(base, trainer, tmp_path / name, prefix=name), inputs) for name in served]
         mean = torch.stack([member.softmax(-1) for member in members]).mean(0)
         assert torch.equal(logits(trainer.model, inputs), members[0])  # the first live shard's
         loss = shifted_loss(mean, inputs["labels"]).item()
