@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ def make_trainer(output_dir: str, train_dataset: Any, base: Any = None, **config
 
 def train_store(path: Path, rows: Any = None, **kwargs: Any) -> Path:
     """A store that was trained from beginning to end."""
-    logging.getLogger("hf_s3t").setLevel(logging.ERROR)
     make_trainer(str(path), models.llama_rows(ROWS) if rows is None else rows, **kwargs).train()
     return path
 
