@@ -105,17 +105,13 @@ def test_a_stage_name_that_is_none_is_refused(name):
 
 
 @pytest.mark.parametrize("files", BAD_FILES.values(), ids=BAD_FILES.keys())
-@pytest.mark.parametrize("place", ["stage", "root"])
-def test_a_file_list_that_is_none_is_refused(place, files):
-    data = as_json()
-    if place == "root":
-        if files is None:
-            pytest.skip("no root adapter is legal")
-        data["root"] = files
-    else:
-        data["stages"]["shard-00/0"]["sha256"] = files
-    with pytest.raises(StoreError, match="manifest is damaged"):
-        Manifest.from_json(data)
+def test_a_file_list_that_is_none_is_refused(files):
+    stage, root = as_json(), as_json()
+    stage["stages"]["shard-00/0"]["sha256"] = files
+    root["root"] = files
+    for data in (stage, root) if files is not None else (stage,):  # there may be no root adapter
+        with pytest.raises(StoreError, match="manifest is damaged"):
+            Manifest.from_json(data)
 
 
 @pytest.mark.parametrize(

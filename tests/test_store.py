@@ -236,11 +236,12 @@ def test_a_newer_state_from_elsewhere_removes_what_was_deleted_there(store, know
     assert not any(Stage.from_name(folder).slices & {(0, 1)} for folder in stage_folders(store.path))
 
 
-def test_an_older_or_foreign_or_forked_state_is_refused(store, made, tmp_path):
+def test_an_older_or_foreign_or_forked_state_is_refused(store, known, made, tmp_path):
+    elsewhere = next(name for name, place in known.places.items() if place != known.places["row-0"])
     store.export_state(tmp_path / "old.json")
     store.delete(ids=["row-0"])
     fork = S3TStore(shutil.copytree(made[0], tmp_path / "fork"))
-    fork.delete(ids=["row-1"])
+    fork.delete(ids=[elsewhere])
     fork.export_state(tmp_path / "fork.json")
     fork.delete(ids=["row-2"])
     fork.export_state(tmp_path / "longer fork.json")
@@ -263,6 +264,7 @@ def test_an_older_or_foreign_or_forked_state_is_refused(store, made, tmp_path):
     fork.export_state(tmp_path / "joined.json")
     store.import_state(tmp_path / "joined.json")
     assert store.state() == fork.state() and store.manifest() == fork.manifest()
+    assert stage_folders(store.path) == stage_folders(fork.path)
 
 
 # Keys
