@@ -9,6 +9,7 @@ import socket
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,16 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
         raise StoreError(f"{path} is not valid JSON ({error}). Restore it from a backup.") from None
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+PRIVATE = 0o600
+"""Mode of a file that its owner alone may read."""
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Replaces a file's content in one step: after a crash it holds the old bytes or the new ones, durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
     try:
-        write_durable(scratch, data)
+        write_durable(scratch, data, mode)
         os.replace(scratch, path)
     except OSError:
         scratch.unlink(missing_ok=True)
@@ -56,9 +61,10 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_durable(path: Path, data: bytes) -> None:
+def write_durable(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Writes a new file and waits until the disk has it."""
-    with open(path, "wb") as file:
+    path.unlink(missing_ok=True)  # a file that is there already would keep its mode
+    with open(path, "wb", opener=partial(os.open, mode=mode)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -167,9 +173,11 @@ class Lock:
 
     def release(self) -> None:
         """Gives the lock back."""
-        if self._lock.lock_counter == 1:
-            self.path.with_suffix(".holder").unlink(missing_ok=True)
-        self._lock.release()
+        try:
+            if self._lock.lock_counter == 1:
+                self.path.with_suffix(".holder").unlink(missing_ok=True)
+        finally:
+            self._lock.release()
 
     @contextmanager
     def hold(self, timeout: float) -> Iterator[None]:

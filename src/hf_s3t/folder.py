@@ -25,6 +25,7 @@ from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, join
 from .card import render_card
 from .errors import StateError, StoreError
 from .files import (
+    PRIVATE,
     Lock,
     inside,
     install_folder,
@@ -211,8 +212,7 @@ class StoreFolder:
             key = secrets.token_bytes(32)
         if key is not None and self._environment_key() is None:
             self.private.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, key.hex().encode() + b"\n")
-            path.chmod(0o600)
+            write_atomic(path, key.hex().encode() + b"\n", PRIVATE)
         return self.key
 
     def state(self) -> State:

@@ -17,7 +17,7 @@ from . import deletion
 from .adapter import Adapter, average
 from .deletion import Receipt
 from .errors import StateError, StoreError, UnknownExampleError
-from .files import json_bytes, read_json, write_atomic
+from .files import PRIVATE, json_bytes, read_json, write_atomic
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .manifest import State, key_check_value
 from .partition import Entry, keyed_digest
@@ -235,8 +235,7 @@ class S3TStore(StoreFolder):
                 "receipts": deletion.read_receipts(self),
                 "exports": {path: sorted(names) for path, names in deletion.read_exports(self).items()},
             }
-        write_atomic(path, json_bytes(bundle))
-        path.chmod(0o600)
+        write_atomic(path, json_bytes(bundle), PRIVATE)
 
     def import_state(self, file: str | os.PathLike[str]) -> None:
         """Puts a backup of the state in place, and finishes what its tombstones ask for.
@@ -261,8 +260,7 @@ class S3TStore(StoreFolder):
                     "was changed. Delete there what was deleted here, and export it again."
                 )
             if bundle["key"]:
-                write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n")
-                (self.private / "partition.key").chmod(0o600)
+                write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n", PRIVATE)
             self.write_index({digest: Entry(*entry) for digest, entry in bundle["index"].items()})
             write_atomic(self.private / "receipts.jsonl", _lines(bundle["receipts"]))
             deletion.write_exports(self, bundle["exports"])

@@ -300,7 +300,7 @@ def draw_heads(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str,
         raise ValueError(
             f"The base model lacks weights for {', '.join(orphans)}, which were drawn at random and would be lost: no "
             "stage stores them. Add them to the config: "
-            f"`modules_to_save={sorted({path.split('.')[0] for path in orphans})}`."
+            f"`modules_to_save={orphans}`."
         )
     drawn = {}
     for path in fresh:
