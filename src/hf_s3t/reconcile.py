@@ -67,7 +67,7 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
         hit = {rows[digest][:2] for digest in comparison.new}
         kept = manifest.without([stage for stage in manifest.stages if stage.slices & hit])
         manifest = store.write_root(kept)
-    _write(store, manifest, {**index, **rows} if manifest.stages else rows, wanted)
+    _write(store, manifest, {**rows, **index} if manifest.stages else rows, wanted)
     return manifest
 
 
