@@ -206,6 +206,8 @@ def test_rows_that_vanished_or_changed(tmp_path: Path) -> None:
     make_trainer(tmp_path / "ignoring", train_dataset=changed, missing="ignore").train()
     assert artefacts(tmp_path / "ignoring") == before
     assert set(S3TStore(tmp_path / "ignoring").index()) == index  # still found by a deletion
+    with pytest.raises(DatasetError, match="2 examples .* gone .* and 1 have changed"):  # ignored once, not for good
+        make_trainer(tmp_path / "ignoring", train_dataset=changed).train()
     make_trainer(tmp_path / "store", train_dataset=changed, missing="delete").train()
     store = S3TStore(tmp_path / "store")
     assert [location.found for location in store.locate(ids=rows["id"][:2])] == ["deleted"] * 2
