@@ -14,9 +14,10 @@ from . import deletion
 from .config import S3TConfig
 from .errors import DatasetError, StateError
 from .manifest import Manifest, State, key_check_value
-from .partition import Comparison, Entry, Index, compare, warn_of_empty_slices
-from .plan import Plan
+from .partition import Comparison, Entry, Index, compare, examples_digest, warn_of_empty_slices
+from .plan import Plan, Stage
 from .recipe import check_same
+from .rows import TrainRows
 from .store import S3TStore
 
 logger = logging.getLogger(__name__)
@@ -31,18 +32,16 @@ class Wanted:
     Args:
         recipe (`dict`): every setting that changes bits.
         plan ([`Plan`]): may differ from the store's; live stages are kept.
-        rows (`dict[str, Entry]`): keyed digest and entry of every row.
+        rows ([`TrainRows`]): the train set.
         missing (`"error"`, `"delete"` or `"ignore"`): for rows that are gone or changed.
-        extend (`bool`): train stages again whose slices got new rows.
-        caches (`list[str]`): files outside the store that hold the rows' text.
+        extend (`bool`): train stages again that saw other rows than the train set has for them now.
     """
 
     recipe: dict[str, Any]
     plan: Plan
-    rows: Mapping[str, Entry]
+    rows: TrainRows
     missing: Missing
     extend: bool
-    caches: list[str]
 
 
 def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
@@ -58,22 +57,21 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
     manifest, state = store.manifest(), store.state()
     check_same(manifest.recipe, wanted.recipe)
     _check_generation(store, manifest, state)
-    index, rows = store.index(), _unburied(wanted.rows, state)
+    index, rows = store.index(), _unburied(wanted.rows.entries, state)
     comparison = compare(index, rows)
     if manifest.stages and (comparison.missing or comparison.changed):
         manifest, index = _settle_differences(store, comparison, wanted, manifest, index)
     manifest = replace(manifest, plan=wanted.plan)
-    if manifest.stages and wanted.extend and comparison.new:
-        hit = {rows[digest][:2] for digest in comparison.new}
-        kept = manifest.without([stage for stage in manifest.stages if stage.slices & hit])
-        manifest = store.write_root(kept)
+    if manifest.stages and wanted.extend:
+        manifest = store.write_root(manifest.without(_outdated(manifest, store.state(), wanted.rows)))
     _write(store, manifest, {**rows, **index} if manifest.stages else rows, wanted)
     return manifest
 
 
 def _create(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
     key, state = store.key, State()
-    warn_of_empty_slices(dict(wanted.rows), key, config)
+    index = dict(wanted.rows.entries)
+    warn_of_empty_slices(index, key, config)
     logger.warning(
         "The private state of this store is in %s. Back it up (`hf-s3t state export`): without it, nobody can be "
         "found again.",
@@ -81,15 +79,21 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
     )
     manifest = Manifest(0, state.digest(key), key_check_value(key), wanted.recipe, wanted.plan)
     store.write_state(state)
-    _write(store, manifest, dict(wanted.rows), wanted)
+    _write(store, manifest, index, wanted)
     return manifest
+
+
+def _outdated(manifest: Manifest, state: State, rows: TrainRows) -> list[Stage]:
+    """Stages that saw other examples than those that the train set has for them now."""
+    seen = {stage: state.stages.get(stage.name, {}).get("data") for stage in manifest.stages}
+    return [stage for stage, data in seen.items() if data != examples_digest(rows.examples(stage, state))]
 
 
 def _write(store: S3TStore, manifest: Manifest, index: Index, wanted: Wanted) -> None:
     """The index first, the manifest last: whatever trains is found by a deletion."""
     state = store.state()
     store.write_index(index)
-    store.write_state(replace(state, caches=tuple(sorted({*state.caches, *wanted.caches}))))
+    store.write_state(replace(state, caches=tuple(sorted({*state.caches, *wanted.rows.cache_files}))))
     store.write_manifest(manifest)
     deletion.sweep(store, manifest)
 

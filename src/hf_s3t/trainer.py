@@ -66,8 +66,8 @@ class S3TMixin(ServedModelMixin):
             `None`: `HF_S3T_KEY`, else a new random key.
         missing (`"error"`, `"delete"` or `"ignore"`): what to do with examples that were trained on and are gone from
             the train set, or changed. `"delete"` deletes them.
-        extend (`bool`): train stages again whose slices got new rows. By default only stages trained from now on see
-            them.
+        extend (`bool`): train stages again that saw other rows than the train set has for them now. By default only
+            stages trained from now on see new rows.
         base_model_id (`str`, *optional*): the base's id on the Hub, where it was loaded from a local folder.
         kwargs: everything else that the Trainer takes.
 
@@ -173,7 +173,7 @@ class S3TMixin(ServedModelMixin):
             self.data_collator, self.base_model_id, self._drawn_heads,
         )  # fmt: skip
         plan = make_plan(self.s3t_config, self.args.seed)
-        wanted = Wanted(recipe, plan, self.rows.entries, self.missing, self.extend, self.rows.cache_files)
+        wanted = Wanted(recipe, plan, self.rows, self.missing, self.extend)
         with self.store.writing():
             manifest = reconcile(self.store, self.s3t_config, wanted)
         missing = plan.missing(manifest.stages)
