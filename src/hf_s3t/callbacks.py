@@ -131,6 +131,7 @@ class PlanProgressCallback(ProgressCallback):
 
     def close(self) -> None:
         """Ends the bar with the run."""
+        self.done = 0.0
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None

@@ -154,7 +154,8 @@ class S3TEnsemble(nn.Module):
             chosen = torch.where(running.to(chosen.device), chosen, pad)
             sequence = torch.cat([sequence, chosen[:, None]], dim=1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            running &= ~torch.isin(chosen, torch.tensor([end for end in ends if end is not None])).cpu()
+            stops = torch.tensor([end for end in ends if end is not None], device=chosen.device)
+            running &= ~torch.isin(chosen, stops).cpu()
             step = chosen[:, None]
             if not running.any():
                 break

@@ -210,7 +210,7 @@ class StoreFolder:
         key = self._given_key or self._environment_key()
         if key is None and not path.exists():
             key = secrets.token_bytes(32)
-        if key is not None and self._environment_key() is None:
+        if key is not None and key != self._environment_key():
             self.private.mkdir(parents=True, exist_ok=True)
             write_atomic(path, key.hex().encode() + b"\n", PRIVATE)
         return self.key

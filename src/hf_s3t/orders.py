@@ -29,6 +29,7 @@ class StageOrder:
     Args:
         stage ([`Stage`]): the stage.
         examples (`tuple[str, ...]`): keyed digests of its examples, slice by slice, ordered by digest.
+        content (`str`): one digest for what stands in those examples.
         parent (`Tensors`, *optional*): the assembled parent prefix.
         generation (`int`): generation of the store when it was given out.
         steps_before (`int`): optimizer steps of all stages that the store holds: where the run's step count stands.
@@ -36,6 +37,7 @@ class StageOrder:
 
     stage: Stage
     examples: tuple[str, ...]
+    content: str
     parent: Tensors | None
     generation: int
     steps_before: int
@@ -43,7 +45,7 @@ class StageOrder:
     @property
     def mark(self) -> dict[str, str]:
         """By what a running checkpoint of this very stage, on these very examples, is known."""
-        return {"stage": self.stage.name, "data": examples_digest(self.examples)}
+        return {"stage": self.stage.name, "data": examples_digest(self.examples), "content": self.content}
 
 
 def next_order(store: S3TStore, rows: TrainRows) -> StageOrder | None:
@@ -58,7 +60,10 @@ def next_order(store: S3TStore, rows: TrainRows) -> StageOrder | None:
         if stage.parent is not None:
             parent = store.assemble(stage.shard, stage.parent.prefix, manifest).tensors
         steps = sum(record["steps"] for record in state.stages.values())
-        return StageOrder(stage, rows.examples(stage, state), parent, state.generation, steps)
+        index = store.index()  # it decides: a row that it does not know (readmitted meanwhile) nobody could delete
+        examples = tuple(digest for digest in rows.examples(stage, state) if digest in index)
+        content = examples_digest([rows.entries[digest].content for digest in examples])
+        return StageOrder(stage, examples, content, parent, state.generation, steps)
 
 
 def is_hit(store: S3TStore, order: StageOrder) -> bool:
@@ -67,7 +72,10 @@ def is_hit(store: S3TStore, order: StageOrder) -> bool:
         return True
     state = store.state()
     stones = [*state.ids.values(), *state.groups.values()]
-    return any(stone.generation > order.generation and order.stage.slices & set(stone.places) for stone in stones)
+    if any(stone.generation > order.generation and order.stage.slices & set(stone.places) for stone in stones):
+        return True
+    index = store.index()  # a tombstone may have been lifted again, but its example left the index
+    return any(digest not in index for digest in order.examples)
 
 
 def commit(store: S3TStore, order: StageOrder, adapter: Adapter, record: dict[str, Any]) -> None:

@@ -45,8 +45,14 @@ def make_recipe(
     collator: Any,
     base_id: str | None,
     heads: Mapping[str, str],
+    user_code: Any = (),
 ) -> dict[str, Any]:
-    """The recipe of a run. `heads` are the digests of the heads that the base lacked and that were drawn."""
+    """The recipe of a run.
+
+    Args:
+        heads (`dict[str, str]`): digests of the heads that the base lacked and that were drawn.
+        user_code (`tuple`): what else of the user's changes bits: the optimizer with its settings, the loss function.
+    """
     lora = {name: getattr(config, name) for name in LORA_FIELDS if name != "exclude_modules"}
     recipe = {
         "config": {
@@ -77,7 +83,25 @@ def make_recipe(
         "processing": processing_digest(processing_class),
         "collator": type(collator).__name__ if not hasattr(collator, "__name__") else collator.__name__,
     }
+    recipe["collator_settings"] = described(collator)
+    recipe["user_code"] = described(user_code)
     return json.loads(json.dumps(recipe, default=str, sort_keys=True))
+
+
+def described(thing: Any) -> Any:
+    """Plain data by which two optimizers, collators or functions are told apart: names and plain settings."""
+    if thing is None or isinstance(thing, str | int | float):
+        return None if _is_path(thing) else thing
+    if isinstance(thing, Mapping):
+        return {str(name): described(value) for name, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [described(value) for value in thing]
+    name = getattr(thing, "__qualname__", None)
+    if name is not None:
+        return name
+    fields = getattr(thing, "__dict__", {}).items()
+    plain = {name: value for name, value in fields if isinstance(value, str | int | float)}
+    return {"class": type(thing).__name__, **described(plain)}
 
 
 def bit_changing_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -29,9 +29,14 @@ class ServedModelMixin(TrainerBase):
     tuner: StageTuner
     _order: StageOrder | None
     _members: list[str] | None
+    _served_marks: Any = None
+
+    def _marks_now(self) -> Any:
+        return self.store.marks() if self.store.exists else None
 
     def _serve(self) -> None:
         """Puts the served prefixes into the model and activates the first live shard's."""
+        self._served_marks = self._marks_now()
         members = on_main_process(self.args, lambda: read_members(self.store) if self.store.exists else {})
         loaded = {
             name: (tuple(adapter.config["layers_to_transform"]), adapter.tensors) for name, adapter in members.items()
@@ -46,7 +51,7 @@ class ServedModelMixin(TrainerBase):
         if self._order is not None:
             yield
             return
-        if self._members is None:
+        if self._members is None or on_main_process(self.args, lambda: self._served_marks != self._marks_now()):
             self._serve()
         members = self._members or []
         if len(members) < 2:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -261,11 +261,23 @@ class S3TStore(StoreFolder):
                 )
             if bundle["key"]:
                 write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n", PRIVATE)
-            self.write_index({digest: Entry(*entry) for digest, entry in bundle["index"].items()})
-            write_atomic(self.private / "receipts.jsonl", _lines(bundle["receipts"]))
-            deletion.write_exports(self, bundle["exports"])
-            self.write_state(state)
+            self._merge_state(bundle, here, state)
             deletion.recover(self)
+            trained = {stage.name for stage in self.manifest().stages} if self.exists else set()
+            merged = self.state()
+            records = {name: record for name, record in merged.stages.items() if name in trained or not self.exists}
+            self.write_state(replace(merged, stages=records))
+
+    def _merge_state(self, bundle: Mapping[str, Any], here: State, state: State) -> None:
+        """Puts a backup in place; what was recorded here since then stays known, unless it was deleted there."""
+        index = self.index() if (self.private / "index.json").exists() else {}
+        known = {digest: entry for digest, entry in index.items() if not state.buries(digest, entry.group)}
+        self.write_index({**{digest: Entry(*entry) for digest, entry in bundle["index"].items()}, **known})
+        receipts = {receipt["receipt"]: receipt for receipt in [*bundle["receipts"], *deletion.read_receipts(self)]}
+        write_atomic(self.private / "receipts.jsonl", _lines(receipts.values()))
+        deletion.write_exports(self, {**bundle["exports"], **deletion.read_exports(self)})
+        caches = tuple(sorted({*state.caches, *here.caches}))
+        self.write_state(replace(state, stages={**state.stages, **here.stages}, caches=caches))
 
 
 def as_stage(prefix: str | Order | Stage) -> Stage:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from transformers import Trainer, set_seed
+from transformers import EarlyStoppingCallback, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -171,6 +171,7 @@ class S3TMixin(ServedModelMixin):
         recipe = make_recipe(
             self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
             self.data_collator, self.base_model_id, self._drawn_heads,
+            user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func),
         )  # fmt: skip
         plan = make_plan(self.s3t_config, self.args.seed)
         wanted = Wanted(recipe, plan, self.rows, self.missing, self.extend)
@@ -201,6 +202,8 @@ class S3TMixin(ServedModelMixin):
             except StageDropped:
                 logger.warning("stage %s was hit by a deletion: dropped", order.stage.name)
                 self._on_main(partial(remove, running_folder(self.store, order.stage)))
+                if self.neftune_noise_alpha is not None:  # the Trainer takes its hook back only at a normal end
+                    self.neftune_hook_handle.remove()
         return outputs
 
     def _next_order(self) -> StageOrder | None:
@@ -311,7 +314,7 @@ class S3TMixin(ServedModelMixin):
     def _resumable_checkpoint(self, resume: bool) -> str | None:
         """The newest complete checkpoint of the running stage; whatever else lies there is removed."""
         for other in self.store.private.glob("running/*"):
-            if other != self._running or not resume or self.args.save_only_model:
+            if other != self._running or not resume or self.args.save_only_model or self._stops_early:
                 remove(other)
         checkpoint = latest_checkpoint(self._running, self.order.mark)
         if checkpoint is not None:
@@ -321,6 +324,11 @@ class S3TMixin(ServedModelMixin):
                 remove(self._running)
                 return None
         return checkpoint
+
+    @property
+    def _stops_early(self) -> bool:
+        """Whether a callback counts evaluations, which a checkpoint does not restore: such a stage starts again."""
+        return any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Under the write lock: a deletion either waits for the checkpoint and then removes it, or comes first.
@@ -336,9 +344,12 @@ class S3TMixin(ServedModelMixin):
 
     def _enter_checkpoint(self) -> None:
         self.store.write_lock.acquire(LOCK_SECONDS)
-        if is_hit(self.store, self.order):
+        try:
+            if is_hit(self.store, self.order):
+                raise StageDropped
+        except BaseException:  # nobody but the caller of a checkpoint that begins gives the lock back
             self.store.write_lock.release()
-            raise StageDropped
+            raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
