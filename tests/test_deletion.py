@@ -320,3 +320,40 @@ def test_two_processes_that_delete_at_once_both_succeed(store, known):
     assert stage_folders(store.path) == spared(store, (0, 0), (1, 1), (0, 2)) == {
         "shard-00/1", "shard-01/0", "shard-01/2", "shard-01/2-0"}  # fmt: skip
     assert store.manifest().tombstones == store.state().digest(store.key) and len(store.state().ids) == 3
+
+
+# When it can no longer be undone
+
+
+def test_when_it_is_durable_the_caller_is_told_once_and_before_anything_goes(store, known):
+    before, looks = tree(store.path), []
+
+    def look():
+        reader = S3TStore(store.path)
+        (intent,) = reader.intents()
+        looks.append((reader.live().generation, reader.served()))
+        now = tree(store.path)
+        assert {name for name in now if before.get(name) != now[name]} == {f".s3t/intents/{intent['file']}"}
+
+    request_ = {"ids": [known.at(0, 1)[0]]}
+    assert store.delete(**request_, dry_run=True, when_durable=look) and not looks
+    receipt = store.delete(**request_, when_durable=look)
+    assert looks == [(receipt.generation, {0: (2, 0), 1: (0, 1, 2)})] and store.manifest().generation == 1
+    for nothing in (request_, {"ids": ["nobody"], "missing_ok": True}):
+        assert store.delete(**nothing, when_durable=look).status == "unchanged"
+    with pytest.raises(UnknownExampleError):
+        store.delete(ids=["nobody"], when_durable=look)
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_the_caller_raises_then_keeps_nothing_from_being_deleted(store, known, error):
+    def fail():
+        raise error("the model is gone")
+
+    expected = spared(store, (0, 1))
+    with pytest.raises(error, match="the model is gone"):
+        store.delete(ids=[known.at(0, 1)[0]], when_durable=fail)
+    assert stage_folders(store.path) == expected and not store.intents()
+    assert [receipt["status"] for receipt in read_receipts(store)] == ["inactive"]
+    assert store.delete(ids=[known.at(0, 1)[0]]).status == "unchanged"

@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -82,7 +82,13 @@ class Receipt:
 
 
 def delete(
-    folder: StoreFolder, request: Request, *, reference: str | None, missing_ok: bool, dry_run: bool
+    folder: StoreFolder,
+    request: Request,
+    *,
+    reference: str | None,
+    missing_ok: bool,
+    dry_run: bool,
+    when_durable: Callable[[], None] | None = None,
 ) -> Receipt:
     """Deletes what a request covers. Runs under the store's write lock; see [`S3TStore.delete`] for the arguments."""
     if request.unknown and not missing_ok:
@@ -104,7 +110,13 @@ def delete(
         "places": sorted(request.places),
         "generation": receipt.generation,
     }
-    return carry_out(folder, _write_intent(folder, intent))
+    intent = _write_intent(folder, intent)
+    try:
+        if when_durable is not None:
+            when_durable()
+    finally:  # from here on it can not be undone, whatever the caller's part ends in
+        receipt = carry_out(folder, intent)
+    return receipt
 
 
 def readmit(folder: StoreFolder, request_digests: Mapping[str, str], reference: str | None) -> Receipt:

@@ -98,10 +98,15 @@ class StoreFolder:
         write_atomic(self.path / MANIFEST, json_bytes(manifest.to_json()))
 
     def live(self, manifest: Manifest | None = None) -> Manifest:
-        """The manifest less every stage that an open intent covers: the stages that may be served."""
-        hit = {place for intent in self.intents() for place in intent["places"]}
+        """The manifest less every stage that an open intent covers: the stages that may be served.
+
+        Its generation counts those intents: what serves it is as new as the deletions that it obeys.
+        """
+        intents = self.intents()
+        hit = {place for intent in intents for place in intent["places"]}
         manifest = manifest or self.manifest()  # after the intents: one that ended in between is in the manifest
-        return manifest.without([stage for stage in manifest.stages if stage.slices & hit])
+        manifest = manifest.without([stage for stage in manifest.stages if stage.slices & hit])
+        return replace(manifest, generation=max([manifest.generation, *(intent["generation"] for intent in intents)]))
 
     def served(self, manifest: Manifest | None = None) -> dict[int, Order]:
         """The served prefix of each live shard."""

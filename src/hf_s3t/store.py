@@ -7,7 +7,7 @@ and first finishes what an interrupted writer left (`deletion.py`). Files and fo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -140,6 +140,7 @@ class S3TStore(StoreFolder):
         dry_run: bool = False,
         reference: str | None = None,
         missing_ok: bool = False,
+        when_durable: Callable[[], None] | None = None,
     ) -> Receipt:
         """Removes everything that depends on some examples. No model, no dataset, no gradient step.
 
@@ -152,6 +153,9 @@ class S3TStore(StoreFolder):
             dry_run (`bool`): only tell what would be removed.
             reference (`str`, *optional*): your name for the request; it stays in the private receipt.
             missing_ok (`bool`): delete what is known although something else is not.
+            when_durable (`Callable`, *optional*): called once, when the deletion can no longer be undone and before
+                anything is removed: a model in memory stops serving here. Not called where nothing changes. What it
+                raises is raised after the deletion has been carried out.
 
         Returns:
             [`Receipt`]
@@ -163,7 +167,10 @@ class S3TStore(StoreFolder):
         self.manifest()  # a folder that is no store is refused before a lock file is made in it
         with nullcontext() if dry_run else self.writing():  # a dry run only reads
             request = resolve(self, ids, groups, rows, slices, digests)
-            return deletion.delete(self, request, reference=reference, missing_ok=missing_ok, dry_run=dry_run)
+            return deletion.delete(
+                self, request,
+                reference=reference, missing_ok=missing_ok, dry_run=dry_run, when_durable=when_durable,
+            )  # fmt: skip
 
     def readmit(self, ids: Iterable[Any] = (), groups: Iterable[Any] = (), reference: str | None = None) -> Receipt:
         """Lifts tombstones, for rectified data or renewed consent. Hand the rows to `train()` again afterwards.
