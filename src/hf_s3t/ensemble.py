@@ -1,189 +1,324 @@
-"""The served model in memory: one adapter per live shard, the members' probabilities averaged.
+"""`S3TEnsemble`: the served model in memory, which forgets while it answers.
 
-Members are switched in turn, each with its own head. The root adapter of several shards is something else: an average
-of weights. Loading from a folder, forward and generation are here; what is served is decided by `folder.py`.
+It holds the base model once and one slot per shard, allocated at full depth (`slots.py`); all members answer one batch
+together (`members.py`). A deletion, or a store that somebody else changed, overwrites the slots between two answers
+(`gate.py`). What is served is decided by `folder.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.nn.functional import logsigmoid
-from transformers import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
-from .adapter import Adapter
+from .adapter import WEIGHTS_FILE
 from .card import AUTO_CLASSES
-from .errors import StoreError
+from .config import LORA_FIELDS, S3TConfig
+from .deletion import Receipt
+from .errors import S3TError, StoreError
 from .folder import StoreFolder
+from .gate import Gate
+from .layout import find_layout
+from .manifest import Manifest
+from .members import Combine, MemberCache, Members
+from .plan import Stage
+from .recipe import check_base
+from .slots import Change, Slot
+from .store import S3TStore
+from .tuner import plain_lora_config
 
 logger = logging.getLogger(__name__)
 
+READINGS = 5
+"""How often a store is read anew that changes while it is read."""
+
 
 class S3TEnsemble(nn.Module):
-    """Answers with the average of its members' probabilities.
+    """Answers with the average of its members, the served prefixes of a store's live shards.
+
+    Any number of threads may call it and `generate` while another deletes or refreshes: an answer is computed wholly
+    before a change or wholly after it.
 
     Args:
         model ([`~peft.PeftModel`] or `PreTrainedModel`): holds one loaded adapter per member.
-        members (`list[str]`): names of those adapters; empty: the model answers as it is.
+        members (`dict[str, int]`): name of each member's adapter, and the lowest layer that it has LoRA in. Empty: the
+            model answers as it is.
+        combine (`"probabilities"` or `"logits"`): what is averaged. Logits that leave the ensemble are the logarithm
+            of the mean probability, or the mean of the logits; those of a single member are its own.
+
+    Example:
+
+        ```py
+        model = S3TEnsemble.from_pretrained("out", dtype=torch.bfloat16, device_map="auto")
+        model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+        receipt = model.delete(ids=["row-17"])  # from the store and from this model, between two answers
+        ```
     """
 
-    def __init__(self, model: nn.Module, members: list[str]):
+    def __init__(self, model: nn.Module, members: Mapping[str, int], combine: Combine = "probabilities"):
         super().__init__()
         self.model: Any = model
-        self.members = members
+        self.generation = 0
+        self._members = Members(model, combine)
+        self._gate = Gate()
+        self._following = threading.Lock()
+        self._slots: dict[int, Slot] = {}
+        self._store: S3TStore | None = None
+        self._marks: Any = None
+        self._members.serve(list(members), min(members.values(), default=0))
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], base_model: nn.Module | str | None = None, **kwargs: Any
+        cls,
+        folder: str | os.PathLike[str],
+        base_model: nn.Module | str | None = None,
+        combine: Combine = "probabilities",
+        *,
+        key: str | bytes | None = None,
+        **kwargs: Any,
     ) -> S3TEnsemble:
-        """Loads the served prefixes of a store onto a base model.
+        """Loads the base model once, and the served prefixes of a store onto it.
 
         Args:
-            folder (`str` or `Path`): the store. It needs neither key nor state.
-            base_model (`PreTrainedModel` or `str`, *optional*): the base, or where to load it from. `None`: the id
-                that the store names.
-            kwargs: for the base model's `from_pretrained`.
+            folder (`str` or `Path`): the store. Answering and refreshing need neither key nor state, deleting does.
+            base_model (`PreTrainedModel` or `str`, *optional*): the bare base, which will carry the adapters, or where
+                to load it from. `None`: the id that the store names.
+            combine (`"probabilities"` or `"logits"`): what is averaged over the members.
+            key (`str` or `bytes`, *optional*): the partition key, for [`delete`]; see [`S3TStore`].
+            kwargs: for the base model's `from_pretrained`: `dtype`, `device_map`, `quantization_config` and so on.
 
         Raises:
-            StoreError: the store does not say which base it needs, or its files are damaged.
+            StoreError: the store does not say which base it needs, its files are damaged, or the base is another one.
         """
-        store = StoreFolder(folder)
+        store = S3TStore(folder, key)
+        manifest = store.live()
         if not isinstance(base_model, nn.Module):
-            base_model = _load_base(store, base_model, kwargs)
-        members = read_members(store)
-        model: Any = base_model
-        for name, adapter in members.items():
-            config = LoraConfig(**adapter.config)
-            if model is base_model:
-                model = get_peft_model(base_model, config, adapter_name=name)
-            else:
-                PeftModel.add_adapter(model, name, config)
-            set_peft_model_state_dict(model, adapter.tensors, adapter_name=name)
-        if not members:
-            logger.warning("no stage of %s is live: the bare base model answers", folder)
-        return cls(model, list(members)).eval()
+            base_model = _load_base(store, manifest, base_model, kwargs)
+        elif kwargs:
+            raise ValueError(f"{sorted(kwargs)} are for loading a base model, but one was given. Leave them out.")
+        check_base(base_model, manifest.recipe)
+        model = _with_slots(base_model, manifest)
+        ensemble = cls(model, {}, combine)
+        names = {shard: f"shard-{shard:02d}" for shard in range(manifest.plan.num_shards)}
+        ensemble._slots = {shard: Slot.of(model, name) for shard, name in names.items()}
+        for slot in ensemble._slots.values():
+            slot.clear()
+        ensemble._store = store
+        ensemble.refresh()
+        return ensemble.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        """What the ensemble has not itself is the base model's: `config`, `device`, `generation_config` and so on."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
 
     @property
-    def config(self) -> Any:
-        """The base model's config."""
-        return self.model.config
+    def members(self) -> list[str]:
+        """Names of the members that answer, one per live shard."""
+        return list(self._members.names)
 
-    @property
-    def _names(self) -> list[str | None]:
-        return [*self.members] or [None]
+    # ---- answering ----
 
-    @property
-    def device(self) -> torch.device:
-        """Where the base model is."""
-        return next(self.model.parameters()).device
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        """As the base model's; the logits are the ensemble's, and a loss follows from them.
 
-    def forward(self, **batch: Any) -> ModelOutput:
-        """Logits of the ensemble, `log(mean(softmax(logits)))` over the members; the loss follows from them.
-
-        Args:
-            batch: as for the base model; `labels` give a loss.
+        Shapes are the base model's, too: `(batch, classes)`, `(batch, sequence, vocabulary)`.
         """
-        labels, items = batch.pop("labels", None), batch.pop("num_items_in_batch", None)
-        by_token = batch.pop("fused_lm_head", False)  # how TRL's SFTTrainer asks, since 1.16
-        averaged = self._average([self._member_logits(name, batch) for name in self._names])
-        if by_token:
-            return _by_token(averaged, labels)
-        loss = None
-        if labels is not None:
-            loss = self._loss(averaged, labels, items)
-        return ModelOutput(**({} if loss is None else {"loss": loss}), logits=averaged)
+        with self._gate.answering():
+            return self._members.base(*args, **kwargs)
 
-    def _member_logits(self, name: str | None, batch: dict[str, Any]) -> torch.Tensor:
-        if name is not None:
-            self.model.set_adapter(name, inference_mode=True)
-        return self.model(**batch).logits
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's `generate`: greedy, sampling or beam search on the ensemble's probabilities.
 
-    def _average(self, logits: list[torch.Tensor]) -> torch.Tensor:
-        if len(logits) == 1:
-            return logits[0]
-        problem = getattr(self.config, "problem_type", None)
-        if problem == "regression" or logits[0].shape[-1] == 1:
-            return torch.stack(logits).mean(dim=0)
-        stacked = torch.stack([value.float() for value in logits])
-        if problem == "multi_label_classification":  # a probability of its own per label: the logit of their mean
-            return logsigmoid(stacked).logsumexp(dim=0) - logsigmoid(-stacked).logsumexp(dim=0)
-        return stacked.log_softmax(-1).logsumexp(dim=0) - math.log(len(logits))
+        The whole generation is one answer: a deletion waits for it.
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        kwargs = {"logits": logits, "labels": labels, "config": base.config, "pooled_logits": logits}
-        if items is not None:
-            kwargs["num_items_in_batch"] = items
-        return base.loss_function(**kwargs, vocab_size=getattr(base.config, "vocab_size", None))
+        Raises:
+            ValueError: an encoder-decoder model, or a kind of cache that can not hold several members.
+        """
+        with self._gate.answering():
+            if len(self.members) > 1:
+                kwargs = self._with_cache(kwargs)
+            return self._members.base.generate(*args, **kwargs)
 
-    @torch.no_grad()
-    def generate(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, max_new_tokens: int = 64
-    ) -> torch.Tensor:
-        """Greedy generation from the averaged probabilities, with a key-value cache per member.
+    def _with_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self.config.is_encoder_decoder:
+            raise ValueError(
+                "Several members of an encoder-decoder model can not generate together, as the encoder runs apart. "
+                "Generate with one prefix of the store at a time (`store.export(path, prefix=...)`)."
+            )
+        settings = kwargs.get("generation_config") or self.generation_config
+        wanted = {
+            name: kwargs.get(name, getattr(settings, name, None)) for name in ("use_cache", "cache_implementation")
+        }
+        if wanted["use_cache"] is False or isinstance(kwargs.get("past_key_values"), MemberCache):
+            return kwargs
+        if wanted["cache_implementation"] not in (None, "dynamic") or kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                f"cache_implementation={wanted['cache_implementation']!r} or a cache of your own has one row per "
+                "example, an ensemble needs one per member. Leave both out: a dynamic cache is made for the members."
+            )
+        return {**kwargs, "past_key_values": self._members.cache(), "cache_implementation": None}
 
-        Args:
-            input_ids (`torch.Tensor`): `(batch, sequence)`, padded on the left.
-            attention_mask (`torch.Tensor`, *optional*): `(batch, sequence)`.
-            max_new_tokens (`int`): most tokens to add.
+    def detach(self) -> None:
+        """Gives the base model back: it answers by itself again, with whichever adapter is active."""
+        self._members.detach()
+
+    # ---- changing ----
+
+    def delete(self, ids: Any = (), groups: Any = (), rows: Any = (), slices: Any = (), **kwargs: Any) -> Receipt:
+        """Deletes examples from the store on disk and from this model, without a gradient step.
+
+        As soon as the deletion is on record in the store, the model stops answering with anything it covers; then the
+        files are removed. Running answers are waited for. Arguments, return value and errors are those of
+        [`S3TStore.delete`]; other copies of the model [`refresh`].
+        """
+        self._gate.check_outside()
+        receipt = self._own_store().delete(ids, groups, rows, slices, when_durable=self._follow_deletion, **kwargs)
+        if not kwargs.get("dry_run"):
+            self._follow_deletion()  # nothing is left to do, unless it had been deleted elsewhere before
+        return receipt
+
+    def refresh(self) -> bool:
+        """Takes over what others did to the store since: a deletion, a repair. Needs no key.
 
         Returns:
-            `torch.Tensor`: `(batch, sequence + new)`; after a row's end-of-sequence token come padding tokens.
+            `bool`: whether the store had changed.
+
+        Raises:
+            StoreError: a prefix could not be read. What is no longer live was dropped all the same.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        caches = {name: DynamicCache(config=self.config) for name in self._names}
-        settings = self.model.generation_config
-        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-        pad = settings.pad_token_id if settings.pad_token_id is not None else 0
-        running, step, sequence = torch.ones(len(input_ids), dtype=torch.bool), input_ids, input_ids
-        for _ in range(max_new_tokens):
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -step.shape[1] :]
-            batch = {"input_ids": step, "attention_mask": mask, "position_ids": positions, "use_cache": True}
-            logits = [
-                self._member_logits(name, {**batch, "past_key_values": cache})[:, -1] for name, cache in caches.items()
-            ]
-            chosen = self._average(logits).argmax(-1)
-            chosen = torch.where(running.to(chosen.device), chosen, pad)
-            sequence = torch.cat([sequence, chosen[:, None]], dim=1)
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            stops = torch.tensor([end for end in ends if end is not None], device=chosen.device)
-            running &= ~torch.isin(chosen, stops).cpu()
-            step = chosen[:, None]
-            if not running.any():
+        self._gate.check_outside()
+        with self._following:
+            changed = self._follow(strict=True)
+            lowest = self._lowest_layer()
+            if lowest != self._members.lowest_layer:  # a deletion left it where it was
+                with self._gate.changing():
+                    self._members.serve(self.members, lowest)
+        return changed
+
+    def _own_store(self) -> S3TStore:
+        if self._store is None:
+            raise S3TError("This ensemble was not loaded from a store. Load it with `S3TEnsemble.from_pretrained`.")
+        return self._store
+
+    def _live_slots(self) -> list[Slot]:
+        return [slot for slot in self._slots.values() if slot.owners]
+
+    def _lowest_layer(self) -> int:
+        return min((slot.lowest_layer for slot in self._live_slots()), default=0)
+
+    def _follow_deletion(self) -> None:
+        with self._following:
+            self._follow(strict=False)
+
+    def _follow(self, strict: bool) -> bool:
+        """Makes the slots what the store serves now; returns whether the store had changed.
+
+        A member whose new prefix can not be read keeps the old one if all of it is still live, and is dropped if not;
+        with `strict` that is an error at the end.
+        """
+        marks = self._own_store().marks()
+        if marks == self._marks:
+            return False
+        manifest, changes, problems = self._read_changes()
+        with self._gate.changing():
+            for shard, change in changes.items():
+                self._slots[shard].take(change)
+            live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
+            if live != self.members or lowest < self._members.lowest_layer:
+                self._members.serve(live, lowest)
+            self.generation = manifest.generation
+        if not live:
+            logger.warning("no stage of %s is live: the bare base model answers", self._own_store().path)
+        for problem in problems:
+            logger.error("a member could not be brought up to date: %s", problem)
+        if problems and strict:
+            raise problems[0]
+        self._marks = None if problems else marks
+        return True
+
+    def _read_changes(self) -> tuple[Manifest, dict[int, Change], list[StoreError]]:
+        """What has to change, read while answers go on; anew where the store changed meanwhile."""
+        store = self._own_store()
+        for reading in range(READINGS):
+            marks, manifest = store.marks(), store.live()
+            served = manifest.plan.served(manifest.stages)
+            if not set(range(manifest.plan.num_shards)) <= set(self._slots):
+                raise StoreError(f"{store.path} has more shards than when it was loaded. Load it anew.")
+            changes, problems = {}, []
+            for shard, slot in self._slots.items():
+                path = _needed(Stage(shard, served[shard]), manifest) if shard in served else ()
+                try:
+                    changes[shard] = slot.plan(store, manifest, path)
+                except StoreError as error:
+                    problems.append(error)
+                    if any(manifest.stages.get(stage, {}).get(WEIGHTS_FILE) != sha for stage, sha in slot.stages):
+                        changes[shard] = slot.plan(store, manifest, ())
+            if not problems or store.marks() == marks or reading == READINGS - 1:
                 break
-        return sequence
+        return manifest, changes, problems
 
 
-def _by_token(logits: torch.Tensor, labels: Any) -> ModelOutput:
-    """Instead of logits what TRL's fused head gives per predicted token; zero where there is no label."""
-    log_probabilities, wanted = logits[:, :-1].float().log_softmax(-1), labels[:, 1:]
-    mask = wanted != -100
-    values = {
-        "log_probs": log_probabilities.gather(-1, wanted.clamp(min=0)[..., None])[..., 0],
-        "entropy": -(log_probabilities.exp() * log_probabilities).sum(-1),
-        "is_top1": log_probabilities.argmax(-1) == wanted,
-    }
-    return ModelOutput(**{name: value.masked_fill(~mask, 0) for name, value in values.items()}, label_mask=mask)
+def _needed(stage: Stage, manifest: Manifest) -> tuple[Stage, ...]:
+    """The stages along a prefix whose tensors it has: where a stage trains all layers, the last one alone."""
+    return stage.path[-1:] if manifest.recipe["config"].get("stage_parameters") == "all" else stage.path
 
 
-def _load_base(store: StoreFolder, name: str | None, kwargs: dict[str, Any]) -> nn.Module:
-    recipe = store.manifest().recipe
-    name = name or recipe["base"]["id"]
-    auto_class, _ = AUTO_CLASSES.get(recipe["config"]["task_type"], (None, None))
-    if name is None or auto_class is None:
+def _with_slots(base: nn.Module, manifest: Manifest) -> Any:
+    """The base with an adapter per shard over all grouped layers; what is in them is still to be written."""
+    stored = manifest.recipe["config"]
+    fields: dict[str, Any] = {name: stored[name] for name in (*LORA_FIELDS, "task_type") if name in stored}
+    config = S3TConfig(num_shards=manifest.plan.num_shards, num_slices=manifest.plan.num_slices, **fields)
+    layers = tuple(sorted(layer for group in stored["groups"] for layer in group))
+    try:
+        layout = find_layout(base, config)
+        if not set(layers) <= set(layout.targets):
+            raise ValueError(
+                f"the store has stages for layers up to {layers[-1]}, the model has {len(layout.targets)}"
+            )
+    except ValueError as error:
+        raise StoreError(f"This is not the base model that the store was trained on: {error}") from None
+    plain = LoraConfig(**plain_lora_config(config, layout, layers))
+    model: Any = base
+    with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that are overwritten
+        for shard in range(manifest.plan.num_shards):
+            name = f"shard-{shard:02d}"
+            if model is base:
+                model = get_peft_model(base, plain, adapter_name=name)
+            else:
+                PeftModel.add_adapter(model, name, plain)
+    return model.requires_grad_(False)
+
+
+def _load_base(store: StoreFolder, manifest: Manifest, name: str | None, kwargs: dict[str, Any]) -> nn.Module:
+    stored = manifest.recipe["base"]
+    if name is None:
+        name = stored.get("id")
+        kwargs = {"revision": stored.get("revision"), **kwargs}
+    base_class: Any = getattr(transformers, str(stored.get("class")), None)
+    if not (isinstance(base_class, type) and issubclass(base_class, transformers.PreTrainedModel)):
+        auto_class, _ = AUTO_CLASSES.get(manifest.recipe["config"].get("task_type"), (None, None))
+        base_class = getattr(transformers, auto_class) if auto_class else None
+    if name is None or base_class is None:
         raise StoreError(f"{store.path} does not say how to load its base model. Load it and pass `base_model=`.")
-    return getattr(transformers, auto_class).from_pretrained(name, **kwargs)
+    if stored.get("num_labels") is not None:
+        kwargs = {"num_labels": stored["num_labels"], **kwargs}
+    return base_class.from_pretrained(name, **{name: value for name, value in kwargs.items() if value is not None})
 
 
-def read_members(store: StoreFolder) -> dict[str, Adapter]:
+def read_members(store: StoreFolder) -> dict[str, Any]:
     """The served prefix of every live shard, assembled, by the name that its adapter gets (`"shard-00"`)."""
     manifest = store.live()
     served = sorted(manifest.plan.served(manifest.stages).items())

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .config import LORA_FIELDS, S3TConfig
-from .errors import RecipeError
+from .errors import RecipeError, StoreError
 from .layout import Layout
 from .partition import canonical
 from .tuner import tensor_digest
+
+logger = logging.getLogger(__name__)
 
 SILENT_PREFIXES = (
     "logging_", "log_", "hub_", "push_to_hub", "report_to", "run_name", "project", "trackio_", "do_", "include_",
@@ -76,9 +79,13 @@ def make_recipe(
         "base": {
             "id": base_id,
             "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+            "class": type(_bare(model)).__name__,
+            "num_labels": _bare(model).config.num_labels if layout.heads else None,
+            "dtype": str(_bare(model).dtype),
             "quantization": _quantization(model),
-            "sha256": base_digest(model),
+            "sha256": base_digest(model, layout.heads),
             "drawn_heads": dict(heads),
+            "heads": {head: base_digest(_bare(model).get_submodule(head)) for head in layout.heads},
         },
         "processing": processing_digest(processing_class),
         "collator": type(collator).__name__ if not hasattr(collator, "__name__") else collator.__name__,
@@ -120,15 +127,46 @@ def _quantization(model: nn.Module) -> dict[str, Any] | None:
     return None if config is None else json.loads(json.dumps(config.to_dict(), default=str))
 
 
-def base_digest(model: nn.Module) -> str:
-    """sha256 over every tensor of the base model, the same with and without adapters around its modules."""
+def _bare(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def base_digest(model: nn.Module, heads: Iterable[str] = ()) -> str:
+    """sha256 over every tensor of a model but its `heads`, the same with and without adapters around its modules."""
+    outside = tuple(f"{head}." for head in heads)
     digests = {}
     for name, value in model.state_dict().items():
         if "lora_" in name or ".modules_to_save." in name or not isinstance(value, torch.Tensor):
             continue
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        plain = plain.removeprefix("original_module.")  # where the model is a head itself
+        if plain.startswith(outside):
+            continue
         digests[plain] = tensor_digest(value)
     return hashlib.sha256(canonical(digests)).hexdigest()
+
+
+def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
+    """Raises [`StoreError`] if a model is not the base that a store was trained on, its heads aside.
+
+    Tensors of another dtype or quantisation can not be compared; then a warning says so.
+    """
+    stored = recipe["base"]
+    if stored.get("sha256") is None:
+        return
+    found = {"dtype": str(_bare(model).dtype), "quantization": _quantization(model)}
+    different = [name for name, value in found.items() if value != stored.get(name)]
+    if different:
+        logger.warning(
+            "the base model has another %s than the one that the store was trained on: answers differ from those of "
+            "the training, and whether it is the same model was not checked",
+            " and ".join(different),
+        )
+    elif base_digest(model, recipe["config"].get("modules_to_save") or ()) != stored["sha256"]:
+        raise StoreError(
+            f"This is not the base model that the store was trained on ({stored.get('id') or 'no id is on record'}): "
+            "its tensors differ. Give that one; a model that carries adapters or was tuned since is another."
+        )
 
 
 def processing_digest(processing_class: Any) -> str | None:

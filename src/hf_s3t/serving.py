@@ -28,7 +28,7 @@ class ServedModelMixin(TrainerBase):
     store: S3TStore
     tuner: StageTuner
     _order: StageOrder | None
-    _members: list[str] | None
+    _members: dict[str, int] | None
     _served_marks: Any = None
 
     def _marks_now(self) -> Any:
@@ -42,7 +42,7 @@ class ServedModelMixin(TrainerBase):
             name: (tuple(adapter.config["layers_to_transform"]), adapter.tensors) for name, adapter in members.items()
         }
         self.tuner.serve(loaded)
-        self._members = list(members)
+        self._members = {name: min(layers) for name, (layers, _) in loaded.items()}
         self.model_wrapped = self.model
 
     @contextmanager
@@ -53,18 +53,19 @@ class ServedModelMixin(TrainerBase):
             return
         if self._members is None or on_main_process(self.args, lambda: self._served_marks != self._marks_now()):
             self._serve()
-        members = self._members or []
+        members = self._members or {}
         if len(members) < 2:
             yield
             return
         peft_model = self.model
         self._set_signature_columns_if_needed()  # of the base model: the ensemble takes whatever it is given
-        self.model = self.model_wrapped = S3TEnsemble(peft_model, members)
+        self.model = self.model_wrapped = ensemble = S3TEnsemble(peft_model, members)
         try:
             yield
         finally:
+            ensemble.detach()
             self.model = self.model_wrapped = peft_model
-            self.tuner.activate(members[0])
+            self.tuner.activate(next(iter(members)))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, of the served model; while a stage trains, of that stage."""

@@ -119,7 +119,7 @@ class S3TMixin(ServedModelMixin):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
         self._order: StageOrder | None = None
-        self._members: list[str] | None = None
+        self._members: dict[str, int] | None = None
         self._marks: Any = None
 
     # ---- training ----

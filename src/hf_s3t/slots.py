@@ -1,0 +1,126 @@
+"""The place of one member in a model in memory: LoRA matrices at full depth and heads, overwritten where they are.
+
+What a prefix has no stage for is zero, which gives the bits of not being there. So a deletion changes numbers and no
+module: nothing is allocated, a compiled model stays compiled, and no old value remains in memory. Which prefix a
+member has is decided in `ensemble.py`; reading the files is `folder.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .adapter import WEIGHTS_FILE, is_lora
+from .errors import StoreError
+from .folder import StoreFolder
+from .layout import split_layer_path
+from .manifest import Manifest
+from .plan import Stage
+
+Owner = tuple[Stage, str]
+"""A stage as it was trained: its name and the sha256 of its tensors."""
+
+
+class Change(NamedTuple):
+    """What turns a slot's prefix into another one; see [`Slot.plan`]."""
+
+    owners: dict[str, Owner]
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass
+class Slot:
+    """One member's tensors in a model, by their names in an adapter file.
+
+    Args:
+        name (`str`): the adapter.
+        tensors (`dict[str, torch.Tensor]`): the model's own parameters and buffers.
+        owners (`dict[str, Owner]`): which stage each tensor that is in use came from.
+    """
+
+    name: str
+    tensors: dict[str, torch.Tensor]
+    owners: dict[str, Owner] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str) -> Slot:
+        """The tensors of a PEFT model's adapter."""
+        found: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        lora, head = f".{name}.", f".modules_to_save.{name}."
+        tensors = {}
+        for path, tensor in found.items():
+            if head in path:
+                tensors[path.replace(head, ".")] = tensor
+            elif lora in path:
+                tensors[path.replace(lora, ".")] = tensor
+        return cls(name, tensors)
+
+    @property
+    def lowest_layer(self) -> int:
+        """The lowest layer that the prefix has LoRA in."""
+        places = (split_layer_path(name) for name in self.owners if is_lora(name))
+        return min(place[1] for place in places if place is not None)
+
+    @property
+    def stages(self) -> set[Owner]:
+        """The stages whose tensors are in use."""
+        return set(self.owners.values())
+
+    def plan(self, store: StoreFolder, manifest: Manifest, path: Sequence[Stage]) -> Change:
+        """Reads what a prefix has and the slot has not; changes nothing.
+
+        Args:
+            path (`tuple[Stage, ...]`): the stages along the prefix; empty: the member is to be emptied.
+
+        Raises:
+            StoreError: a file is missing or damaged, or its tensors do not fit the model.
+        """
+        owners: dict[str, Owner] = {}
+        read: dict[Owner, Mapping[str, torch.Tensor]] = {}
+        steps = [(stage, manifest.stages[stage][WEIGHTS_FILE]) for stage in path]
+        for owner in steps:
+            known = [name for name, before in self.owners.items() if before == owner]
+            if not known or owner == steps[-1]:  # heads of an earlier stage, say, are not in the slot any more
+                read[owner] = store.read_stage(owner[0], manifest).tensors
+            owners.update(dict.fromkeys(read.get(owner, known), owner))
+        tensors = {name: read[owner][name] for name, owner in owners.items() if self.owners.get(name) != owner}
+        self._check(tensors, owners, path)
+        return Change(owners, tensors)
+
+    def _check(self, tensors: Mapping[str, torch.Tensor], owners: Mapping[str, Any], path: Sequence[Stage]) -> None:
+        surplus = sorted(set(tensors) - set(self.tensors))
+        heads = {name for name in self.tensors if not is_lora(name)} if path else set()
+        absent = sorted(heads - set(owners))
+        if surplus or absent:
+            raise StoreError(
+                f"Stage {path[-1].name} does not fit the base model: the model lacks {surplus[:3] or 'nothing'}, the "
+                f"stage {absent[:3] or 'nothing'}. Give the base model that the store was trained on."
+            )
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32:
+                raise StoreError(f"{name} of {path[-1].name} is {tensor.dtype}; stages are stored in float32.")
+            if tensor.shape != self.tensors[name].shape:
+                raise StoreError(
+                    f"{name} of {path[-1].name} has shape {tuple(tensor.shape)}, the model asks for "
+                    f"{tuple(self.tensors[name].shape)}. Give the base model that the store was trained on."
+                )
+
+    @torch.no_grad()
+    def take(self, change: Change) -> None:
+        """Overwrites what differs; what is in use no more becomes zero."""
+        for name, tensor in change.tensors.items():
+            self.tensors[name].copy_(tensor)
+        for name in self.owners.keys() - change.owners.keys():
+            self.tensors[name].zero_()
+        self.owners = change.owners
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Zeroes everything, whatever is known of it."""
+        for tensor in self.tensors.values():
+            tensor.zero_()
+        self.owners = {}
