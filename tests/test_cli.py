@@ -333,8 +333,49 @@ def test_verify_trains_a_stage_again(store: Path, tmp_path: Path) -> None:
 
 def test_export_of_a_prefix(store: Path, tmp_path: Path) -> None:
     (outcome,) = outcomes("export", store, tmp_path / "out", "--prefix", "shard-00/2-0")
-    assert outcome["result"] == {"path": str(tmp_path / "out"), "prefix": "shard-00/2-0"}
+    size = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    assert outcome["result"] == {
+        "path": str(tmp_path / "out"), "prefix": "shard-00/2-0", "merge": False, "stages": ["shard-00/2-0"],
+        "rank": 2, "parameters": 896, "bytes": size,
+    }  # fmt: skip
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["layers_to_transform"] == [4, 5, 6, 7]
+
+
+def test_export_tells_rank_and_size(store: Path, tmp_path: Path) -> None:
+    models.tiny_llama().save_pretrained(tmp_path / "base")
+    text = run("export", store, tmp_path / "out").stdout
+    assert "rank        4" in text and "2,688 parameters" in text and "shard-00/0-1-2, shard-01/0-1-2" in text
+    result = run("export", store, tmp_path / "whole", "--merge", "--base", tmp_path / "base")
+    size = sum(file.stat().st_size for file in (tmp_path / "whole").iterdir())
+    assert result.exit_code == 0 and f"parameters, {size:,} bytes" in result.stdout
+    assert (tmp_path / "whole/model.safetensors").exists() and not (tmp_path / "whole" / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("options", [("--merge",), ("--base", "somewhere"), ("--merge", "--base", "absent/base")])
+def test_export_without_the_right_base(store: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    result = run("export", store, tmp_path / "out", *options)
+    assert result.exit_code == 2 and "base" in result.stderr and not (tmp_path / "out").exists()
+    assert S3TStore(store).status().exports == ()
+
+
+def test_refreshed_exports_are_not_pending(store: Path, tmp_path: Path) -> None:
+    run("export", store, tmp_path / "out")
+    result = run("delete", store, "--ids", row_ids()[0], "--refresh-exports")
+    assert result.exit_code == 0 and "exports made anew" in result.stdout
+    slices = [part for place in range(6) for part in ("--slices", f"{place // 3}:{place % 3}")]
+    result = run("delete", store, *slices, "--refresh-exports")
+    assert result.exit_code == 0 and "exports removed" in result.stdout and not (tmp_path / "out").exists()
+
+
+def test_an_export_left_behind_stays_pending_until_it_is_made_anew(store: Path, tmp_path: Path) -> None:
+    run("export", store, tmp_path / "out")
+    for _ in range(2):
+        assert run("delete", store, "--ids", row_ids()[0]).exit_code == 3
+    assert "stale exports" in run("status", store).stdout
+    result = run("delete", store, "--ids", row_ids()[0], "--refresh-exports")
+    assert result.exit_code == 0 and "Only exports were changed" in plain(result.stdout)
+    assert run("delete", store, "--ids", row_ids()[0]).exit_code == 0
+    assert "stale exports" not in run("status", store).stdout
 
 
 def test_export_that_can_not_be(store: Path, tmp_path: Path) -> None:

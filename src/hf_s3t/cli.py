@@ -121,6 +121,9 @@ def delete(
     missing_ok: Annotated[
         bool, typer.Option("--missing-ok", help="Delete what is known, ignore what is not.")
     ] = False,
+    refresh_exports: Annotated[
+        bool, typer.Option("--refresh-exports", help="Make exports that carry the influence anew, or remove them.")
+    ] = False,
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -135,7 +138,7 @@ def delete(
             return Outcome(path, DONE, None, f"Every example of {path} is in {not_in}. Nothing was changed.")
         receipt = store.delete(
             wanted["ids"], wanted["groups"], slices=places, digests=digests,
-            dry_run=dry_run, reference=reference, missing_ok=missing_ok,
+            dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
         )  # fmt: skip
         code = PENDING if receipt.exports and not dry_run else DONE
         return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt))
@@ -204,18 +207,23 @@ def _report_outcome(report: VerifyReport) -> Outcome:
 @app.command()
 def export(
     store: OneStore,
-    target: Annotated[Path, typer.Argument(help="Folder to write the adapter to, outside the store.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write to, outside the store.")],
     prefix: Annotated[str | None, typer.Option(help="A live stage, e.g. shard-00/2-0. Default: the root.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write a whole model: the adapter merged into its unquantised base.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or repository of the base, for --merge. Default: the one in the store.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the served model, or any live prefix, as one plain LoRA adapter that stock PEFT loads."""
+    """Write the served model, or any live prefix, as one plain LoRA adapter that stock PEFT loads, or merged."""
 
     def verb(store: S3TStore) -> Outcome:
         _check_export(store, target, prefix)
-        store.export(target, prefix)
-        result = {"path": str(target), "prefix": prefix}
-        shown = f"Written to {target}. A later deletion from {store.path} names it if it carries the influence."
-        return Outcome(str(store.path), DONE, result, shown)
+        done = store.export(target, prefix, merge, base)
+        result = asdict(done) | {"prefix": prefix, "merge": merge}
+        return Outcome(str(store.path), DONE, result, display.show_export(str(store.path), done))
 
     _run([store], None, as_json, verb)
 

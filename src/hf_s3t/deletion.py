@@ -20,7 +20,8 @@ from typing import Any
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE
 from .errors import StateError, StoreError, UnknownExampleError
-from .files import json_bytes, read_json, remove, sync_folder, write_atomic
+from .exports import carrying, settle
+from .files import json_bytes, remove, sync_folder, write_atomic
 from .folder import StoreFolder
 from .manifest import Manifest, State, Tombstone
 from .partition import count_by_place
@@ -53,6 +54,8 @@ class Receipt:
         stages_removed (`dict[str, dict[str, str]]`): sha256 per file of each removed stage.
         served_before, served_after (`dict[str, list[int]]`): served prefix per live shard.
         exports (`list[str]`): exported copies that still carry the influence.
+        exports_refreshed (`list[str]`): exported copies that were made anew from what is live.
+        exports_removed (`list[str]`): exported copies of which nothing was live, and whose files were removed.
         caches (`list[str]`): files of the datasets cache, outside the store, that may hold the text.
     """
 
@@ -72,6 +75,8 @@ class Receipt:
     served_before: dict[str, list[int]] = field(default_factory=dict)
     served_after: dict[str, list[int]] = field(default_factory=dict)
     exports: list[str] = field(default_factory=list)
+    exports_refreshed: list[str] = field(default_factory=list)
+    exports_removed: list[str] = field(default_factory=list)
     caches: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = LIMITS
@@ -88,6 +93,7 @@ def delete(
     reference: str | None,
     missing_ok: bool,
     dry_run: bool,
+    refresh_exports: bool = False,
     when_durable: Callable[[], None] | None = None,
 ) -> Receipt:
     """Deletes what a request covers. Runs under the store's write lock; see [`S3TStore.delete`] for the arguments."""
@@ -101,7 +107,8 @@ def delete(
     if dry_run:
         return replace(receipt, status="dry run")
     if not request.places:
-        return _append_receipt(folder, replace(receipt, status="unchanged", inactive_since=_now()))
+        copies = settle(folder, receipt.exports, receipt.generation, refresh_exports)
+        return _append_receipt(folder, replace(receipt, status="unchanged", inactive_since=_now(), **copies))
     intent = {
         "kind": "delete",
         "receipt": receipt.to_json(),
@@ -109,6 +116,7 @@ def delete(
         "groups": {digest: list(places) for digest, places in request.groups.items()},
         "places": sorted(request.places),
         "generation": receipt.generation,
+        "refresh_exports": refresh_exports,
     }
     intent = _write_intent(folder, intent)
     try:
@@ -150,17 +158,17 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         logger.warning("the state of %s is lost: how many examples this concerns is not known", folder.path)
     lost = [(shard, slice_id) for shard, prefix in before.items() for slice_id in prefix]
     lost = [place for place in lost if place[1] not in after.get(place[0], ())]
-    deleted, removed = len(request.ids), {stage.name for stage in gone}
+    deleted, generation = len(request.ids), manifest.generation + 1
     hit = {place for places in request.ids.values() for place in places}
     dark = sum(counts[place] for place in {*lost, *hit}) - deleted
     return Receipt(
         receipt=_receipt_name(), kind="delete", status="inactive", requested_at=_now(),
-        generation=manifest.generation + 1, asked=request.asked,
+        generation=generation, asked=request.asked,
         found=request.asked - request.already - len(request.unknown), already_deleted=request.already,
         examples=deleted, dark_examples=max(dark, 0), reference=reference,
         stages_removed={stage.name: manifest.stages[stage] for stage in gone},
         served_before=_served_json(before), served_after=_served_json(after),
-        exports=[path for path, names in read_exports(folder).items() if names & removed and os.path.exists(path)],
+        exports=carrying(folder, [Tombstone(tuple(request.places), generation, ""), *request.stones]),
         caches=list(state.caches), versions=versions(),
     )  # fmt: skip
 
@@ -179,7 +187,9 @@ def carry_out(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
                                                   if Stage.from_name(name) in manifest.stages}))  # fmt: skip
         if intent["kind"] == "delete" and (folder.private / "index.json").exists():
             folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
-    receipt = _append_receipt(folder, replace(Receipt(**intent["receipt"]), inactive_since=_now()))
+    receipt = Receipt(**intent["receipt"])
+    copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
+    receipt = _append_receipt(folder, replace(receipt, inactive_since=_now(), **copies))
     remove(folder.private / "intents" / intent["file"])
     logger.info("%s %s: %d stages removed", receipt.kind, receipt.receipt, len(receipt.stages_removed))
     return receipt
@@ -313,17 +323,6 @@ def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
-
-
-def read_exports(folder: StoreFolder) -> dict[str, set[str]]:
-    """Path of every exported copy -> names of the stages in it."""
-    path = folder.private / "exports.json"
-    return {name: set(parts) for name, parts in read_json(path).items()} if path.exists() else {}
-
-
-def write_exports(folder: StoreFolder, exports: Mapping[str, Iterable[str]]) -> None:
-    """Replaces the record of exported copies."""
-    write_atomic(folder.private / "exports.json", json_bytes({path: sorted(names) for path, names in exports.items()}))
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .deletion import Receipt
+from .exports import Export
 from .store import Location, Status
 from .verify import VerifyReport
 
@@ -33,6 +34,8 @@ def show_status(status: Status) -> RenderableType:
         rows.append(("interrupted deletions", f"{status.interrupted_deletions}: the next delete or train() ends them"))
     if status.exports:
         rows.append(("exports", "\n".join(status.exports)))
+    if status.stale_exports:
+        rows.append(("stale exports", "\n".join(status.stale_exports)))
     return Group(status.path, _pairs(rows))
 
 
@@ -59,11 +62,26 @@ def show_receipt(path: str, receipt: Receipt) -> RenderableType:
         ("exports that still carry it", "\n".join(receipt.exports) or "none known"),
         ("caches with the text", "\n".join(receipt.caches) or "none known"),
     ]
+    if receipt.exports_refreshed:
+        rows.insert(6, ("exports made anew", "\n".join(receipt.exports_refreshed)))
+    if receipt.exports_removed:
+        rows.insert(6, ("exports removed", "\n".join(receipt.exports_removed)))
     if receipt.reference:
         rows.append(("reference", receipt.reference))
     rows.append(("receipt", "none, as nothing was changed" if receipt.status == "dry run" else receipt.receipt))
     limits = Group(*(f"- {limit}" for limit in receipt.limits))
     return Group(_sentence(path, receipt), _pairs(rows), "Not covered:", limits)
+
+
+def show_export(path: str, done: Export) -> RenderableType:
+    """What was written for other runtimes."""
+    rows = [
+        ("written to", done.path),
+        ("made of", ", ".join(done.stages)),
+        ("rank", done.rank),
+        ("size", f"{done.parameters:,} parameters, {done.bytes:,} bytes"),
+    ]
+    return Group(_pairs(rows), f"A later deletion from {path} names it if it carries the influence.")
 
 
 def show_readmission(path: str, receipt: Receipt) -> RenderableType:
@@ -92,7 +110,8 @@ def _sentence(path: str, receipt: Receipt) -> str:
     if receipt.status == "dry run":
         return f"Dry run: {stages} would no longer be served by {path}. Nothing was changed."
     if receipt.status == "unchanged":
-        return f"Everything asked for was deleted from {path} before. Nothing was changed."
+        changed = "Only exports were" if receipt.exports_refreshed or receipt.exports_removed else "Nothing was"
+        return f"Everything asked for was deleted from {path} before. {changed} changed."
     return f"{stages} {'is' if count == 1 else 'are'} no longer served by {path} since {receipt.inactive_since}."
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from .errors import StoreError
 from .folder import StoreFolder
-from .manifest import Manifest, State
+from .manifest import Manifest, State, Tombstone
 from .partition import Index, keyed_digest, row_digest
 
 Place = tuple[int, int]
@@ -26,6 +26,7 @@ class Request:
         places (`set`): every `(shard, slice)` that is hit.
         asked, already (`int`): numbers of things asked for, and deleted before.
         unknown (`tuple`): what was asked for and is not known, as it was asked.
+        stones (`tuple[Tombstone, ...]`): of what was deleted before.
     """
 
     ids: dict[str, tuple[Place, ...]]
@@ -34,6 +35,7 @@ class Request:
     asked: int
     already: int
     unknown: tuple[Any, ...]
+    stones: tuple[Tombstone, ...] = ()
 
 
 def resolve(
@@ -111,7 +113,8 @@ def _look_up(index: Index, state: State, known: Sequence[tuple[Any, str, Kind]])
             members.setdefault(entry.group, []).append(digest)
     ids: dict[str, tuple[Place, ...]] = {}
     groups: dict[str, tuple[Place, ...]] = {}
-    unknown, already = [], 0
+    unknown: list[Any] = []
+    stones: list[Tombstone] = []
     for value, digest, kind in dict.fromkeys(known):
         if kind == "id" and digest in index:
             ids[digest] = (index[digest][:2],)
@@ -120,8 +123,8 @@ def _look_up(index: Index, state: State, known: Sequence[tuple[Any, str, Kind]])
             ids.update({member: (index[member][:2],) for member in found})
             groups[digest] = tuple(sorted({index[member][:2] for member in found}))
         elif digest in (state.ids if kind == "id" else state.groups):
-            already += 1
+            stones.append((state.ids if kind == "id" else state.groups)[digest])
         else:
             unknown.append(value)
     places = frozenset(place for found in (*ids.values(), *groups.values()) for place in found)
-    return Request(ids, groups, places, len(dict.fromkeys(known)), already, tuple(unknown))
+    return Request(ids, groups, places, len(dict.fromkeys(known)), len(stones), tuple(unknown), tuple(stones))

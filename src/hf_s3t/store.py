@@ -11,18 +11,31 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import deletion
-from .adapter import Adapter, average
 from .deletion import Receipt
 from .errors import StateError, StoreError, UnknownExampleError
+from .exports import (
+    Export,
+    carrying,
+    given_base,
+    load_base,
+    read_exports,
+    records_from_json,
+    records_to_json,
+    write_export,
+    write_exports,
+)
 from .files import PRIVATE, json_bytes, read_json, write_atomic
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .manifest import State, key_check_value
 from .partition import Entry, keyed_digest
 from .plan import Order, Stage
 from .requests import Place, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ class Status:
     requests: int
     interrupted_deletions: int
     exports: tuple[str, ...]
+    stale_exports: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -97,8 +111,11 @@ class S3TStore(StoreFolder):
         missing = manifest.plan.missing(manifest.stages)
         examples: int | None = None
         deleted: int | None = None
+        stale: list[str] = []  # with the state lost the record of exports is lost, too
         try:
-            examples, deleted = len(self.index()), len(self.state().ids)
+            state = self.state()
+            stale = carrying(self, [*state.ids.values(), *state.groups.values()])
+            examples, deleted = len(self.index()), len(state.ids)
         except StoreError:
             pass
         return Status(
@@ -114,7 +131,8 @@ class S3TStore(StoreFolder):
             deleted_examples=deleted,
             requests=sum(1 for receipt in deletion.read_receipts(self) if receipt["kind"] == "delete"),
             interrupted_deletions=len(self.intents()),
-            exports=tuple(deletion.read_exports(self)),
+            exports=tuple(read_exports(self)),
+            stale_exports=tuple(stale),
         )
 
     def locate(self, ids: Iterable[Any] = (), groups: Iterable[Any] = ()) -> list[Location]:
@@ -140,6 +158,7 @@ class S3TStore(StoreFolder):
         dry_run: bool = False,
         reference: str | None = None,
         missing_ok: bool = False,
+        refresh_exports: bool = False,
         when_durable: Callable[[], None] | None = None,
     ) -> Receipt:
         """Removes everything that depends on some examples. No model, no dataset, no gradient step.
@@ -153,6 +172,9 @@ class S3TStore(StoreFolder):
             dry_run (`bool`): only tell what would be removed.
             reference (`str`, *optional*): your name for the request; it stays in the private receipt.
             missing_ok (`bool`): delete what is known although something else is not.
+            refresh_exports (`bool`): make exports that carry the influence anew from what is live (a prefix: its
+                longest live beginning; nothing live: their files are removed). Loads the base of a merged one. The
+                receipt names those for which it failed as still carrying the influence.
             when_durable (`Callable`, *optional*): called once, when the deletion can no longer be undone and before
                 anything is removed: a model in memory stops serving here. Not called where nothing changes. What it
                 raises is raised after the deletion has been carried out.
@@ -169,7 +191,8 @@ class S3TStore(StoreFolder):
             request = resolve(self, ids, groups, rows, slices, digests)
             return deletion.delete(
                 self, request,
-                reference=reference, missing_ok=missing_ok, dry_run=dry_run, when_durable=when_durable,
+                reference=reference, missing_ok=missing_ok, dry_run=dry_run,
+                refresh_exports=refresh_exports, when_durable=when_durable,
             )  # fmt: skip
 
     def readmit(self, ids: Iterable[Any] = (), groups: Iterable[Any] = (), reference: str | None = None) -> Receipt:
@@ -192,39 +215,41 @@ class S3TStore(StoreFolder):
 
     # ---- taking out ----
 
-    def export(self, path: str | os.PathLike[str], prefix: str | Order | Stage | None = None) -> Adapter:
-        """Writes the served model, or any live prefix, as one plain LoRA adapter that stock PEFT loads.
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        prefix: str | Order | Stage | None = None,
+        merge: bool = False,
+        base_model: PreTrainedModel | str | None = None,
+    ) -> Export:
+        """Writes the served model, or any live prefix, for stock runtimes: as a plain LoRA adapter, or merged.
 
         Args:
             path (`str` or `Path`): a folder outside the store. It is remembered: a later deletion names it.
             prefix (`str`, `tuple[int, ...]` or [`Stage`], *optional*): for example `"shard-00/2-0"`; a bare prefix
                 means shard 0. `None`: the root adapter.
+            merge (`bool`): write a whole model, the adapter merged into the unquantised base, with the prefix's head.
+                Weights keep the base's dtype.
+            base_model (`PreTrainedModel` or `str`, *optional*): for `merge`, the base or where to load it from.
+                `None`: the one that the store names. A model is copied, so twice its memory is needed, and comes out
+                as it was; a later deletion can not make such an export anew.
 
         Raises:
             StoreError: there is no such adapter, or `path` lies in the store.
+            ValueError: `path` holds something else, the base is not named, quantised, or not the adapter's.
         """
-        target = Path(path)
-        if target.resolve().is_relative_to(self.path.resolve()):
-            raise StoreError(f"{target} lies inside the store, which holds only its own files. Name another folder.")
+        target, stage = Path(path).resolve(), None if prefix is None else as_stage(prefix)
+        if target.is_relative_to(self.path.resolve()):
+            raise StoreError(f"{path} lies inside the store, which holds only its own files. Name another folder.")
+        base, name = None, None
+        if merge and not isinstance(base_model, str | None):
+            base = given_base(base_model)
+        elif merge:
+            base, name = load_base(self, base_model)
+        elif base_model is not None:
+            raise ValueError("`base_model` is for `merge=True`: an adapter is exported without its base.")
         with self.writing():  # a deletion comes before, or finds the copy on record
-            stages, adapter = self._export_source(prefix)
-            parts = {above.name for stage in stages for above in stage.path}
-            deletion.write_exports(self, {**deletion.read_exports(self), str(target.resolve()): parts})
-            for name, data in adapter.files({"export": [stage.name for stage in stages]}).items():
-                write_atomic(target / name, data)
-        return adapter
-
-    def _export_source(self, prefix: str | Order | Stage | None) -> tuple[list[Stage], Adapter]:
-        manifest = self.live()
-        if prefix is not None:
-            stage = as_stage(prefix)
-            return [stage], self.assemble(stage.shard, stage.prefix, manifest)
-        served = [Stage(shard, order) for shard, order in sorted(manifest.plan.served(manifest.stages).items())]
-        adapter = average([self.assemble(stage.shard, stage.prefix, manifest) for stage in served])
-        if adapter is None:
-            reason = "several live shards with heads have no single adapter" if served else "no stage is live"
-            raise StoreError(f"There is no root adapter: {reason}. Name a prefix, e.g. `prefix='shard-00/0'`.")
-        return served, adapter
+            return write_export(self, target, stage, base, name)
 
     # ---- the state's backup ----
 
@@ -240,7 +265,7 @@ class S3TStore(StoreFolder):
                 "index": {digest: list(entry) for digest, entry in self.index().items()},
                 "state": self.state().to_json(),
                 "receipts": deletion.read_receipts(self),
-                "exports": {path: sorted(names) for path, names in deletion.read_exports(self).items()},
+                "exports": records_to_json(read_exports(self)),
             }
         write_atomic(path, json_bytes(bundle), PRIVATE)
 
@@ -277,12 +302,13 @@ class S3TStore(StoreFolder):
 
     def _merge_state(self, bundle: Mapping[str, Any], here: State, state: State) -> None:
         """Puts a backup in place; what was recorded here since then stays known, unless it was deleted there."""
+        exports = {**records_from_json(bundle["exports"]), **read_exports(self)}
         index = self.index() if (self.private / "index.json").exists() else {}
         known = {digest: entry for digest, entry in index.items() if not state.buries(digest, entry.group)}
         self.write_index({**{digest: Entry(*entry) for digest, entry in bundle["index"].items()}, **known})
         receipts = {receipt["receipt"]: receipt for receipt in [*bundle["receipts"], *deletion.read_receipts(self)]}
         write_atomic(self.private / "receipts.jsonl", _lines(receipts.values()))
-        deletion.write_exports(self, {**bundle["exports"], **deletion.read_exports(self)})
+        write_exports(self, exports)
         caches = tuple(sorted({*state.caches, *here.caches}))
         self.write_state(replace(state, stages={**state.stages, **here.stages}, caches=caches))
 
