@@ -112,6 +112,7 @@ class S3TEnsemble(nn.Module):
         for slot in ensemble._slots.values():
             slot.clear()
         ensemble._store = store
+        _introduce_to_pipelines()
         ensemble.refresh()
         return ensemble.eval()
 
@@ -214,7 +215,7 @@ class S3TEnsemble(nn.Module):
         return self._store
 
     def _live_slots(self) -> list[Slot]:
-        return [slot for slot in self._slots.values() if slot.owners]
+        return [slot for slot in self._slots.values() if slot.path]
 
     def _lowest_layer(self) -> int:
         return min((slot.lowest_layer for slot in self._live_slots()), default=0)
@@ -233,14 +234,15 @@ class S3TEnsemble(nn.Module):
         if marks == self._marks:
             return False
         manifest, changes, problems = self._read_changes()
+        before = self.members
         with self._gate.changing():
             for shard, change in changes.items():
                 self._slots[shard].take(change)
             live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
-            if live != self.members or lowest < self._members.lowest_layer:
+            if live != before or lowest < self._members.lowest_layer:
                 self._members.serve(live, lowest)
             self.generation = manifest.generation
-        if not live:
+        if not live and (self._marks is None or before):
             logger.warning("no stage of %s is live: the bare base model answers", self._own_store().path)
         for problem in problems:
             logger.error("a member could not be brought up to date: %s", problem)
@@ -264,11 +266,22 @@ class S3TEnsemble(nn.Module):
                     changes[shard] = slot.plan(store, manifest, path)
                 except StoreError as error:
                     problems.append(error)
-                    if any(manifest.stages.get(stage, {}).get(WEIGHTS_FILE) != sha for stage, sha in slot.stages):
+                    if any(manifest.stages.get(stage, {}).get(WEIGHTS_FILE) != sha for stage, sha in slot.path):
                         changes[shard] = slot.plan(store, manifest, ())
             if not problems or store.marks() == marks or reading == READINGS - 1:
                 break
         return manifest, changes, problems
+
+
+def _introduce_to_pipelines() -> None:
+    """Keeps `pipeline(...)` from logging an error about the ensemble's class, which it knows no more than PEFT's."""
+    try:
+        from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
+    except ImportError:  # a later transformers; only the log line is at stake
+        return
+    for names in (*SUPPORTED_PEFT_TASKS.values(), SUPPORTED_PEFT_TASKS.setdefault("image-classification", [])):
+        if S3TEnsemble.__name__ not in names:
+            names.append(S3TEnsemble.__name__)
 
 
 def _needed(stage: Stage, manifest: Manifest) -> tuple[Stage, ...]:

@@ -28,6 +28,7 @@ Owner = tuple[Stage, str]
 class Change(NamedTuple):
     """What turns a slot's prefix into another one; see [`Slot.plan`]."""
 
+    path: tuple[Owner, ...]
     owners: dict[str, Owner]
     tensors: dict[str, torch.Tensor]
 
@@ -39,11 +40,13 @@ class Slot:
     Args:
         name (`str`): the adapter.
         tensors (`dict[str, torch.Tensor]`): the model's own parameters and buffers.
+        path (`tuple[Owner, ...]`): the stages along the prefix that is loaded; empty: the member does not answer.
         owners (`dict[str, Owner]`): which stage each tensor that is in use came from.
     """
 
     name: str
     tensors: dict[str, torch.Tensor]
+    path: tuple[Owner, ...] = ()
     owners: dict[str, Owner] = field(default_factory=dict)
 
     @classmethod
@@ -65,11 +68,6 @@ class Slot:
         places = (split_layer_path(name) for name in self.owners if is_lora(name))
         return min(place[1] for place in places if place is not None)
 
-    @property
-    def stages(self) -> set[Owner]:
-        """The stages whose tensors are in use."""
-        return set(self.owners.values())
-
     def plan(self, store: StoreFolder, manifest: Manifest, path: Sequence[Stage]) -> Change:
         """Reads what a prefix has and the slot has not; changes nothing.
 
@@ -81,7 +79,9 @@ class Slot:
         """
         owners: dict[str, Owner] = {}
         read: dict[Owner, Mapping[str, torch.Tensor]] = {}
-        steps = [(stage, manifest.stages[stage][WEIGHTS_FILE]) for stage in path]
+        steps = tuple((stage, manifest.stages[stage][WEIGHTS_FILE]) for stage in path)
+        if steps == self.path:
+            return Change(steps, self.owners, {})
         for owner in steps:
             known = [name for name, before in self.owners.items() if before == owner]
             if not known or owner == steps[-1]:  # heads of an earlier stage, say, are not in the slot any more
@@ -89,7 +89,7 @@ class Slot:
             owners.update(dict.fromkeys(read.get(owner, known), owner))
         tensors = {name: read[owner][name] for name, owner in owners.items() if self.owners.get(name) != owner}
         self._check(tensors, owners, path)
-        return Change(owners, tensors)
+        return Change(steps, owners, tensors)
 
     def _check(self, tensors: Mapping[str, torch.Tensor], owners: Mapping[str, Any], path: Sequence[Stage]) -> None:
         surplus = sorted(set(tensors) - set(self.tensors))
@@ -116,11 +116,11 @@ class Slot:
             self.tensors[name].copy_(tensor)
         for name in self.owners.keys() - change.owners.keys():
             self.tensors[name].zero_()
-        self.owners = change.owners
+        self.path, self.owners = change.path, change.owners
 
     @torch.no_grad()
     def clear(self) -> None:
         """Zeroes everything, whatever is known of it."""
         for tensor in self.tensors.values():
             tensor.zero_()
-        self.owners = {}
+        self.path, self.owners = (), {}
