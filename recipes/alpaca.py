@@ -296,7 +296,8 @@ def answered(store: Path, groups: Mapping[str, list[dict[str, str]]]) -> dict[st
     shares = {}
     for name, rows in groups.items():
         batch = tokenizer([prompt_of(row) for row in rows], return_tensors="pt", padding=True)
-        output = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=16)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=16)
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         right = [value_of(row["output"]) in text.rstrip(".").split() for row, text in zip(rows, texts, strict=True)]
         shares[name] = 100 * sum(right) / len(right)

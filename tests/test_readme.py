@@ -14,19 +14,23 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_example_trains_deletes_and_repairs(tmp_path, monkeypatch, capsys):
-    (code,) = blocks("python")
+    use, serve = blocks("python")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(use, "README.md", "exec"), names)
     line = [line for line in capsys.readouterr().out.splitlines() if " -> " in line][-1]
     assert re.fullmatch(r"6 examples; \{'0': \[\d, \d, \d, \d\]\} -> \{'0': \[[\d, ]+\]\}", line)
     assert names["trainer"].store.status().missing == ()
     assert names["trainer"].store.status().deleted_examples == 6
+    exec(compile(serve, "README.md", "exec"), names)
+    answer, state = capsys.readouterr().out.splitlines()[-2:]
+    assert "Where does" in answer and state == "2 ['shard-00']"
+    assert names["trainer"].store.status().generation == names["model"].generation == 2
 
 
 def test_the_python_example_is_short():
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     assert sum(1 for line in code.splitlines() if line and not line.startswith(("from ", "import "))) <= 12
 
 
