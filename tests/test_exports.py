@@ -1,4 +1,4 @@
-"""Exports: loaded by stock PEFT and transformers they answer as the store does, and a deletion finds every one of them."""
+"""Exports: loaded by stock PEFT and transformers they answer as the store does, and a deletion finds every one."""
 
 from __future__ import annotations
 
@@ -158,6 +158,8 @@ def test_a_trained_head_of_a_tied_base_stays_untied(tmp_path):
     trainer.store.export(tmp_path / "whole", merge=True, base_model=str(tmp_path / "tied"))
     expected = logits(S3TEnsemble.from_pretrained(tmp_path / "out", str(tmp_path / "tied")), inputs("llama"))
     assert close(by_transformers("llama", tmp_path / "whole"), expected)
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    assert config["tie_word_embeddings"] is False, "for runtimes that believe the config, not the file"
 
 
 def test_the_base_that_the_store_names_is_found(open_store, tmp_path, monkeypatch):
@@ -177,11 +179,12 @@ def test_what_is_written_is_told(open_store, tmp_path, caplog):
     with caplog.at_level("INFO", "hf_s3t.exports"):
         done = store.export(tmp_path / "adapter", "shard-00/0")
         whole = store.export(tmp_path / "whole", merge=True, base_model=str(folder))
-    assert done.parameters == sum(t.numel() for t in load_file(tmp_path / "adapter/adapter_model.safetensors").values())
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert done.parameters == sum(value.numel() for value in tensors.values())
     for told, name in ((done, "adapter"), (whole, "whole")):
         assert told.bytes == sum(file.stat().st_size for file in (tmp_path / name).iterdir())
     assert whole.stages == ("shard-00/0-1-2", "shard-01/0-1-2") and (done.rank, whole.rank) == (2, 4)
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in caplog.records if record.name == "hf_s3t.exports"]
     size = f"{done.parameters} parameters, {done.bytes} bytes"
     assert lines[0] == f"adapter of shard-00/0 in {tmp_path / 'adapter'}: rank 2, {size}" and len(lines) == 2
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".whole")]
@@ -354,7 +357,7 @@ def test_what_can_not_be_made_anew_is_named_and_the_deletion_ends(open_store, tm
 
 
 def test_a_second_request_makes_anew_what_the_first_left(open_store, tmp_path):
-    store, _ = open_store("one shard")
+    store, folder = open_store("one shard")
     store.export(tmp_path / "root")
     digest = next(digest for digest, entry in store.index().items() if entry[:2] == (0, 0))
     assert store.delete(digests=[digest]).exports == [str(tmp_path / "root")]
@@ -364,8 +367,11 @@ def test_a_second_request_makes_anew_what_the_first_left(open_store, tmp_path):
     last = store.delete(digests=[digest], refresh_exports=True, when_durable=lambda: called.append(1))
     assert (last.status, last.exports, last.exports_refreshed) == ("unchanged", [], [str(tmp_path / "root")])
     assert not called and store.delete(digests=[digest]).exports == []
-    store.export(tmp_path / "later")
-    assert store.delete(digests=[digest]).exports == [], "made without it"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    make_trainer(store.path, model=model, config=SHAPES["one shard"][1]).train()
+    store.export(tmp_path / "repaired")
+    assert "shard-00/0" in read_exports(store)[str(tmp_path / "repaired")].stages
+    assert store.delete(digests=[digest]).exports == [], "the same stages, trained without it"
 
 
 def test_a_receipt_and_an_intent_of_before_still_load(open_store, tmp_path):

@@ -166,11 +166,7 @@ def merged_model(base: nn.Module, adapter: Adapter) -> nn.Module:
         raise ValueError(
             f"The adapter has tensors that this base model has no place for: {unexpected[:3]}. {_HAND_IN}"
         )
-    merged = model.merge_and_unload(safe_merge=True)
-    inputs, outputs = merged.get_input_embeddings(), merged.get_output_embeddings()
-    if inputs is not None and outputs is not None and inputs.weight is not outputs.weight:
-        merged.config.tie_word_embeddings = False  # else loading would tie a head that was trained
-    return merged
+    return model.merge_and_unload(safe_merge=True)  # unties a head that was trained from its embedding
 
 
 _HAND_IN = "Load the base as it was for the training and pass `base_model=`."
@@ -363,9 +359,10 @@ def _refresh(folder: StoreFolder, path: Path, generation: int) -> str | None:
     if record.generation >= generation:
         return "exports_refreshed"
     manifest = folder.live()
-    stage = _longest_live(Stage.from_name(record.prefix), manifest) if record.prefix else None
-    nothing = record.prefix is not None and stage is None
-    ends, adapter = ([], None) if nothing else export_source(folder, stage, manifest)
+    path_of_asked = Stage.from_name(record.prefix).path if record.prefix else ()
+    begun = [stage for stage in path_of_asked if stage in manifest.stages]  # of a prefix only the end can be missing
+    nothing = record.prefix is not None and not begun
+    ends, adapter = ([], None) if nothing else export_source(folder, begun[-1] if begun else None, manifest)
     if adapter is None:
         _take_away(path, record)
         write_exports(folder, {other: kept for other, kept in records.items() if other != str(path)})
@@ -380,15 +377,6 @@ def _refresh(folder: StoreFolder, path: Path, generation: int) -> str | None:
     names = tuple(sorted({above.name for end in ends for above in end.path}))
     _replace(folder, path, replace(record, stages=names, generation=manifest.generation), ends, adapter, base)
     return "exports_refreshed"
-
-
-def _longest_live(stage: Stage, manifest: Manifest) -> Stage | None:
-    longest = None
-    for above in stage.path:
-        if above not in manifest.stages:
-            break
-        longest = above
-    return longest
 
 
 def _take_away(path: Path, record: Record) -> None:
