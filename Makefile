@@ -1,6 +1,7 @@
 # make demo        train, delete, repair and serve on a small example, from nothing but python3 and make
 # make test        the tests that a change has to pass, on two cores;  make test-slow  the ones that take longer
 # make lint        ruff;  make types  mypy;  make install  only the environment, in $(VENV)
+# make hub         a Hub on this machine to try things on; prints what to export, and runs until Ctrl-C (SWITCHES="gc=lazy")
 #
 # PYTHON=python3.12 picks another interpreter, VENV=folder another place for the environment, and TORCH another build of
 # torch: it is handed to pip as it stands, so it may carry pip's options too.
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 # Written last: an install that was interrupted is done again, one that ended well is not.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install lint test test-slow types
+.PHONY: demo hub install lint test test-slow types
 
 demo: install
 	$(BIN)/accelerate launch recipes/alpaca.py
@@ -43,3 +44,7 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
+
+SWITCHES ?=
+hub: install
+	PYTHONPATH=tests $(BIN)/python -m hub_server $(SWITCHES)
