@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import hf_s3t
 from hf_s3t import StoreError, StoreLockedError
@@ -165,6 +165,16 @@ def test_unreadable_json_is_a_store_error(tmp_path, content, message):
 
 
 # Safetensors
+
+
+def test_the_bytes_are_the_librarys_with_one_entry_of_metadata():
+    dtypes = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.int32]
+    dtypes += [torch.float32, torch.float64, torch.int64]
+    given = {f"{place % 4} é {place}": torch.ones(place % 3, 3).to(dtype) for place, dtype in enumerate(2 * dtypes)}
+    learned = torch.randn(2, requires_grad=True)
+    given |= {"scalar": torch.tensor(3), "turned": torch.randn(4, 5).t(), "learned": learned}
+    plain = {name: value.detach().contiguous() for name, value in given.items()}
+    assert safetensors_bytes(given, {"format": "pt"}) == save(plain, metadata={"format": "pt"})
 
 
 def test_safetensors_are_the_same_bytes_every_time_and_load_anywhere(tmp_path):

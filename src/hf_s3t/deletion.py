@@ -15,6 +15,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -325,8 +326,9 @@ def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
     return found
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Versions of what computed."""
+    """Versions of what computed. Do not change it: it is looked up once."""
     return {name: version(name) for name in ("hf_s3t", "torch", "transformers", "peft", "accelerate")}
 
 

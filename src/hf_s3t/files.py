@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from .errors import StoreError, StoreLockedError
 
@@ -111,19 +111,30 @@ def inside(root: Path, relative: str) -> Path:
     return path
 
 
+DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
+"""The format's names of what a tensor may hold, in the order that the format gives them: wide ones go first."""
+
+
 def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file, the same bytes for the same tensors: the metadata's order is fixed too.
 
-    The serialiser keeps metadata in a hash map, so that two entries come out in either order; the header (8 bytes of
-    length, JSON, spaces up to a multiple of 8) is therefore written again with sorted metadata.
+    The library's serialiser keeps metadata in a hash map, so that two entries come out in either order, and copies
+    the tensors twice. The format: 8 bytes of length, a header of that length (JSON, spaces up to a multiple of 8),
+    the tensors.
     """
-    data = save({name: value.contiguous() for name, value in tensors.items()}, metadata=dict(metadata))
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    rank = {dtype: -place for place, dtype in enumerate(DTYPES)}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end, data = 0, []
+    for name, value in sorted(tensors.items(), key=lambda item: (rank[item[1].dtype], item[0])):
+        data.append(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        begin, end = end, end + data[-1].nbytes
+        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+    return b"".join([struct.pack("<Q", len(text)), text, *data])
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -121,7 +121,9 @@ class StoreFolder:
         Raises:
             StoreError: the stage is not live, or a file is missing or differs.
         """
-        manifest = self.live(manifest)
+        return self._read_live_stage(stage, self.live(manifest))
+
+    def _read_live_stage(self, stage: Stage, manifest: Manifest) -> Adapter:
         if stage not in manifest.stages:
             raise StoreError(f"Stage {stage.name} is not in the store: never trained, or removed by a deletion.")
         return self._read_adapter(stage.name, manifest.stages[stage])
@@ -139,7 +141,7 @@ class StoreFolder:
     def assemble(self, shard: int, prefix: Order, manifest: Manifest | None = None) -> Adapter:
         """Any live prefix as one ordinary LoRA adapter."""
         manifest = self.live(manifest)
-        return join([self.read_stage(stage, manifest) for stage in Stage(shard, tuple(prefix)).path])
+        return join([self._read_live_stage(stage, manifest) for stage in Stage(shard, tuple(prefix)).path])
 
     def write_stage(self, stage: Stage, adapter: Adapter) -> dict[str, str]:
         """Writes a stage's folder in one step; returns the sha256 of its files. The manifest is the caller's."""
