@@ -57,7 +57,12 @@ class Gate:
         self.check_outside()
         with self._condition:
             self._changes += 1
-            self._condition.wait_for(lambda: self._answers == 0 and not self._changing)
+            try:
+                self._condition.wait_for(lambda: self._answers == 0 and not self._changing)
+            except BaseException:  # interrupted: nobody has to wait for this change any more
+                self._changes -= 1
+                self._condition.notify_all()
+                raise
             self._changing = True
         try:
             yield
