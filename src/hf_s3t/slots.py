@@ -91,10 +91,10 @@ class Slot:
         self._check(tensors, owners, path)
         return Change(steps, owners, tensors)
 
-    def _check(self, tensors: Mapping[str, torch.Tensor], owners: Mapping[str, Any], path: Sequence[Stage]) -> None:
+    def _check(self, tensors: Mapping[str, torch.Tensor], owners: Mapping[str, Owner], path: Sequence[Stage]) -> None:
         surplus = sorted(set(tensors) - set(self.tensors))
         heads = {name for name in self.tensors if not is_lora(name)} if path else set()
-        absent = sorted(heads - set(owners))
+        absent = sorted(heads - {name for name, (stage, _) in owners.items() if stage == path[-1]})
         if surplus or absent:
             raise StoreError(
                 f"Stage {path[-1].name} does not fit the base model: the model lacks {surplus[:3] or 'nothing'}, the "

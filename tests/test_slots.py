@@ -1,0 +1,186 @@
+"""A slot: one prefix in the tensors of a model, overwritten where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_s3t import S3TEnsemble, S3TStore, Stage, StoreError
+from hf_s3t.adapter import is_lora
+from hf_s3t.slots import Slot
+from served import copy, load
+from trained_stores import WEIGHTS, edit_tensors
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> S3TStore:
+    return copy("bert", tmp_path)
+
+
+@pytest.fixture
+def empty(store: S3TStore) -> tuple[S3TEnsemble, Slot]:
+    """A model, and the slot of its second member with nothing in it."""
+    ensemble = load(store, "bert")
+    slot = Slot.of(ensemble.model, "shard-01")
+    slot.clear()
+    return ensemble, slot
+
+
+def path_of(*prefix: int) -> tuple[Stage, ...]:
+    return Stage(1, prefix).path if prefix else ()
+
+
+def assert_holds(slot: Slot, store: S3TStore, prefix: tuple[int, ...]) -> None:
+    """The slot has the tensors of a prefix, and zeros where it has none."""
+    expected = store.assemble(1, prefix).tensors if prefix else {}
+    assert set(expected) <= set(slot.tensors)
+    for name, tensor in slot.tensors.items():
+        assert torch.equal(tensor, expected.get(name, torch.zeros_like(tensor))), name
+    assert set(slot.owners) == set(expected)
+
+
+def test_a_slot_is_the_adapter_and_its_heads_and_nobody_elses(store: S3TStore) -> None:
+    model = load(store, "bert").model
+    slots = [Slot.of(model, f"shard-{shard:02d}") for shard in range(3)]
+    own = [{tensor.data_ptr() for tensor in slot.tensors.values()} for slot in slots]
+    whole = {value.data_ptr(): name for name, value in model.named_parameters()}
+    assert not own[0] & own[1] and not own[1] & own[2] and not own[0] & own[2]
+    assert {whole[pointer] for pointer in own[1]} == {name for name in whole.values() if ".shard-01." in name}
+    names = set(slots[0].tensors)
+    assert names == set(store.assemble(0, (0, 1, 2)).tensors)
+    assert {name for name in names if not is_lora(name)} == {
+        f"base_model.model.classifier.{kind}" for kind in ("weight", "bias")
+    }
+
+
+def test_every_prefix_can_follow_every_other(store: S3TStore, empty: tuple[S3TEnsemble, Slot]) -> None:
+    slot, manifest = empty[1], store.manifest()
+    pointers = {name: tensor.data_ptr() for name, tensor in slot.tensors.items()}
+    prefixes = [(0,), (0, 1), (0, 1, 2), (2,), (2, 0), ()]
+    for before in prefixes:
+        for after in prefixes:
+            slot.take(slot.plan(store, manifest, path_of(*before)))
+            assert_holds(slot, store, before)
+            slot.take(slot.plan(store, manifest, path_of(*after)))
+            assert_holds(slot, store, after)
+    assert {name: tensor.data_ptr() for name, tensor in slot.tensors.items()} == pointers
+
+
+def test_a_stage_of_all_layers_replaces_its_parent(tmp_path: Path) -> None:
+    store = copy("bert-all", tmp_path)
+    slot, manifest = Slot.of(load(store, "bert-all").model, "shard-01"), store.manifest()
+    slot.clear()
+    for prefix in [(0, 1, 2), (0, 1), (2, 0), (0,)]:
+        slot.take(slot.plan(store, manifest, path_of(*prefix)[-1:]))
+        assert_holds(slot, store, prefix)
+        assert slot.lowest_layer == 1
+
+
+def test_planning_changes_nothing(store: S3TStore, empty: tuple[S3TEnsemble, Slot]) -> None:
+    slot = empty[1]
+    change = slot.plan(store, store.manifest(), path_of(0, 1))
+    assert_holds(slot, store, ())
+    slot.take(change)
+    assert_holds(slot, store, (0, 1))
+
+
+def test_only_what_is_new_is_read(store: S3TStore, empty: tuple[S3TEnsemble, Slot]) -> None:
+    slot, manifest = empty[1], store.manifest()
+    slot.take(slot.plan(store, manifest, path_of(0, 1)))
+    assert slot.plan(store, manifest, path_of(0, 1)).tensors == {}
+    (store.path / "shard-01" / "0" / WEIGHTS).unlink()
+    longer = slot.plan(store, manifest, path_of(0, 1, 2))  # the first stage's layers are in the slot already
+    assert set(longer.tensors) == set(store.read_stage(Stage(1, (0, 1, 2))).tensors)
+    with pytest.raises(StoreError, match="is missing"):  # its head is not any more
+        slot.plan(store, manifest, path_of(0))
+
+
+def test_the_head_is_that_of_the_prefix(store: S3TStore, empty: tuple[S3TEnsemble, Slot]) -> None:
+    ensemble, slot = empty
+    head = ensemble.model.get_base_model().classifier.modules_to_save["shard-01"]
+    heads = []
+    for prefix in [(0, 1, 2), (0, 1), (0,)]:
+        slot.take(slot.plan(store, store.manifest(), path_of(*prefix)))
+        heads.append(head.weight.clone())
+        stored = store.read_stage(Stage(1, prefix)).tensors["base_model.model.classifier.weight"]
+        assert torch.equal(heads[-1], stored)
+    assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
+
+
+def test_a_repaired_stage_is_another_one(store: S3TStore, empty: tuple[S3TEnsemble, Slot]) -> None:
+    slot = empty[1]
+    slot.take(slot.plan(store, store.manifest(), path_of(0, 1)))
+    edit_tensors(store.path, "shard-01/0", lambda tensors: [value.mul_(2) for value in tensors.values()])
+    change = slot.plan(store, store.manifest(), path_of(0, 1))
+    assert {name.split("layer.")[1][0] for name in change.tensors} == {"3"}  # the top group, and no head
+    slot.take(change)
+    assert_holds(slot, store, (0, 1))
+
+
+def test_lowest_layer(store: S3TStore, empty: tuple[S3TEnsemble, Slot]) -> None:
+    slot, manifest = empty[1], store.manifest()
+    for prefix, lowest in [((0,), 3), ((0, 1), 2), ((0, 1, 2), 1), ((2,), 3)]:
+        slot.take(slot.plan(store, manifest, path_of(*prefix)))
+        assert slot.lowest_layer == lowest
+
+
+def test_clear_leaves_no_number(empty: tuple[S3TEnsemble, Slot], store: S3TStore) -> None:
+    slot = empty[1]
+    slot.take(slot.plan(store, store.manifest(), path_of(0, 1, 2)))
+    assert any(tensor.any() for tensor in slot.tensors.values())
+    slot.owners = {}  # whatever it believes
+    slot.clear()
+    assert not any(tensor.any() for tensor in slot.tensors.values())
+
+
+def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
+    for name in [name for name in tensors if old in name]:
+        tensors[name.replace(old, new)] = tensors.pop(name)
+
+
+def widen(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "lora_A" in name]:
+        tensors[name] = torch.cat([tensors[name], tensors[name]], dim=1)
+
+
+def to_bfloat16(tensors: dict[str, torch.Tensor]) -> None:
+    for name in tensors:
+        tensors[name] = tensors[name].bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (to_bfloat16, "torch.bfloat16; stages are stored in float32"),
+        (widen, r"has shape \(2, 64\), the model asks for \(2, 32\)"),
+        (lambda tensors: rename(tensors, "layer.2.", "layer.0."), "the model lacks.*layer.0"),
+        (lambda tensors: rename(tensors, "classifier", "score"), "the model lacks.*score.*the stage .*classifier"),
+        (lambda tensors: tensors.pop("base_model.model.classifier.bias"), "the stage .*classifier.bias"),
+    ],
+    ids=["dtype", "shape", "layers", "name of the head", "half a head"],
+)
+def test_a_stage_that_does_not_fit_is_refused(
+    change: Any, message: str, store: S3TStore, empty: tuple[S3TEnsemble, Slot]
+) -> None:
+    slot = empty[1]
+    slot.take(slot.plan(store, store.manifest(), path_of(0)))
+    edit_tensors(store.path, "shard-01/0-1", change)
+    with pytest.raises(StoreError, match=message):
+        slot.plan(store, store.manifest(), path_of(0, 1))
+    assert_holds(slot, store, (0,))
+
+
+def test_files_that_are_missing_or_cut_short_are_refused(store: S3TStore, empty: tuple[S3TEnsemble, Slot]) -> None:
+    slot = empty[1]
+    slot.take(slot.plan(store, store.manifest(), path_of(0)))
+    file = store.path / "shard-01" / "0-1" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(StoreError, match="sha256 differs"):
+        slot.plan(store, store.manifest(), path_of(0, 1))
+    file.unlink()
+    with pytest.raises(StoreError, match="is missing"):
+        slot.plan(store, store.manifest(), path_of(0, 1))
+    assert_holds(slot, store, (0,))
