@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 import models
+from conftest import REPOSITORY
 from hf_s3t import Receipt, S3TEnsemble, S3TStore, Stage, StateError, StoreError
 from hf_s3t.deletion import read_receipts
 from hf_s3t.exports import read_exports
@@ -172,6 +174,23 @@ def test_the_base_that_the_store_names_is_found(open_store, tmp_path, monkeypatc
     store.export(tmp_path / "same", merge=True, base_model=str(folder))
     assert tree(tmp_path / "whole") == tree(tmp_path / "same")
     assert {record.base for record in read_exports(store).values()} == {str(folder)}
+
+
+def test_the_page_on_exports_runs_as_it_stands(open_store, tmp_path, monkeypatch):
+    store, folder = open_store("two shards")
+    manifest = store.manifest()
+    recipe = {**manifest.recipe, "base": {**manifest.recipe["base"], "id": str(folder)}}
+    store.write_manifest(dataclasses.replace(manifest, recipe=recipe))
+    page = (REPOSITORY / "docs/exports.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(code) == 3
+    monkeypatch.chdir(tmp_path)
+    answers, names = [], {}
+    for block in code:
+        exec(compile(block.replace("meta-llama/Llama-3.2-1B", str(folder)), "docs/exports.md", "exec"), names)
+        if "model" in names:
+            answers.append(logits(names["model"], inputs("llama")))
+    assert close(*answers)
 
 
 def test_what_is_written_is_told(open_store, tmp_path, caplog):
