@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from starlette.applications import Starlette
@@ -24,8 +25,8 @@ def cdn_application(hub: Hub) -> Starlette:
         return Response()
 
     def get(name: str, sha256: str, requested: str | None) -> Response:
-        until, content = edge.get(f"{name}/{sha256}", (0.0, b""))
-        if until <= time.monotonic():
+        fetched, content = edge.get(f"{name}/{sha256}", (-math.inf, b""))
+        if time.monotonic() - fetched >= hub.faults.cdn_ttl:
             repository = hub.repositories.get(name)
             if repository is None:
                 return Response("NoSuchKey", 404)
@@ -34,7 +35,7 @@ def cdn_application(hub: Hub) -> Starlette:
                 if sha256 not in repository.large():
                     return Response("NoSuchKey", 404)
                 content = repository.content(sha256)
-            edge[f"{name}/{sha256}"] = (time.monotonic() + hub.faults.cdn_ttl, content)
+            edge[f"{name}/{sha256}"] = (time.monotonic(), content)
         headers = {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}
         if requested:
             start, _, stop = requested.removeprefix("bytes=").partition("-")

@@ -36,12 +36,13 @@ class Hub:
             "hf_reader": Account("owner", role="read"),
             "hf_stranger": Account("stranger"),
         }
-        self.cas = Cas(folder / "cas")
+        self.cas = Cas(folder / "cas", self._xet_hashes)
         self._secret = secrets.token_bytes()
         self.repositories: dict[str, Repository] = {}
         for meta in sorted(folder.glob("models/*/*/meta.json")):
             repository = Repository(meta.parent, faults, self.cas)
             self.repositories[repository.name] = repository
+        self.cas.committed |= self._xet_hashes()
 
     def create(self, owner: str, name: str, private: bool) -> None:
         path = self.folder / "models" / owner / name
@@ -49,6 +50,11 @@ class Hub:
 
     def delete(self, name: str) -> None:
         shutil.rmtree(self.repositories.pop(name).path)
+        self.cas.collect()
+
+    def _xet_hashes(self) -> set[str]:
+        large = [file for repository in self.repositories.values() for file in repository.meta["lfs"].values()]
+        return {file["xetHash"] for file in large if "xetHash" in file}
 
     def account(self, token: str | None) -> Account | None:
         """Who sent a request, `None` for nobody in particular."""

@@ -147,8 +147,10 @@ class Repository:
 
     def content(self, sha256: str) -> bytes:
         """The bytes of a large file."""
-        xet_hash = self.meta["lfs"][sha256].get("xetHash")
-        return self.cas.read(xet_hash) if xet_hash else (self.path / "lfs" / sha256).read_bytes()
+        file = self.meta["lfs"][sha256]
+        if "xetHash" in file:
+            return self.cas.read(file["xetHash"], file["size"])
+        return (self.path / "lfs" / sha256).read_bytes()
 
     def log(self, revision: str = "main") -> list[dict[str, str]]:
         """The commits that a revision reaches, newest first."""
@@ -174,7 +176,8 @@ class Repository:
         if hashlib.sha256(content).hexdigest() != sha256:
             raise HubError(400, "the content does not have the sha256 that it was announced with")
         (self.path / "lfs" / sha256).write_bytes(content)
-        self._note(sha256, len(content))
+        if sha256 not in self.meta["lfs"]:
+            self._note(sha256, len(content))
 
     def _note(self, sha256: str, size: int, **more: str) -> None:
         self.meta["lfs"][sha256] = {"size": size, "pushedAt": now(), "ref": "main", "filename": ""} | more

@@ -46,8 +46,9 @@ class Server:
         return listening.getsockname()[1]
 
     def stop(self) -> None:
-        for server, thread in self._running:
+        for server, _ in self._running:
             server.should_exit = True
+        for _, thread in self._running:
             thread.join()
 
     def __enter__(self) -> Server:
