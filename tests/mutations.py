@@ -109,7 +109,7 @@ MUTATIONS = (
     Mutation(3, "the root adapter is not rewritten", "deletion.py",
              (("manifest = folder.write_root(manifest)", "pass"),), (NEVER_SEEN + LLAMA,)),
     Mutation(3, "readers ignore intents", "folder.py",
-             (("for intent in self.intents() for place in", "for intent in () for place in"),),
+             (("for intent in intents for place in", "for intent in () for place in"),),
              (KILLED,)),
     Mutation(3, "the model in memory keeps what was deleted", "serving.py",
              (('if self._order is None and not kwargs.get("dry_run"):', "if False:"),), (MEMORY + LLAMA,)),
