@@ -18,10 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console, RenderableType
 
 from . import display
 from .errors import DatasetError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
+from .files import json_bytes, read_json, write_atomic
+from .hub import HubRepo
+from .purge import SECONDS, PurgeReport
+from .purge import recheck as ask_again
 from .reading import digests_not_in, load_factory, parse_slice, read_dataset, wanted_names
 from .store import S3TStore, as_stage
 from .verify import Check, VerifyReport, verify
@@ -34,14 +39,22 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 state_app = typer.Typer(no_args_is_help=True, help="Back up the private state of a store, or put it back.")
 app.add_typer(state_app, name="state")
 
-Stores = Annotated[list[str], typer.Argument(help="Folders of stores: the output_dir of a training.")]
-OneStore = Annotated[str, typer.Argument(help="Folder of a store: the output_dir of a training.")]
+Stores = Annotated[list[str], typer.Argument(help="Stores: the output_dir of a training, or a repository.")]
+OneStore = Annotated[str, typer.Argument(help="A store: the output_dir of a training.")]
 Ids = Annotated[list[str] | None, typer.Option("--ids", help="An id; give the option again for another one.")]
 IdsFile = Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line; - is standard input.")]
 Groups = Annotated[list[str] | None, typer.Option("--groups", help="A group; give the option again for another one.")]
 GroupsFile = Annotated[Path | None, typer.Option("--groups-file", help="File with one group per line.")]
 Reference = Annotated[str | None, typer.Option(help="Your name for the request, kept in the private receipt.")]
 KeyFile = Annotated[Path | None, typer.Option(help="File with the partition key, where .s3t/ does not hold it.")]
+StateFolder = Annotated[
+    Path | None, typer.Option("--state", help="Folder of the state of a repository's store; also HF_S3T_STATE.")
+]
+KeepRefs = Annotated[
+    list[str] | None,
+    typer.Option("--keep-ref", help="A branch, tag or pull request to keep; all others are removed. Repeatable."),
+]
+DropRefs = Annotated[bool, typer.Option("--drop-refs", help="Remove every ref but the main branch.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document: a list with an outcome per store.")]
 
 
@@ -73,14 +86,14 @@ def main() -> None:
 
 
 @app.command()
-def status(stores: Stores, as_json: AsJson = False) -> None:
+def status(stores: Stores, state: StateFolder = None, as_json: AsJson = False) -> None:
     """What is trained, served, missing and deleted."""
 
     def verb(store: S3TStore) -> Outcome:
         found = store.status()
         return Outcome(found.path, DONE, found.to_json(), display.show_status(found))
 
-    _run(stores, None, as_json, verb)
+    _run(stores, None, as_json, verb, state)
 
 
 @app.command()
@@ -91,6 +104,7 @@ def locate(
     groups: Groups = None,
     groups_file: GroupsFile = None,
     key_file: KeyFile = None,
+    state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Whether and where ids and groups are, and which live stages saw them."""
@@ -102,7 +116,7 @@ def locate(
         shown = display.show_locations(str(store.path), found)
         return Outcome(str(store.path), code, [asdict(location) for location in found], shown)
 
-    _run(stores, key_file, as_json, _asking(wanted, verb))
+    _run(stores, key_file, as_json, _asking(wanted, verb), state)
 
 
 @app.command()
@@ -124,7 +138,13 @@ def delete(
     refresh_exports: Annotated[
         bool, typer.Option("--refresh-exports", help="Make exports that carry the influence anew, or remove them.")
     ] = False,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Of a repository: remove it from the history, too, and probe.")
+    ] = False,
+    keep_refs: KeepRefs = None,
+    drop_refs: DropRefs = False,
     key_file: KeyFile = None,
+    state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove everything that depends on some examples. Needs no model, no dataset and no GPU."""
@@ -139,11 +159,88 @@ def delete(
         receipt = store.delete(
             wanted["ids"], wanted["groups"], slices=places, digests=digests,
             dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
+            purge=purge, keep_refs=_kept(keep_refs, drop_refs),
         )  # fmt: skip
-        code = PENDING if receipt.exports and not dry_run else DONE
+        code = PENDING if (receipt.exports or receipt.still_served_at) and not dry_run else DONE
         return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt))
 
-    _run(stores, key_file, as_json, verb)
+    _run(stores, key_file, as_json, verb, state)
+
+
+def _kept(keep_refs: list[str] | None, drop_refs: bool) -> list[str] | None:
+    return keep_refs or ([] if drop_refs else None)
+
+
+@app.command()
+def push(
+    store: OneStore,
+    repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model; made, private, if there is none.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    tombstones: Annotated[
+        bool | None, typer.Option(help="Let tombstones travel in it. Default: if it is private.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a repository on the Hub to what the store holds, in one commit. The state stays here."""
+
+    def verb(opened: S3TStore) -> Outcome:
+        info = opened.push(repo, private=not public, tombstones=tombstones)
+        result = {"repo": repo, "commit": info.oid}
+        return Outcome(str(opened.path), DONE, result, f"{repo} is what {opened.path} holds, at {info.oid}.")
+
+    _run([store], None, as_json, verb)
+
+
+@app.command()
+def pull(
+    store: OneStore, repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model.")], as_json: AsJson = False
+) -> None:
+    """Bring a store to what a repository on the Hub holds, and obey the tombstones that travel in it."""
+
+    def verb(opened: S3TStore) -> Outcome:
+        opened.pull(repo)
+        return Outcome(str(opened.path), DONE, {"repo": repo}, f"{opened.path} is what {repo} holds.")
+
+    _run([store], None, as_json, verb)
+
+
+@app.command()
+def purge(
+    repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model.")],
+    keep_refs: KeepRefs = None,
+    drop_refs: DropRefs = False,
+    report: Annotated[Path | None, typer.Option(help="File for the report, for `recheck`.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long to wait for the Hub to settle.")] = SECONDS,
+    state: StateFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove from a repository's history what its head does not serve, probe it, and report what was seen."""
+
+    def verb(store: S3TStore) -> Outcome:
+        found = store.purge(_kept(keep_refs, drop_refs), seconds)
+        return _purge_outcome(repo, found, report)
+
+    _run([repo], None, as_json, verb, state)
+
+
+@app.command()
+def recheck(
+    report: Annotated[Path, typer.Argument(help="File that `purge --report` wrote; it is brought up to date.")],
+    as_json: AsJson = False,
+) -> None:
+    """Ask again for what a purge report has as pending."""
+    known = PurgeReport.from_json(read_json(report))
+
+    def verb(store: S3TStore) -> Outcome:
+        return _purge_outcome(known.repo, ask_again(HubRepo(known.repo), known), report)
+
+    _run([known.repo], None, as_json, verb)
+
+
+def _purge_outcome(repo: str, found: PurgeReport, file: Path | None) -> Outcome:
+    if file is not None:
+        write_atomic(file, json_bytes(found.to_json()))
+    return Outcome(repo, PENDING if found.pending else DONE, found.to_json(), found.to_text())
 
 
 @app.command()
@@ -155,6 +252,7 @@ def readmit(
     groups_file: GroupsFile = None,
     reference: Reference = None,
     key_file: KeyFile = None,
+    state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Lift tombstones, for rectified data or renewed consent. Then train again with the rows."""
@@ -165,7 +263,7 @@ def readmit(
         shown = display.show_readmission(str(store.path), receipt)
         return Outcome(str(store.path), DONE, receipt.to_json(), shown)
 
-    _run(stores, key_file, as_json, _asking(wanted, verb))
+    _run(stores, key_file, as_json, _asking(wanted, verb), state)
 
 
 @app.command("verify")
@@ -269,12 +367,12 @@ def import_state(
 # ---- running a verb ----
 
 
-def _run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb) -> None:
+def _run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb, state: Path | None = None) -> None:
     """Applies a verb to each store, shows the outcomes, and ends the program with the gravest exit code."""
     outcomes = []
     person = Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else display.WIDTH)
     for path in stores:
-        outcome = _outcome(path, key_file, verb)
+        outcome = _outcome(path, key_file, verb, state)
         outcomes.append(outcome)
         if outcome.error:
             print(f"{outcome.store}: {outcome.error['message']}", file=sys.stderr)
@@ -285,14 +383,14 @@ def _run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb
     raise typer.Exit(max((outcome.exit_code for outcome in outcomes), key=GRAVITY.index))
 
 
-def _outcome(path: str, key_file: Path | None, verb: Verb) -> Outcome:
+def _outcome(path: str, key_file: Path | None, verb: Verb, state: Path | None) -> Outcome:
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the outcomes alone
         try:
-            store = S3TStore(path, key_file.read_text().strip() if key_file else None)
+            store = S3TStore(path, key_file.read_text().strip() if key_file else None, state)
             if not store.exists:
                 raise ValueError("there is no store here (no s3t.json). Give the output_dir of a training.")
             return verb(store)
-        except (S3TError, ValueError, OSError) as error:
+        except (S3TError, ValueError, OSError, HfHubHTTPError) as error:
             code = _exit_code(error)
             described = {"type": type(error).__name__, "message": str(error)}
         except Exception as error:

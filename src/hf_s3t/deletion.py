@@ -20,14 +20,15 @@ from importlib.metadata import version
 from typing import Any
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE
-from .errors import StateError, StoreError, UnknownExampleError
+from .errors import HeadMovedError, StateError, StoreError, UnknownExampleError
 from .exports import carrying, settle
-from .files import json_bytes, remove, sync_folder, write_atomic
-from .folder import StoreFolder
-from .manifest import Manifest, State, Tombstone
+from .files import json_bytes, read_json, remove, sync_folder, write_atomic
+from .folder import MAX_MANIFEST_BYTES, StoreFolder
+from .manifest import Manifest, State, Tombstone, united
 from .partition import count_by_place
 from .plan import Stage
 from .requests import Place, Request
+from .sources import TOMBSTONES, FolderSource, RepoSource
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class Receipt:
         receipt (`str`): its own name.
         kind (`str`): `"delete"` or `"readmit"`.
         status (`str`): `"dry run"`, `"unchanged"` (all was deleted before), or `"inactive"`: no longer served by this
-            store since `inactive_since`.
+            store since `inactive_since`. Of a repository `"inactive_at_head"` until a purge, and `"no_longer_served"`
+            once every probe after it says so.
         requested_at, inactive_since (`str`): UTC times in ISO 8601.
         asked, found, already_deleted (`int`): numbers of ids, groups, rows or slices in the request.
         examples (`int`): examples that the request covers and that were in the index.
@@ -57,6 +59,7 @@ class Receipt:
         exports (`list[str]`): exported copies that still carry the influence.
         exports_refreshed (`list[str]`): exported copies that were made anew from what is live.
         exports_removed (`list[str]`): exported copies of which nothing was live, and whose files were removed.
+        still_served_at (`list[str]`): older revisions of a repository that still serve a removed stage, until a purge.
         caches (`list[str]`): files of the datasets cache, outside the store, that may hold the text.
     """
 
@@ -78,6 +81,7 @@ class Receipt:
     exports: list[str] = field(default_factory=list)
     exports_refreshed: list[str] = field(default_factory=list)
     exports_removed: list[str] = field(default_factory=list)
+    still_served_at: list[str] = field(default_factory=list)
     caches: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = LIMITS
@@ -176,44 +180,93 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
 
 def carry_out(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     """Brings an intent to its end, from wherever it was interrupted. Runs under the store's write lock."""
+    while True:
+        try:
+            receipt = _carry_out_once(folder, intent)
+            break
+        except HeadMovedError:  # somebody else committed to the repository: look again, and do it on top of that
+            folder.source.look()
+            absorb(folder, folder)
+    logger.info("%s %s: %d stages removed", receipt.kind, receipt.receipt, len(receipt.stages_removed))
+    return receipt
+
+
+def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     places = {tuple(place) for place in intent["places"]}
     manifest = folder.manifest()
     gone = [stage for stage in manifest.stages if stage.slices & places]
-    state = _with_tombstones(folder, intent)
-    if gone or manifest.generation < intent["generation"]:
-        manifest = _rewrite(folder, manifest.without(gone), intent["generation"], state)
+    receipt = Receipt(**intent["receipt"])
+    message = f"{'Deletion' if receipt.kind == 'delete' else 'Readmission'} {receipt.receipt}"
+    generation = folder.source.generation_of(message, intent["generation"], manifest.generation)
+    state = _with_tombstones(folder, intent, generation)
+    if gone or manifest.generation < generation:
+        manifest = _rewrite(folder, manifest.without(gone), generation, state)
+        folder.source.publish(message, {stage.name for stage in manifest.stages})
     sweep(folder, manifest, places)
     if state is not None:
         folder.write_state(replace(state, stages={name: record for name, record in state.stages.items()
                                                   if Stage.from_name(name) in manifest.stages}))  # fmt: skip
         if intent["kind"] == "delete" and (folder.private / "index.json").exists():
             folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
-    receipt = Receipt(**intent["receipt"])
     copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
-    receipt = _append_receipt(folder, replace(receipt, inactive_since=_now(), **copies))
+    reached = folder.source.reached(sorted(receipt.stages_removed))
+    receipt = replace(receipt, generation=generation, inactive_since=_now(), **copies, **reached)
+    receipt = _append_receipt(folder, receipt)
     remove(folder.private / "intents" / intent["file"])
-    logger.info("%s %s: %d stages removed", receipt.kind, receipt.receipt, len(receipt.stages_removed))
     return receipt
 
 
-def _with_tombstones(folder: StoreFolder, intent: Mapping[str, Any]) -> State | None:
+def absorb(folder: StoreFolder, there: StoreFolder) -> None:
+    """Takes over the tombstones that travel in a repository, and obeys them. Runs under the store's write lock."""
+    if not there.source.has(TOMBSTONES):
+        return
+    theirs = State.from_json(read_json(there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES))
+    try:
+        ours = folder.state()
+    except StateError:
+        return
+    state = united(ours, theirs)
+    if folder is there:
+        complete = folder.has_key and state.digest(folder.key) == there.manifest().tombstones
+        state = replace(state, generation=there.manifest().generation if complete else ours.generation)
+    if state == ours:
+        return
+    folder.write_state(state)
+    index = folder.index()
+    folder.write_index({d: entry for d, entry in index.items() if not state.buries(d, entry.group)})
+    if folder is not there:
+        recover(folder)  # the state is now newer than the manifest
+
+
+def put_tombstones(folder: StoreFolder, state: State | None) -> None:
+    """Lets tombstones travel with the next commit of a repository; with `None`, no more."""
+    if state is not None:
+        folder.source.put(TOMBSTONES, json_bytes(state.tombstones_json()))
+    elif folder.source.has(TOMBSTONES):
+        folder.source.drop(TOMBSTONES)
+
+
+def _with_tombstones(folder: StoreFolder, intent: Mapping[str, Any], generation: int) -> State | None:
     try:
         state = folder.state()
     except StateError:
         return None  # lost: `delete(slices=...)` removes stages all the same
-    ids, groups = dict(state.ids), dict(state.groups)
+    ids, groups, lifted = dict(state.ids), dict(state.groups), dict(state.lifted)
     for digests, stones in ((intent["ids"], ids), (intent["groups"], groups)):
         for digest, places in digests.items():
             if intent["kind"] == "readmit":
                 stones.pop(digest, None)
+                lifted[digest] = generation
             else:
                 found = tuple((shard, slice_id) for shard, slice_id in places)
-                stones[digest] = Tombstone(found, intent["generation"], intent["receipt"]["receipt"])
-    generation = max(state.generation, intent["generation"])
-    if state.generation < intent["generation"] - 1:
+                stones[digest] = Tombstone(found, generation, intent["receipt"]["receipt"])
+                lifted.pop(digest, None)
+    missed = state.generation < generation - 1
+    generation = max(state.generation, generation)
+    if missed:
         logger.warning("the state missed deletions made elsewhere: bring it up to date before the next training")
         generation = state.generation
-    return replace(state, generation=generation, ids=ids, groups=groups)
+    return replace(state, generation=generation, ids=ids, groups=groups, lifted=lifted)
 
 
 def _rewrite(folder: StoreFolder, manifest: Manifest, generation: int, state: State | None) -> Manifest:
@@ -222,7 +275,7 @@ def _rewrite(folder: StoreFolder, manifest: Manifest, generation: int, state: St
     except StoreError as error:  # a damaged stage that stays must not keep another one from being deleted
         logger.error("the root adapter was removed, because a kept stage can not be read: %s", error)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
-            remove(folder.path / name)
+            folder.source.drop(name)
         manifest = replace(manifest, root=None)
     digest = manifest.tombstones
     if state is not None:
@@ -232,12 +285,17 @@ def _rewrite(folder: StoreFolder, manifest: Manifest, generation: int, state: St
             logger.warning("the partition key is absent: the manifest keeps the old digest of the tombstones")
     manifest = replace(manifest, generation=max(generation, manifest.generation), tombstones=digest)
     folder.write_manifest(manifest)
+    if state is not None and folder.source.has(TOMBSTONES):
+        put_tombstones(folder, state)
     return manifest
 
 
 def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ()) -> None:
     """Removes every file that the manifest does not account for, and running checkpoints of stages that were hit."""
     hit = set(places)
+    _sweep_running(folder, hit)
+    if not isinstance(folder.source, FolderSource):  # a commit has what its manifest says
+        return
     for shard in folder.path.glob("shard-*"):
         if shard.is_symlink():  # never ours, and what it leads to is not the store's to remove
             remove(shard)
@@ -253,6 +311,9 @@ def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ())
             shard.rmdir()
     for scrap in [*folder.path.glob(".*.tmp"), *folder.path.glob(".s3t/**/.*.tmp"), folder.private / "scratch"]:
         remove(scrap)
+
+
+def _sweep_running(folder: StoreFolder, hit: set[Place]) -> None:
     for running in (folder.private / "running").glob("*"):
         try:
             stage = Stage.from_name(running.name.replace("_", "/"))
@@ -265,6 +326,9 @@ def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ())
 
 def recover(folder: StoreFolder) -> None:
     """What every writer does first: finish interrupted deletions, drop half-written files, obey newer tombstones."""
+    folder.source.look()
+    if isinstance(folder.source, RepoSource):
+        absorb(folder, folder)
     for intent in folder.intents():
         carry_out(folder, intent)
     if not folder.exists:
@@ -279,6 +343,7 @@ def recover(folder: StoreFolder) -> None:
         hit = _unobeyed(folder, manifest, state)
         gone = [stage for stage in manifest.stages if stage.slices & hit]
         manifest = _rewrite(folder, manifest.without(gone), state.generation, state)
+        folder.source.publish(f"Deletions up to {state.generation}", {stage.name for stage in manifest.stages})
     sweep(folder, manifest)
 
 

@@ -66,6 +66,8 @@ def show_receipt(path: str, receipt: Receipt) -> RenderableType:
         rows.insert(6, ("exports made anew", "\n".join(receipt.exports_refreshed)))
     if receipt.exports_removed:
         rows.insert(6, ("exports removed", "\n".join(receipt.exports_removed)))
+    if receipt.still_served_at:
+        rows.insert(4, ("still served at", "\n".join(receipt.still_served_at) + "\nuntil the history is purged"))
     if receipt.reference:
         rows.append(("reference", receipt.reference))
     rows.append(("receipt", "none, as nothing was changed" if receipt.status == "dry run" else receipt.receipt))
@@ -112,7 +114,8 @@ def _sentence(path: str, receipt: Receipt) -> str:
     if receipt.status == "unchanged":
         changed = "Only exports were" if receipt.exports_refreshed or receipt.exports_removed else "Nothing was"
         return f"Everything asked for was deleted from {path} before. {changed} changed."
-    return f"{stages} {'is' if count == 1 else 'are'} no longer served by {path} since {receipt.inactive_since}."
+    where = f"the head of {path}" if receipt.status == "inactive_at_head" else path
+    return f"{stages} {'is' if count == 1 else 'are'} no longer served by {where} since {receipt.inactive_since}."
 
 
 def _request_line(receipt: Receipt) -> str:

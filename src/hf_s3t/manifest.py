@@ -151,6 +151,7 @@ class State:
         ids, groups (`dict[str, Tombstone]`): tombstones by keyed digest.
         stages (`dict[str, dict]`): per trained stage its generation, number of examples, steps, seconds and versions.
         caches (`tuple[str, ...]`): files of the datasets cache outside the store that may hold the examples' text.
+        lifted (`dict[str, int]`): keyed digest of what was readmitted, and the generation of that.
     """
 
     generation: int = 0
@@ -158,6 +159,7 @@ class State:
     groups: dict[str, Tombstone] = field(default_factory=dict)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     caches: tuple[str, ...] = ()
+    lifted: dict[str, int] = field(default_factory=dict)
 
     def buries(self, digest: str, group: str | None) -> bool:
         """Whether a tombstone stands for an example, or for its group."""
@@ -177,7 +179,13 @@ class State:
             "groups": {digest: _tombstone_json(stone) for digest, stone in self.groups.items()},
             "stages": self.stages,
             "caches": list(self.caches),
+            "lifted": self.lifted,
         }
+
+    def tombstones_json(self) -> dict[str, Any]:
+        """What may travel in a private repository: tombstones and what lifted them, nothing of what is live."""
+        kept = ("format", "generation", "ids", "groups", "lifted")
+        return {name: value for name, value in self.to_json().items() if name in kept}
 
     @classmethod
     def from_json(cls, data: Any) -> State:
@@ -193,12 +201,41 @@ class State:
                 _count(data["generation"]),
                 {digest: _tombstone(stone) for digest, stone in data["ids"].items()},
                 {digest: _tombstone(stone) for digest, stone in data["groups"].items()},
-                dict(data["stages"]),
-                tuple(data["caches"]),
+                dict(data.get("stages", {})),
+                tuple(data.get("caches", ())),
+                {digest: _count(generation) for digest, generation in data.get("lifted", {}).items()},
             )
         except DAMAGED as error:
             what = f"{type(error).__name__} {error}"
             raise StateError(f"The state is damaged: {what}. Restore it from a backup.") from None
+
+
+def united(ours: State, theirs: State) -> State:
+    """Our state with their tombstones, and without what they readmitted; what is ours alone counts as newest.
+
+    The generation is theirs if they knew all of ours, else a new one, in which both are known.
+    """
+    ids, groups, lifted = dict(ours.ids), dict(ours.groups), dict(ours.lifted)
+    for mine, other in ((ids, theirs.ids), (groups, theirs.groups)):
+        for digest, stone in other.items():
+            if digest not in mine and lifted.get(digest, -1) < stone.generation:
+                mine[digest] = stone
+        for digest, generation in theirs.lifted.items():
+            if digest in mine and digest not in other and mine[digest].generation <= generation:
+                del mine[digest]
+                lifted[digest] = generation
+    alone = [digest for mine, other in ((ids, theirs.ids), (groups, theirs.groups)) for digest in mine.keys() - other]
+    generation = max(ours.generation, theirs.generation)
+    same = (ids, groups) == (ours.ids, ours.groups)
+    if alone and not same and theirs.generation >= ours.generation:
+        generation += 1
+    if alone:
+        ids, groups = (
+            {d: replace(s, generation=generation) if d in alone and s.generation <= theirs.generation else s
+             for d, s in stones.items()}
+            for stones in (ids, groups)
+        )  # fmt: skip
+    return replace(ours, generation=generation, ids=ids, groups=groups, lifted=lifted)
 
 
 def _tombstone_json(stone: Tombstone) -> dict[str, Any]:

@@ -13,7 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import deletion
+from huggingface_hub import CommitInfo
+
+from . import deletion, publishing
+from . import purge as purging
 from .deletion import Receipt
 from .errors import StateError, StoreError, UnknownExampleError
 from .exports import (
@@ -32,7 +35,9 @@ from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .manifest import State, key_check_value
 from .partition import Entry, keyed_digest
 from .plan import Order, Stage
+from .purge import PurgeReport
 from .requests import Place, resolve
+from .sources import RepoSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,6 +111,7 @@ class S3TStore(StoreFolder):
 
     def status(self) -> Status:
         """What is trained, served, missing and deleted. Needs no key; without the state, counts are `None`."""
+        self.source.look()
         manifest = self.live()
         served = manifest.plan.served(manifest.stages)
         missing = manifest.plan.missing(manifest.stages)
@@ -137,6 +143,7 @@ class S3TStore(StoreFolder):
 
     def locate(self, ids: Iterable[Any] = (), groups: Iterable[Any] = ()) -> list[Location]:
         """Tells for each id and group whether and where it is, and which live stages saw it."""
+        self.source.look()
         key, index, state, manifest = self.key, self.index(), self.state(), self.live()
         found = []
         for kind, values in (("id", ids), ("group", groups)):
@@ -160,6 +167,9 @@ class S3TStore(StoreFolder):
         missing_ok: bool = False,
         refresh_exports: bool = False,
         when_durable: Callable[[], None] | None = None,
+        push: bool = True,
+        purge: bool = False,
+        keep_refs: Iterable[str] | None = None,
     ) -> Receipt:
         """Removes everything that depends on some examples. No model, no dataset, no gradient step.
 
@@ -178,6 +188,8 @@ class S3TStore(StoreFolder):
             when_durable (`Callable`, *optional*): called once, when the deletion can no longer be undone and before
                 anything is removed: a model in memory stops serving here. Not called where nothing changes. What it
                 raises is raised after the deletion has been carried out.
+            push, purge (`bool`), keep_refs (`Iterable[str]`, *optional*): for a store that was opened from a
+                repository: it is always pushed; `purge=True` removes it from the history, too, see [`purge`].
 
         Returns:
             [`Receipt`]
@@ -186,14 +198,79 @@ class S3TStore(StoreFolder):
             UnknownExampleError: something is not known; nothing was changed.
             StoreLockedError: another writer did not finish in time.
         """
+        if (not push or purge or keep_refs is not None) and not isinstance(self.source, RepoSource):
+            raise ValueError("`push`, `purge` and `keep_refs` are for a store that was opened from a repository.")
+        if not push:
+            raise ValueError("A deletion from a repository is the commit that it pushes: `push=False` has no meaning.")
+        self.source.look()
         self.manifest()  # a folder that is no store is refused before a lock file is made in it
         with nullcontext() if dry_run else self.writing():  # a dry run only reads
             request = resolve(self, ids, groups, rows, slices, digests)
-            return deletion.delete(
+            receipt = deletion.delete(
                 self, request,
                 reference=reference, missing_ok=missing_ok, dry_run=dry_run,
                 refresh_exports=refresh_exports, when_durable=when_durable,
             )  # fmt: skip
+        if purge and not dry_run:
+            report = self.purge(keep_refs)
+            receipt = replace(receipt, status=report.status, still_served_at=[p.at for p in report.pending])
+        return receipt
+
+    # ---- the Hub ----
+
+    def push(
+        self,
+        repo_id: str,
+        private: bool = True,
+        tombstones: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> CommitInfo:
+        """Brings a repository on the Hub to what this folder holds, in one commit; only what changed is sent.
+
+        Nothing of the state goes there. What others trained and pushed since is kept; a stage that a deletion hit,
+        here or there, never comes back.
+
+        Args:
+            repo_id (`str`): `"me/model"`; made if there is none.
+            private (`bool`): of a new repository.
+            tombstones (`bool`, *optional*): let tombstones (keyed digests without their key) travel, so that other
+                machines obey them. `None`: in private repositories.
+            token (`str`, *optional*): `None`: the one that is logged in.
+            commit_message (`str`, *optional*): first line of the commit's message; a random name is added to it.
+
+        Raises:
+            StateError: the repository obeys deletions that this store has not seen; nothing was pushed.
+        """
+        with self.writing():
+            target = StoreFolder(repo_id, self._given_key, self.private, token=token)
+            return publishing.push(self, target, private, tombstones, commit_message)
+
+    def pull(self, repo_id: str, token: str | None = None) -> None:
+        """Brings this folder to what a repository on the Hub holds, and obeys the tombstones that travel in it.
+
+        Raises:
+            StoreError: the repository holds another store, or its files are damaged.
+        """
+        with self.writing():
+            publishing.pull(self, StoreFolder(repo_id, self._given_key, self.private, token=token))
+
+    def purge(self, keep_refs: Iterable[str] | None = None, seconds: float = purging.SECONDS) -> PurgeReport:
+        """Removes from a repository's history what its head does not serve; see [`hf_s3t.purge.purge`].
+
+        The report is kept beside the receipts, as `purge-*.json`.
+        """
+        if not isinstance(self.source, RepoSource):
+            raise ValueError(
+                f"{self.path} is a folder, which has no history. Open a repository: `S3TStore('me/model')`."
+            )
+        with self.writing():
+            protected = {digest for files in self.manifest().stages.values() for digest in files.values()}
+            report = purging.purge(self.source.repo, keep_refs, seconds, protected)
+            name = f"purge-{report.began_at.replace(':', '')}.json"
+            write_atomic(self.private / name, json_bytes(report.to_json()), PRIVATE)
+            self.source.look()
+        return report
 
     def readmit(self, ids: Iterable[Any] = (), groups: Iterable[Any] = (), reference: str | None = None) -> Receipt:
         """Lifts tombstones, for rectified data or renewed consent. Hand the rows to `train()` again afterwards.

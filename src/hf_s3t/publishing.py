@@ -1,0 +1,170 @@
+"""Between a folder and a repository: what is pushed, what is pulled, and who obeys whose deletions.
+
+Two machines meet in a repository. Its manifest's generation decides: whoever has not seen all of its deletions pushes
+nothing. Tombstones, keyed digests without their key, may travel in a private repository; then both sides obey both.
+Otherwise a machine that is behind has to be told (`hf-s3t state import`). The commit itself is `sources.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+
+from huggingface_hub import CommitInfo
+
+from . import deletion
+from .errors import HeadMovedError, StateError, StoreError
+from .folder import StoreFolder
+from .manifest import Manifest, State
+from .plan import Stage
+from .recipe import check_same
+from .sources import RepoSource
+
+logger = logging.getLogger(__name__)
+
+
+# ---- pushing ----
+
+
+def push(
+    store: StoreFolder, target: StoreFolder, private: bool, tombstones: bool | None, message: str | None = None
+) -> CommitInfo:
+    """Brings a repository to what a folder holds, in one commit; see [`S3TStore.push`]. Runs under the write lock."""
+    source = repository(target)
+    source.repo.create(private)
+    while True:
+        source.look()
+        try:
+            return _push_once(store, target, source, tombstones, message)
+        except HeadMovedError:
+            logger.info("%s has a newer head: looking again", target.path)
+
+
+def _push_once(
+    store: StoreFolder, target: StoreFolder, source: RepoSource, tombstones: bool | None, message: str | None
+) -> CommitInfo:
+    theirs = target.manifest() if target.exists else None
+    if theirs is not None:
+        check_same_store(store.manifest(), theirs)
+        deletion.absorb(store, target)
+    ours = store.manifest()
+    merged = ours if theirs is None else _merged(store, ours, theirs)
+    known = theirs.stages if theirs is not None else {}
+    for stage, files in merged.stages.items():
+        if known.get(stage) != files:
+            for name in files:
+                source.put(f"{stage.name}/{name}", store.source.file(f"{stage.name}/{name}"))
+    merged = target.write_root(merged)
+    if theirs is None or merged != theirs:
+        target.write_manifest(merged)
+    carry = source.repo.is_private() if tombstones is None else tombstones
+    deletion.put_tombstones(target, store.state() if carry else None)
+    source.forget_unchanged()
+    if not source.waiting and known.keys() <= merged.stages.keys():
+        return source.repo.last_commit(source.revision)
+    title = message or f"Generation {merged.generation}"
+    return source.publish(f"{title} ({secrets.token_hex(6)})", _names(merged))
+
+
+def _merged(store: StoreFolder, ours: Manifest, theirs: Manifest) -> Manifest:
+    """Ours, and what others added to the repository since and no deletion of ours hits."""
+    state = store.state()
+    if theirs.generation > ours.generation or not _same_past(store, state, theirs):
+        raise StateError(
+            f"The repository obeys deletions (generation {theirs.generation}) that {store.path} has not seen "
+            f"(generation {ours.generation}). Nothing was pushed. Bring the state up to date (`hf-s3t state import` "
+            "of a backup from the machine that deleted), then pull."
+        )
+    stones = [*state.ids.values(), *state.groups.values()]
+    hit = {place for stone in stones if stone.generation > theirs.generation for place in stone.places}
+    stages = dict(ours.stages)
+    for stage, files in sorted(theirs.stages.items()):
+        kept = stage.parent is None or stages.get(stage.parent) == theirs.stages.get(stage.parent)
+        if stage not in stages and kept and not stage.slices & hit:
+            stages[stage] = files
+    return replace(ours, stages=stages)
+
+
+def _same_past(store: StoreFolder, state: State, theirs: Manifest) -> bool:
+    """Whether our tombstones up to their generation are theirs."""
+    ids, groups = (
+        {digest: stone for digest, stone in stones.items() if stone.generation <= theirs.generation}
+        for stones in (state.ids, state.groups)
+    )
+    return replace(state, ids=ids, groups=groups).digest(store.key) == theirs.tombstones
+
+
+def _names(manifest: Manifest) -> set[str]:
+    return {stage.name for stage in manifest.stages}
+
+
+def repository(target: StoreFolder) -> RepoSource:
+    """The repository of a store that is one."""
+    if not isinstance(target.source, RepoSource):
+        raise ValueError(
+            f"{target.path} is no repository id such as 'me/model'. Give one, and no folder of that name."
+        )
+    return target.source
+
+
+def check_same_store(ours: Manifest, theirs: Manifest) -> None:
+    """Raises [`StoreError`] or [`RecipeError`] unless both are of one store."""
+    if ours.key_check != theirs.key_check:
+        raise StoreError(
+            "The repository holds another store: its partition key is another one. Use another repository."
+        )
+    check_same(theirs.recipe, ours.recipe)
+
+
+# ---- pulling ----
+
+
+def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
+    """Brings a folder to what a repository holds; see [`S3TStore.pull`]. Runs under the write lock."""
+    repository(target).look()
+    theirs = target.manifest()
+    if store.exists:
+        check_same_store(store.manifest(), theirs)
+        deletion.absorb(store, target)
+        ours = store.manifest()
+    else:
+        ours = replace(theirs, stages={}, root=None)
+    state = _state_or_none(store)
+    stones = [*state.ids.values(), *state.groups.values()] if state else []
+    hit = {place for stone in stones if stone.generation > theirs.generation for place in stone.places}
+    behind = theirs.generation > (state.generation if state else -1)
+    stages: dict[Stage, dict[str, str]] = {}
+    for stage, files in sorted(theirs.stages.items()):
+        if not stage.slices & hit:
+            if ours.stages.get(stage) != files:
+                _fetch(store, target, stage, files)
+            stages[stage] = files
+    for stage, files in sorted(ours.stages.items()):
+        kept = stage.parent is None or stages.get(stage.parent) == ours.stages.get(stage.parent)
+        if stage not in stages and kept and not behind:  # trained here since; one that is behind may have been deleted
+            stages[stage] = files
+    newest = theirs if theirs.generation > ours.generation else ours
+    manifest = replace(theirs, stages=stages, generation=newest.generation, tombstones=newest.tombstones)
+    manifest = store.write_root(manifest)
+    store.write_manifest(manifest)
+    deletion.sweep(store, manifest)
+    if state is not None:
+        records = {stage.name: state.stages.get(stage.name, {"generation": theirs.generation}) for stage in stages}
+        store.write_state(replace(state, stages=records))
+    return manifest
+
+
+def _state_or_none(store: StoreFolder) -> State | None:
+    try:
+        return store.state()
+    except StateError:
+        return None
+
+
+def _fetch(store: StoreFolder, target: StoreFolder, stage: Stage, files: Mapping[str, str]) -> None:
+    adapter = target.read_stage(stage)  # compares the hashes
+    written = store.write_stage(stage, adapter)
+    if written != dict(files):
+        raise StoreError(f"{stage.name} of {target.path} was not written by hf_s3t: its bytes can not be made again.")

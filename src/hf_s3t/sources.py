@@ -1,0 +1,161 @@
+"""Where the published files of a store are: in a folder, or in one commit of a repository on the Hub.
+
+Both are read and written by the same four verbs. A folder changes with every one of them; for a repository what is put
+and dropped waits until `publish` commits all of it at once. What the files mean is for `folder.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+
+from .errors import StoreError
+from .files import inside, remove, write_atomic
+from .hub import HubRepo
+
+MANIFEST = "s3t.json"
+TOMBSTONES = "tombstones.json"
+"""In private repositories: keyed digests of what was deleted, without their key."""
+
+
+class FolderSource:
+    """Published files in a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def has(self, relative: str) -> bool:
+        """Whether there is such a file."""
+        return (self.path / relative).exists()
+
+    def file(self, relative: str, limit: int | None = None) -> Path:
+        """Where a file can be read; it may not exist. `limit` is for what has to be downloaded."""
+        return inside(self.path, relative)
+
+    def put(self, relative: str, data: bytes) -> None:
+        """Replaces a file, durably."""
+        write_atomic(self.path / relative, data)
+
+    def drop(self, relative: str) -> None:
+        """Removes a file, durably."""
+        remove(self.path / relative)
+
+    def look(self) -> None:
+        """A folder is always read as it is now."""
+
+    def publish(self, message: str, stages: set[str]) -> Any:
+        """A folder has changed already."""
+
+    def generation_of(self, message: str, asked: int, manifest: int) -> int:
+        """The generation that a deletion makes: the one that its intent asked for, as a folder has one writer."""
+        return asked
+
+    def reached(self, stages: list[str]) -> dict[str, Any]:
+        """What a receipt says of where removed stages are still served: a folder keeps no history."""
+        return {}
+
+    def marks(self) -> tuple[Any, ...]:
+        """Changes whenever the manifest does."""
+        status = os.stat(self.path / MANIFEST if self.has(MANIFEST) else self.path)
+        return (status.st_mtime_ns, status.st_ino)
+
+
+class RepoSource:
+    """Published files in a repository, read at one commit.
+
+    Args:
+        repo ([`HubRepo`]): the repository.
+        revision (`str`, *optional*): a commit, branch or tag to read from, for good; `None`: the head when it is first
+            asked, and at every [`look`].
+    """
+
+    def __init__(self, repo: HubRepo, revision: str | None = None):
+        self.repo, self._pinned = repo, revision
+        self._revision: str | None = None
+        self.waiting: dict[str, bytes | Path | None] = {}
+
+    @property
+    def revision(self) -> str:
+        """The commit that is read."""
+        if self._revision is None:
+            self.look()
+        return str(self._revision)
+
+    def look(self) -> None:
+        """Goes to the newest commit; what waited is given up."""
+        self._revision = self.repo.head(self._pinned)
+        self.waiting.clear()
+
+    def has(self, relative: str) -> bool:
+        """Whether the commit has such a file."""
+        return relative in self.waiting or self.repo.has(relative, self.revision)
+
+    def file(self, relative: str, limit: int | None = None) -> Path:
+        """Where a file of the commit can be read on this machine, downloaded if it is not there."""
+        waiting = self.waiting.get(relative)
+        return waiting if isinstance(waiting, Path) else self.repo.file(relative, self.revision, limit)
+
+    def put(self, relative: str, data: bytes | Path) -> None:
+        """Replaces a file with the next commit."""
+        self.waiting[relative] = data
+
+    def drop(self, relative: str) -> None:
+        """Removes a file with the next commit."""
+        self.waiting[relative] = None
+
+    def marks(self) -> tuple[Any, ...]:
+        """Changes with every commit; asks the Hub."""
+        self.look()
+        return (self.revision,)
+
+    def publish(self, message: str, stages: set[str]) -> Any:
+        """Commits everything that waits, and removes every stage that is not among `stages`.
+
+        Raises:
+            HeadMovedError: somebody committed meanwhile; nothing was changed.
+        """
+        if self._pinned is not None:
+            raise StoreError(
+                f"{self.repo.repo_id} was opened at {self._pinned}. Open it without a revision to change it."
+            )
+        if TOMBSTONES in self.waiting and self.waiting[TOMBSTONES] is not None and not self.repo.is_private():
+            raise StoreError(
+                f"{self.repo.repo_id} is public now, so no tombstones may travel in it. Push it again first."
+            )
+        there = self.repo.tree(self.revision)
+        folders = {"/".join(path.split("/")[:2]) for path in there if re.match(r"shard-[^/]*/[^/]+/", path)}
+        gone = [f"{folder}/" for folder in sorted(folders - stages)]
+        gone += [path for path, content in self.waiting.items() if content is None and path in there]
+        files = {path: content for path, content in self.waiting.items() if content is not None}
+        info = self.repo.commit(message, self.revision, files, gone)
+        self._revision = info.oid
+        self.waiting.clear()
+        return info
+
+    def generation_of(self, message: str, asked: int, manifest: int) -> int:
+        """The generation that a deletion makes on top of what others committed, or has made already."""
+        if manifest < asked or self.repo.landed(message) is not None:
+            return max(asked, 0) if manifest < asked else manifest
+        return manifest + 1
+
+    def reached(self, stages: list[str]) -> dict[str, Any]:
+        """What a receipt says of where removed stages are still served: in the history, until a purge."""
+        return {"status": "inactive_at_head", "still_served_at": self.repo.revisions_with(stages)}
+
+    def forget_unchanged(self) -> None:
+        """Takes back what was put and is what the commit has already."""
+        for path, content in list(self.waiting.items()):
+            if content is None and not self.repo.has(path, self.revision):
+                del self.waiting[path]
+            elif isinstance(content, bytes) and self.repo.has(path, self.revision):
+                if self.repo.file(path, self.revision).read_bytes() == content:
+                    del self.waiting[path]
+
+
+def default_state(repo_id: str) -> Path:
+    """Where the state of a repository's store lies where nobody said so: deletions by slice need one, too."""
+    return Path(HF_HOME) / "hf_s3t" / repo_id.replace("/", "--")
