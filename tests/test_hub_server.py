@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -272,6 +273,7 @@ def test_the_table_of_what_is_served_after_each_step(server, tmp_path):
     assert purged == {"old": [404, 404, 404], "v1": plain, "refs/pr/1": plain, "main": without}
     assert left == ["s01/adapter_model.safetensors"]
     assert repository.large() == {sha256(FILES["s01/adapter_model.safetensors"])}
+    assert {path.name for path in (repository.path / "lfs").iterdir()} == repository.large()
     assert len(repository.log("main")) == 1 and len(repository.log("v1")) == 2
     assert repository.git("show", "main:s01/adapter_model.safetensors").startswith(b"version https://git-lfs")
 
@@ -419,11 +421,37 @@ def test_who_may_do_what(server, tmp_path):
     assert server.hub.repositories.keys() == {"owner/other"}
 
 
+def test_anybody_reads_a_public_repository_and_only_its_owner_writes(server, tmp_path):
+    repository = seed(server)
+
+    def publish(api):
+        api.update_repo_settings("owner/model", private=False)
+
+    def tag(api):
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            api.create_tag("owner/model", tag="v1")
+        except HfHubHTTPError as error:
+            return error.response.status_code
+
+    ask(server, tmp_path / "owner", publish)
+    assert ask(server, tmp_path / "nobody", download, token="") == FILES
+    assert ask(server, tmp_path / "stranger", tag, token=server.stranger_token) == 403
+    assert list(repository.refs()) == ["refs/heads/main"]
+
+
+def test_answers_may_be_late(server):
+    server.faults.latency = 0.3
+    began = time.monotonic()
+    assert status(f"{server.endpoint}/_faults") == 200 and time.monotonic() - began >= 0.3
+
+
 def test_git_clones_the_repository_and_git_lfs_its_large_files(server, tmp_path):
     repository = seed(server)
     old = repository.resolve("main")
     address = server.endpoint.replace("//", f"//owner:{server.token}@") + "/owner/model"
-    filters = [] if shutil.which("git-lfs") else ["--no-checkout"]
+    with_lfs = shutil.which("git-lfs") is not None
     environment = dict(os.environ) | {
         "GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig"),
         "GIT_CONFIG_NOSYSTEM": "1",
@@ -434,13 +462,13 @@ def test_git_clones_the_repository_and_git_lfs_its_large_files(server, tmp_path)
     def git(*arguments):
         return subprocess.run(["git", *arguments], env=environment, capture_output=True, text=True)
 
-    if not filters:
+    if with_lfs:
         assert git("lfs", "install").returncode == 0
     clone = tmp_path / "clone"
-    run = git("clone", *filters, address, str(clone))
+    run = git("clone", address, str(clone))
     assert run.returncode == 0, run.stderr
     assert git("-C", str(clone), "rev-parse", "HEAD").stdout.strip() == old
-    if not filters:
+    if with_lfs:
         assert (clone / WEIGHTS).read_text() == FILES[WEIGHTS]
     assert git("clone", server.endpoint + "/owner/model", str(tmp_path / "stranger")).returncode != 0
     repository.purge({sha256(FILES[WEIGHTS])}, rewrite=True)
@@ -458,7 +486,7 @@ def test_more_large_files_than_one_purge_takes(server, tmp_path):
 
     began = time.monotonic()
     assert ask(server, tmp_path, all_but_one) == [".gitattributes", "1099", "1099/a.safetensors"]
-    assert repository.large() == {sha256("weights 1099")} and time.monotonic() - began < 20
+    assert repository.large() == {sha256("weights 1099")} and time.monotonic() - began < 60
 
 
 @pytest.mark.slow

@@ -233,6 +233,8 @@ def tag(call: Call) -> Any:
 
 def super_squash(call: Call) -> Any:
     message = call.json().get("message") or f"Super-squash branch '{call.part('branch')}' using huggingface_hub"
+    if len(message) > 500:
+        raise HubError(400, "the message of a squash has at most 500 characters")
     return {"commitId": call.repository.squash(call.part("branch"), message)}
 
 
