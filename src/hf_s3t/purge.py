@@ -213,7 +213,7 @@ def _sort_refs(repo: HubRepo, keep_refs: Iterable[str] | None) -> tuple[list[str
         raise StoreError(
             f"{repo.repo_id} has other refs, whose history may serve what is to be purged: "
             f"{', '.join(others)}. "
-            "Nothing was changed. Say which ones to keep (`keep_refs=[...]`, `--keep-ref`); the others are then removed."
+            "Nothing was changed. Say which ones to keep (`keep_refs=[...]`, `--keep-ref`); the others are removed."
         )
     wanted = {ref if ref.startswith("refs/") else f"refs/heads/{ref}" for ref in keep_refs or ()}
     unknown = wanted - set(refs)
