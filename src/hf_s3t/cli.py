@@ -1,9 +1,9 @@
 """`hf-s3t`: the verbs of an eraser on the command line, thin over `S3TStore` and `verify`.
 
-Exit codes: 0 done; 2 bad input, or something to be put right first; 3 done here, but exports that were made before
-still carry the influence; 4 something asked for is not known, nothing was changed; 5 a promise is broken or a file is
-damaged. Of several stores the gravest code counts (5, 2, 4, 3), and one store's fault does not stop the others. What a
-person sees is laid out in `display.py`, what a person names is read in `reading.py`.
+Exit codes: 0 done; 2 bad input, or something to be put right first; 3 done here, but pending elsewhere: in exports
+that were made before, or in the history of a repository; 4 something asked for is not known, nothing was changed; 5 a
+promise is broken or a file is damaged. Of several stores the gravest code counts (5, 2, 4, 3), and one store's fault
+does not stop the others. What a person sees is laid out in `display.py`, what a person names is read in `reading.py`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx2
 import typer
-from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console, RenderableType
 
 from . import display
-from .errors import DatasetError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
-from .files import json_bytes, read_json, write_atomic
+from .deletion import read_receipts
+from .errors import DatasetError, HubError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
+from .files import PRIVATE, json_bytes, read_json, write_atomic
+from .folder import StoreFolder
 from .hub import HubRepo
-from .purge import SECONDS, PurgeReport
-from .purge import recheck as ask_again
+from .probing import PurgeReport
+from .probing import recheck as ask_again
+from .purge import SECONDS, file_name, uncovered
 from .reading import digests_not_in, load_factory, parse_slice, read_dataset, wanted_names
+from .sources import RepoSource
 from .store import S3TStore, as_stage
 from .verify import Check, VerifyReport, verify
 
@@ -80,8 +85,8 @@ Verb = Callable[[S3TStore], Outcome]
 def main() -> None:
     """Look after stores of stages that S3T trained: find examples, delete them, check what is there.
 
-    Exit codes: 0 done; 2 bad input; 3 done here, but exports still carry the influence; 4 not known, nothing changed;
-    5 a promise is broken or a file is damaged. Of several stores the gravest counts: 5, 2, 4, 3.
+    Exit codes: 0 done; 2 bad input; 3 done here, but pending elsewhere (exports, a repository's history); 4 not known,
+    nothing changed; 5 a promise is broken or a file is damaged. Of several stores the gravest counts: 5, 2, 4, 3.
     """
 
 
@@ -90,8 +95,9 @@ def status(stores: Stores, state: StateFolder = None, as_json: AsJson = False) -
     """What is trained, served, missing and deleted."""
 
     def verb(store: S3TStore) -> Outcome:
-        found = store.status()
-        return Outcome(found.path, DONE, found.to_json(), display.show_status(found))
+        found, unpurged = store.status(), _unpurged(store)
+        shown = display.show_status(found, unpurged)
+        return Outcome(found.path, DONE, {**found.to_json(), "unpurged": unpurged}, shown)
 
     _run(stores, None, as_json, verb, state)
 
@@ -161,10 +167,19 @@ def delete(
             dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
             purge=purge, keep_refs=_kept(keep_refs, drop_refs),
         )  # fmt: skip
-        code = PENDING if (receipt.exports or receipt.still_served_at) and not dry_run else DONE
+        pending = receipt.exports or receipt.status == "pending" or _unpurged(store)
+        code = PENDING if pending and not dry_run else DONE
         return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt))
 
     _run(stores, key_file, as_json, verb, state)
+
+
+def _unpurged(store: S3TStore) -> list[str]:
+    """Names of deletions from a repository that its history still has."""
+    if not isinstance(store.source, RepoSource):
+        return []
+    found = uncovered(store.source.repo.repo_id, read_receipts(store), store.private)
+    return [receipt["receipt"] for receipt in found if receipt["status"] == "inactive_at_head"]
 
 
 def _kept(keep_refs: list[str] | None, drop_refs: bool) -> list[str] | None:
@@ -218,29 +233,38 @@ def purge(
 
     def verb(store: S3TStore) -> Outcome:
         found = store.purge(_kept(keep_refs, drop_refs), seconds)
-        return _purge_outcome(repo, found, report)
+        return _purge_outcome(repo, found, report, store.private / file_name(found))
 
     _run([repo], None, as_json, verb, state)
 
 
 @app.command()
 def recheck(
-    report: Annotated[Path, typer.Argument(help="File that `purge --report` wrote; it is brought up to date.")],
+    report: Annotated[Path, typer.Argument(help="File that `purge` wrote; it is brought up to date.")],
+    state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask again for what a purge report has as pending."""
-    known = PurgeReport.from_json(read_json(report))
 
-    def verb(store: S3TStore) -> Outcome:
-        return _purge_outcome(known.repo, ask_again(HubRepo(known.repo), known), report)
+    def verb() -> Outcome:
+        known = PurgeReport.from_json(read_json(report))
+        found = ask_again(HubRepo(known.repo), known)
+        kept = StoreFolder(known.repo, state=state).private / file_name(found)
+        if kept.exists():  # the one beside the receipts, which says whether the history is purged
+            write_atomic(kept, json_bytes(found.to_json()), PRIVATE)
+        return _purge_outcome(known.repo, found, report, report)
 
-    _run([known.repo], None, as_json, verb)
+    _show([_outcome(str(report), verb)], as_json)
 
 
-def _purge_outcome(repo: str, found: PurgeReport, file: Path | None) -> Outcome:
+def _purge_outcome(repo: str, found: PurgeReport, file: Path | None, kept: Path) -> Outcome:
     if file is not None:
-        write_atomic(file, json_bytes(found.to_json()))
-    return Outcome(repo, PENDING if found.pending else DONE, found.to_json(), found.to_text())
+        write_atomic(file, json_bytes(found.to_json()), PRIVATE)  # addresses in it may still answer
+    kept = file or kept
+    shown = f"{found.to_text()}\nThis report is in {kept}."
+    if found.pending:
+        shown += f" Ask again for what is pending: hf-s3t recheck {kept}"
+    return Outcome(repo, PENDING if found.pending else DONE, found.to_json(), shown)
 
 
 @app.command()
@@ -368,12 +392,30 @@ def import_state(
 
 
 def _run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb, state: Path | None = None) -> None:
-    """Applies a verb to each store, shows the outcomes, and ends the program with the gravest exit code."""
-    outcomes = []
+    """Applies a verb to each store, and ends the program with what came of it."""
+
+    def opened(path: str) -> Outcome:
+        store = S3TStore(path, key_file.read_text().strip() if key_file else None, state)
+        if not store.exists:
+            raise ValueError(_absent(path, store))
+        return verb(store)
+
+    _show([_outcome(path, partial(opened, path)) for path in stores], as_json)
+
+
+def _absent(path: str, store: S3TStore) -> str:
+    if isinstance(store.source, RepoSource):
+        return f"there is no folder {path}, and the repository {path} on the Hub has no s3t.json."
+    return (
+        "there is no store here (no s3t.json). Give the output_dir of a training, or the id of a repository, such as "
+        "me/model."
+    )
+
+
+def _show(outcomes: list[Outcome], as_json: bool) -> None:
+    """Shows outcomes, and ends the program with the gravest exit code."""
     person = Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else display.WIDTH)
-    for path in stores:
-        outcome = _outcome(path, key_file, verb, state)
-        outcomes.append(outcome)
+    for outcome in outcomes:
         if outcome.error:
             print(f"{outcome.store}: {outcome.error['message']}", file=sys.stderr)
         elif not as_json:
@@ -383,26 +425,26 @@ def _run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb
     raise typer.Exit(max((outcome.exit_code for outcome in outcomes), key=GRAVITY.index))
 
 
-def _outcome(path: str, key_file: Path | None, verb: Verb, state: Path | None) -> Outcome:
+def _outcome(name: str, verb: Callable[[], Outcome]) -> Outcome:
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the outcomes alone
         try:
-            store = S3TStore(path, key_file.read_text().strip() if key_file else None, state)
-            if not store.exists:
-                raise ValueError("there is no store here (no s3t.json). Give the output_dir of a training.")
-            return verb(store)
-        except (S3TError, ValueError, OSError, HfHubHTTPError) as error:
-            code = _exit_code(error)
-            described = {"type": type(error).__name__, "message": str(error)}
+            return verb()
+        except (S3TError, ValueError, OSError) as error:
+            code, message = _exit_code(error), str(error)
+            described = {"type": type(error).__name__, "message": message}
+        except httpx2.HTTPError as error:
+            code, message = BAD_INPUT, f"the Hub did not answer ({error}). Nothing more was done; try again later."
+            described = {"type": type(error).__name__, "message": message}
         except Exception as error:
             traceback.print_exc()
             code, described = 1, {"type": type(error).__name__, "message": f"{error} (a fault of this program)"}
-    return Outcome(path, code, error=described)
+    return Outcome(name, code, error=described)
 
 
 def _exit_code(error: Exception) -> int:
     if isinstance(error, UnknownExampleError):
         return UNKNOWN
-    fixable = (StateError, StoreLockedError, RecipeError, DatasetError)
+    fixable = (HubError, StateError, StoreLockedError, RecipeError, DatasetError)
     return BROKEN if isinstance(error, S3TError) and not isinstance(error, fixable) else BAD_INPUT
 
 

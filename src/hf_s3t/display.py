@@ -16,8 +16,8 @@ from .verify import VerifyReport
 WIDTH = 100
 
 
-def show_status(status: Status) -> RenderableType:
-    """A store at a glance."""
+def show_status(status: Status, unpurged: Sequence[str] = ()) -> RenderableType:
+    """A store at a glance; `unpurged` are deletions that the history of a repository still has."""
     unknown = "unknown: the state is not here"
     rows: list[tuple[str, Any]] = [
         ("generation", status.generation),
@@ -36,6 +36,8 @@ def show_status(status: Status) -> RenderableType:
         rows.append(("exports", "\n".join(status.exports)))
     if status.stale_exports:
         rows.append(("stale exports", "\n".join(status.stale_exports)))
+    if unpurged:
+        rows.append(("history", f"still serves what was deleted by {', '.join(unpurged)}: hf-s3t purge {status.path}"))
     return Group(status.path, _pairs(rows))
 
 
@@ -114,8 +116,13 @@ def _sentence(path: str, receipt: Receipt) -> str:
     if receipt.status == "unchanged":
         changed = "Only exports were" if receipt.exports_refreshed or receipt.exports_removed else "Nothing was"
         return f"Everything asked for was deleted from {path} before. {changed} changed."
-    where = f"the head of {path}" if receipt.status == "inactive_at_head" else path
-    return f"{stages} {'is' if count == 1 else 'are'} no longer served by {where} since {receipt.inactive_since}."
+    at_head = receipt.status in ("inactive_at_head", "pending")
+    where = f"the head of {path}" if at_head else path
+    purge = f" Its history still serves them: hf-s3t purge {path}." if receipt.status == "inactive_at_head" else ""
+    purge = " The purge of its history is pending: recheck its report." if receipt.status == "pending" else purge
+    return (
+        f"{stages} {'is' if count == 1 else 'are'} no longer served by {where} since {receipt.inactive_since}.{purge}"
+    )
 
 
 def _request_line(receipt: Receipt) -> str:

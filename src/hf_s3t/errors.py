@@ -6,6 +6,7 @@ S3TError
 ├── StoreError          the store can not be read or written as asked
 │   ├── StateError      the private state is absent, foreign or older than the manifest
 │   ├── StoreLockedError  another writer or another training run holds the store
+│   ├── HubError        a repository can not be reached, or this token may not do that
 │   └── HeadMovedError  somebody else committed to the repository meanwhile
 ├── RecipeError         settings that change bits differ from those of the store
 ├── DatasetError        rows have vanished or changed without a deletion
@@ -38,6 +39,10 @@ class StoreLockedError(StoreError):
 
 class HeadMovedError(StoreError):
     """The repository's head is not the one that a commit was made for: look again and make it anew."""
+
+
+class HubError(StoreError):
+    """A repository can not be reached, is not there for this token, or may not be changed by it."""
 
 
 class RecipeError(S3TError):

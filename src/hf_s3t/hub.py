@@ -26,8 +26,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers
 
-from .errors import HeadMovedError, StoreError
+from .errors import HeadMovedError, HubError, StoreError
+from .files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class HubRepo:
     def __init__(self, repo_id: str, branch: str = "main", token: str | None = None):
         self.repo_id, self.branch = repo_id, branch
         self.api = HfApi(token=token, library_name="hf_s3t")
+        self._asked: dict[str, str] = {}
 
     def create(self, private: bool = True) -> None:
         """Makes the repository where there is none."""
@@ -84,16 +87,16 @@ class HubRepo:
         except (OfflineModeIsEnabled, httpx2.TransportError) as error:
             seen = self._cached_sha(revision or self.branch)
             if seen is None:
-                raise StoreError(
-                    f"{self.repo_id} can not be looked up, and nothing of it is cached: {error}"
-                ) from None
+                raise HubError(f"{self.repo_id} can not be looked up, and nothing of it is cached: {error}") from None
             logger.warning("%s can not be looked up: reading the cached commit %s", self.repo_id, seen)
             return seen
         if info is None:
-            raise StoreError(
-                f"There is no repository {self.repo_id} with a revision {revision or self.branch}, or no access "
-                "to it. Check the name, and log in (`hf auth login`) if it is private."
+            raise HubError(
+                f"There is no folder {self.repo_id} here, and no repository {self.repo_id} on the Hub with a revision "
+                f"{revision or self.branch}, or no access to it. Check the name, and log in (`hf auth login`) if it "
+                "is private."
             )
+        self._asked[info.sha] = revision or self.branch
         return info.sha
 
     def has(self, path: str, revision: str) -> bool:
@@ -115,7 +118,10 @@ class HubRepo:
                     size = getattr(entry, "size", 0)
                     if size > limit:
                         raise StoreError(f"{path} of {self.repo_id} has {size} bytes, more than the {limit} allowed.")
-            return Path(self.api.hf_hub_download(self.repo_id, path, revision=revision))
+            found = Path(self.api.hf_hub_download(self.repo_id, path, revision=revision))
+            if revision in self._asked:  # what is asked for by its sha is found by no other name while offline
+                write_atomic(self._ref(self._asked[revision]), revision.encode())
+            return found
         except LocalEntryNotFoundError as error:
             raise StoreError(
                 f"{path} of {self.repo_id} is not in the cache, and the Hub can not be reached."
@@ -127,8 +133,11 @@ class HubRepo:
         """Whether a file of a revision is in the cache of this machine."""
         return isinstance(try_to_load_from_cache(self.repo_id, path, revision=revision), str)
 
+    def _ref(self, revision: str) -> Path:
+        return Path(HF_HUB_CACHE) / f"models--{self.repo_id.replace('/', '--')}" / "refs" / revision
+
     def _cached_sha(self, revision: str) -> str | None:
-        ref = Path(HF_HUB_CACHE) / f"models--{self.repo_id.replace('/', '--')}" / "refs" / revision
+        ref = self._ref(revision)
         if ref.exists():
             return ref.read_text().strip()
         return revision if re.fullmatch("[0-9a-f]{40}", revision) else None
@@ -165,10 +174,7 @@ class HubRepo:
             except (HfHubHTTPError, OSError) as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 if status in (401, 403):
-                    raise StoreError(
-                        f"No right to write to {self.repo_id}: {error}. Nothing was changed there. Use a token with "
-                        "write access."
-                    ) from None
+                    raise self._no_right(error) from None
                 landed = self.landed(message)
                 if landed is not None:
                     return landed
@@ -206,6 +212,25 @@ class HubRepo:
             self.repo_id, operations, commit_message=message, revision=self.branch, parent_commit=parent
         )
 
+    def check_writable(self) -> None:
+        """Asks what every upload asks first; uploads nothing.
+
+        Raises:
+            HubError: no right to write.
+        """
+        try:
+            asked = [CommitOperationAdd("README.md", b"#")]
+            self.api.preupload_lfs_files(self.repo_id, asked, revision=self.branch)
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403):
+                raise
+            raise self._no_right(error) from None
+
+    def _no_right(self, error: Exception) -> HubError:
+        return HubError(
+            f"No right to write to {self.repo_id}: {error}. Nothing was changed there. Use a token with write access."
+        )
+
     def landed(self, message: str) -> CommitInfo | None:
         """The commit with this message, if it is among the newest ones after all."""
         for commit, _ in zip(self.api.list_repo_commits(self.repo_id, revision=self.branch), range(20), strict=False):
@@ -224,15 +249,34 @@ class HubRepo:
         """Whether only those with access can read the repository."""
         return bool(self.info().private)
 
+    # ---- the history ----
+
+    def headers(self) -> dict[str, str]:
+        """For requests that the client has no method for."""
+        return build_hf_headers(token=self.api.token, library_name=self.api.library_name)
+
+    def refs(self) -> list[tuple[str, str]]:
+        """Full names of branches, tags, pull requests and converted files, with the commit that each leads to."""
+        refs = self.api.list_repo_refs(self.repo_id, include_pull_requests=True)
+        found = (*refs.branches, *refs.tags, *(refs.pull_requests or ()), *refs.converts)
+        return [(ref.ref, ref.target_commit) for ref in found]
+
+    def commits(self, revision: str) -> list[str]:
+        """The commits that a revision leads to, newest first."""
+        return [commit.commit_id for commit in self.api.list_repo_commits(self.repo_id, revision=revision)]
+
     def revisions_with(self, folders: Iterable[str]) -> list[str]:
         """Refs and commits that have a file in one of some folders."""
         prefixes = tuple(f"{folder}/" for folder in folders)
-        refs = self.api.list_repo_refs(self.repo_id, include_pull_requests=True)
-        names = [ref.ref for ref in (*refs.branches, *refs.tags, *(refs.pull_requests or ()), *refs.converts)]
-        found: dict[str, bool] = {}
-        for name in names:
-            commits = [commit.commit_id for commit in self.api.list_repo_commits(self.repo_id, revision=name)]
-            for revision in [name, *commits]:
-                if revision not in found:
-                    found[revision] = any(path.startswith(prefixes) for path in self.tree(revision))
-        return [revision for revision, serves in found.items() if serves]
+        if not prefixes:
+            return []
+        serves: dict[str, bool] = {}
+        names = []
+        for name, _ in self.refs():
+            commits = self.commits(name)
+            for revision in commits:
+                if revision not in serves:
+                    serves[revision] = any(path.startswith(prefixes) for path in self.tree(revision))
+            if serves[commits[0]]:
+                names.append(name)
+        return [*names, *(revision for revision, found in serves.items() if found)]

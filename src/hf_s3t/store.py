@@ -35,7 +35,7 @@ from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .manifest import State, key_check_value
 from .partition import Entry, keyed_digest
 from .plan import Order, Stage
-from .purge import PurgeReport
+from .probing import PurgeReport
 from .requests import Place, resolve
 from .sources import RepoSource
 
@@ -204,6 +204,8 @@ class S3TStore(StoreFolder):
             raise ValueError("A deletion from a repository is the commit that it pushes: `push=False` has no meaning.")
         self.source.look()
         self.manifest()  # a folder that is no store is refused before a lock file is made in it
+        if purge and isinstance(self.source, RepoSource):
+            purging.sort_refs(self.source.repo, keep_refs)  # refused before anything is deleted
         with nullcontext() if dry_run else self.writing():  # a dry run only reads
             request = resolve(self, ids, groups, rows, slices, digests)
             receipt = deletion.delete(
@@ -213,7 +215,7 @@ class S3TStore(StoreFolder):
             )  # fmt: skip
         if purge and not dry_run:
             report = self.purge(keep_refs)
-            receipt = replace(receipt, status=report.status, still_served_at=[p.at for p in report.pending])
+            receipt = replace(receipt, status=report.status, still_served_at=report.still_served_at)
         return receipt
 
     # ---- the Hub ----
@@ -266,9 +268,8 @@ class S3TStore(StoreFolder):
             )
         with self.writing():
             protected = {digest for files in self.manifest().stages.values() for digest in files.values()}
-            report = purging.purge(self.source.repo, keep_refs, seconds, protected)
-            name = f"purge-{report.began_at.replace(':', '')}.json"
-            write_atomic(self.private / name, json_bytes(report.to_json()), PRIVATE)
+            receipts = deletion.read_receipts(self)
+            report = purging.purge(self.source.repo, keep_refs, seconds, protected, receipts, self.private)
             self.source.look()
         return report
 
