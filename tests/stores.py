@@ -45,8 +45,35 @@ def stage_adapter(stage: Stage, head: bool = False) -> Adapter:
         tensors[f"{path}.lora_B.weight"] = torch.randn(4, 2, generator=generator)
     if head:
         tensors["base_model.model.score.weight"] = torch.randn(3, 4, generator=generator)
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "target_modules": ["q_proj"]}
-    return Adapter({**config, "layers_to_transform": layers, "auto_mapping": None}, tensors)
+    config = {
+        **{
+            name: value for name, value in recipe_config(1, head).items() if name not in ("groups", "stage_parameters")
+        },
+        "peft_type": "LORA",
+        "bias": "none",
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": layers,
+        "auto_mapping": {"parents": [above.name for above in stage.path[:-1]]},
+    }
+    return Adapter({**config, "modules_to_save": config["modules_to_save"] or None}, tensors)
+
+
+def recipe_config(num_slices: int, head: bool = False) -> dict[str, Any]:
+    """What a recipe says of such stages."""
+    return {
+        "task_type": "CAUSAL_LM",
+        "r": 2,
+        "lora_alpha": 4,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["score"] if head else [],
+        "groups": [[20 - 2 * depth, 21 - 2 * depth] for depth in range(1, num_slices + 1)],
+        "stage_parameters": "layer_group",
+    }
 
 
 def make_store(
@@ -75,11 +102,13 @@ def make_store(
     store = S3TStore(path, key)
     store.ensure_key()
     partition = {
+        "num_shards": plan.num_shards,
+        "num_slices": plan.num_slices,
         "id_column": id_source(config, dataset.column_names),
         "group_column": config.group_column,
         "slice_columns": config.slice_columns,
     }
-    recipe = {"config": {"task_type": "CAUSAL_LM"}, "partition": partition, "base": {"id": None}}
+    recipe = {"config": recipe_config(plan.num_slices, head), "partition": partition, "base": {"id": None}}
     index = dict(read_rows(dataset, store.key, config))
     stages = plan.stages[:trained]
     state = State(stages={stage.name: {"generation": 0, "examples": 1, "steps": 1} for stage in stages})

@@ -15,12 +15,12 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE
-from .errors import HeadMovedError, StateError, StoreError, UnknownExampleError
+from .errors import StateError, StoreError, UnknownExampleError
 from .exports import carrying, settle
 from .files import json_bytes, read_json, remove, sync_folder, write_atomic
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
@@ -28,7 +28,7 @@ from .manifest import Manifest, State, Tombstone, united
 from .partition import count_by_place
 from .plan import Stage
 from .requests import Place, Request
-from .sources import TOMBSTONES, FolderSource, RepoSource
+from .sources import TOMBSTONES, FolderSource, RepoSource, on_top
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ def delete(
         "generation": receipt.generation,
         "refresh_exports": refresh_exports,
     }
+    folder.source.check_writable()
     intent = _write_intent(folder, intent)
     try:
         if when_durable is not None:
@@ -147,6 +148,7 @@ def readmit(folder: StoreFolder, request_digests: Mapping[str, str], reference: 
         "places": [],
         "generation": receipt.generation,
     }
+    folder.source.check_writable()
     return carry_out(folder, _write_intent(folder, intent))
 
 
@@ -180,32 +182,34 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
 
 def carry_out(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     """Brings an intent to its end, from wherever it was interrupted. Runs under the store's write lock."""
-    while True:
-        try:
-            receipt = _carry_out_once(folder, intent)
-            break
-        except HeadMovedError:  # somebody else committed to the repository: look again, and do it on top of that
-            folder.source.look()
-            absorb(folder, folder)
+    receipt = on_top(partial(_carry_out_once, folder, intent), partial(_look_again, folder))
     logger.info("%s %s: %d stages removed", receipt.kind, receipt.receipt, len(receipt.stages_removed))
     return receipt
 
 
+def _look_again(folder: StoreFolder) -> None:
+    folder.source.look()
+    absorb(folder, folder)
+
+
 def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     places = {tuple(place) for place in intent["places"]}
-    manifest = folder.manifest()
-    gone = [stage for stage in manifest.stages if stage.slices & places]
+    manifest, state = folder.manifest(), state_or_none(folder)
     receipt = Receipt(**intent["receipt"])
     message = f"{'Deletion' if receipt.kind == 'delete' else 'Readmission'} {receipt.receipt}"
-    generation = folder.source.generation_of(message, intent["generation"], manifest.generation)
-    state = _with_tombstones(folder, intent, generation)
+    newest = max(manifest.generation, state.generation if state else 0)
+    generation = folder.source.generation_of(message, intent["generation"], newest)
+    if state is not None:
+        if state.generation > manifest.generation:
+            places |= unobeyed(folder, manifest, state)
+        state = _with_tombstones(folder, state, intent, generation)
+    gone = [stage for stage in manifest.stages if stage.slices & places]
     if gone or manifest.generation < generation:
         manifest = _rewrite(folder, manifest.without(gone), generation, state)
         folder.source.publish(message, {stage.name for stage in manifest.stages})
     sweep(folder, manifest, places)
     if state is not None:
-        folder.write_state(replace(state, stages={name: record for name, record in state.stages.items()
-                                                  if Stage.from_name(name) in manifest.stages}))  # fmt: skip
+        folder.write_state(state.only(manifest.stages))
         if intent["kind"] == "delete" and (folder.private / "index.json").exists():
             folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
     copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
@@ -216,24 +220,39 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     return receipt
 
 
+def travelling(there: StoreFolder, key: bytes) -> State | None:
+    """The tombstones that travel in a repository; `None` where none do, or where they are not all of its manifest's.
+
+    Nobody without the key can make others believe in a deletion, or in none.
+    """
+    if not isinstance(there.source, RepoSource) or not there.source.has(TOMBSTONES):
+        return None
+    theirs = State.from_json(read_json(there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES))
+    manifest = there.manifest()
+    if (theirs.generation, theirs.digest(key)) == (manifest.generation, manifest.tombstones):
+        return theirs
+    logger.warning("the tombstones in %s are not those of its manifest, and are not looked at", there.path)
+    return None
+
+
 def absorb(folder: StoreFolder, there: StoreFolder) -> None:
     """Takes over the tombstones that travel in a repository, and obeys them. Runs under the store's write lock."""
-    if not there.source.has(TOMBSTONES):
-        return
-    theirs = State.from_json(read_json(there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES))
     try:
-        ours = folder.state()
+        ours, key = folder.state(), folder.key
     except StateError:
         return
-    state = united(ours, theirs)
-    if folder is there:
-        complete = folder.has_key and state.digest(folder.key) == there.manifest().tombstones
-        state = replace(state, generation=there.manifest().generation if complete else ours.generation)
-    if state == ours:
+    theirs = travelling(there, key)
+    if theirs is None:
         return
-    folder.write_state(state)
-    index = folder.index()
-    folder.write_index({d: entry for d, entry in index.items() if not state.buries(d, entry.group)})
+    state = united(ours, theirs)
+    if state.generation > ours.generation:
+        state = replace(state, past={**ours.past, ours.generation: ours.digest(key)})
+    if state != ours:
+        folder.write_state(state)
+    index = folder.index() if (folder.private / "index.json").exists() else {}
+    live = {digest: entry for digest, entry in index.items() if not state.buries(digest, entry.group)}
+    if live != index:
+        folder.write_index(live)
     if folder is not there:
         recover(folder)  # the state is now newer than the manifest
 
@@ -246,12 +265,16 @@ def put_tombstones(folder: StoreFolder, state: State | None) -> None:
         folder.source.drop(TOMBSTONES)
 
 
-def _with_tombstones(folder: StoreFolder, intent: Mapping[str, Any], generation: int) -> State | None:
+def state_or_none(folder: StoreFolder) -> State | None:
+    """The state, where it is not lost: `delete(slices=...)` removes stages all the same."""
     try:
-        state = folder.state()
+        return folder.state()
     except StateError:
-        return None  # lost: `delete(slices=...)` removes stages all the same
-    ids, groups, lifted = dict(state.ids), dict(state.groups), dict(state.lifted)
+        return None
+
+
+def _with_tombstones(folder: StoreFolder, state: State, intent: Mapping[str, Any], generation: int) -> State:
+    ids, groups, lifted, past = dict(state.ids), dict(state.groups), dict(state.lifted), dict(state.past)
     for digests, stones in ((intent["ids"], ids), (intent["groups"], groups)):
         for digest, places in digests.items():
             if intent["kind"] == "readmit":
@@ -261,12 +284,14 @@ def _with_tombstones(folder: StoreFolder, intent: Mapping[str, Any], generation:
                 found = tuple((shard, slice_id) for shard, slice_id in places)
                 stones[digest] = Tombstone(found, generation, intent["receipt"]["receipt"])
                 lifted.pop(digest, None)
+    if state.generation < generation and folder.has_key:
+        past[state.generation] = state.digest(folder.key)
     missed = state.generation < generation - 1
     generation = max(state.generation, generation)
     if missed:
         logger.warning("the state missed deletions made elsewhere: bring it up to date before the next training")
         generation = state.generation
-    return replace(state, generation=generation, ids=ids, groups=groups, lifted=lifted)
+    return replace(state, generation=generation, ids=ids, groups=groups, lifted=lifted, past=past)
 
 
 def _rewrite(folder: StoreFolder, manifest: Manifest, generation: int, state: State | None) -> Manifest:
@@ -326,37 +351,35 @@ def _sweep_running(folder: StoreFolder, hit: set[Place]) -> None:
 
 def recover(folder: StoreFolder) -> None:
     """What every writer does first: finish interrupted deletions, drop half-written files, obey newer tombstones."""
-    folder.source.look()
-    if isinstance(folder.source, RepoSource):
-        absorb(folder, folder)
+    _look_again(folder)
     for intent in folder.intents():
         carry_out(folder, intent)
-    if not folder.exists:
-        return
-    manifest = folder.manifest()
-    try:
-        state = folder.state()
-    except StateError:
-        sweep(folder, manifest)
-        return
-    if state.generation > manifest.generation:  # an older copy of the published files was put back
-        hit = _unobeyed(folder, manifest, state)
+    if folder.exists:
+        on_top(partial(_obey, folder), partial(_look_again, folder))
+
+
+def _obey(folder: StoreFolder) -> None:
+    """Brings the published files up to the state, where an older copy of them was put back."""
+    manifest, state = folder.manifest(), state_or_none(folder)
+    hit: set[Place] = set()
+    if state is not None and state.generation > manifest.generation:
+        hit = unobeyed(folder, manifest, state)
         gone = [stage for stage in manifest.stages if stage.slices & hit]
         manifest = _rewrite(folder, manifest.without(gone), state.generation, state)
         folder.source.publish(f"Deletions up to {state.generation}", {stage.name for stage in manifest.stages})
-    sweep(folder, manifest)
+        folder.write_state(state.only(manifest.stages))
+    sweep(folder, manifest, hit)
 
 
-def _unobeyed(folder: StoreFolder, manifest: Manifest, state: State) -> set[Place]:
-    """Places of the tombstones that an older manifest knows nothing of; of all, where that can not be told."""
-    since = manifest.generation
-    ids, groups = ({d: s for d, s in all_.items() if s.generation <= since} for all_ in (state.ids, state.groups))
+def unobeyed(there: StoreFolder, manifest: Manifest, state: State) -> set[Place]:
+    """Places of the tombstones that a manifest has not obeyed; of all, where that can not be told."""
     try:
-        same_past = replace(state, ids=ids, groups=groups).digest(folder.key) == manifest.tombstones
+        known = travelling(there, there.key)
+        if known is not None:
+            return state.beyond(known)
+        return state.after(manifest.generation if state.remembers(manifest, there.key) else -1)
     except StateError:
-        same_past = False
-    stones = [*state.ids.values(), *state.groups.values()]
-    return {place for stone in stones if stone.generation > since or not same_past for place in stone.places}
+        return state.after(-1)
 
 
 def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]:

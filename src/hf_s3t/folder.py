@@ -26,6 +26,7 @@ from typing import Any
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, join
 from .card import render_card
+from .contents import read_header, stage_findings
 from .errors import StateError, StoreError
 from .files import (
     PRIVATE,
@@ -41,7 +42,7 @@ from .files import (
     write_durable,
 )
 from .hub import HubRepo, is_repo_id
-from .manifest import Manifest, State, key_check_value
+from .manifest import DAMAGED, Manifest, State, key_check_value
 from .partition import Entry, Index
 from .plan import Order, Stage
 from .sources import MANIFEST, FolderSource, RepoSource, default_state
@@ -151,10 +152,24 @@ class StoreFolder:
     def _read_live_stage(self, stage: Stage, manifest: Manifest) -> Adapter:
         if stage not in manifest.stages:
             raise StoreError(f"Stage {stage.name} is not in the store: never trained, or removed by a deletion.")
-        return self._read_adapter(stage.name, manifest.stages[stage])
+        adapter = self._read_adapter(stage.name, manifest.stages[stage])
+        if isinstance(self.source, RepoSource):
+            self._check_contents(stage, manifest, adapter)
+        return adapter
+
+    def _check_contents(self, stage: Stage, manifest: Manifest, adapter: Adapter) -> None:
+        """Hashes tell damage only: whoever may write to a repository makes the manifest agree."""
+        try:
+            header = read_header(self.source.file(f"{stage.name}/{WEIGHTS_FILE}"))
+            findings = list(stage_findings(stage, manifest.recipe["config"], adapter.config, header))
+        except DAMAGED as error:
+            findings = [f"{stage.name} is not of the form that hf_s3t writes: {type(error).__name__} {error}"]
+        if findings:
+            raise StoreError(f"{self.path} holds what no training wrote. It is not used. {'; '.join(findings[:3])}.")
 
     def _read_adapter(self, relative: str, expected: Mapping[str, str]) -> Adapter:
-        paths = {name: self.source.file(f"{relative}/{name}") for name in expected}
+        limits = {CONFIG_FILE: MAX_CONFIG_BYTES}
+        paths = {name: self.source.file(f"{relative}/{name}", limits.get(name)) for name in expected}
         for name, digest in expected.items():
             path = paths[name]
             if not path.exists():
@@ -266,7 +281,10 @@ class StoreFolder:
 
     def index(self) -> Index:
         """Keyed digests of the examples that were handed in and not deleted."""
-        data = read_json(self.private / "index.json")
+        path = self.private / "index.json"
+        if not path.exists():
+            raise StateError(f"{self.path} has no index (index.json). To find anybody, {self._way_out}")
+        data = read_json(path)
         return {digest: Entry(*entry) for digest, entry in data.items()}
 
     def write_index(self, index: Index) -> None:

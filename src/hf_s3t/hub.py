@@ -83,21 +83,31 @@ class HubRepo:
             StoreError: there is no such repository or revision, or no access to it.
         """
         try:
-            info = self.info(revision)
+            sha = self._sha(revision)
         except (OfflineModeIsEnabled, httpx2.TransportError) as error:
             seen = self._cached_sha(revision or self.branch)
             if seen is None:
                 raise HubError(f"{self.repo_id} can not be looked up, and nothing of it is cached: {error}") from None
             logger.warning("%s can not be looked up: reading the cached commit %s", self.repo_id, seen)
             return seen
-        if info is None:
+        if sha is None:
             raise HubError(
                 f"There is no folder {self.repo_id} here, and no repository {self.repo_id} on the Hub with a revision "
                 f"{revision or self.branch}, or no access to it. Check the name, and log in (`hf auth login`) if it "
                 "is private."
             )
-        self._asked[info.sha] = revision or self.branch
-        return info.sha
+        self._asked[sha] = revision or self.branch
+        return sha
+
+    def _sha(self, revision: str | None) -> str | None:
+        if revision is not None:
+            info = self.info(revision)
+            return info and info.sha
+        try:  # after a rewrite of the history the info may name the old head for a while
+            branches = self.api.list_repo_refs(self.repo_id).branches
+        except RepositoryNotFoundError:
+            return None
+        return next((ref.target_commit for ref in branches if ref.name == self.branch), None)
 
     def has(self, path: str, revision: str) -> bool:
         """Whether a revision has a file."""

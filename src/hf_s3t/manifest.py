@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -152,6 +152,7 @@ class State:
         stages (`dict[str, dict]`): per trained stage its generation, number of examples, steps, seconds and versions.
         caches (`tuple[str, ...]`): files of the datasets cache outside the store that may hold the examples' text.
         lifted (`dict[str, int]`): keyed digest of what was readmitted, and the generation of that.
+        past (`dict[int, str]`): by generation, the digest of the tombstones that there were then.
     """
 
     generation: int = 0
@@ -160,6 +161,7 @@ class State:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     caches: tuple[str, ...] = ()
     lifted: dict[str, int] = field(default_factory=dict)
+    past: dict[int, str] = field(default_factory=dict)
 
     def buries(self, digest: str, group: str | None) -> bool:
         """Whether a tombstone stands for an example, or for its group."""
@@ -169,6 +171,30 @@ class State:
         """HMAC over the tombstones, which the manifest carries."""
         names = {"ids": sorted(self.ids), "groups": sorted(self.groups)}
         return hmac.new(key, b"tombstones\0" + canonical(names), hashlib.sha256).hexdigest()
+
+    def remembers(self, manifest: Manifest, key: bytes) -> bool:
+        """Whether the tombstones of a manifest that is not newer were ours at its generation."""
+        since = manifest.generation
+        ids, groups = ({d: s for d, s in all_.items() if s.generation <= since} for all_ in (self.ids, self.groups))
+        digest = self.past.get(since) or replace(self, ids=ids, groups=groups).digest(key)
+        return digest == manifest.tombstones
+
+    def after(self, generation: int) -> set[tuple[int, int]]:
+        """Places of the tombstones that are newer than a generation."""
+        stones = [*self.ids.values(), *self.groups.values()]
+        return {place for stone in stones if stone.generation > generation for place in stone.places}
+
+    def beyond(self, other: State) -> set[tuple[int, int]]:
+        """Places of the tombstones that another state has not."""
+        pairs = ((self.ids, other.ids), (self.groups, other.groups))
+        return {
+            place for mine, known in pairs for d, stone in mine.items() if d not in known for place in stone.places
+        }
+
+    def only(self, stages: Iterable[Stage]) -> State:
+        """The state with the training records of some stages alone."""
+        names = {stage.name for stage in stages}
+        return replace(self, stages={name: record for name, record in self.stages.items() if name in names})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `.s3t/state.json`."""
@@ -180,6 +206,7 @@ class State:
             "stages": self.stages,
             "caches": list(self.caches),
             "lifted": self.lifted,
+            "past": {str(generation): digest for generation, digest in self.past.items()},
         }
 
     def tombstones_json(self) -> dict[str, Any]:
@@ -204,6 +231,7 @@ class State:
                 dict(data.get("stages", {})),
                 tuple(data.get("caches", ())),
                 {digest: _count(generation) for digest, generation in data.get("lifted", {}).items()},
+                {int(generation): _digest(digest, 64) for generation, digest in data.get("past", {}).items()},
             )
         except DAMAGED as error:
             what = f"{type(error).__name__} {error}"
@@ -211,31 +239,33 @@ class State:
 
 
 def united(ours: State, theirs: State) -> State:
-    """Our state with their tombstones, and without what they readmitted; what is ours alone counts as newest.
+    """Our state with their tombstones, and without what was readmitted after it had been deleted.
 
-    The generation is theirs if they knew all of ours, else a new one, in which both are known.
+    Where the newer of the two knows all of it, the generation is its own; else a new one, above both, as a manifest of
+    neither generation has obeyed all of it. What is learned is of that generation: our manifest has not obeyed it.
     """
-    ids, groups, lifted = dict(ours.ids), dict(ours.groups), dict(ours.lifted)
-    for mine, other in ((ids, theirs.ids), (groups, theirs.groups)):
-        for digest, stone in other.items():
-            if digest not in mine and lifted.get(digest, -1) < stone.generation:
-                mine[digest] = stone
-        for digest, generation in theirs.lifted.items():
-            if digest in mine and digest not in other and mine[digest].generation <= generation:
-                del mine[digest]
-                lifted[digest] = generation
-    alone = [digest for mine, other in ((ids, theirs.ids), (groups, theirs.groups)) for digest in mine.keys() - other]
+    ids, new_ids = _joined(ours.ids, theirs.ids, ours.lifted, theirs.lifted)
+    groups, new_groups = _joined(ours.groups, theirs.groups, ours.lifted, theirs.lifted)
     generation = max(ours.generation, theirs.generation)
-    same = (ids, groups) == (ours.ids, ours.groups)
-    if alone and not same and theirs.generation >= ours.generation:
+    newer = [state for state in (ours, theirs) if state.generation == generation]
+    if any((state.ids.keys(), state.groups.keys()) != (ids.keys(), groups.keys()) for state in newer):
         generation += 1
-    if alone:
-        ids, groups = (
-            {d: replace(s, generation=generation) if d in alone and s.generation <= theirs.generation else s
-             for d, s in stones.items()}
-            for stones in (ids, groups)
-        )  # fmt: skip
+    ids |= {digest: replace(ids[digest], generation=generation) for digest in new_ids}
+    groups |= {digest: replace(groups[digest], generation=generation) for digest in new_groups}
+    lifted = {d: max(ours.lifted.get(d, 0), theirs.lifted.get(d, 0)) for d in {**ours.lifted, **theirs.lifted}}
     return replace(ours, generation=generation, ids=ids, groups=groups, lifted=lifted)
+
+
+Stones = Mapping[str, Tombstone]
+
+
+def _joined(
+    ours: Stones, theirs: Stones, we_lifted: Mapping[str, int], they_lifted: Mapping[str, int]
+) -> tuple[dict[str, Tombstone], set[str]]:
+    """Tombstones of both, and which of them are new to us."""
+    kept = {d: s for d, s in ours.items() if d in theirs or they_lifted.get(d, -1) < s.generation}
+    learned = {d: s for d, s in theirs.items() if d not in ours and we_lifted.get(d, -1) < s.generation}
+    return {**kept, **learned}, set(learned)
 
 
 def _tombstone_json(stone: Tombstone) -> dict[str, Any]:

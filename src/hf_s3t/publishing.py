@@ -11,16 +11,17 @@ import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from huggingface_hub import CommitInfo
 
 from . import deletion
-from .errors import HeadMovedError, StateError, StoreError
+from .errors import StateError, StoreError
 from .folder import StoreFolder
 from .manifest import Manifest, State
 from .plan import Stage
 from .recipe import check_same
-from .sources import RepoSource
+from .sources import RepoSource, on_top
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,10 @@ def push(
     """Brings a repository to what a folder holds, in one commit; see [`S3TStore.push`]. Runs under the write lock."""
     source = repository(target)
     source.repo.create(private)
-    while True:
-        source.look()
-        try:
-            return _push_once(store, target, source, tombstones, message)
-        except HeadMovedError:
-            logger.info("%s has a newer head: looking again", target.path)
+    if tombstones and not source.repo.is_private():
+        raise ValueError(f"{source.repo.repo_id} is public: no tombstones may travel in it. Make it private first.")
+    source.look()
+    return on_top(partial(_push_once, store, target, source, tombstones, message), source.look)
 
 
 def _push_once(
@@ -50,7 +49,7 @@ def _push_once(
         check_same_store(store.manifest(), theirs)
         deletion.absorb(store, target)
     ours = store.manifest()
-    merged = ours if theirs is None else _merged(store, ours, theirs)
+    merged = ours if theirs is None else _merged(store, target, ours, theirs)
     known = theirs.stages if theirs is not None else {}
     for stage, files in merged.stages.items():
         if known.get(stage) != files:
@@ -68,18 +67,16 @@ def _push_once(
     return source.publish(f"{title} ({secrets.token_hex(6)})", _names(merged))
 
 
-def _merged(store: StoreFolder, ours: Manifest, theirs: Manifest) -> Manifest:
+def _merged(store: StoreFolder, target: StoreFolder, ours: Manifest, theirs: Manifest) -> Manifest:
     """Ours, and what others added to the repository since and no deletion of ours hits."""
     state = store.state()
-    if theirs.generation > ours.generation or not _same_past(store, state, theirs):
+    if theirs.generation > ours.generation or not _obeyed(store, target, theirs, state):
         raise StateError(
-            f"The repository obeys deletions (generation {theirs.generation}) that {store.path} has not seen "
+            f"{target.path} obeys deletions (generation {theirs.generation}) that {store.path} has not seen "
             f"(generation {ours.generation}). Nothing was pushed. Bring the state up to date (`hf-s3t state import` "
-            "of a backup from the machine that deleted), then pull."
+            "of a backup from the machine that deleted), then pull; or push to a new repository."
         )
-    stones = [*state.ids.values(), *state.groups.values()]
-    hit = {place for stone in stones if stone.generation > theirs.generation for place in stone.places}
-    stages = dict(ours.stages)
+    stages, hit = dict(ours.stages), deletion.unobeyed(target, theirs, state)
     for stage, files in sorted(theirs.stages.items()):
         kept = stage.parent is None or stages.get(stage.parent) == theirs.stages.get(stage.parent)
         if stage not in stages and kept and not stage.slices & hit:
@@ -87,13 +84,9 @@ def _merged(store: StoreFolder, ours: Manifest, theirs: Manifest) -> Manifest:
     return replace(ours, stages=stages)
 
 
-def _same_past(store: StoreFolder, state: State, theirs: Manifest) -> bool:
-    """Whether our tombstones up to their generation are theirs."""
-    ids, groups = (
-        {digest: stone for digest, stone in stones.items() if stone.generation <= theirs.generation}
-        for stones in (state.ids, state.groups)
-    )
-    return replace(state, ids=ids, groups=groups).digest(store.key) == theirs.tombstones
+def _obeyed(store: StoreFolder, target: StoreFolder, theirs: Manifest, state: State) -> bool:
+    """Whether the state has seen every deletion that a repository obeys."""
+    return deletion.travelling(target, store.key) is not None or state.remembers(theirs, store.key)
 
 
 def _names(manifest: Manifest) -> set[str]:
@@ -125,42 +118,31 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
     """Brings a folder to what a repository holds; see [`S3TStore.pull`]. Runs under the write lock."""
     repository(target).look()
     theirs = target.manifest()
+    ours, state, ahead = replace(theirs, stages={}, root=None), None, False
     if store.exists:
         check_same_store(store.manifest(), theirs)
         deletion.absorb(store, target)
-        ours = store.manifest()
-    else:
-        ours = replace(theirs, stages={}, root=None)
-    state = _state_or_none(store)
-    stones = [*state.ids.values(), *state.groups.values()] if state else []
-    hit = {place for stone in stones if stone.generation > theirs.generation for place in stone.places}
-    behind = theirs.generation > (state.generation if state else -1)
-    stages: dict[Stage, dict[str, str]] = {}
-    for stage, files in sorted(theirs.stages.items()):
-        if not stage.slices & hit:
-            if ours.stages.get(stage) != files:
-                _fetch(store, target, stage, files)
-            stages[stage] = files
+        ours, state = store.manifest(), deletion.state_or_none(store)
+    if state is not None and store.has_key and state.generation >= theirs.generation:
+        ahead = _obeyed(store, target, theirs, state)
+    hit = deletion.unobeyed(target, theirs, state) if state is not None else set()
+    stages = {stage: files for stage, files in theirs.stages.items() if not stage.slices & hit}
     for stage, files in sorted(ours.stages.items()):
         kept = stage.parent is None or stages.get(stage.parent) == ours.stages.get(stage.parent)
-        if stage not in stages and kept and not behind:  # trained here since; one that is behind may have been deleted
+        if ahead and stage not in stages and kept:  # trained here since; else it may have been deleted there
             stages[stage] = files
-    newest = theirs if theirs.generation > ours.generation else ours
-    manifest = replace(theirs, stages=stages, generation=newest.generation, tombstones=newest.tombstones)
-    manifest = store.write_root(manifest)
+    for stage, files in sorted(stages.items()):
+        if ours.stages.get(stage) != files:
+            _fetch(store, target, stage, files)
+    # Where the state has not seen their deletions, the tombstones stay theirs: nothing trains here until it has.
+    tombstones = ours.tombstones if ahead else theirs.tombstones
+    generation = max(ours.generation, theirs.generation)
+    manifest = store.write_root(replace(theirs, stages=stages, generation=generation, tombstones=tombstones))
     store.write_manifest(manifest)
     deletion.sweep(store, manifest)
-    if state is not None:
-        records = {stage.name: state.stages.get(stage.name, {"generation": theirs.generation}) for stage in stages}
-        store.write_state(replace(state, stages=records))
+    if state is not None:  # of what others trained there is no record
+        store.write_state(state.only(stage for stage, files in stages.items() if ours.stages.get(stage) == files))
     return manifest
-
-
-def _state_or_none(store: StoreFolder) -> State | None:
-    try:
-        return store.state()
-    except StateError:
-        return None
 
 
 def _fetch(store: StoreFolder, target: StoreFolder, stage: Stage, files: Mapping[str, str]) -> None:

@@ -6,20 +6,32 @@ and dropped waits until `publish` commits all of it at once. What the files mean
 
 from __future__ import annotations
 
+import logging
 import os
+import random
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.constants import HF_HOME
 
-from .errors import StoreError
+from .errors import HeadMovedError, StoreError
 from .files import inside, remove, write_atomic
 from .hub import HubRepo
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "s3t.json"
 TOMBSTONES = "tombstones.json"
 """In private repositories: keyed digests of what was deleted, without their key."""
+
+
+TRIALS = 12
+"""How often something is made anew because others committed first."""
+LONGEST_WAIT = 3.0
+"""Seconds between two trials, at most."""
 
 
 class FolderSource:
@@ -50,7 +62,10 @@ class FolderSource:
     def publish(self, message: str, stages: set[str]) -> Any:
         """A folder has changed already."""
 
-    def generation_of(self, message: str, asked: int, manifest: int) -> int:
+    def check_writable(self) -> None:
+        """Writing to a folder tells by itself."""
+
+    def generation_of(self, message: str, asked: int, newest: int) -> int:
         """The generation that a deletion makes: the one that its intent asked for, as a folder has one writer."""
         return asked
 
@@ -118,15 +133,14 @@ class RepoSource:
         Raises:
             HeadMovedError: somebody committed meanwhile; nothing was changed.
         """
-        if self._pinned is not None:
-            raise StoreError(
-                f"{self.repo.repo_id} was opened at {self._pinned}. Open it without a revision to change it."
-            )
-        if TOMBSTONES in self.waiting and self.waiting[TOMBSTONES] is not None and not self.repo.is_private():
-            raise StoreError(
-                f"{self.repo.repo_id} is public now, so no tombstones may travel in it. Push it again first."
-            )
+        self._check_head()
         there = self.repo.tree(self.revision)
+        if (self.waiting.get(TOMBSTONES) or TOMBSTONES in there) and not self.repo.is_private():
+            logger.warning(
+                "%s is public now: its tombstones are removed at the head, and travel no more. Its history holds them "
+                "until a purge.", self.repo.repo_id,
+            )  # fmt: skip
+            self.drop(TOMBSTONES)
         folders = {"/".join(path.split("/")[:2]) for path in there if re.match(r"shard-[^/]*/[^/]+/", path)}
         gone = [f"{folder}/" for folder in sorted(folders - stages)]
         gone += [path for path, content in self.waiting.items() if content is None and path in there]
@@ -136,11 +150,22 @@ class RepoSource:
         self.waiting.clear()
         return info
 
-    def generation_of(self, message: str, asked: int, manifest: int) -> int:
+    def _check_head(self) -> None:
+        if self._pinned is not None:
+            raise StoreError(
+                f"{self.repo.repo_id} was opened at {self._pinned}. Open it without a revision to change it."
+            )
+
+    def check_writable(self) -> None:
+        """Raises [`StoreError`] unless a commit may be made, before anything is put on record for it."""
+        self._check_head()
+        self.repo.check_writable()
+
+    def generation_of(self, message: str, asked: int, newest: int) -> int:
         """The generation that a deletion makes on top of what others committed, or has made already."""
-        if manifest < asked or self.repo.landed(message) is not None:
-            return max(asked, 0) if manifest < asked else manifest
-        return manifest + 1
+        if newest < asked:
+            return asked
+        return newest if self.repo.landed(message) is not None else newest + 1
 
     def reached(self, stages: list[str]) -> dict[str, Any]:
         """What a receipt says of where removed stages are still served: in the history, until a purge."""
@@ -154,6 +179,28 @@ class RepoSource:
             elif isinstance(content, bytes) and self.repo.has(path, self.revision):
                 if self.repo.file(path, self.revision).read_bytes() == content:
                     del self.waiting[path]
+
+
+Done = TypeVar("Done")
+
+
+def on_top(attempt: Callable[[], Done], look_again: Callable[[], None]) -> Done:
+    """Tries to commit until nobody else does so in between.
+
+    Raises:
+        StoreError: others kept committing.
+    """
+    for trial in range(TRIALS):
+        try:
+            return attempt()
+        except HeadMovedError as error:
+            logger.info("%s Looking again.", error)
+            time.sleep(random.uniform(0, min(0.1 * 2**trial, LONGEST_WAIT)))  # so that two do not keep meeting
+            look_again()
+    raise StoreError(
+        f"{TRIALS} times somebody else committed first. Run the command again later; a deletion is on record, and is "
+        "carried out first then."
+    )
 
 
 def default_state(repo_id: str) -> Path:

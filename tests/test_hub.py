@@ -1,0 +1,398 @@
+"""A store on the Hub: what is pushed, what is downloaded, what stock PEFT makes of it, a deletion from far away."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from hf_s3t import S3TEnsemble, S3TStore, Stage
+from hub_server import Faults, start
+from machines import Failed, Machine
+from stores import KEY, make_store, people
+from trainers import BASES, batch, logits, make_trainer
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    with start(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(running):
+    yield running
+    vars(running.faults).update(vars(Faults()))
+    for name in list(running.hub.repositories):
+        running.hub.delete(name)
+
+
+@pytest.fixture(scope="module")
+def machine(running, tmp_path_factory):
+    machine = Machine(running, tmp_path_factory.mktemp("machine"))
+    yield machine
+    machine.stop()
+
+
+@pytest.fixture
+def newcomer(running, tmp_path):
+    """A machine that has nothing of it yet."""
+    machine = Machine(running, tmp_path / "newcomer")
+    yield machine
+    machine.stop()
+
+
+# What machines are told
+
+
+def make_and_push(path, repo="owner/m", store=None, **how):
+    return make_store(Path(path), **(store or {})).push(repo, **how).oid
+
+
+def push(path, repo="owner/m", **how):
+    return S3TStore(path).push(repo, **how).oid
+
+
+def delete(repo="owner/m", state=None, key=None, **request):
+    request["slices"] = [tuple(place) for place in request.get("slices", ())]
+    return S3TStore(repo, key, state=state).delete(**request).to_json()
+
+
+def status(repo="owner/m", state=None):
+    return S3TStore(repo, state=state).status().to_json()
+
+
+def cached():
+    """Names of the files in the cache, without their revision."""
+    found = (path for path in Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/**/*") if not path.is_dir())
+    return sorted({"/".join(path.parts[path.parts.index("snapshots") + 2 :]) for path in found})
+
+
+def assemble(repo="owner/m", revision=None):
+    store = S3TStore(repo, revision=revision)
+    served = store.served()
+    return {str(shard): list(store.assemble(shard, prefix).tensors) for shard, prefix in served.items()}
+
+
+def train_and_push(path, base="llama", repo="owner/m", **changes):
+    trainer = make_trainer(path, base=base, args={"push_to_hub": True, "hub_model_id": repo, **changes})
+    trainer.train()
+    info = trainer.push_to_hub()
+    return {"oid": info.oid, "url": info.commit_url, "kind": type(info).__name__}
+
+
+def answers(path, base="llama", repo="owner/m"):
+    """Largest differences between the served model here and what others load from the repository."""
+    from peft import PeftModel
+
+    build, rows, _ = BASES[base]
+    inputs = batch(rows(24))
+    expected = logits(S3TEnsemble.from_pretrained(Path(path), build()), inputs)
+    store = S3TStore(path)
+    first = Stage(0, store.served()[0]).path[0]
+    store.export(Path(path).parent / "first", prefix=first)
+    alone = logits(PeftModel.from_pretrained(build(), str(Path(path).parent / "first")), inputs)
+    return {
+        "ensemble": (logits(S3TEnsemble.from_pretrained(repo, build()), inputs) - expected).abs().max().item(),
+        "root": (logits(PeftModel.from_pretrained(build(), repo), inputs) - expected).abs().max().item(),
+        "stage": (logits(PeftModel.from_pretrained(build(), repo, subfolder=first.name), inputs) - alone)
+        .abs()
+        .max()
+        .item(),
+        "base": (logits(build(), inputs) - expected).abs().max().item(),
+    }
+
+
+def contents(repository, revision="main"):
+    entries = [entry for entry in repository.entries(revision).values() if not entry.folder]
+    read = {e.path: repository.content(e.sha256) if e.sha256 else repository.read(e) for e in entries}
+    return {path: data for path, data in read.items() if path != ".gitattributes"}
+
+
+def changed(repository):
+    """Paths that the newest commit changed."""
+    return set(repository.git("diff", "--name-only", "main~1", "main").decode().split())
+
+
+# Pushing
+
+
+def test_a_push_is_one_private_commit_of_the_published_files_alone(server, machine, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    repository = server.repository("owner/m")
+    assert [row["title"].split(" (")[0] for row in repository.log()] == ["Generation 0", "initial commit"]
+    assert repository.meta["private"]
+    local = {p.relative_to(tmp_path / "out").as_posix(): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    local = {name: path.read_bytes() for name, path in local.items() if not name.startswith(".s3t/")}
+    found = contents(repository)
+    assert json.loads(found.pop("tombstones.json"))["ids"] == {}
+    assert found == local
+    entries = repository.entries("main")
+    large = [entries[path].sha256 for path in found if path.endswith(".safetensors")]
+    assert None not in large and len(set(large)) == len(large) == 18 + 1
+
+
+def test_nothing_of_examples_key_or_place_is_pushed(server, machine, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    store = S3TStore(tmp_path / "out")
+    machine(delete, state=tmp_path / "out/.s3t", ids=["row-3"])
+    secrets = [row[column] for row in people() for column in row] + [KEY.hex(), str(tmp_path), tmp_path.name]
+    secrets += list(store.index())
+    for row in server.repository("owner/m").log():
+        for path, data in contents(server.repository("owner/m"), row["id"]).items():
+            said = data.decode(errors="replace") + row["title"] + row["message"]
+            assert not [secret for secret in secrets if secret in said], path
+
+
+def test_pushing_again_sends_what_changed(server, machine, tmp_path):
+    plan = {"trained": 16}
+    first = machine(make_and_push, path=tmp_path / "out", store=plan)
+    assert machine(push, path=tmp_path / "out") == first
+    repository = server.repository("owner/m")
+    before = repository.large()
+    machine(make_and_push, path=tmp_path / "more", repo="owner/other")
+    assert machine(push, path=tmp_path / "more", repo="owner/m") != first
+    stages = {path.rpartition("/")[0] for path in changed(repository) if path.startswith("shard-")}
+    assert len(stages) == 2 and len(repository.large() - before) in (2, 3)
+    assert len(repository.log()) == 3
+
+
+def test_a_repository_of_another_store_is_left_alone(server, machine, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    head = server.repository("owner/m").resolve("main")
+    machine(make_and_push, path=tmp_path / "other", repo="owner/n", store={"key": "another key, of 16 bytes"})
+    with pytest.raises(Failed, match="StoreError: The repository holds another store"):
+        machine(push, path=tmp_path / "other")
+    assert server.repository("owner/m").resolve("main") == head
+
+
+def test_a_public_repository_has_no_tombstones(server, machine, tmp_path):
+    machine(make_and_push, path=tmp_path / "out", private=False)
+    repository = server.repository("owner/m")
+    assert not repository.meta["private"] and "tombstones.json" not in repository.entries("main")
+    with pytest.raises(Failed, match="ValueError: .* is public: no tombstones"):
+        machine(push, path=tmp_path / "out", tombstones=True)
+    machine(make_and_push, path=tmp_path / "more", repo="owner/n")
+    repository = server.repository("owner/n")
+    repository.meta["private"] = False  # since then
+    machine(delete, repo="owner/n", state=tmp_path / "more/.s3t", ids=["row-3"])
+    assert "tombstones.json" not in repository.entries("main")
+    assert json.loads(contents(repository)["s3t.json"])["generation"] == 1
+
+
+def test_each_stage_is_uploaded_apart_from_the_others(server, running, tmp_path):
+    machine = Machine(running, tmp_path / "xet", xet=True)
+    try:
+        machine(make_and_push, path=tmp_path / "out")
+    finally:
+        machine.stop()
+    repository = server.repository("owner/m")
+    entries = [e for e in repository.entries("main").values() if e.path.endswith(".safetensors")]
+    held = {sha256: xorbs for sha256, _, xorbs, _ in repository.cas._files()}
+    pools = [frozenset(held[entry.sha256]) for entry in entries]
+    assert len(pools) == 19 and all(len(pool) == 1 for pool in pools) and len(set(pools)) == 19
+    assert len(repository.log()) == 2
+
+
+def test_a_token_that_may_not_write_changes_nothing_anywhere(server, machine, running, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    head = server.repository("owner/m").resolve("main")
+    state = tmp_path / "out/.s3t"
+    before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file() and "write." not in path.name}
+    for token, message in (("hf_reader", "No right to write"), ("hf_stranger", "no access"), ("", "no access")):
+        other = Machine(running, tmp_path / f"home{token}", token=token)
+        try:
+            with pytest.raises(Failed, match=message):
+                other(delete, state=state, ids=["row-3"])
+        finally:
+            other.stop()
+    after = {path: path.read_bytes() for path in state.rglob("*") if path.is_file() and "write." not in path.name}
+    assert after == before and server.repository("owner/m").resolve("main") == head
+
+
+# Downloading
+
+
+def test_what_is_asked_decides_what_is_downloaded(server, machine, newcomer, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    assert newcomer(status)["served"] == {"shard-00/0-1-2": [0, 1, 2], "shard-01/0-1-2": [0, 1, 2]}
+    assert newcomer(cached) == ["s3t.json"]
+    newcomer(assemble)
+    stages = [f"shard-0{shard}/{prefix}" for shard in (0, 1) for prefix in ("0", "0-1", "0-1-2")]
+    names = [f"{stage}/{file}" for stage in stages for file in ("adapter_config.json", "adapter_model.safetensors")]
+    assert newcomer(cached) == sorted(["s3t.json", *names])
+
+
+@pytest.mark.parametrize("gone", ["offline", "no server"])
+def test_what_is_cached_is_read_without_the_hub(server, machine, newcomer, tmp_path, gone):
+    machine(make_and_push, path=tmp_path / "out")
+    before = newcomer(assemble)
+    variables = {"HF_HUB_OFFLINE": "1"} if gone == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    again = Machine(server, tmp_path / "newcomer", **variables)
+    try:
+        assert again(assemble) == before
+        with pytest.raises(Failed, match="StoreError|HubError"):
+            again(status, repo="owner/never-seen")
+    finally:
+        again.stop()
+
+
+def test_a_revision_is_read_for_good_and_never_changed(server, machine, tmp_path):
+    first = machine(make_and_push, path=tmp_path / "out")
+    before = machine(assemble)
+    machine(delete, state=tmp_path / "out/.s3t", slices=[(0, 0), (0, 1), (0, 2)])
+    assert list(machine(assemble)) == ["1"]
+    assert machine(assemble, revision=first) == before
+    with pytest.raises(Failed, match="Open it without a revision"):
+        machine(delete_at, revision=first, state=str(tmp_path / "out/.s3t"))
+
+
+def delete_at(revision, state):
+    S3TStore("owner/m", revision=revision, state=state).delete(slices=[(1, 0)])
+
+
+# What others load
+
+
+@pytest.mark.parametrize("base", ["llama", "bert"])
+def test_stock_peft_and_the_ensemble_answer_as_the_store_does(server, machine, newcomer, tmp_path, base):
+    pushed = machine(train_and_push, path=tmp_path / "out", base=base)
+    repository = server.repository("owner/m")
+    assert pushed["kind"] == "CommitInfo" and pushed["oid"] == repository.resolve("main")
+    assert pushed["url"].endswith(f"/owner/m/commit/{pushed['oid']}") and repository.meta["private"]
+    assert not [
+        path for path in repository.entries("main") if re.search("optim|scheduler|rng|training_args|s3t/", path)
+    ]
+    found = newcomer(answers, path=tmp_path / "out", base=base)
+    assert found.pop("base") > 1e-3
+    assert found == {"ensemble": 0.0, "root": 0.0, "stage": 0.0}
+
+
+def test_the_hubs_own_snippet_and_the_cards_lines_work(server, machine, newcomer, tmp_path):
+    machine(train_with_base, path=tmp_path / "out")
+    assert newcomer(run_snippets) == {"hub": 0.0, "card": 0.0, "prefix": 0.0}
+    card = contents(server.repository("owner/m"))["README.md"].decode()
+    assert "base_model: owner/base" in card and "library_name: peft" in card
+
+
+def train_with_base(path):
+    model = BASES["llama"][0]()
+    model.push_to_hub("owner/base", private=True)
+    trainer = make_trainer(path, base_model_id="owner/base", args={"hub_model_id": "owner/m"})
+    trainer.train()
+    future = trainer.push_to_hub(blocking=False, commit_message="First")
+    assert future.result().commit_message.startswith("First")
+
+
+def run_snippets():
+    import transformers
+    from huggingface_hub import ModelCard, snapshot_download
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    inputs = batch(BASES["llama"][1](24))
+    expected = logits(S3TEnsemble.from_pretrained("owner/m"), inputs)
+    base_model = AutoModelForCausalLM.from_pretrained("owner/base")
+    hub = logits(PeftModel.from_pretrained(base_model, "owner/m"), inputs)
+    blocks = re.findall(r"```python\n(.*?)```", ModelCard.load("owner/m").text, re.S)
+    assert len(blocks) == 3
+    found = []
+    for block in blocks[1:]:
+        scope = {"transformers": transformers}
+        exec(blocks[0], scope)
+        scope["store"] = snapshot_download("owner/m")
+        exec(block, scope)
+        found.append(logits(scope["model"], inputs))
+    differences = {"hub": hub, "card": found[0], "prefix": found[1]}
+    return {name: (value - expected).abs().max().item() for name, value in differences.items()}
+
+
+def test_ways_of_pushing_that_would_leave_out_the_store_are_refused(machine, server, tmp_path):
+    with pytest.raises(Failed, match="ValueError: .*main branch"):
+        machine(push_to_branch, path=tmp_path / "out")
+    with pytest.raises(Failed, match="ValueError: .*hub_strategy"):
+        machine(train_and_push, path=tmp_path / "out2", hub_strategy="all_checkpoints", save_strategy="epoch")
+
+
+def push_to_branch(path):
+    make_trainer(path, args={"hub_model_id": "owner/m"}).push_to_hub(revision="dev")
+
+
+# Deleting from far away
+
+
+def test_a_deletion_is_one_commit_that_removes_the_stages(server, machine, newcomer, tmp_path):
+    first = machine(make_and_push, path=tmp_path / "out")
+    place = machine(locate, state=tmp_path / "out/.s3t", name="row-3")
+    receipt = machine(delete, state=tmp_path / "out/.s3t", ids=["row-3"])
+    repository = server.repository("owner/m")
+    head = repository.resolve("main")
+    assert [row["title"] for row in repository.log()][0] == f"Deletion {receipt['receipt']}"
+    assert len(repository.log()) == 3
+    manifest = json.loads(contents(repository)["s3t.json"])
+    gone = {name for name in receipt["stages_removed"]}
+    assert gone and all(tuple(place) in Stage.from_name(name).slices for name in gone)
+    assert not gone & set(manifest["stages"]) and manifest["generation"] == 1
+    assert not [path for path in repository.entries("main") if path.startswith(tuple(f"{name}/" for name in gone))]
+    assert changed(repository) - {"adapter_config.json"} == {
+        *(f"{name}/{file}" for name in gone for file in ("adapter_config.json", "adapter_model.safetensors")),
+        "README.md", "s3t.json", "tombstones.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    assert receipt["status"] == "inactive_at_head" and receipt["still_served_at"] == [first]
+    assert not any(name in contents(repository)["README.md"].decode() for name in gone)
+    assert newcomer(status)["trained"] == 18 - len(gone) and head != first
+    again = machine(delete, state=tmp_path / "out/.s3t", ids=["row-3"])
+    assert again["status"] == "unchanged" and repository.resolve("main") == head
+
+
+def locate(state, name, repo="owner/m"):
+    return S3TStore(repo, state=state).locate(ids=[name])[0].places[0]
+
+
+def test_pushing_can_not_be_left_out(server, machine, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    with pytest.raises(Failed, match="ValueError: .*`push=False`"):
+        machine(delete, state=tmp_path / "out/.s3t", ids=["row-3"], push=False)
+    assert len(server.repository("owner/m").log()) == 2
+
+
+def test_without_a_state_slices_can_be_deleted_and_ids_can_not(server, machine, newcomer, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    for key in (None, KEY.hex()):
+        with pytest.raises(Failed, match=r"(?s)StateError: .*--state.*HF_S3T_STATE.*delete\(slices=\.\.\.\)"):
+            newcomer(delete, ids=["row-3"], key=key)
+    assert len(server.repository("owner/m").log()) == 2
+    receipt = newcomer(delete, slices=[(0, 1)])
+    manifest = json.loads(contents(server.repository("owner/m"))["s3t.json"])
+    assert receipt["status"] == "inactive_at_head" and manifest["generation"] == 1
+    assert not any((0, 1) in Stage.from_name(name).slices for name in manifest["stages"])
+
+
+def test_the_environment_may_name_the_state(server, machine, running, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    other = Machine(running, tmp_path / "other", HF_S3T_STATE=str(tmp_path / "out/.s3t"))
+    try:
+        assert other(delete, ids=["row-3"])["found"] == 1
+    finally:
+        other.stop()
+
+
+def test_a_listing_in_pages_is_read_whole(server, machine, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    server.faults.page_size = 2
+    machine(delete, state=tmp_path / "out/.s3t", slices=[(0, 0), (0, 1), (0, 2)])
+    assert not [path for path in server.repository("owner/m").entries("main") if path.startswith("shard-00")]
+
+
+def test_no_file_is_opened_that_a_hub_process_was_not_told_of(machine, tmp_path):
+    """The machines of these tests run this tree's code, not an installed one."""
+    assert Path(machine(where)).is_relative_to(Path(__file__).parent.parent)
+    assert subprocess.run(["git", "--version"], capture_output=True).returncode == 0
+
+
+def where():
+    import hf_s3t
+
+    return hf_s3t.__file__
