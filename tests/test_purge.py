@@ -116,7 +116,8 @@ def test_an_address_that_an_edge_still_answers_is_pending(hub: Any, tmp_path: Pa
 
 
 def test_asking_for_an_address_does_not_warm_the_edge(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path, others=False, cdn_ttl=1000, purge_delay=1000)
+    # The edge knows what it has by the name of the repository, so this one has a name of its own.
+    case = Case(*hub, tmp_path, "owner/cool", others=False, cdn_ttl=1000, purge_delay=1000)
     report = case.purge(seconds=0.5)
     waiting = [answer for way, _, answer in report["pending"] if way == "address"]
     assert waiting == ["not asked while the Hub has the content"] * 4

@@ -1,0 +1,169 @@
+"""The command line against the Hub of the tests: push, pull, delete, purge, recheck, and what each ends with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hub_client import Client
+from hub_server import Faults, Server, start
+from purging import pushed, refs
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Client]]:
+    folder = tmp_path_factory.mktemp("hub")
+    with start(folder / "hub") as server:
+        client = Client(server, folder / "home")
+        yield server, client
+        client.close()
+
+
+@pytest.fixture
+def hub(running: tuple[Server, Client]) -> Iterator[tuple[Server, Client]]:
+    yield running
+    server, _ = running
+    vars(server.faults).update(vars(Faults()))
+    for name in list(server.hub.repositories):
+        server.hub.delete(name)
+
+
+def command(line: list[str], variables: dict[str, str]) -> list[Any]:
+    """Exit code, standard output and standard error of `hf-s3t`."""
+    import os
+
+    from typer.testing import CliRunner
+
+    from hf_s3t import cli
+
+    os.environ.update(variables)
+    result = CliRunner().invoke(cli.app, line)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return [result.exit_code, result.stdout, result.stderr]
+
+
+class Terminal:
+    """Runs `hf-s3t` in the process of a client."""
+
+    def __init__(self, client: Client, **variables: str):
+        self.client, self.variables = client, variables
+
+    def __call__(self, *line: object, code: int = 0, token: str | None = None) -> str:
+        words = [str(word) for word in line]
+        found, out, err = self.client(command, line=words, variables=self.variables, token=token)
+        assert found == code, (found, out, err)
+        return " ".join((out + err).split())
+
+    def json(self, *line: object, code: int = 0) -> Any:
+        found, out, err = self.client(command, line=[*map(str, line), "--json"], variables=self.variables)
+        assert found == code, (found, out, err)
+        (outcome,) = json.loads(out)
+        assert outcome["exit_code"] == code
+        return outcome["result"]
+
+
+def test_the_life_cycle(hub: Any, tmp_path: Path) -> None:
+    server, client = hub
+    run = Terminal(client, HF_S3T_STATE=str(tmp_path / "out/.s3t"))
+    client(pushed, folder=str(tmp_path / "out"), name="owner/first")
+    assert "owner/model is what" in run("push", tmp_path / "out", "owner/model")
+    assert run.json("push", tmp_path / "out", "owner/model")["commit"] == server.repository("owner/model").resolve(
+        "main"
+    )
+    assert "4 of 4 trained" in run("status", "owner/model") and "history" not in run("status", "owner/model")
+    assert "shard-00/1" in run("locate", "owner/model", "--ids", "row-1") + run(
+        "locate", "owner/model", "--ids", "row-2"
+    )
+    assert "Dry run" in run("delete", "owner/model", "--slices", "0:1", "--dry-run")
+
+    text = run("delete", "owner/model", "--slices", "0:1", code=3)
+    assert "no longer served by the head of owner/model since" in text and "hf-s3t purge owner/model" in text
+    assert "still served at" in text and "refs/heads/main" not in text
+    assert "was deleted from" in run("delete", "owner/model", "--slices", "0:1", code=3)
+    assert "still serves what was deleted by receipt-" in run("status", "owner/model")
+    (receipt,) = run.json("status", "owner/model")["unpurged"]
+
+    server.faults.purge_delay = 1000
+    report = tmp_path / "report.json"
+    text = run("purge", "owner/model", "--report", report, "--seconds", "0.1", code=3)
+    assert "Purge of owner/model: pending" in text and f"hf-s3t recheck {report}" in text and receipt in text
+    assert run("delete", "owner/model", "--slices", "0:1", code=3) and report.stat().st_mode & 0o77 == 0
+    assert "pending" in run("recheck", report, code=3)
+    server.repository("owner/model").settle(at_once=True)
+    assert "Purge of owner/model: no longer served" in run("recheck", report)
+    assert run.json("recheck", report)["status"] == "no_longer_served"
+    assert "history" not in run("status", "owner/model")
+    assert "was deleted from" in run("delete", "owner/model", "--slices", "0:1")
+
+    assert "is what owner/model holds" in run("pull", tmp_path / "out", "owner/model")
+    assert "1 of 4 trained" in run("status", tmp_path / "out")
+    run("verify", tmp_path / "out")
+
+
+def test_delete_and_purge_at_once(hub: Any, tmp_path: Path) -> None:
+    server, client = hub
+    client(pushed, folder=str(tmp_path / "out"), name="owner/model")
+    client(refs, name="owner/model")
+    run, state = Terminal(client), ("--state", tmp_path / "out/.s3t")
+    head = server.repository("owner/model").resolve("main")
+    text = run("delete", "owner/model", "--slices", "0:1", "--purge", *state, code=2)
+    assert "refs/tags/v1" in text and "--keep-ref" in text and "--drop-refs" in text and "Nothing was changed" in text
+    assert server.repository("owner/model").resolve("main") == head
+    assert "refs/tags/v9" in run("purge", "owner/model", "--keep-ref", "refs/tags/v9", *state, code=2)
+    kept = run("delete", "owner/model", "--slices", "0:1", "--purge", "--keep-ref", "dev", *state, code=3)
+    assert "pending" in kept and "refs/heads/dev" in kept
+    receipt = run.json("delete", "owner/model", "--slices", "0:1", "--purge", "--drop-refs", *state)
+    assert receipt["status"] == "no_longer_served" and receipt["still_served_at"] == []
+    assert set(server.repository("owner/model").refs()) == {"refs/heads/main"}
+
+
+def test_what_a_person_does_wrong_is_said(hub: Any, tmp_path: Path) -> None:
+    server, client = hub
+    client(pushed, folder=str(tmp_path / "out"), name="owner/model")
+    run, state = Terminal(client), ("--state", tmp_path / "out/.s3t")
+    text = run("status", "owner/nothing", code=2)
+    assert "no folder owner/nothing" in text and "no repository owner/nothing" in text and "Traceback" not in text
+    client(empty, name="owner/empty")
+    text = run("status", "owner/empty", code=2)
+    assert "no folder owner/empty" in text and "no s3t.json" in text
+    assert "no store here" in run("status", tmp_path / "nothing", code=2)
+    reader, stranger = server.reader_token, server.stranger_token
+    assert "write access" in run("purge", "owner/model", *state, code=2, token=reader)
+    text = run("delete", "owner/model", "--slices", "0:1", *state, code=2, token=reader)
+    assert "No right to write" in text and "Traceback" not in text
+    assert "no access to it" in run("purge", "owner/model", *state, code=2, token=stranger)
+    assert "id" in run("push", tmp_path / "out", tmp_path / "elsewhere", code=2)
+    for content in ("", "[]", '{"repo": "owner/model"}'):
+        (tmp_path / "no report.json").write_text(content)
+        assert "Traceback" not in run("recheck", tmp_path / "no report.json", code=5 if content else 5)
+    assert "No such file" in run("recheck", tmp_path / "absent.json", code=2)
+
+
+def empty(name: str) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(name)
+
+
+def test_a_hub_that_does_not_answer_is_a_message(tmp_path: Path) -> None:
+    with start(tmp_path / "hub") as server:
+        client = Client(server, tmp_path / "home")
+        client(pushed, folder=str(tmp_path / "out"), name="owner/model")
+        client(command, line=["delete", "owner/model", "--slices", "0:1"], variables={})
+        run = Terminal(client, HF_S3T_STATE=str(tmp_path / "out/.s3t"))
+        report = tmp_path / "report.json"
+        run("purge", "owner/model", "--report", report)
+        data = json.loads(report.read_text())
+        data["probes"][0]["served"] = None
+        report.write_text(json.dumps(data))
+    try:
+        for line in (["purge", "owner/model"], ["push", tmp_path / "out", "owner/model"]):
+            text = run(*line, code=2)
+            assert "Traceback" not in text and ("did not answer" in text or "can not be" in text or "cached" in text)
+        assert "no answer: ConnectError" in run("recheck", report, code=3)
+    finally:
+        client.close()
