@@ -131,9 +131,11 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
         kept = stage.parent is None or stages.get(stage.parent) == ours.stages.get(stage.parent)
         if ahead and stage not in stages and kept:  # trained here since; else it may have been deleted there
             stages[stage] = files
-    for stage, files in sorted(stages.items()):
-        if ours.stages.get(stage) != files:
-            _fetch(store, target, stage, files)
+    new = {stage: files for stage, files in sorted(stages.items()) if ours.stages.get(stage) != files}
+    for stage in new:
+        target.read_stage(stage)  # refused before anything is written here
+    for stage, files in new.items():
+        _fetch(store, target, stage, files)
     # Where the state has not seen their deletions, the tombstones stay theirs: nothing trains here until it has.
     tombstones = ours.tombstones if ahead else theirs.tombstones
     generation = max(ours.generation, theirs.generation)
