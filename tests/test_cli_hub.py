@@ -83,7 +83,7 @@ def test_the_life_cycle(hub: Any, tmp_path: Path) -> None:
     text = run("delete", "owner/model", "--slices", "0:1", code=3)
     assert "no longer served by the head of owner/model since" in text and "hf-s3t purge owner/model" in text
     assert "still served at" in text and "refs/heads/main" not in text
-    assert "was deleted from" in run("delete", "owner/model", "--slices", "0:1", code=3)
+    assert "0 stages are" in run("delete", "owner/model", "--slices", "0:1", code=3)
     assert "still serves what was deleted by receipt-" in run("status", "owner/model")
     (receipt,) = run.json("status", "owner/model")["unpurged"]
 
@@ -97,7 +97,7 @@ def test_the_life_cycle(hub: Any, tmp_path: Path) -> None:
     assert "Purge of owner/model: no longer served" in run("recheck", report)
     assert run.json("recheck", report)["status"] == "no_longer_served"
     assert "history" not in run("status", "owner/model")
-    assert "was deleted from" in run("delete", "owner/model", "--slices", "0:1")
+    assert "0 stages are" in run("delete", "owner/model", "--slices", "0:1")
 
     assert "is what owner/model holds" in run("pull", tmp_path / "out", "owner/model")
     assert "1 of 4 trained" in run("status", tmp_path / "out")
@@ -139,8 +139,8 @@ def test_what_a_person_does_wrong_is_said(hub: Any, tmp_path: Path) -> None:
     assert "id" in run("push", tmp_path / "out", tmp_path / "elsewhere", code=2)
     for content in ("", "[]", '{"repo": "owner/model"}'):
         (tmp_path / "no report.json").write_text(content)
-        assert "Traceback" not in run("recheck", tmp_path / "no report.json", code=5 if content else 5)
-    assert "No such file" in run("recheck", tmp_path / "absent.json", code=2)
+        assert "Traceback" not in run("recheck", tmp_path / "no report.json", code=5)
+    assert "does not exist" in run("recheck", tmp_path / "absent.json", code=2)
 
 
 def empty(name: str) -> None:

@@ -47,8 +47,14 @@ def struck(name: str, folder: str, step: str, when: str) -> str:
     from hf_s3t import S3TStore
     from hf_s3t.errors import HubError
 
-    patterns = {"close": "POST .*/status$", "ref": "DELETE .*/ref$", "branch": "DELETE .*/branch/", "tag": "DELETE .*/tag/",
-                "squash": "POST .*/super-squash/", "purge": "POST .*/lfs-files/batch$"}  # fmt: skip
+    patterns = {
+        "close": "POST .*/status$",
+        "ref": "DELETE .*/ref$",
+        "branch": "DELETE .*/branch/",
+        "tag": "DELETE .*/tag/",
+        "squash": "POST .*/super-squash/",
+        "purge": "POST .*/lfs-files/batch$",
+    }
 
     class Transport(httpx2.HTTPTransport):
         def handle_request(self, request: httpx2.Request) -> httpx2.Response:

@@ -167,9 +167,10 @@ def delete(
             dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
             purge=purge, keep_refs=_kept(keep_refs, drop_refs),
         )  # fmt: skip
-        pending = receipt.exports or receipt.status == "pending" or _unpurged(store)
+        unpurged = [] if dry_run else _unpurged(store)
+        pending = receipt.exports or receipt.status == "pending" or unpurged
         code = PENDING if pending and not dry_run else DONE
-        return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt))
+        return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt, unpurged))
 
     _run(stores, key_file, as_json, verb, state)
 
@@ -240,7 +241,9 @@ def purge(
 
 @app.command()
 def recheck(
-    report: Annotated[Path, typer.Argument(help="File that `purge` wrote; it is brought up to date.")],
+    report: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="File that `purge` wrote; it is brought up to date.")
+    ],
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:

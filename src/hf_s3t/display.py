@@ -53,8 +53,8 @@ def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
     return table
 
 
-def show_receipt(path: str, receipt: Receipt) -> RenderableType:
-    """What a deletion did, or would do."""
+def show_receipt(path: str, receipt: Receipt, unpurged: Sequence[str] = ()) -> RenderableType:
+    """What a deletion did, or would do; `unpurged` are deletions that the history of a repository still has."""
     rows: list[tuple[str, Any]] = [
         ("request", _request_line(receipt)),
         ("examples", f"{receipt.examples} of this request"),
@@ -70,6 +70,8 @@ def show_receipt(path: str, receipt: Receipt) -> RenderableType:
         rows.insert(6, ("exports removed", "\n".join(receipt.exports_removed)))
     if receipt.still_served_at:
         rows.insert(4, ("still served at", "\n".join(receipt.still_served_at) + "\nuntil the history is purged"))
+    if unpurged:
+        rows.append(("history", f"still serves what was deleted by {', '.join(unpurged)}: hf-s3t purge {path}"))
     if receipt.reference:
         rows.append(("reference", receipt.reference))
     rows.append(("receipt", "none, as nothing was changed" if receipt.status == "dry run" else receipt.receipt))
@@ -118,8 +120,7 @@ def _sentence(path: str, receipt: Receipt) -> str:
         return f"Everything asked for was deleted from {path} before. {changed} changed."
     at_head = receipt.status in ("inactive_at_head", "pending")
     where = f"the head of {path}" if at_head else path
-    purge = f" Its history still serves them: hf-s3t purge {path}." if receipt.status == "inactive_at_head" else ""
-    purge = " The purge of its history is pending: recheck its report." if receipt.status == "pending" else purge
+    purge = " The purge of its history is pending: recheck its report." if receipt.status == "pending" else ""
     return (
         f"{stages} {'is' if count == 1 else 'are'} no longer served by {where} since {receipt.inactive_since}.{purge}"
     )

@@ -78,7 +78,7 @@ class S3TEnsemble(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | S3TStore,
         base_model: nn.Module | str | None = None,
         combine: Combine = "probabilities",
         *,
@@ -88,7 +88,9 @@ class S3TEnsemble(nn.Module):
         """Loads the base model once, and the served prefixes of a store onto it.
 
         Args:
-            folder (`str` or `Path`): the store. Answering and refreshing need neither key nor state, deleting does.
+            folder (`str`, `Path` or [`S3TStore`]): the store: a folder, the id of a repository, or one that was opened
+                already (`S3TStore("me/model", revision=..., state=...)`). Answering and refreshing need neither key
+                nor state, deleting does.
             base_model (`PreTrainedModel` or `str`, *optional*): the bare base, which will carry the adapters, or where
                 to load it from. `None`: the id that the store names.
             combine (`"probabilities"` or `"logits"`): what is averaged over the members.
@@ -98,7 +100,7 @@ class S3TEnsemble(nn.Module):
         Raises:
             StoreError: the store does not say which base it needs, its files are damaged, or the base is another one.
         """
-        store = S3TStore(folder, key)
+        store = folder if isinstance(folder, S3TStore) else S3TStore(folder, key)
         manifest = store.live()
         if not isinstance(base_model, nn.Module):
             base_model = _load_base(store, manifest, base_model, kwargs)

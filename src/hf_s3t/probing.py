@@ -82,6 +82,7 @@ class PurgeReport:
         head (`str`): the commit that is left.
         receipts (`list[str]`): names of the deletions whose stages it is about.
         removed (`dict[str, list[str]]`): sha256 of each removed large file -> the paths that it had.
+        held (`list[str]`): sha256 of those that a kept branch has at its head, and so stay.
         refs_removed, refs_kept (`list[str]`): branches, tags and pull requests.
         probes (`list[Probe]`): every probe with its last answer.
         caches_cleared (`list[str]`): of this machine, named below their cache.
@@ -94,6 +95,7 @@ class PurgeReport:
     head: str = ""
     receipts: list[str] = field(default_factory=list)
     removed: dict[str, list[str]] = field(default_factory=dict)
+    held: list[str] = field(default_factory=list)
     refs_removed: list[str] = field(default_factory=list)
     refs_kept: list[str] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
@@ -139,7 +141,10 @@ class PurgeReport:
             *([f"for {', '.join(self.receipts)}"] if self.receipts else []),
             "",
             f"{len(self.removed)} large files removed:",
-            *(f"  {oid[:16]}  {', '.join(paths) or 'no name known'}" for oid, paths in sorted(self.removed.items())),
+            *(
+                f"  {oid[:16]}  {', '.join(paths) or 'no name known'}{', held by a kept branch' * (oid in self.held)}"
+                for oid, paths in sorted(self.removed.items())
+            ),
             "",
             f"refs removed: {', '.join(self.refs_removed) or 'none'}",
             f"refs kept: {', '.join(self.refs_kept) or 'none'}",
@@ -182,7 +187,8 @@ def recheck(repo: HubRepo, report: PurgeReport, seconds: float = 0.0) -> PurgeRe
     deadline, pause = time.monotonic() + seconds, 0.2
     while True:
         report = _asked(repo, report)
-        if not report.pending or time.monotonic() + pause > deadline:
+        waits = [probe for probe in report.pending if probe.oid not in report.held]  # what is held does not settle
+        if not waits or time.monotonic() + pause > deadline:
             return report
         time.sleep(pause)
         pause = min(2 * pause, 10.0)

@@ -135,7 +135,7 @@ def _prepare(repo: HubRepo, kept: list[str], dropped: list[str], known: Known) -
     began = now()
     report = PurgeReport(
         repo.repo_id, "pending", began, began, "", [receipt["receipt"] for receipt in known.receipts],
-        names, dropped, kept, _asked_before(repo, probes),
+        names, sorted(gone & live), dropped, kept, _asked_before(repo, probes),
     )  # fmt: skip
     return (_joined(known.earlier, report, own) if known.earlier else report), unwanted
 

@@ -86,16 +86,20 @@ class ServedModelMixin(TrainerBase):
         return receipt
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the root adapter and the tokenizer; the store itself holds its root adapter already."""
+        """Writes the root adapter and the tokenizer; the store itself holds its root adapter already.
+
+        With `args.push_to_hub` the store is pushed, too.
+        """
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
         target = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save or target.resolve() == self.store.path.resolve():
-            return
-        self.store.export(target)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(target)
+        if self.args.should_save and target.resolve() != self.store.path.resolve():
+            self.store.export(target)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(target)
+        if self.args.push_to_hub:  # as upstream's
+            self.push_to_hub(commit_message="Model save")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The store writes its own card: the Trainer's would name datasets and losses, and replace it."""

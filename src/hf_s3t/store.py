@@ -85,11 +85,16 @@ class Status:
 
 
 class S3TStore(StoreFolder):
-    """A store of stages in a folder.
+    """A store of stages, in a folder or in a repository on the Hub.
 
     Args:
-        path (`str` or `Path`): the `output_dir` of a training.
-        key (`str` or `bytes`, *optional*): the partition key; `None`: `HF_S3T_KEY`, else `.s3t/partition.key`.
+        path (`str` or `Path`): the `output_dir` of a training, or the id of a repository (`"me/model"`, where there is
+            no such folder). What is read from a repository is downloaded; what changes it is committed to it.
+        key (`str` or `bytes`, *optional*): the partition key; `None`: `HF_S3T_KEY`, else `partition.key` of the state.
+        state (`str` or `Path`, *optional*): the folder of the state. `None`: `.s3t/` in the folder; of a repository
+            what `HF_S3T_STATE` says. Without it a repository can be read, and whole slices can be deleted.
+        revision (`str`, *optional*): of a repository, a commit, branch or tag to read from, for good. `None`: the head.
+        token (`str`, *optional*): for the Hub; `None`: the one that is logged in.
 
     Example:
 
