@@ -18,8 +18,8 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import models
-from hf_s3t import S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError
-from served import ROUNDING, SHAPES, copy, inputs_of, load, prompts, trained
+from hf_s3t import S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError, deletion
+from served import ROUNDING, SHAPES, copy, inputs_of, load, prompts, shorten, trained
 from stores import tree
 from trained_stores import WEIGHTS, edit_tensors
 from trainers import logits
@@ -113,6 +113,24 @@ def test_no_value_of_what_was_deleted_is_left(store: S3TStore, ensemble: S3TEnse
     values = torch.cat([value.flatten() for value in ensemble.parameters()])
     left = [float(torch.isin(numbers, values[values != 0]).float().mean()) for numbers in before]
     assert left[0] < 0.01 and left[1] < 0.01 and left[2] == 1.0
+    assert not any(tensor.any() for tensor in tensors_of(ensemble, 0).values())
+
+
+def test_a_load_holds_the_served_prefixes_and_zeros(store: S3TStore) -> None:
+    assert_served(load(shorten(store), "llama"), store)
+
+
+def test_the_model_forgets_before_the_files_are_removed(
+    store: S3TStore, ensemble: S3TEnsemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(deletion, "carry_out", fail)
+    with pytest.raises(OSError, match="no space"):
+        ensemble.delete(slices=[(0, 0), (0, 2)])
+    assert (store.path / "shard-00" / "0" / WEIGHTS).exists()
+    assert ensemble.members == ["shard-01", "shard-02"] and ensemble.generation == 1
     assert not any(tensor.any() for tensor in tensors_of(ensemble, 0).values())
 
 
@@ -313,6 +331,16 @@ def test_the_same_prefix_of_repaired_stages_is_another_one(store: S3TStore, ense
     assert torch.equal(logits(ensemble, inputs_of("llama")), logits(load(store, "llama"), inputs_of("llama")))
 
 
+def test_a_deletion_takes_over_a_repair_below_the_trunk(store: S3TStore) -> None:
+    store.delete(slices=[(shard, slice_id) for shard in range(3) for slice_id in (0, 1)])
+    ensemble = load(store, "llama")  # every member has layers 6 and 7 alone
+    repair(store, trained("llama"))
+    ensemble.delete(slices=[(0, 1)])
+    assert store.served() == {0: (2, 0), 1: (0, 1, 2), 2: (0, 1, 2)}
+    assert_served(ensemble, store)
+    assert torch.equal(logits(ensemble, inputs_of("llama")), logits(load(store, "llama"), inputs_of("llama")))
+
+
 def test_the_dead_come_alive_again(store: S3TStore, caplog: pytest.LogCaptureFixture) -> None:
     store.delete(slices=[(shard, slice_id) for shard in range(3) for slice_id in (0, 2)])
     ensemble, base = load(store, "llama"), models.tiny_llama()
@@ -459,18 +487,18 @@ def test_a_deletion_waits_for_an_answer_and_later_answers_for_it(
     pause = Pause()
     running = threads(ensemble.generate, **prompts(), logits_processor=[pause], **GENERATION)
     assert pause.reached.wait(LONG)
-    deletion = threads(ensemble.delete, slices=slices)
+    change = threads(ensemble.delete, slices=slices)
     while not ensemble._gate._changes:  # until it waits
-        assert not deletion.done()
+        assert not change.done()
         threading.Event().wait(0.001)
     assert store.served() == {0: (2,), 1: (2, 0)}  # on record at once
     late = [threads(ensemble.generate, **prompts(), **GENERATION), threads(logits, ensemble, inputs_of("llama"))]
     with pytest.raises(TimeoutError):
         late[0].result(0.1)
-    assert not late[1].done() and not deletion.done() and ensemble.generation == 0
+    assert not late[1].done() and not change.done() and ensemble.generation == 0
     pause.go.set()
     assert torch.equal(running.result(LONG), before)  # wholly before, although most of it was computed after
-    assert deletion.result(LONG).status == "inactive"
+    assert change.result(LONG).status == "inactive"
     fresh = load(store, "llama")
     after = fresh.generate(**prompts(), **GENERATION)
     assert not torch.equal(after, before)
