@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from .adapter import WEIGHTS_FILE
-from .card import AUTO_CLASSES
+from .bases import check_base, load_base
 from .config import LORA_FIELDS, S3TConfig
 from .deletion import Receipt
 from .errors import S3TError, StoreError
@@ -30,7 +29,6 @@ from .layout import find_layout
 from .manifest import Manifest
 from .members import Combine, MemberCache, Members
 from .plan import Stage
-from .recipe import check_base
 from .slots import Change, Slot
 from .store import S3TStore
 from .tuner import plain_lora_config
@@ -101,10 +99,11 @@ class S3TEnsemble(nn.Module):
         store = S3TStore(folder, key)
         manifest = store.live()
         if not isinstance(base_model, nn.Module):
-            base_model = _load_base(store, manifest, base_model, kwargs)
+            base_model, _ = load_base(store, base_model, **kwargs)
         elif kwargs:
             raise ValueError(f"{sorted(kwargs)} are for loading a base model, but one was given. Leave them out.")
-        check_base(base_model, manifest.recipe)
+        else:
+            check_base(base_model, manifest.recipe)
         model = _with_slots(base_model, manifest)
         ensemble = cls(model, {}, combine)
         names = {shard: f"shard-{shard:02d}" for shard in range(manifest.plan.num_shards)}
@@ -313,22 +312,6 @@ def _with_slots(base: nn.Module, manifest: Manifest) -> Any:
             else:
                 PeftModel.add_adapter(model, name, plain)
     return model.requires_grad_(False)
-
-
-def _load_base(store: StoreFolder, manifest: Manifest, name: str | None, kwargs: dict[str, Any]) -> nn.Module:
-    stored = manifest.recipe["base"]
-    if name is None:
-        name = stored.get("id")
-        kwargs = {"revision": stored.get("revision"), **kwargs}
-    base_class: Any = getattr(transformers, str(stored.get("class")), None)
-    if not (isinstance(base_class, type) and issubclass(base_class, transformers.PreTrainedModel)):
-        auto_class, _ = AUTO_CLASSES.get(manifest.recipe["config"].get("task_type"), (None, None))
-        base_class = getattr(transformers, auto_class) if auto_class else None
-    if name is None or base_class is None:
-        raise StoreError(f"{store.path} does not say how to load its base model. Load it and pass `base_model=`.")
-    if stored.get("num_labels") is not None:
-        kwargs = {"num_labels": stored["num_labels"], **kwargs}
-    return base_class.from_pretrained(name, **{name: value for name, value in kwargs.items() if value is not None})
 
 
 def read_members(store: StoreFolder) -> dict[str, Any]:

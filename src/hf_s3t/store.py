@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import deletion
+from .bases import load_base
 from .deletion import Receipt
 from .errors import StateError, StoreError, UnknownExampleError
 from .exports import (
     Export,
     carrying,
     given_base,
-    load_base,
     read_exports,
     records_from_json,
     records_to_json,
@@ -243,9 +243,9 @@ class S3TStore(StoreFolder):
             raise StoreError(f"{path} lies inside the store, which holds only its own files. Name another folder.")
         base, name = None, None
         if merge and not isinstance(base_model, str | None):
-            base = given_base(base_model)
+            base = given_base(self, base_model)
         elif merge:
-            base, name = load_base(self, base_model)
+            base, name = load_base(self, base_model, unquantised=True)
         elif base_model is not None:
             raise ValueError("`base_model` is for `merge=True`: an adapter is exported without its base.")
         with self.writing():  # a deletion comes before, or finds the copy on record
