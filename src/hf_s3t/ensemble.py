@@ -235,11 +235,13 @@ class S3TEnsemble(nn.Module):
         manifest, changes, problems = self._read_changes()
         before = self.members
         with self._gate.changing():
-            for shard, change in changes.items():
-                self._slots[shard].take(change)
-            live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
-            if live != before or lowest < self._members.lowest_layer:
-                self._members.serve(live, lowest)
+            try:
+                for shard, change in changes.items():
+                    self._slots[shard].take(change)
+            finally:  # also where that was interrupted
+                live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
+                if live != before or lowest < self._members.lowest_layer:
+                    self._members.serve(live, lowest)
             self.generation = manifest.generation
         if not live and (self._marks is None or before):
             logger.warning("no stage of %s is live: the bare base model answers", self._own_store().path)

@@ -115,11 +115,15 @@ class Slot:
 
     @torch.no_grad()
     def take(self, change: Change) -> None:
-        """Overwrites what differs; what is in use no more becomes zero."""
-        for name, tensor in change.tensors.items():
-            self.tensors[name].copy_(tensor)
-        for name in self.owners.keys() - change.owners.keys():
-            self.tensors[name].zero_()
+        """Overwrites what differs; what is in use no more becomes zero. Interrupted, the member is emptied."""
+        try:
+            for name, tensor in change.tensors.items():
+                self.tensors[name].copy_(tensor)
+            for name in self.owners.keys() - change.owners.keys():
+                self.tensors[name].zero_()
+        except BaseException:
+            self.clear()
+            raise
         self.path, self.owners, self.lowest_layer = change.path, change.owners, change.lowest_layer
 
     @torch.no_grad()
