@@ -251,7 +251,7 @@ def test_what_can_not_be_merged_is_refused_before_anything_is_written(open_store
     manifest = store.manifest()
     recipe = {**manifest.recipe, "base": {**manifest.recipe["base"], "id": None}}
     store.write_manifest(dataclasses.replace(manifest, recipe=recipe))
-    with pytest.raises(StoreError, match="does not say how to load its base model"):
+    with pytest.raises(ValueError, match="does not say how to load its base model"):
         store.export(tmp_path / "whole", merge=True)
 
 

@@ -34,7 +34,8 @@ def load_base(
         `tuple[torch.nn.Module, str]`: the model, and where it came from.
 
     Raises:
-        StoreError: the store does not say which it is, or it is another one than the store was trained on.
+        ValueError: the store does not say which it is.
+        StoreError: it is another one than the store was trained on.
         OSError: it can not be loaded.
     """
     recipe = store.manifest().recipe
@@ -43,7 +44,7 @@ def load_base(
         name, kwargs = stored.get("id"), {"revision": stored.get("revision"), **kwargs}
     base_class = _base_class(recipe)
     if name is None or base_class is None:
-        raise StoreError(f"{store.path} does not say how to load its base model. {HAND_IN}")
+        raise ValueError(f"{store.path} does not say how to load its base model. {HAND_IN}")
     source = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
     given = {"num_labels": stored.get("num_labels"), **kwargs}
     try:
@@ -70,8 +71,11 @@ def _base_class(recipe: Mapping[str, Any]) -> Any:
 def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     """Raises [`StoreError`] if a model is not the base that a store was trained on, its heads aside.
 
-    Tensors of another dtype or quantisation can not be compared; then a warning says so.
+    Tensors of another dtype or quantisation can not be compared; then a warning says so. Offloaded ones are refused,
+    as adapters can not be with them.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise StoreError("Some layers of the base are offloaded. Load it with a `device_map` that holds all of them.")
     stored = recipe["base"]
     if stored.get("sha256") is None:
         return

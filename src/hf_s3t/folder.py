@@ -134,7 +134,11 @@ class StoreFolder:
             path = inside(folder, name)
             if not path.exists():
                 raise StoreError(f"{path} is missing, but the manifest lists it. Restore it from a backup.")
-            if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            try:
+                found = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise StoreError(f"{path} can not be read: {error}.") from error
+            if found != digest:
                 raise StoreError(f"{path} is not the file that was trained: its sha256 differs from the manifest's.")
         return Adapter(read_json(folder / CONFIG_FILE), read_safetensors(folder / WEIGHTS_FILE))
 
@@ -261,8 +265,8 @@ class StoreFolder:
     def marks(self) -> tuple[Any, ...]:
         """Changes whenever a deletion begins or ends: cheap enough to look at before every step."""
         try:
-            status = os.stat(self.path / MANIFEST)
             intents = sorted(os.listdir(self.private / "intents"))
         except FileNotFoundError:
-            status, intents = os.stat(self.path), []
-        return (status.st_mtime_ns, status.st_ino, *intents)
+            intents = []
+        status = os.stat(self.path / MANIFEST if self.exists else self.path)
+        return (status.st_mtime_ns, status.st_size, status.st_ino, *intents)
