@@ -15,6 +15,7 @@ the base model to full LoRA that the served model goes.
 
 ```bash
 python benchmarks/alpaca.py --json alpaca.json
+python benchmarks/alpaca.py --json alpaca_5.json --shards 5
 python benchmarks/alpaca.py --quick
 ```
 """
@@ -29,7 +30,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="check the machinery on a few rows, in under a minute")
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--shards", type=int, help="number of shards m (default: 2)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="one run per seed (default: 0 1 2)")
     return parser
 
@@ -292,6 +294,8 @@ def main() -> None:
     """Runs the benchmark."""
     options = make_parser().parse_args()
     settings, seeds = (QUICK, options.seed[:1]) if options.quick else (Settings(), options.seed)
+    if options.shards:
+        settings = replace(settings, num_shards=options.shards)
     runs = {seed: run(settings, seed) for seed in seeds}
     print_table(runs)
     if options.json:

@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutations_serving import SERVING
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = Path("src/hf_s3t")
 TABLE = REPOSITORY / "docs" / "mutations.md"
@@ -29,7 +31,7 @@ class Mutation:
     """A wrong change.
 
     Args:
-        promise (`int`): what it breaks.
+        promise (`int`): what it breaks; 9: what docs/serving.md says of answers.
         about (`str`): what is wrong then.
         file (`str`): below `src/hf_s3t`.
         edits (`tuple[tuple[str, str], ...]`): old text, which occurs once, and the new one.
@@ -187,6 +189,8 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
+MUTATIONS += tuple(Mutation(*fields) for fields in SERVING)
+
 
 def check_anchors(mutation: Mutation) -> list[str]:
     """Old texts that do not occur exactly once."""
@@ -255,7 +259,8 @@ HEADER = """\
 # Mutations
 
 Each row is a small wrong change to the library and the test that turned red with it, as `python tests/mutations.py`
-found it. The changes themselves are in `tests/mutations.py`.
+found it. The changes themselves are in `tests/mutations.py` and beside it. Number 9 is what `docs/serving.md` says of
+answers: they are the served members' average, wholly before or wholly after a change.
 
 | promise | what is wrong | file | caught by |
 |---|---|---|---|

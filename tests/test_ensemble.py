@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 
 import models
-from hf_s3t import S3TEnsemble, S3TStore, Stage, StoreError
+from hf_s3t import S3TEnsemble, S3TStore, Stage
+from served import members
 from trainers import BASES, batch, logits, make_trainer
 
 ROWS = {"llama": models.llama_rows(12, seed=1), "bert": models.bert_rows(12, seed=1)}
@@ -27,22 +27,6 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for base in BASES:
         make_trainer(folder / base, base=base, config={"num_shards": 3}, args={"learning_rate": 3e-2}).train()
     return {base: folder / base for base in BASES}
-
-
-def member(store: S3TStore, base: Any, shard: int, prefix: tuple[int, ...]) -> PeftModel:
-    """A prefix on a fresh base, stage by stage, by the lines that the model card prints."""
-    folders = [store.path / stage.name for stage in Stage(shard, prefix).path]
-    configs = [LoraConfig.from_pretrained(folder) for folder in folders]
-    configs[-1].layers_to_transform = sorted(set(sum((config.layers_to_transform for config in configs), [])))
-    model = get_peft_model(base, configs[-1]).eval()
-    for folder in folders:
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    return model
-
-
-def members(store: S3TStore, build: Any) -> list[PeftModel]:
-    """Every live shard's served prefix."""
-    return [member(store, build(), shard, prefix) for shard, prefix in sorted(store.served().items())]
 
 
 def log_mean_softmax(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -219,7 +203,7 @@ def test_the_base_may_be_named(stores: dict[str, Path], tmp_path: Path) -> None:
     given = S3TEnsemble.from_pretrained(stores["llama"], BASES["llama"][0]())
     named = S3TEnsemble.from_pretrained(str(stores["llama"]), str(tmp_path / "base"))
     assert torch.equal(logits(given, inputs), logits(named, inputs))
-    with pytest.raises(StoreError, match="pass `base_model=`"):
+    with pytest.raises(ValueError, match="pass `base_model=`"):
         S3TEnsemble.from_pretrained(stores["llama"])
 
 

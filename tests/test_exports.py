@@ -240,7 +240,7 @@ def test_what_can_not_be_merged_is_refused_before_anything_is_written(open_store
         (str(quantised), ValueError, "quantised is quantised, and an adapter is merged into unquantised weights only"),
         (in_memory, ValueError, "The base model is quantised"),
         (wrapped, ValueError, "has adapters already"),
-        (small, ValueError, "Load the base as it was for the training"),
+        (small, StoreError, "not the base model that the store was trained on"),
         (str(tmp_path / "nothing"), OSError, "The base model .*nothing can not be loaded"),
     ]:
         with pytest.raises(error, match=message):

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +15,27 @@ import pytest
 from hf_s3t import S3TError
 from hf_s3t.gate import Gate
 
-LONG = 30.0
+LONG = 10.0
 """Seconds after which something that should happen at once has not happened."""
 
 
 @pytest.fixture
-def threads() -> Iterator[Callable[..., Future[Any]]]:
-    """Runs a function in a thread of its own."""
-    with ThreadPoolExecutor(8) as pool:
-        yield pool.submit
+def threads() -> Callable[..., Future[Any]]:
+    """Runs a function in a thread of its own, which keeps nobody from ending if it never does."""
+
+    def submit(function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
+
+    return submit
 
 
 class Block:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import models
-from hf_s3t import S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError
-from served import ROUNDING, SHAPES, copy, inputs_of, load, prompts, trained
+from hf_s3t import S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError, deletion
+from hf_s3t.slots import Slot
+from served import ROUNDING, SHAPES, copy, inputs_of, load, prompts, shorten, trained
 from stores import tree
 from trained_stores import WEIGHTS, edit_tensors
 from trainers import logits
@@ -113,6 +115,24 @@ def test_no_value_of_what_was_deleted_is_left(store: S3TStore, ensemble: S3TEnse
     values = torch.cat([value.flatten() for value in ensemble.parameters()])
     left = [float(torch.isin(numbers, values[values != 0]).float().mean()) for numbers in before]
     assert left[0] < 0.01 and left[1] < 0.01 and left[2] == 1.0
+    assert not any(tensor.any() for tensor in tensors_of(ensemble, 0).values())
+
+
+def test_a_load_holds_the_served_prefixes_and_zeros(store: S3TStore) -> None:
+    assert_served(load(shorten(store), "llama"), store)
+
+
+def test_the_model_forgets_before_the_files_are_removed(
+    store: S3TStore, ensemble: S3TEnsemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(deletion, "carry_out", fail)
+    with pytest.raises(OSError, match="no space"):
+        ensemble.delete(slices=[(0, 0), (0, 2)])
+    assert (store.path / "shard-00" / "0" / WEIGHTS).exists()
+    assert ensemble.members == ["shard-01", "shard-02"] and ensemble.generation == 1
     assert not any(tensor.any() for tensor in tensors_of(ensemble, 0).values())
 
 
@@ -313,6 +333,16 @@ def test_the_same_prefix_of_repaired_stages_is_another_one(store: S3TStore, ense
     assert torch.equal(logits(ensemble, inputs_of("llama")), logits(load(store, "llama"), inputs_of("llama")))
 
 
+def test_a_deletion_takes_over_a_repair_below_the_trunk(store: S3TStore) -> None:
+    store.delete(slices=[(shard, slice_id) for shard in range(3) for slice_id in (0, 1)])
+    ensemble = load(store, "llama")  # every member has layers 6 and 7 alone
+    repair(store, trained("llama"))
+    ensemble.delete(slices=[(0, 1)])
+    assert store.served() == {0: (2, 0), 1: (0, 1, 2), 2: (0, 1, 2)}
+    assert_served(ensemble, store)
+    assert torch.equal(logits(ensemble, inputs_of("llama")), logits(load(store, "llama"), inputs_of("llama")))
+
+
 def test_the_dead_come_alive_again(store: S3TStore, caplog: pytest.LogCaptureFixture) -> None:
     store.delete(slices=[(shard, slice_id) for shard in range(3) for slice_id in (0, 2)])
     ensemble, base = load(store, "llama"), models.tiny_llama()
@@ -400,6 +430,49 @@ def test_a_damaged_repair_leaves_the_member_that_is_live(store: S3TStore, ensemb
     assert torch.equal(logits(ensemble, inputs_of("llama")), answer)
 
 
+def test_what_can_not_be_read_is_no_reason_to_serve_on(store: S3TStore, ensemble: S3TEnsemble) -> None:
+    store.delete(slices=[(0, 1)])  # shard 0 would go on with (2, 0)
+    file = store.path / "shard-00" / "2-0" / WEIGHTS
+    file.unlink()
+    file.mkdir()  # stands for a disk that answers with an error
+    with pytest.raises(StoreError, match="can not be read"):
+        ensemble.refresh()
+    assert ensemble.members == ["shard-01", "shard-02"] and ensemble.generation == 1
+    assert not any(tensor.any() for tensor in tensors_of(ensemble, 0).values())
+
+
+def test_an_interrupted_change_leaves_nothing_that_is_not_live(
+    store: S3TStore, ensemble: S3TEnsemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(slot: Slot, change: Any) -> None:
+        raise KeyboardInterrupt
+
+    store.delete(slices=[(0, 1), (2, 2)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Slot, "take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ensemble.refresh()
+    assert ensemble.members == ["shard-01"]
+    for shard in (0, 2):
+        assert not any(tensor.any() for tensor in tensors_of(ensemble, shard).values())
+    assert ensemble.refresh() is True
+    assert_served(ensemble, store)
+
+
+def test_a_store_written_over_in_place_is_noticed(store: S3TStore, ensemble: S3TEnsemble, tmp_path: Path) -> None:
+    other = S3TStore(shutil.copytree(store.path, tmp_path / "other"))
+    other.delete(slices=[(0, 1)])
+    shutil.rmtree(store.private)  # a copy that carries no state
+    assert ensemble.refresh() in (True, False)
+    manifest = store.path / "s3t.json"
+    inode, times = manifest.stat().st_ino, manifest.stat()
+    manifest.write_bytes((other.path / "s3t.json").read_bytes())
+    os.utime(manifest, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert manifest.stat().st_ino == inode
+    assert ensemble.refresh() is True
+    assert_served(ensemble, other)
+
+
 def to_bfloat16(tensors: dict[str, torch.Tensor]) -> None:
     for name in tensors:
         tensors[name] = tensors[name].bfloat16()
@@ -418,6 +491,49 @@ def test_a_damaged_store_is_not_loaded(damage: Callable[[Path], Any], message: s
     damage(store.path)
     with pytest.raises(StoreError, match=message):
         load(store, "llama")
+
+
+@pytest.mark.parametrize("shape", ["llama", "bert"])
+def test_a_failed_load_gives_the_base_back(shape: str, tmp_path: Path) -> None:
+    store, base, inputs = copy(shape, tmp_path), SHAPES[shape].build(), inputs_of(shape)
+    graph = {name: type(module) for name, module in base.named_modules()}
+    file = store.path / "shard-02/2-0" / WEIGHTS
+    content = file.read_bytes()
+    file.write_bytes(b"")
+    store.delete(slices=[(2, 1)])
+    with pytest.raises(StoreError, match="sha256 differs"):
+        S3TEnsemble.from_pretrained(store.path, base)
+    assert {name: type(module) for name, module in base.named_modules()} == graph
+    assert torch.equal(logits(base, inputs), logits(SHAPES[shape].build(), inputs))
+    file.write_bytes(content)
+    assert_served(S3TEnsemble.from_pretrained(store.path, base), store)
+
+
+def test_a_base_carries_one_ensemble(store: S3TStore) -> None:
+    base = SHAPES["llama"].build()
+    first = S3TEnsemble.from_pretrained(store.path, base)
+    answer = logits(first, inputs_of("llama"))
+    with pytest.raises(StoreError, match="carries adapters already"):
+        S3TEnsemble.from_pretrained(store.path, base)
+    assert torch.equal(logits(first, inputs_of("llama")), answer)
+
+
+def test_an_offloaded_base_is_refused(store: S3TStore, tmp_path: Path) -> None:
+    SHAPES["llama"].build().save_pretrained(tmp_path / "base")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{layer}": "cpu" if layer < 6 else "disk" for layer in range(8)}
+    with pytest.raises(StoreError, match="offloaded"):
+        S3TEnsemble.from_pretrained(
+            store.path, str(tmp_path / "base"), device_map=places, offload_folder=tmp_path / "disk"
+        )
+
+
+def test_a_copy_is_the_stores_to_make(ensemble: S3TEnsemble, tmp_path: Path) -> None:
+    with pytest.raises(S3TError, match=r"store.export\(path\)"):
+        ensemble.save_pretrained(tmp_path / "copy")
+    with pytest.raises(S3TError, match="the store's"):
+        ensemble.load_state_dict(ensemble.state_dict())
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize(
@@ -459,18 +575,18 @@ def test_a_deletion_waits_for_an_answer_and_later_answers_for_it(
     pause = Pause()
     running = threads(ensemble.generate, **prompts(), logits_processor=[pause], **GENERATION)
     assert pause.reached.wait(LONG)
-    deletion = threads(ensemble.delete, slices=slices)
+    change = threads(ensemble.delete, slices=slices)
     while not ensemble._gate._changes:  # until it waits
-        assert not deletion.done()
+        assert not change.done()
         threading.Event().wait(0.001)
     assert store.served() == {0: (2,), 1: (2, 0)}  # on record at once
     late = [threads(ensemble.generate, **prompts(), **GENERATION), threads(logits, ensemble, inputs_of("llama"))]
     with pytest.raises(TimeoutError):
         late[0].result(0.1)
-    assert not late[1].done() and not deletion.done() and ensemble.generation == 0
+    assert not late[1].done() and not change.done() and ensemble.generation == 0
     pause.go.set()
     assert torch.equal(running.result(LONG), before)  # wholly before, although most of it was computed after
-    assert deletion.result(LONG).status == "inactive"
+    assert change.result(LONG).status == "inactive"
     fresh = load(store, "llama")
     after = fresh.generate(**prompts(), **GENERATION)
     assert not torch.equal(after, before)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -14,10 +16,19 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DynamicCache,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     LogitsProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     TextStreamer,
+    XLNetConfig,
+    XLNetForSequenceClassification,
     pipeline,
 )
 
@@ -127,6 +138,80 @@ def test_arguments_in_order_and_embeddings_are_taken() -> None:
         for kept in (1, torch.tensor([0, 1, 4, 7, 9, 11])):  # one position; as many as there are rows
             chosen = [-1] if isinstance(kept, int) else kept
             torch.testing.assert_close(ensemble(**inputs, logits_to_keep=kept).logits, expected[:, chosen], **ROUNDING)
+
+
+def by_peft(base: PreTrainedModel, **fields: Any) -> Any:
+    """A model with two adapters, `"a"` and `"b"`, of random numbers, in its upper two layers."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=64, init_lora_weights=False, layers_to_transform=[2, 3], **fields)
+    model = get_peft_model(base, config, adapter_name="a")
+    model.add_adapter("b", config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+_sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+_sizes |= {"vocab_size": models.VOCABULARY, "num_labels": 3}
+_disentangled = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+_two_streams = {"d_model": 16, "n_layer": 4, "n_head": 2, "d_inner": 32, "num_labels": 3}
+IN_TURN = {
+    "positions in the place of rows": (
+        lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**_sizes, **_disentangled)),
+        {"target_modules": ["query_proj", "key_proj", "dense"], "task_type": "SEQ_CLS"},
+    ),
+    "rows after positions": (
+        lambda: XLNetForSequenceClassification(XLNetConfig(vocab_size=models.VOCABULARY, **_two_streams)),
+        {"target_modules": ["layer_1", "layer_2"], "layers_pattern": "layer", "task_type": "SEQ_CLS"},
+    ),
+    "no padding token": (
+        lambda: LlamaForSequenceClassification(LlamaConfig(**_sizes)),
+        {"target_modules": ["q_proj", "down_proj"], "task_type": "SEQ_CLS"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_TURN)
+def test_models_whose_rows_are_not_known_answer_in_turn(case: str) -> None:
+    build, fields = IN_TURN[case]
+    model = by_peft(build(), **fields)
+    inputs = {"input_ids": inputs_of("bert")["input_ids"]}
+    inputs = inputs if case != "no padding token" else {"input_ids": inputs["input_ids"][:1]}
+    parts = []
+    for name in "ab":
+        model.set_adapter(name)
+        parts.append(logits(model, inputs))
+    assert (parts[0] - parts[1]).abs().max() > 1e-3
+    ensemble = S3TEnsemble(model, {"a": 2, "b": 2})
+    assert torch.equal(logits(ensemble, inputs), mean_probability(parts))
+
+
+def test_embeddings_of_a_members_own_share_no_trunk() -> None:
+    model = by_peft(
+        models.tiny_llama(num_hidden_layers=4), target_modules=["q_proj"], modules_to_save=["embed_tokens"]
+    )
+    parts, inputs = [], inputs_of("llama")
+    for name in "ab":
+        model.set_adapter(name)
+        parts.append(logits(model, repeated(inputs, 2))[: len(inputs["input_ids"])])
+    assert torch.equal(logits(S3TEnsemble(model, {"a": 2, "b": 2}), inputs), mean_probability(parts))
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    sizes = {"vocab_size": models.VOCABULARY, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 4, "num_heads": 2}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    ensemble, inputs = S3TEnsemble(by_peft(base, target_modules=["q", "v"]), {"a": 2, "b": 2}), inputs_of("llama")
+    for ask in (ensemble.generate, partial(ensemble, decoder_input_ids=inputs["input_ids"])):
+        with pytest.raises(ValueError, match="encoder-decoder model can not answer together"):
+            ask(**inputs)
+
+
+def test_a_tuple_is_returned_where_one_is_asked_for() -> None:
+    ensemble, inputs = load(trained("bert"), "bert"), inputs_of("bert")
+    with torch.no_grad():
+        answer = ensemble(**inputs, return_dict=False)
+    assert isinstance(answer, tuple) and torch.equal(answer[0], logits(ensemble, inputs))
 
 
 def test_average_of_probabilities_and_of_logits() -> None:

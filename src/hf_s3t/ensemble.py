@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from .adapter import WEIGHTS_FILE
-from .card import AUTO_CLASSES
+from .bases import check_base, load_base
 from .config import LORA_FIELDS, S3TConfig
 from .deletion import Receipt
 from .errors import S3TError, StoreError
@@ -30,7 +31,6 @@ from .layout import find_layout
 from .manifest import Manifest
 from .members import Combine, MemberCache, Members
 from .plan import Stage
-from .recipe import check_base
 from .slots import Change, Slot
 from .store import S3TStore
 from .tuner import plain_lora_config
@@ -103,10 +103,11 @@ class S3TEnsemble(nn.Module):
         store = folder if isinstance(folder, S3TStore) else S3TStore(folder, key)
         manifest = store.live()
         if not isinstance(base_model, nn.Module):
-            base_model = _load_base(store, manifest, base_model, kwargs)
+            base_model, _ = load_base(store, base_model, **kwargs)
         elif kwargs:
             raise ValueError(f"{sorted(kwargs)} are for loading a base model, but one was given. Leave them out.")
-        check_base(base_model, manifest.recipe)
+        else:
+            check_base(base_model, manifest.recipe)
         model = _with_slots(base_model, manifest)
         ensemble = cls(model, {}, combine)
         names = {shard: f"shard-{shard:02d}" for shard in range(manifest.plan.num_shards)}
@@ -115,7 +116,12 @@ class S3TEnsemble(nn.Module):
             slot.clear()
         ensemble._store = store
         _introduce_to_pipelines()
-        ensemble.refresh()
+        try:
+            ensemble.refresh()
+        except BaseException:
+            ensemble.detach()
+            _take_out(model)
+            raise
         return ensemble.eval()
 
     def __getattr__(self, name: str) -> Any:
@@ -126,6 +132,15 @@ class S3TEnsemble(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's; what is set here is set there."""
+        return self._members.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self._members.base.generation_config = value
 
     @property
     def members(self) -> list[str]:
@@ -156,23 +171,27 @@ class S3TEnsemble(nn.Module):
             return self._members.base.generate(*args, **kwargs)
 
     def _with_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if self.config.is_encoder_decoder:
-            raise ValueError(
-                "Several members of an encoder-decoder model can not generate together, as the encoder runs apart. "
-                "Generate with one prefix of the store at a time (`store.export(path, prefix=...)`)."
-            )
-        settings = kwargs.get("generation_config") or self.generation_config
-        wanted = {
-            name: kwargs.get(name, getattr(settings, name, None)) for name in ("use_cache", "cache_implementation")
-        }
-        if wanted["use_cache"] is False or isinstance(kwargs.get("past_key_values"), MemberCache):
+        self._members.refuse_encoder_decoder()
+        given = kwargs.get("generation_config")
+        settings = given or self.generation_config
+        without = kwargs.get("use_cache", settings.use_cache) is False
+        if without or isinstance(kwargs.get("past_key_values"), MemberCache):
             return kwargs
-        if wanted["cache_implementation"] not in (None, "dynamic") or kwargs.get("past_key_values") is not None:
+        kind = kwargs.get("cache_implementation", given and given.cache_implementation)
+        if kind not in (None, "dynamic") or kwargs.get("past_key_values") is not None:
             raise ValueError(
-                f"cache_implementation={wanted['cache_implementation']!r} or a cache of your own has one row per "
+                f"cache_implementation={kind!r} or a cache of your own has one row per "
                 "example, an ensemble needs one per member. Leave both out: a dynamic cache is made for the members."
             )
         return {**kwargs, "past_key_values": self._members.cache(), "cache_implementation": None}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a copy that no deletion knows of would carry on what was deleted."""
+        raise S3TError("Save a copy with `store.export(path)`: a later deletion then names it, or makes it anew.")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the members are what the store serves."""
+        raise S3TError("The members' tensors are the store's. Load another store with `S3TEnsemble.from_pretrained`.")
 
     def detach(self) -> None:
         """Gives the base model back: it answers by itself again, with whichever adapter is active."""
@@ -238,11 +257,18 @@ class S3TEnsemble(nn.Module):
         manifest, changes, problems = self._read_changes()
         before = self.members
         with self._gate.changing():
-            for shard, change in changes.items():
-                self._slots[shard].take(change)
-            live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
-            if live != before or lowest < self._members.lowest_layer:
-                self._members.serve(live, lowest)
+            try:
+                for shard, change in changes.items():
+                    self._slots[shard].take(change)
+            except BaseException:  # interrupted: who still has an old prefix and should not answers no more
+                for shard, change in changes.items():
+                    if self._slots[shard].path != change.path:
+                        self._slots[shard].clear()
+                raise
+            finally:
+                live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
+                if live != before or lowest < self._members.lowest_layer:
+                    self._members.serve(live, lowest)
             self.generation = manifest.generation
         if not live and (self._marks is None or before):
             logger.warning("no stage of %s is live: the bare base model answers", self._own_store().path)
@@ -266,8 +292,8 @@ class S3TEnsemble(nn.Module):
                 path = _needed(Stage(shard, served[shard]), manifest) if shard in served else ()
                 try:
                     changes[shard] = slot.plan(store, manifest, path)
-                except StoreError as error:
-                    problems.append(error)
+                except (StoreError, OSError) as error:
+                    problems.append(error if isinstance(error, StoreError) else StoreError(str(error)))
                     if any(manifest.stages.get(stage, {}).get(WEIGHTS_FILE) != sha for stage, sha in slot.path):
                         changes[shard] = slot.plan(store, manifest, ())
             if not problems or store.marks() == marks or reading == READINGS - 1:
@@ -294,6 +320,8 @@ def _needed(stage: Stage, manifest: Manifest) -> tuple[Stage, ...]:
 def _with_slots(base: nn.Module, manifest: Manifest) -> Any:
     """The base with an adapter per shard over all grouped layers; what is in them is still to be written."""
     stored = manifest.recipe["config"]
+    if any(isinstance(module, LoraLayer | ModulesToSaveWrapper) for module in base.modules()):
+        raise StoreError("This base model carries adapters already, maybe another ensemble's. Load it once more.")
     fields: dict[str, Any] = {name: stored[name] for name in (*LORA_FIELDS, "task_type") if name in stored}
     config = S3TConfig(num_shards=manifest.plan.num_shards, num_slices=manifest.plan.num_slices, **fields)
     layers = tuple(sorted(layer for group in stored["groups"] for layer in group))
@@ -317,20 +345,12 @@ def _with_slots(base: nn.Module, manifest: Manifest) -> Any:
     return model.requires_grad_(False)
 
 
-def _load_base(store: StoreFolder, manifest: Manifest, name: str | None, kwargs: dict[str, Any]) -> nn.Module:
-    stored = manifest.recipe["base"]
-    if name is None:
-        name = stored.get("id")
-        kwargs = {"revision": stored.get("revision"), **kwargs}
-    base_class: Any = getattr(transformers, str(stored.get("class")), None)
-    if not (isinstance(base_class, type) and issubclass(base_class, transformers.PreTrainedModel)):
-        auto_class, _ = AUTO_CLASSES.get(manifest.recipe["config"].get("task_type"), (None, None))
-        base_class = getattr(transformers, auto_class) if auto_class else None
-    if name is None or base_class is None:
-        raise StoreError(f"{store.path} does not say how to load its base model. Load it and pass `base_model=`.")
-    if stored.get("num_labels") is not None:
-        kwargs = {"num_labels": stored["num_labels"], **kwargs}
-    return base_class.from_pretrained(name, **{name: value for name, value in kwargs.items() if value is not None})
+def _take_out(model: Any) -> None:
+    """Gives the base model back as it was, without slots."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter([])
+    model.unload()
 
 
 def read_members(store: StoreFolder) -> dict[str, Any]:

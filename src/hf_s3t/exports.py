@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average
-from .card import AUTO_CLASSES
+from .bases import HAND_IN, check_base, check_unquantised, load_base
 from .errors import StateError, StoreError
 from .files import install_folder, json_bytes, read_json, remove, sync_folder, write_atomic
 from .folder import StoreFolder
@@ -161,62 +161,23 @@ def merged_model(base: nn.Module, adapter: Adapter) -> nn.Module:
         model: Any = get_peft_model(base, LoraConfig(**adapter.config))  # type: ignore[arg-type]
         unexpected = set_peft_model_state_dict(model, adapter.tensors).unexpected_keys
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"The adapter does not fit this base model ({error}). {_HAND_IN}") from error
+        raise ValueError(f"The adapter does not fit this base model ({error}). {HAND_IN}") from error
     if unexpected:
-        raise ValueError(
-            f"The adapter has tensors that this base model has no place for: {unexpected[:3]}. {_HAND_IN}"
-        )
+        raise ValueError(f"The adapter has tensors that this base model has no place for: {unexpected[:3]}. {HAND_IN}")
     return model.merge_and_unload(safe_merge=True)  # unties a head that was trained from its embedding
 
 
-_HAND_IN = "Load the base as it was for the training and pass `base_model=`."
-
-
-def load_base(folder: StoreFolder, name: str | None) -> tuple[nn.Module, str]:
-    """The unquantised base model, and where it came from.
-
-    Args:
-        name (`str`, *optional*): a folder or a repository id; `None`: the one that the store names.
-
-    Raises:
-        ValueError: the store does not say which it is, or it is quantised.
-        OSError: it can not be loaded.
-    """
-    import transformers
-
-    recipe = folder.manifest().recipe
-    wanted, revision = recipe["base"].get("id"), recipe["base"].get("revision")
-    name = name or wanted
-    auto_class, _ = AUTO_CLASSES.get(recipe["config"].get("task_type"), (None, None))
-    if name is None or auto_class is None:
-        raise ValueError(f"{folder.path} does not say how to load its base model. {_HAND_IN}")
-    source = str(Path(name).resolve()) if Path(name).is_dir() else name
-    pinned = {"revision": revision} if revision and name == wanted else {}
-    try:
-        check_unquantised(transformers.AutoConfig.from_pretrained(source, **pinned), source)
-        return getattr(transformers, auto_class).from_pretrained(source, **pinned), source
-    except OSError as error:
-        raise OSError(f"The base model {source} can not be loaded: {error}") from error
-
-
-def check_unquantised(config: Any, name: str) -> None:
-    """Raises `ValueError` for a base model whose weights are quantised: nothing can be added to them exactly."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{name} is quantised, and an adapter is merged into unquantised weights only. Name the unquantised base "
-            "(`base_model=`, `--base`), or export the adapter alone."
-        )
-
-
-def given_base(model: nn.Module) -> nn.Module:
+def given_base(folder: StoreFolder, model: nn.Module) -> nn.Module:
     """A copy of a base model that was handed in: merging changes weights, and the caller's stay as they are.
 
     Raises:
         ValueError: it is quantised, or has adapters.
+        StoreError: it is another one than the store was trained on.
     """
     check_unquantised(getattr(model, "config", None), "The base model")
     if any(".base_layer." in name for name, _ in model.named_parameters()):
         raise ValueError("`base_model` has adapters already. Load the plain base model once more and pass that.")
+    check_base(model, folder.manifest().recipe)
     return copy.deepcopy(model)
 
 
@@ -373,7 +334,7 @@ def _refresh(folder: StoreFolder, path: Path, generation: int) -> str | None:
     if record.merge and record.base is None:
         raise StoreError("its base model was handed in as a module. Export to the same folder again, with the base")
     if record.merge:
-        base, _ = load_base(folder, record.base)
+        base, _ = load_base(folder, record.base, unquantised=True)
     names = tuple(sorted({above.name for end in ends for above in end.path}))
     _replace(folder, path, replace(record, stages=names, generation=manifest.generation), ends, adapter, base)
     return "exports_refreshed"

@@ -174,7 +174,11 @@ class StoreFolder:
             path = paths[name]
             if not path.exists():
                 raise StoreError(f"{path} is missing, but the manifest lists it. Restore it from a backup.")
-            if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            try:
+                found = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise StoreError(f"{path} can not be read: {error}.") from error
+            if found != digest:
                 raise StoreError(f"{path} is not the file that was trained: its sha256 differs from the manifest's.")
         return Adapter(read_json(paths[CONFIG_FILE], MAX_CONFIG_BYTES), read_safetensors(paths[WEIGHTS_FILE]))
 

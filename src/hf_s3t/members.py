@@ -24,7 +24,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.functional import logsigmoid
@@ -43,6 +44,9 @@ NOT_PER_ROW = {"past_key_values", "layer_past", "use_cache", "output_attentions"
 
 WHOLE = {"cache_position", "logits_to_keep"}
 """Arguments of a model whose tensors have no row per example, whatever their shape."""
+
+OTHER_ROWS = {"deberta-v2", "led", "longformer", "xlnet"}
+"""Models with layers whose first dimension is not the batch: of positions, or of chunks of the sequence."""
 
 HEADS_BY_ROW = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """What PEFT can run with a head per row."""
@@ -63,6 +67,7 @@ class Members:
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.names: tuple[str, ...] = ()
         self.lowest_layer = self.trunk = 0
+        self._told = False  # PEFT's layers, whether adapters are on and which one is active
         self._turn = threading.Lock()
         self._attach()
 
@@ -89,33 +94,43 @@ class Members:
         for name, module in self._lora.items():
             place = split_layer_path(name)
             self._hooks.append(hook(module, partial(self._name_rows, -1 if place is None else place[1])))
+            if type(module) is Linear:
+                module._mixed_batch_forward = partial(self._by_views, module)
         self._hooks += [hook(module, partial(self._name_rows, len(self._layers))) for module in self._heads]
 
     def detach(self) -> None:
         """Gives the model its own forward back."""
         for hook in self._hooks:
             hook.remove()
+        for module in self._lora.values():
+            vars(module).pop("_mixed_batch_forward", None)
         if self._had_own_forward:
             self.base.forward = self._forward
         else:
             del self.base.forward
 
     def _rows_are_known(self) -> bool:
-        """Whether every layer with LoRA, and every head, takes an adapter per row."""
-        rows = all(hasattr(module, "_mixed_batch_forward") for module in self._lora.values())
+        """Whether every layer with LoRA, and every head, takes an adapter per row, and rows are what it sees."""
+        if self.base.config.model_type in OTHER_ROWS:
+            return False
+        by_sequence = "ForSequenceClassification" in type(self.base).__name__
+        if by_sequence and getattr(self.base.config, "pad_token_id", None) is None:
+            return False  # decoders refuse more than one row without a padding token
+        by_row = all(hasattr(module, "_mixed_batch_forward") for module in self._lora.values())
         # A number further down the path is an expert's, which sees some of the tokens only, in an order of its own.
         places = [split_layer_path(name) for name in self._lora]
         whole = all(place is not None and split_layer_path(place[2]) is None for place in places)
-        return rows and whole and all(isinstance(head.original_module, HEADS_BY_ROW) for head in self._heads)
+        return by_row and whole and all(isinstance(head.original_module, HEADS_BY_ROW) for head in self._heads)
 
     def _trunk_is_shared(self) -> bool:
         """Whether the arguments of the layers are known well enough to hand them some of the rows."""
         if getattr(self.base.config, "_attn_implementation", None) == "flex_attention":
             return False  # its mask is no tensor
-        known = PER_ROW | NOT_PER_ROW | {"kwargs"}
-        return all(
-            set(inspect.signature(type(layer).forward).parameters) <= known | {"self"} for layer in self._layers
-        )
+        order = [module for module in self.base.modules() if module in self._layers or module in self._heads]
+        if order and order[0] in self._heads:
+            return False  # embeddings, say, that are a member's own
+        known = PER_ROW | NOT_PER_ROW | {"self", "kwargs"}
+        return all(set(inspect.signature(type(layer).forward).parameters) <= known for layer in self._layers)
 
     def serve(self, names: Sequence[str], lowest_layer: int) -> None:
         """Says who answers from now on; nothing may be answering meanwhile.
@@ -124,12 +139,14 @@ class Members:
             names (`list[str]`): adapters; empty: the bare base model answers.
             lowest_layer (`int`): no member has LoRA below it.
         """
-        self.names, self.lowest_layer = tuple(names), lowest_layer
+        switched, self.names, self.lowest_layer = bool(names) != bool(self.names), tuple(names), lowest_layer
         self.trunk = lowest_layer if self.batched and self._trunk_is_shared() else 0
-        for module in [*self._lora.values(), *self._heads]:
+        for module in [*self._lora.values(), *self._heads] if switched or not self._told else ():
             module.enable_adapters(bool(names))
-        if names:
+            module.requires_grad_(False)
+        if len(names) == 1 or (names and not self._told):
             self._activate(names[0])
+        self._told = True
 
     def _activate(self, name: str) -> None:
         for module in self._lora.values():
@@ -139,19 +156,28 @@ class Members:
 
     # ---- answering ----
 
-    def _answer(self, *args: Any, **kwargs: Any) -> ModelOutput:
+    def _answer(self, *args: Any, **kwargs: Any) -> Any:
         if len(self.names) < 2:
             return self._forward(*args, **kwargs)
+        self.refuse_encoder_decoder()
         kwargs |= zip(self._positional, args, strict=False)
         labels, items = kwargs.pop("labels", None), kwargs.pop("num_items_in_batch", None)
         by_token = kwargs.pop("fused_lm_head", False)  # how TRL's SFTTrainer asks, since 1.16
-        kwargs["return_dict"] = True
+        as_tuple, kwargs["return_dict"] = kwargs.pop("return_dict", None) is False, True
         output = self._together(kwargs) if self.batched else self._in_turn(kwargs)
         if by_token:
             return _by_token(output["logits"], labels)
         if labels is not None:
             output["loss"] = self._loss(output["logits"], labels, items)
-        return output
+        return output.to_tuple() if as_tuple else output
+
+    def refuse_encoder_decoder(self) -> None:
+        """Raises `ValueError` for several members of a model whose encoder runs apart from what is asked of it."""
+        if self.base.config.is_encoder_decoder:
+            raise ValueError(
+                "Several members of an encoder-decoder model can not answer together. Serve one prefix of the store "
+                "at a time (`store.export(path, prefix=...)`)."
+            )
 
     def _together(self, kwargs: dict[str, Any]) -> ModelOutput:
         rows = len(self._main_input(kwargs))
@@ -163,7 +189,11 @@ class Members:
         return self._combined(output, lambda name: output[name].unflatten(0, (count, rows)))
 
     def _in_turn(self, kwargs: dict[str, Any]) -> ModelOutput:
-        if "past_key_values" in self._positional and kwargs.get("use_cache", self.base.config.use_cache):
+        wanted = kwargs.get("use_cache")
+        if wanted is None:
+            wanted = getattr(self.base.config, "use_cache", False)
+        if "past_key_values" in self._positional and wanted:
+            kwargs["use_cache"] = True
             cache = kwargs.get("past_key_values") or self.cache()
             if not isinstance(cache, MemberCache):
                 raise ValueError(
@@ -233,6 +263,23 @@ class Members:
         else:
             names = [name for name in self.names for _ in range(rows // count)]
         return args, {**kwargs, "adapter_names": names}
+
+    def _by_views(
+        self, module: Any, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """PEFT's forward with an adapter per row, for rows of a member that lie together: it gathers and scatters them
+        by index, which costs up to a third of the whole forward pass; views of them give the same bits."""
+        result = module.base_layer(x, *args, **{name: kwargs[name] for name in kwargs.keys() - VARIANT_KWARG_KEYS})
+        if adapter_names[0] == "__base__":
+            return result
+        rows = len(x) // len(self.names)
+        for turn, name in enumerate(self.names):
+            if name in module.lora_A:
+                own = slice(turn * rows, (turn + 1) * rows)
+                lora_a, lora_b = module.lora_A[name], module.lora_B[name]
+                update = lora_b(lora_a(module.lora_dropout[name](x[own].to(lora_a.weight.dtype))))
+                result[own] += (update * module.scaling[name]).to(result.dtype)
+        return result
 
 
 def _first_member(rows: int, count: int, value: Any) -> Any:

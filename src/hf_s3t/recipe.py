@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,12 +17,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .config import LORA_FIELDS, S3TConfig
-from .errors import RecipeError, StoreError
+from .errors import RecipeError
 from .layout import Layout
 from .partition import canonical
 from .tuner import tensor_digest
-
-logger = logging.getLogger(__name__)
 
 SILENT_PREFIXES = (
     "logging_", "log_", "hub_", "push_to_hub", "report_to", "run_name", "project", "trackio_", "do_", "include_",
@@ -79,13 +76,13 @@ def make_recipe(
         "base": {
             "id": base_id,
             "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
-            "class": type(_bare(model)).__name__,
-            "num_labels": _bare(model).config.num_labels if layout.heads else None,
-            "dtype": str(_bare(model).dtype),
-            "quantization": _quantization(model),
+            "class": type(bare(model)).__name__,
+            "num_labels": bare(model).config.num_labels if layout.heads else None,
+            "dtype": str(bare(model).dtype),
+            "quantization": quantization(model),
             "sha256": base_digest(model, layout.heads),
             "drawn_heads": dict(heads),
-            "heads": {head: base_digest(_bare(model).get_submodule(head)) for head in layout.heads},
+            "heads": {head: base_digest(bare(model).get_submodule(head)) for head in layout.heads},
         },
         "processing": processing_digest(processing_class),
         "collator": type(collator).__name__ if not hasattr(collator, "__name__") else collator.__name__,
@@ -122,12 +119,14 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, str) and os.path.isabs(value)
 
 
-def _quantization(model: nn.Module) -> dict[str, Any] | None:
+def quantization(model: nn.Module) -> dict[str, Any] | None:
+    """The settings by which a model is quantised, as plain data."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return None if config is None else json.loads(json.dumps(config.to_dict(), default=str))
 
 
-def _bare(model: Any) -> Any:
+def bare(model: Any) -> Any:
+    """The base model of a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -144,29 +143,6 @@ def base_digest(model: nn.Module, heads: Iterable[str] = ()) -> str:
             continue
         digests[plain] = tensor_digest(value)
     return hashlib.sha256(canonical(digests)).hexdigest()
-
-
-def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
-    """Raises [`StoreError`] if a model is not the base that a store was trained on, its heads aside.
-
-    Tensors of another dtype or quantisation can not be compared; then a warning says so.
-    """
-    stored = recipe["base"]
-    if stored.get("sha256") is None:
-        return
-    found = {"dtype": str(_bare(model).dtype), "quantization": _quantization(model)}
-    different = [name for name, value in found.items() if value != stored.get(name)]
-    if different:
-        logger.warning(
-            "the base model has another %s than the one that the store was trained on: answers differ from those of "
-            "the training, and whether it is the same model was not checked",
-            " and ".join(different),
-        )
-    elif base_digest(model, recipe["config"].get("modules_to_save") or ()) != stored["sha256"]:
-        raise StoreError(
-            f"This is not the base model that the store was trained on ({stored.get('id') or 'no id is on record'}): "
-            "its tensors differ. Give that one; a model that carries adapters or was tuned since is another."
-        )
 
 
 def processing_digest(processing_class: Any) -> str | None:

@@ -26,11 +26,12 @@ Owner = tuple[Stage, str]
 
 
 class Change(NamedTuple):
-    """What turns a slot's prefix into another one; see [`Slot.plan`]."""
+    """What turns a slot's prefix into another one, of which `lowest_layer` has LoRA; see [`Slot.plan`]."""
 
     path: tuple[Owner, ...]
     owners: dict[str, Owner]
     tensors: dict[str, torch.Tensor]
+    lowest_layer: int
 
 
 @dataclass
@@ -41,13 +42,17 @@ class Slot:
         name (`str`): the adapter.
         tensors (`dict[str, torch.Tensor]`): the model's own parameters and buffers.
         path (`tuple[Owner, ...]`): the stages along the prefix that is loaded; empty: the member does not answer.
+        layers (`dict[str, int]`): the layer of each LoRA matrix.
         owners (`dict[str, Owner]`): which stage each tensor that is in use came from.
+        lowest_layer (`int`): that the loaded prefix has LoRA in.
     """
 
     name: str
     tensors: dict[str, torch.Tensor]
+    layers: dict[str, int]
     path: tuple[Owner, ...] = ()
     owners: dict[str, Owner] = field(default_factory=dict)
+    lowest_layer: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, name: str) -> Slot:
@@ -60,13 +65,8 @@ class Slot:
                 tensors[path.replace(head, ".")] = tensor
             elif lora in path:
                 tensors[path.replace(lora, ".")] = tensor
-        return cls(name, tensors)
-
-    @property
-    def lowest_layer(self) -> int:
-        """The lowest layer that the prefix has LoRA in."""
-        places = (split_layer_path(name) for name in self.owners if is_lora(name))
-        return min(place[1] for place in places if place is not None)
+        places = {path: split_layer_path(path) for path in tensors if is_lora(path)}
+        return cls(name, tensors, {path: place[1] for path, place in places.items() if place is not None})
 
     def plan(self, store: StoreFolder, manifest: Manifest, path: Sequence[Stage]) -> Change:
         """Reads what a prefix has and the slot has not; changes nothing.
@@ -81,15 +81,19 @@ class Slot:
         read: dict[Owner, Mapping[str, torch.Tensor]] = {}
         steps = tuple((stage, manifest.stages[stage][WEIGHTS_FILE]) for stage in path)
         if steps == self.path:
-            return Change(steps, self.owners, {})
+            return Change(steps, self.owners, {}, self.lowest_layer)
+        here: dict[Owner, list[str]] = {}
+        for name, owner in self.owners.items():
+            here.setdefault(owner, []).append(name)
+        heads = len(self.layers) < len(self.tensors)
         for owner in steps:
-            known = [name for name, before in self.owners.items() if before == owner]
-            if not known or owner == steps[-1]:  # heads of an earlier stage, say, are not in the slot any more
+            if owner not in here or (heads and owner == steps[-1]):  # a deeper stage's heads took the place of its own
                 read[owner] = store.read_stage(owner[0], manifest).tensors
-            owners.update(dict.fromkeys(read.get(owner, known), owner))
+            owners.update(dict.fromkeys(read.get(owner, here.get(owner, ())), owner))
         tensors = {name: read[owner][name] for name, owner in owners.items() if self.owners.get(name) != owner}
         self._check(tensors, owners, path)
-        return Change(steps, owners, tensors)
+        lowest = min((self.layers[name] for name in owners if name in self.layers), default=0)
+        return Change(steps, owners, tensors, lowest)
 
     def _check(self, tensors: Mapping[str, torch.Tensor], owners: Mapping[str, Owner], path: Sequence[Stage]) -> None:
         surplus = sorted(set(tensors) - set(self.tensors))
@@ -111,12 +115,16 @@ class Slot:
 
     @torch.no_grad()
     def take(self, change: Change) -> None:
-        """Overwrites what differs; what is in use no more becomes zero."""
-        for name, tensor in change.tensors.items():
-            self.tensors[name].copy_(tensor)
-        for name in self.owners.keys() - change.owners.keys():
-            self.tensors[name].zero_()
-        self.path, self.owners = change.path, change.owners
+        """Overwrites what differs; what is in use no more becomes zero. Interrupted, the member is emptied."""
+        try:
+            for name, tensor in change.tensors.items():
+                self.tensors[name].copy_(tensor)
+            for name in self.owners.keys() - change.owners.keys():
+                self.tensors[name].zero_()
+        except BaseException:
+            self.clear()
+            raise
+        self.path, self.owners, self.lowest_layer = change.path, change.owners, change.lowest_layer
 
     @torch.no_grad()
     def clear(self) -> None:

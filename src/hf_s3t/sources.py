@@ -76,7 +76,7 @@ class FolderSource:
     def marks(self) -> tuple[Any, ...]:
         """Changes whenever the manifest does."""
         status = os.stat(self.path / MANIFEST if self.has(MANIFEST) else self.path)
-        return (status.st_mtime_ns, status.st_ino)
+        return (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 class RepoSource:

@@ -17,13 +17,13 @@ from huggingface_hub import CommitInfo
 
 from . import deletion, publishing
 from . import purge as purging
+from .bases import load_base
 from .deletion import Receipt
 from .errors import StateError, StoreError, UnknownExampleError
 from .exports import (
     Export,
     carrying,
     given_base,
-    load_base,
     read_exports,
     records_from_json,
     records_to_json,
@@ -93,7 +93,7 @@ class S3TStore(StoreFolder):
         key (`str` or `bytes`, *optional*): the partition key; `None`: `HF_S3T_KEY`, else `partition.key` of the state.
         state (`str` or `Path`, *optional*): the folder of the state. `None`: `.s3t/` in the folder; of a repository
             what `HF_S3T_STATE` says. Without it a repository can be read, and whole slices can be deleted.
-        revision (`str`, *optional*): of a repository, a commit, branch or tag to read from, for good. `None`: the head.
+        revision (`str`, *optional*): of a repository, a commit, branch or tag to read, for good. `None`: the head.
         token (`str`, *optional*): for the Hub; `None`: the one that is logged in.
 
     Example:
@@ -326,9 +326,9 @@ class S3TStore(StoreFolder):
             raise StoreError(f"{path} lies inside the store, which holds only its own files. Name another folder.")
         base, name = None, None
         if merge and not isinstance(base_model, str | None):
-            base = given_base(base_model)
+            base = given_base(self, base_model)
         elif merge:
-            base, name = load_base(self, base_model)
+            base, name = load_base(self, base_model, unquantised=True)
         elif base_model is not None:
             raise ValueError("`base_model` is for `merge=True`: an adapter is exported without its base.")
         with self.writing():  # a deletion comes before, or finds the copy on record

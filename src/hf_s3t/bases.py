@@ -1,0 +1,103 @@
+"""The base model of a store: loading it, and telling it from another one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig
+
+from .card import AUTO_CLASSES
+from .errors import StoreError
+from .folder import StoreFolder
+from .recipe import bare, base_digest, quantization
+
+logger = logging.getLogger(__name__)
+
+HAND_IN = "Load the base as it was for the training and pass `base_model=`."
+
+
+def load_base(
+    store: StoreFolder, name: str | None = None, unquantised: bool = False, **kwargs: Any
+) -> tuple[nn.Module, str]:
+    """Loads a store's base model, of the class that was trained.
+
+    Args:
+        name (`str`, *optional*): a folder or a repository id; `None`: the one that the store names, at its revision.
+        unquantised (`bool`): refuse one whose weights are quantised, before it is loaded.
+        kwargs: for `from_pretrained`.
+
+    Returns:
+        `tuple[torch.nn.Module, str]`: the model, and where it came from.
+
+    Raises:
+        ValueError: the store does not say which it is.
+        StoreError: it is another one than the store was trained on.
+        OSError: it can not be loaded.
+    """
+    recipe = store.manifest().recipe
+    stored = recipe["base"]
+    if name is None:
+        name, kwargs = stored.get("id"), {"revision": stored.get("revision"), **kwargs}
+    base_class = _base_class(recipe)
+    if name is None or base_class is None:
+        raise ValueError(f"{store.path} does not say how to load its base model. {HAND_IN}")
+    source = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+    given = {"num_labels": stored.get("num_labels"), **kwargs}
+    try:
+        if unquantised:
+            check_unquantised(AutoConfig.from_pretrained(source, revision=kwargs.get("revision")), source)
+        model = base_class.from_pretrained(source, **{key: value for key, value in given.items() if value is not None})
+    except OSError as error:
+        raise OSError(f"The base model {source} can not be loaded: {error}") from error
+    check_base(model, recipe)
+    return model, source
+
+
+def _base_class(recipe: Mapping[str, Any]) -> Any:
+    """The transformers class that was trained, or, of a class that is not theirs, what its task asks for."""
+    import transformers
+
+    found = getattr(transformers, str(recipe["base"].get("class")), None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    auto_class, _ = AUTO_CLASSES.get(recipe["config"].get("task_type"), (None, None))
+    return getattr(transformers, auto_class) if auto_class else None
+
+
+def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
+    """Raises [`StoreError`] if a model is not the base that a store was trained on, its heads aside.
+
+    Tensors of another dtype or quantisation can not be compared; then a warning says so. Offloaded ones are refused,
+    as adapters can not be with them.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise StoreError("Some layers of the base are offloaded. Load it with a `device_map` that holds all of them.")
+    stored = recipe["base"]
+    if stored.get("sha256") is None:
+        return
+    found = {"dtype": str(bare(model).dtype), "quantization": quantization(model)}
+    different = [name for name, value in found.items() if value != stored.get(name)]
+    if different:
+        logger.warning(
+            "the base model has another %s than the one that the store was trained on: answers differ from those of "
+            "the training, and whether it is the same model was not checked",
+            " and ".join(different),
+        )
+    elif base_digest(model, recipe["config"].get("modules_to_save") or ()) != stored["sha256"]:
+        raise StoreError(
+            f"This is not the base model that the store was trained on ({stored.get('id') or 'no id is on record'}): "
+            "its tensors differ. Give that one; a model that carries adapters or was tuned since is another."
+        )
+
+
+def check_unquantised(config: Any, name: str) -> None:
+    """Raises `ValueError` for a base model whose weights are quantised: nothing can be added to them exactly."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{name} is quantised, and an adapter is merged into unquantised weights only. Name the unquantised base "
+            "(`base_model=`, `--base`), or export the adapter alone."
+        )
