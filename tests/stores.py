@@ -18,7 +18,7 @@ from datasets import Dataset
 from hf_s3t import Plan, S3TConfig, S3TStore, Stage
 from hf_s3t.adapter import Adapter
 from hf_s3t.manifest import Manifest, State, key_check_value
-from hf_s3t.partition import Entry, Index, id_source, read_rows
+from hf_s3t.partition import Entry, Index, examples_digest, id_source, read_rows
 from hf_s3t.sequences import cyclic
 
 KEY = bytes(range(100, 132))
@@ -76,6 +76,16 @@ def recipe_config(num_slices: int, head: bool = False) -> dict[str, Any]:
     }
 
 
+def examples_of(stage: Stage, index: Index) -> list[str]:
+    """The examples of a stage, slice by slice."""
+    return [
+        digest
+        for number in stage.prefix
+        for digest, entry in sorted(index.items())
+        if entry[:2] == (stage.shard, number)
+    ]
+
+
 def make_store(
     path: Path,
     rows: list[dict[str, Any]] | None = None,
@@ -111,7 +121,18 @@ def make_store(
     recipe = {"config": recipe_config(plan.num_slices, head), "partition": partition, "base": {"id": None}}
     index = dict(read_rows(dataset, store.key, config))
     stages = plan.stages[:trained]
-    state = State(stages={stage.name: {"generation": 0, "examples": 1, "steps": 1} for stage in stages})
+    seen = {stage: examples_of(stage, index) for stage in stages}
+    state = State(
+        stages={
+            stage.name: {
+                "generation": 0,
+                "examples": len(seen[stage]),
+                "data": examples_digest(seen[stage]),
+                "steps": 1,
+            }
+            for stage in stages
+        }
+    )
     store.write_index(index)
     store.write_state(state)
     manifest = Manifest(0, state.digest(store.key), key_check_value(store.key), recipe, plan)
