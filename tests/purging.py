@@ -1,14 +1,24 @@
-"""What the tests of a purge do to a repository, in the process of a client, and how they look at what is left."""
+"""What the tests of a purge do to a repository, on a machine, and how they look at what is left."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hub_client import Client
-from hub_server import Server, ask
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_url, snapshot_download
+from huggingface_hub.utils import build_hf_headers, get_session
+
+from hf_s3t import Plan, S3TStore
+from hf_s3t.hub import HubRepo
+from hf_s3t.probing import PurgeReport, recheck
+from hf_s3t.sequences import cyclic
+from hub_server import Server
+from machines import Machine
+from stores import make_store
 
 NAME = "owner/model"
 WEIGHTS = "adapter_model.safetensors"
@@ -18,10 +28,6 @@ REMOVED = ("shard-00/0-1", "shard-00/1", "shard-00/1-0")
 
 def pushed(folder: str, name: str, private: bool = True) -> dict[str, str]:
     """A store of one shard and two slices, pushed; the sha256 of every file of a stage."""
-    from hf_s3t import Plan
-    from hf_s3t.sequences import cyclic
-    from stores import make_store
-
     store = make_store(folder, plan=Plan.make(1, 2, cyclic(2, 2), prune=False))
     store.push(name, private=private)
     return {
@@ -31,8 +37,6 @@ def pushed(folder: str, name: str, private: bool = True) -> dict[str, str]:
 
 def refs(name: str) -> None:
     """A tag, a branch and an open pull request, all with every stage."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     api = HfApi()
     api.create_tag(name, tag="v1")
     api.create_branch(name, branch="dev")
@@ -41,16 +45,11 @@ def refs(name: str) -> None:
 
 def delete(name: str, folder: str, **how: Any) -> dict[str, Any]:
     """Deletes slice 1; the receipt."""
-    from hf_s3t import S3TStore
-
     return S3TStore(name, state=f"{folder}/.s3t").delete(slices=[(0, 1)], **how).to_json()
 
 
 def purge(name: str, folder: str, keep_refs: list[str] | None = (), seconds: float = 20.0) -> dict[str, Any]:
     """The report, with what its class says of it."""
-    from hf_s3t import S3TStore
-    from hf_s3t.probing import PurgeReport
-
     report = S3TStore(name, state=f"{folder}/.s3t").purge(keep_refs, seconds)
     data = report.to_json()
     assert PurgeReport.from_json(data) == report
@@ -62,9 +61,6 @@ def purge(name: str, folder: str, keep_refs: list[str] | None = (), seconds: flo
 
 def again(data: dict[str, Any], seconds: float = 0.0, endpoint: str | None = None) -> dict[str, Any]:
     """Rechecks a report."""
-    from hf_s3t.hub import HubRepo
-    from hf_s3t.probing import PurgeReport, recheck
-
     repo = HubRepo(data["repo"])
     repo.api.endpoint = endpoint or repo.api.endpoint
     return recheck(repo, PurgeReport.from_json(data), seconds).to_json()
@@ -72,8 +68,6 @@ def again(data: dict[str, Any], seconds: float = 0.0, endpoint: str | None = Non
 
 def refused(name: str, folder: str, keep_refs: list[str] | None = ()) -> list[str]:
     """The error of a purge."""
-    from hf_s3t import S3TStore
-
     try:
         S3TStore(name, state=f"{folder}/.s3t").purge(keep_refs)
     except Exception as error:
@@ -85,25 +79,22 @@ def refused(name: str, folder: str, keep_refs: list[str] | None = ()) -> list[st
 
 
 def look(
-    api: object, name: str, revisions: list[str] = (), paths: list[str] = (), oids: list[str] = (), all_of: str = ""
-) -> list:
+    name: str, revisions: list[str] = (), paths: list[str] = (), oids: list[str] = (), all_of: str = ""
+) -> list[Any]:
     """The status of every path at every revision with redirects followed, the contents that the large-file storage
     gives out by their sha256, and the sha256 of every file of a revision."""
-    import hashlib
-    from pathlib import Path
-
-    answers = {}
+    answers: dict[str, list[int]] = {}
     for revision in revisions:
         for path in paths:
-            url = hf_hub_url(name, path, revision=revision)  # noqa: F821
-            got = get_session().get(url, headers=api._build_hf_headers(), follow_redirects=True)  # noqa: F821
+            url = hf_hub_url(name, path, revision=revision)
+            got = get_session().get(url, headers=build_hf_headers(), follow_redirects=True)
             answers.setdefault(revision, []).append(got.status_code)
     body = {"operation": "download", "transfers": ["basic"], "objects": [{"oid": oid, "size": 1} for oid in oids]}
-    url = f"{api.endpoint}/{name}.git/info/lfs/objects/batch"
-    got = get_session().post(url, json=body, headers=api._build_hf_headers()).json()  # noqa: F821
+    url = f"{HfApi().endpoint}/{name}.git/info/lfs/objects/batch"
+    got = get_session().post(url, json=body, headers=build_hf_headers()).json()
     found = {}
     if all_of:
-        folder = Path(api.snapshot_download(name, revision=all_of))
+        folder = Path(snapshot_download(name, revision=all_of))
         files = [path for path in folder.rglob("*") if path.is_file()]
         found = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return [answers, [thing["oid"] for thing in got["objects"] if "actions" in thing], found]
@@ -113,14 +104,16 @@ class Case:
     """A repository with a deletion that is not purged yet."""
 
     def __init__(
-        self, server: Server, client: Client, tmp: Path, name: str = NAME, *, others: bool = True, **faults: Any
-    ):
-        self.server, self.client, self.tmp, self.name, self.folder = server, client, tmp, name, str(tmp / "store")
-        self.before = client(pushed, folder=self.folder, name=name)
+        self, server: Server, new_machine: Callable[..., Machine], tmp: Path, name: str = NAME, *,
+        others: bool = True, xet: bool = False, **faults: Any,
+    ):  # fmt: skip
+        self.server, self.new_machine, self.xet, self.tmp, self.name = server, new_machine, xet, tmp, name
+        self.folder, self.machine = str(tmp / "store"), new_machine(xet=xet)
+        self.before = self.machine(pushed, folder=self.folder, name=name)
         if others:
-            client(refs, name=name)
+            self.machine(refs, name=name)
         server.faults.set(**{key: value for key, value in faults.items() if key == "gc"})
-        self.receipt = client(delete, name=name, folder=self.folder)
+        self.receipt = self.machine(delete, name=name, folder=self.folder)
         self.repository = server.repository(name)
         self.old = [revision for revision in self.history() if self.holds(revision)]
         server.faults.set(**faults)
@@ -140,11 +133,10 @@ class Case:
 
     def cold(self, **arguments: Any) -> Any:
         """Looks as a client without any cache."""
-        home = self.tmp / f"cold{len(list(self.tmp.glob('cold*')))}"
-        return ask(self.server, home, look, name=self.name, **arguments)
+        return self.new_machine()(look, name=self.name, **arguments)
 
     def purge(self, **how: Any) -> dict[str, Any]:
-        return self.client(purge, name=self.name, folder=self.folder, **how)
+        return self.machine(purge, name=self.name, folder=self.folder, **how)
 
     def check_gone(self) -> None:
         """No old revision and no sha256 gives a removed weight out, and every kept stage is what it was."""

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any
 
-import pytest
+from typer.testing import CliRunner
 
-from hub_client import Client
-from hub_server import Faults, Server, start
+from hf_s3t import cli
+from hub_server import Server
+from machines import Machine
 from purging import pushed, refs
 
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Client]]:
-    folder = tmp_path_factory.mktemp("hub")
-    with start(folder / "hub") as server:
-        client = Client(server, folder / "home")
-        yield server, client
-        client.close()
-
-
-@pytest.fixture
-def hub(running: tuple[Server, Client]) -> Iterator[tuple[Server, Client]]:
-    yield running
-    server, _ = running
-    vars(server.faults).update(vars(Faults()))
-    for name in list(server.hub.repositories):
-        server.hub.delete(name)
+pytest_plugins = ["hub_fixtures"]
 
 
 def command(line: list[str], variables: dict[str, str]) -> list[Any]:
     """Exit code, standard output and standard error of `hf-s3t`."""
-    import os
-
-    from typer.testing import CliRunner
-
-    from hf_s3t import cli
-
     os.environ.update(variables)
     result = CliRunner().invoke(cli.app, line)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -47,29 +26,28 @@ def command(line: list[str], variables: dict[str, str]) -> list[Any]:
 
 
 class Terminal:
-    """Runs `hf-s3t` in the process of a client."""
+    """Runs `hf-s3t` on a machine."""
 
-    def __init__(self, client: Client, **variables: str):
-        self.client, self.variables = client, variables
+    def __init__(self, machine: Machine, **variables: str):
+        self.machine, self.variables = machine, variables
 
     def __call__(self, *line: object, code: int = 0, token: str | None = None) -> str:
         words = [str(word) for word in line]
-        found, out, err = self.client(command, line=words, variables=self.variables, token=token)
+        found, out, err = self.machine(command, line=words, variables=self.variables, token=token)
         assert found == code, (found, out, err)
         return " ".join((out + err).split())
 
     def json(self, *line: object, code: int = 0) -> Any:
-        found, out, err = self.client(command, line=[*map(str, line), "--json"], variables=self.variables)
+        found, out, err = self.machine(command, line=[*map(str, line), "--json"], variables=self.variables)
         assert found == code, (found, out, err)
         (outcome,) = json.loads(out)
         assert outcome["exit_code"] == code
         return outcome["result"]
 
 
-def test_the_life_cycle(hub: Any, tmp_path: Path) -> None:
-    server, client = hub
-    run = Terminal(client, HF_S3T_STATE=str(tmp_path / "out/.s3t"))
-    client(pushed, folder=str(tmp_path / "out"), name="owner/first")
+def test_the_life_cycle(server: Server, machine: Machine, tmp_path: Path) -> None:
+    run = Terminal(machine, HF_S3T_STATE=str(tmp_path / "out/.s3t"))
+    machine(pushed, folder=str(tmp_path / "out"), name="owner/first")
     assert "owner/model is what" in run("push", tmp_path / "out", "owner/model")
     assert run.json("push", tmp_path / "out", "owner/model")["commit"] == server.repository("owner/model").resolve(
         "main"
@@ -104,11 +82,10 @@ def test_the_life_cycle(hub: Any, tmp_path: Path) -> None:
     run("verify", tmp_path / "out")
 
 
-def test_delete_and_purge_at_once(hub: Any, tmp_path: Path) -> None:
-    server, client = hub
-    client(pushed, folder=str(tmp_path / "out"), name="owner/model")
-    client(refs, name="owner/model")
-    run, state = Terminal(client), ("--state", tmp_path / "out/.s3t")
+def test_delete_and_purge_at_once(server: Server, machine: Machine, tmp_path: Path) -> None:
+    machine(pushed, folder=str(tmp_path / "out"), name="owner/model")
+    machine(refs, name="owner/model")
+    run, state = Terminal(machine), ("--state", tmp_path / "out/.s3t")
     head = server.repository("owner/model").resolve("main")
     text = run("delete", "owner/model", "--slices", "0:1", "--purge", *state, code=2)
     assert "refs/tags/v1" in text and "--keep-ref" in text and "--drop-refs" in text and "Nothing was changed" in text
@@ -121,13 +98,12 @@ def test_delete_and_purge_at_once(hub: Any, tmp_path: Path) -> None:
     assert set(server.repository("owner/model").refs()) == {"refs/heads/main"}
 
 
-def test_what_a_person_does_wrong_is_said(hub: Any, tmp_path: Path) -> None:
-    server, client = hub
-    client(pushed, folder=str(tmp_path / "out"), name="owner/model")
-    run, state = Terminal(client), ("--state", tmp_path / "out/.s3t")
+def test_what_a_person_does_wrong_is_said(server: Server, machine: Machine, tmp_path: Path) -> None:
+    machine(pushed, folder=str(tmp_path / "out"), name="owner/model")
+    run, state = Terminal(machine), ("--state", tmp_path / "out/.s3t")
     text = run("status", "owner/nothing", code=2)
     assert "no folder owner/nothing" in text and "no repository owner/nothing" in text and "Traceback" not in text
-    client(empty, name="owner/empty")
+    machine(empty, name="owner/empty")
     text = run("status", "owner/empty", code=2)
     assert "no folder owner/empty" in text and "no s3t.json" in text
     assert "no store here" in run("status", tmp_path / "nothing", code=2)
@@ -149,21 +125,16 @@ def empty(name: str) -> None:
     HfApi().create_repo(name)
 
 
-def test_a_hub_that_does_not_answer_is_a_message(tmp_path: Path) -> None:
-    with start(tmp_path / "hub") as server:
-        client = Client(server, tmp_path / "home")
-        client(pushed, folder=str(tmp_path / "out"), name="owner/model")
-        client(command, line=["delete", "owner/model", "--slices", "0:1"], variables={})
-        run = Terminal(client, HF_S3T_STATE=str(tmp_path / "out/.s3t"))
-        report = tmp_path / "report.json"
-        run("purge", "owner/model", "--report", report)
-        data = json.loads(report.read_text())
-        data["probes"][0]["served"] = None
-        report.write_text(json.dumps(data))
-    try:
-        for line in (["purge", "owner/model"], ["push", tmp_path / "out", "owner/model"]):
-            text = run(*line, code=2)
-            assert "Traceback" not in text and ("did not answer" in text or "can not be" in text or "cached" in text)
-        assert "no answer: ConnectError" in run("recheck", report, code=3)
-    finally:
-        client.close()
+def test_a_hub_that_does_not_answer_is_a_message(machine: Machine, new_machine: Any, tmp_path: Path) -> None:
+    machine(pushed, folder=str(tmp_path / "out"), name="owner/model")
+    machine(command, line=["delete", "owner/model", "--slices", "0:1"], variables={})
+    state, report = str(tmp_path / "out/.s3t"), tmp_path / "report.json"
+    Terminal(machine, HF_S3T_STATE=state)("purge", "owner/model", "--report", report)
+    data = json.loads(report.read_text())
+    data["probes"][0]["served"] = None
+    report.write_text(json.dumps(data))
+    run = Terminal(new_machine(home=machine.home, HF_ENDPOINT="http://127.0.0.1:9"), HF_S3T_STATE=state)
+    for line in (["purge", "owner/model"], ["push", tmp_path / "out", "owner/model"]):
+        text = run(*line, code=2)
+        assert "Traceback" not in text and ("did not answer" in text or "can not be" in text or "cached" in text)
+    assert "no answer: ConnectError" in run("recheck", report, code=3)

@@ -1,53 +1,25 @@
 """A store on the Hub: what is pushed, what is downloaded, what stock PEFT makes of it, a deletion from far away."""
 
 import json
+import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from hf_s3t import S3TEnsemble, S3TStore, Stage
-from hub_server import Faults, start
-from machines import Failed, Machine
+from machines import Failed
 from stores import KEY, make_store, people
 from trainers import BASES, batch, logits, make_trainer
 
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    with start(tmp_path_factory.mktemp("hub")) as server:
-        yield server
+pytest_plugins = ["hub_fixtures"]
 
 
 @pytest.fixture
-def server(running):
-    yield running
-    vars(running.faults).update(vars(Faults()))
-    for name in list(running.hub.repositories):
-        running.hub.delete(name)
-
-
-@pytest.fixture(scope="module")
-def machine(running, tmp_path_factory):
-    machine = Machine(running, tmp_path_factory.mktemp("machine"))
-    yield machine
-    machine.stop()
-
-
-@pytest.fixture(scope="module")
-def reader(running, tmp_path_factory):
-    machine = Machine(running, tmp_path_factory.mktemp("reader"))
-    yield machine
-    machine.stop()
-
-
-@pytest.fixture
-def newcomer(reader):
+def newcomer(new_machine):
     """A machine that has nothing of it yet."""
-    shutil.rmtree(reader.home, ignore_errors=True)
-    return reader
+    return new_machine()
 
 
 # What machines are told
@@ -188,12 +160,8 @@ def test_a_public_repository_has_no_tombstones(server, machine, tmp_path):
     assert json.loads(contents(repository)["s3t.json"])["generation"] == 1
 
 
-def test_each_stage_is_uploaded_apart_from_the_others(server, running, tmp_path):
-    machine = Machine(running, tmp_path / "xet", xet=True)
-    try:
-        machine(make_and_push, path=tmp_path / "out")
-    finally:
-        machine.stop()
+def test_each_stage_is_uploaded_apart_from_the_others(server, new_machine, tmp_path):
+    new_machine(xet=True)(make_and_push, path=tmp_path / "out")
     repository = server.repository("owner/m")
     entries = [e for e in repository.entries("main").values() if e.path.endswith(".safetensors")]
     held = {sha256: xorbs for sha256, _, xorbs, _ in repository.cas._files()}
@@ -202,18 +170,14 @@ def test_each_stage_is_uploaded_apart_from_the_others(server, running, tmp_path)
     assert len(repository.log()) == 2
 
 
-def test_a_token_that_may_not_write_changes_nothing_anywhere(server, machine, running, tmp_path):
+def test_a_token_that_may_not_write_changes_nothing_anywhere(server, machine, new_machine, tmp_path):
     machine(make_and_push, path=tmp_path / "out")
     head = server.repository("owner/m").resolve("main")
     state = tmp_path / "out/.s3t"
     before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file() and "write." not in path.name}
     for token, message in (("hf_reader", "No right to write"), ("hf_stranger", "no access"), ("", "no access")):
-        other = Machine(running, tmp_path / f"home{token}", token=token)
-        try:
-            with pytest.raises(Failed, match=message):
-                other(delete, state=state, ids=["row-3"])
-        finally:
-            other.stop()
+        with pytest.raises(Failed, match=message):
+            new_machine(token=token)(delete, state=state, ids=["row-3"])
     after = {path: path.read_bytes() for path in state.rglob("*") if path.is_file() and "write." not in path.name}
     assert after == before and server.repository("owner/m").resolve("main") == head
 
@@ -232,17 +196,14 @@ def test_what_is_asked_decides_what_is_downloaded(server, machine, newcomer, tmp
 
 
 @pytest.mark.parametrize("gone", ["offline", "no server"])
-def test_what_is_cached_is_read_without_the_hub(server, machine, newcomer, tmp_path, gone):
+def test_what_is_cached_is_read_without_the_hub(server, machine, newcomer, new_machine, tmp_path, gone):
     machine(make_and_push, path=tmp_path / "out")
     before = newcomer(assemble)
     variables = {"HF_HUB_OFFLINE": "1"} if gone == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    again = Machine(server, newcomer.home, **variables)
-    try:
-        assert again(assemble) == before
-        with pytest.raises(Failed, match="StoreError|HubError"):
-            again(status, repo="owner/never-seen")
-    finally:
-        again.stop()
+    again = new_machine(home=newcomer.home, **variables)
+    assert again(assemble) == before
+    with pytest.raises(Failed, match="StoreError|HubError"):
+        again(status, repo="owner/never-seen")
 
 
 def test_a_revision_is_read_for_good_and_never_changed(server, machine, tmp_path):
@@ -395,13 +356,9 @@ def test_without_a_state_slices_can_be_deleted_and_ids_can_not(server, machine, 
     assert not any((0, 1) in Stage.from_name(name).slices for name in manifest["stages"])
 
 
-def test_the_environment_may_name_the_state(server, machine, running, tmp_path):
+def test_the_environment_may_name_the_state(server, machine, new_machine, tmp_path):
     machine(make_and_push, path=tmp_path / "out")
-    other = Machine(running, tmp_path / "other", HF_S3T_STATE=str(tmp_path / "out/.s3t"))
-    try:
-        assert other(delete, ids=["row-3"])["found"] == 1
-    finally:
-        other.stop()
+    assert new_machine(HF_S3T_STATE=str(tmp_path / "out/.s3t"))(delete, ids=["row-3"])["found"] == 1
 
 
 def test_a_listing_in_pages_is_read_whole(server, machine, tmp_path):
@@ -411,11 +368,19 @@ def test_a_listing_in_pages_is_read_whole(server, machine, tmp_path):
     assert not [path for path in server.repository("owner/m").entries("main") if path.startswith("shard-00")]
 
 
-def test_machines_run_this_trees_code(machine):
-    assert Path(machine(where)).is_relative_to(Path(__file__).parent.parent)
+# The machines themselves
 
 
-def where():
+def test_machines_run_this_trees_code_and_share_no_cache_and_no_memory(server, machine, newcomer):
+    found = [each(where, note=number) for number, each in enumerate((machine, newcomer, machine))]
+    for each, (file, cache, seen, noted) in zip((machine, newcomer, machine), found, strict=True):
+        assert Path(file).is_relative_to(Path(__file__).parent.parent)
+        assert seen and not noted and cache == str(each.home / "hub")
+    assert machine.home != newcomer.home
+
+
+def where(note):
     import hf_s3t
 
-    return hf_s3t.__file__
+    noted, hf_s3t.note = hasattr(hf_s3t, "note"), note
+    return hf_s3t.__file__, os.path.abspath(constants.HF_HUB_CACHE), os.environ["HF_TOKEN"] == "hf_owner", noted

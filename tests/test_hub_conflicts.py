@@ -11,33 +11,17 @@ import pytest
 
 from hf_s3t import Plan, S3TStore, Stage
 from hf_s3t.verify import verify
-from hub_server import Faults, start
-from machines import Died, Failed, Machine
+from machines import Died, Failed
 from models import llama_rows
 from stores import Known, make_store, stage_adapter
 from trainers import ROWS, artefacts, make_trainer
 
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    with start(tmp_path_factory.mktemp("hub")) as server:
-        yield server
+pytest_plugins = ["hub_fixtures"]
 
 
 @pytest.fixture
-def server(running):
-    yield running
-    vars(running.faults).update(vars(Faults()))
-    for name in list(running.hub.repositories):
-        running.hub.delete(name)
-
-
-@pytest.fixture(scope="module")
-def pair(running, tmp_path_factory):
-    machines = [Machine(running, tmp_path_factory.mktemp(name)) for name in ("a", "b")]
-    yield machines
-    for machine in machines:
-        machine.stop()
+def pair(new_machine):
+    return new_machine(), new_machine()
 
 
 # What machines are told
@@ -276,7 +260,7 @@ def test_what_was_readmitted_can_be_pushed(server, stores, private):
     assert stages_of(server) == {"shard-00/0"}
 
 
-def test_deletions_from_whole_slices_without_a_state_are_not_undone_by_a_push(server, running, stores, tmp_path):
+def test_deletions_from_whole_slices_without_a_state_are_not_undone_by_a_push(server, stores, tmp_path):
     a, b, at_a, at_b, known = stores
     a(push, path=at_a)
     b(delete_there, state=tmp_path / "no state", slices=[(0, 0)])

@@ -10,32 +10,13 @@ import torch
 
 from hf_s3t import Plan, S3TEnsemble, S3TStore, Stage
 from hf_s3t.files import json_bytes, safetensors_bytes
-from hub_server import Faults, start
-from machines import Failed, Machine
+from machines import Failed
 from stores import make_store, stage_adapter
 
 FIRST, LATER = "shard-00/0", "shard-00/1"
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    with start(tmp_path_factory.mktemp("hub")) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running):
-    yield running
-    vars(running.faults).update(vars(Faults()))
-    for name in list(running.hub.repositories):
-        running.hub.delete(name)
-
-
-@pytest.fixture(scope="module")
-def machine(running, tmp_path_factory):
-    machine = Machine(running, tmp_path_factory.mktemp("machine"))
-    yield machine
-    machine.stop()
+pytest_plugins = ["hub_fixtures"]
 
 
 # What machines are told

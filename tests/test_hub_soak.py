@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from hf_s3t import Plan, S3TStore, Stage, StoreError
-from hub_server import start
-from machines import Machine
+from hub_server import Faults
 from stores import make_store, stage_adapter
+
+pytest_plugins = ["hub_fixtures"]
 
 PROCESSES = 4
 WEIGHTS = "adapter_model.safetensors"
@@ -55,7 +56,8 @@ def repair(store, note):
 
 
 def work(path, seconds, seed, mine):
-    """Does one thing after the other; whatever fails cleanly is counted and left to the next command."""
+    """Does one thing after the other, a deletion and a repair at least, until the time is over; whatever fails cleanly
+    is counted and left to the next command."""
     folder, draw, begun = Path(path), random.Random(seed), time.monotonic()
     done = {"push": 0, "delete": 0, "repair": 0, "pull": 0, "refused": 0}
     deleted = []
@@ -64,7 +66,7 @@ def work(path, seconds, seed, mine):
         with open(folder.parent / "trained.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    while time.monotonic() - begun < seconds:
+    while time.monotonic() - begun < seconds or not deleted or not (folder.parent / "trained.jsonl").exists():
         what = draw.choice(["push", "delete", "repair", "repair", "pull"])
         try:
             store = S3TStore(folder)
@@ -111,42 +113,37 @@ def history(repository):
         yield row["title"], read["s3t.json"]["generation"], stages, stones
 
 
-@pytest.mark.parametrize("seconds", [30, pytest.param(240, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
-def test_nothing_deleted_comes_back_and_nothing_live_is_lost(tmp_path, seconds):
-    with start(tmp_path / "hub") as server:
-        machines = [Machine(server, tmp_path / f"home{number}") for number in range(PROCESSES)]
-        folders = [tmp_path / f"m{number}/out" for number in range(PROCESSES)]
-        try:
-            for machine, folder in zip(machines, folders, strict=True):
-                machine.begin(make, path=folder)
-            places = [machine.end() for machine in machines][0]
-            seen = {}
-            for file in folders[0].glob(f"shard-*/*/{WEIGHTS}"):
-                stage = Stage.from_name(file.parent.relative_to(folders[0]).as_posix())
-                sha256 = S3TStore(folders[0]).manifest().stages[stage][WEIGHTS]
-                seen[sha256] = {digest for digest, place in places.items() if tuple(place) in stage.slices}
-            machines[0](push, path=folders[0])
-            draw = random.Random(0)
-            digests = sorted(places)
-            draw.shuffle(digests)
-            for number, machine in enumerate(machines):
-                mine = digests[number : 8 * PROCESSES : PROCESSES]
-                machine.begin(work, path=folders[number], seconds=seconds, seed=number, mine=mine)
-            ends = time.monotonic() + seconds
-            while time.monotonic() < ends:
-                server.faults.set(**draw.choice(SWITCHES))
-                time.sleep(0.3)
-            told = [machine.end() for machine in machines]
-            vars(server.faults).update(vars(type(server.faults)()))
-            for machine, folder in [*zip(machines, folders, strict=True)] * 2:
-                status = machine(settle, path=folder)
-        finally:
-            for machine in machines:
-                machine.stop()
-        for folder in folders:
-            trained = (folder.parent / "trained.jsonl").read_text().splitlines()
-            seen |= {line["sha256"]: set(line["seen"]) for line in map(json.loads, trained)}
-        commits = list(history(server.repository("owner/m")))
+@pytest.mark.parametrize("seconds", [8, pytest.param(240, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_nothing_deleted_comes_back_and_nothing_live_is_lost(server, new_machine, tmp_path, seconds):
+    machines = [new_machine() for _ in range(PROCESSES)]
+    folders = [tmp_path / f"m{number}/out" for number in range(PROCESSES)]
+    for machine, folder in zip(machines, folders, strict=True):
+        machine.begin(make, path=folder)
+    places = [machine.end() for machine in machines][0]
+    seen = {}
+    for file in folders[0].glob(f"shard-*/*/{WEIGHTS}"):
+        stage = Stage.from_name(file.parent.relative_to(folders[0]).as_posix())
+        sha256 = S3TStore(folders[0]).manifest().stages[stage][WEIGHTS]
+        seen[sha256] = {digest for digest, place in places.items() if tuple(place) in stage.slices}
+    machines[0](push, path=folders[0])
+    draw = random.Random(0)
+    digests = sorted(places)
+    draw.shuffle(digests)
+    for number, machine in enumerate(machines):
+        mine = digests[number : 8 * PROCESSES : PROCESSES]
+        machine.begin(work, path=folders[number], seconds=seconds, seed=number, mine=mine)
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        server.faults.set(**draw.choice(SWITCHES))
+        time.sleep(0.3)
+    told = [machine.end() for machine in machines]
+    vars(server.faults).update(vars(Faults()))
+    for machine, folder in [*zip(machines, folders, strict=True)] * 2:
+        status = machine(settle, path=folder)
+    for folder in folders:
+        trained = (folder.parent / "trained.jsonl").read_text().splitlines()
+        seen |= {line["sha256"]: set(line["seen"]) for line in map(json.loads, trained)}
+    commits = list(history(server.repository("owner/m")))
     before: tuple = (-1, {}, {})
     for title, generation, stages, stones in commits:
         for name, sha256 in stages.items():

@@ -5,37 +5,24 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE, HF_XET_CACHE
 
-from hub_client import Client
-from hub_server import Faults, Server, start
+from hf_s3t import S3TStore, StoreError
+from hf_s3t import purge as purging
+from hf_s3t.hub import HubRepo
+from hub_server import Server
+from machines import Machine
 from purging import NAME, REMOVED, WEIGHTS, Case, again, refused
 from stores import people
+from test_hub_server import seed, sha256
 
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Client]]:
-    folder = tmp_path_factory.mktemp("hub")
-    with start(folder / "hub") as server:
-        client = Client(server, folder / "home")
-        yield server, client
-        client.close()
-
-
-@pytest.fixture
-def hub(running: tuple[Server, Client]) -> Iterator[tuple[Server, Client]]:
-    """The one server and client, with every switch off, and no repository."""
-    yield running
-    server, _ = running
-    vars(server.faults).update(vars(Faults()))
-    for name in list(server.hub.repositories):
-        server.hub.delete(name)
-
+pytest_plugins = ["hub_fixtures"]
 
 FAULTS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -49,8 +36,8 @@ SLOW = [pytest.param(FAULTS[name], id=name, marks=pytest.mark.slow) for name in 
 @pytest.mark.parametrize(
     "faults", [pytest.param(FAULTS["none"], id="none"), pytest.param(FAULTS["all"], id="all"), *SLOW]
 )
-def test_a_cold_client_reaches_no_removed_weight(hub: Any, tmp_path: Path, faults: dict[str, Any]) -> None:
-    case = Case(*hub, tmp_path, **faults)
+def test_a_cold_client_reaches_no_removed_weight(new_case: Any, faults: dict[str, Any]) -> None:
+    case = new_case(**faults)
     assert case.receipt["status"] == "inactive_at_head"
     assert {"refs/tags/v1", "refs/heads/dev", "refs/pr/1"} <= set(case.receipt["still_served_at"])
     assert len(case.cold(oids=[*case.oids().values()])[1]) == 3
@@ -70,8 +57,8 @@ def test_a_cold_client_reaches_no_removed_weight(hub: Any, tmp_path: Path, fault
     assert bool(report["plain"]) == (faults.get("gc") == "lazy")
 
 
-def test_every_way_is_asked_before_and_after(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path)
+def test_every_way_is_asked_before_and_after(new_case: Any) -> None:
+    case = new_case()
     report = case.purge()["data"]
     probes = {(probe["oid"], probe["way"], probe["at"].split("?")[0]): probe for probe in report["probes"]}
     assert (
@@ -88,11 +75,11 @@ def test_every_way_is_asked_before_and_after(hub: Any, tmp_path: Path) -> None:
     assert all(probe["seen_at"] > report["began_at"] for probe in probes.values())
 
 
-def test_the_report_holds_nothing_private(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path)
+def test_the_report_holds_nothing_private(new_case: Any, tmp_path: Path) -> None:
+    case = new_case()
     report = case.purge()
     text = json.dumps(report["data"]) + report["text"]
-    for private in (str(tmp_path), str(case.client.home), "signature", *(row["text"] for row in people())):
+    for private in (str(tmp_path), str(case.machine.home), "signature", *(row["text"] for row in people())):
         assert private not in text
     assert not any(f'"{row["id"]}"' in text for row in people())
     assert "Not probed" in report["text"] and "Xet" in report["text"] and "Out of reach" in report["text"]
@@ -103,44 +90,44 @@ def test_the_report_holds_nothing_private(hub: Any, tmp_path: Path) -> None:
 # ---- what stays is told ----
 
 
-def test_an_address_that_an_edge_still_answers_is_pending(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path, others=False, cdn_ttl=1000)
+def test_an_address_that_an_edge_still_answers_is_pending(new_case: Any) -> None:
+    case = new_case(others=False, cdn_ttl=1000)
     case.cold(revisions=case.old, paths=list(case.oids()))  # warms the edge
     report = case.purge(seconds=0)
     assert {way for way, _, _ in report["pending"]} == {"address"} and len(report["pending"]) == 3
     assert report["data"]["status"] == "pending" and not report["still_served_at"]
     assert "signature" in json.dumps(report["data"]) and "signature" not in report["text"]
     case.server.faults.cdn_ttl = 0
-    later = case.client(again, data=report["data"])
+    later = case.machine(again, data=report["data"])
     assert later["status"] == "no_longer_served" and "signature" not in json.dumps(later)
 
 
-def test_asking_for_an_address_does_not_warm_the_edge(hub: Any, tmp_path: Path) -> None:
+def test_asking_for_an_address_does_not_warm_the_edge(new_case: Any) -> None:
     # The edge knows what it has by the name of the repository, so this one has a name of its own.
-    case = Case(*hub, tmp_path, "owner/cool", others=False, cdn_ttl=1000, purge_delay=1000)
+    case = new_case("owner/cool", others=False, cdn_ttl=1000, purge_delay=1000)
     report = case.purge(seconds=0.5)
     waiting = [answer for way, _, answer in report["pending"] if way == "address"]
     assert waiting == ["not asked while the Hub has the content"] * 4
     case.repository.settle(at_once=True)
-    later = case.client(again, data=report["data"])
+    later = case.machine(again, data=report["data"])
     assert later["status"] == "no_longer_served", [probe for probe in later["probes"] if probe["served"] is not False]
 
 
-def test_what_settles_late_is_pending_until_it_has(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path, purge_delay=1000, gc="lazy")
+def test_what_settles_late_is_pending_until_it_has(new_case: Any) -> None:
+    case = new_case(purge_delay=1000, gc="lazy")
     report = case.purge(seconds=0.5)
     assert report["data"]["status"] == "pending"
     assert {way for way, _, _ in report["pending"]} == {"revision", "object", "listing", "address"}
     assert set(report["still_served_at"]) >= {old for old in case.old if len(old) == 40}
-    still = case.client(again, data=report["data"])
+    still = case.machine(again, data=report["data"])
     assert still["status"] == "pending" and still["ended_at"] > report["data"]["ended_at"]
     case.repository.settle(at_once=True)
-    assert case.client(again, data=still)["status"] == "no_longer_served"
+    assert case.machine(again, data=still)["status"] == "no_longer_served"
     case.check_gone()
 
 
-def test_a_kept_tag_and_pull_request_lose_the_weights_and_keep_plain_files(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path)
+def test_a_kept_tag_and_pull_request_lose_the_weights_and_keep_plain_files(new_case: Any) -> None:
+    case = new_case()
     report = case.purge(keep_refs=["refs/tags/v1", "refs/pr/1"])
     assert report["data"]["status"] == "no_longer_served", report["text"]
     assert report["data"]["refs_removed"] == ["refs/heads/dev"]
@@ -156,23 +143,21 @@ def test_a_kept_tag_and_pull_request_lose_the_weights_and_keep_plain_files(hub: 
     case.check_kept(files)
 
 
-def test_a_pull_request_that_is_kept_keeps_what_it_brought(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path)
+def propose(name: str) -> str:
+    addition = CommitOperationAdd("new/adapter_model.safetensors", b"somebody's")
+    return HfApi().create_commit(name, [addition], commit_message="more", revision="refs/pr/1").oid
 
-    def propose(name: str) -> str:
-        from huggingface_hub import CommitOperationAdd, HfApi
 
-        addition = CommitOperationAdd("new/adapter_model.safetensors", b"somebody's")
-        return HfApi().create_commit(name, [addition], commit_message="more", revision="refs/pr/1").oid
-
-    case.client(propose, name=NAME)
+def test_a_pull_request_that_is_kept_keeps_what_it_brought(new_case: Any) -> None:
+    case = new_case()
+    case.machine(propose, name=NAME)
     case.purge(keep_refs=["refs/pr/1"])
     paths = ["new/adapter_model.safetensors", f"{REMOVED[0]}/{WEIGHTS}"]
     assert case.cold(revisions=["refs/pr/1"], paths=paths)[0] == {"refs/pr/1": [200, 404]}
 
 
-def test_a_kept_branch_that_has_a_removed_stage_is_pending(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path)
+def test_a_kept_branch_that_has_a_removed_stage_is_pending(new_case: Any) -> None:
+    case = new_case()
     began = time.monotonic()
     report = case.purge(keep_refs=["dev"], seconds=300)
     assert time.monotonic() - began < 60, "what is held does not settle, and is not waited for"
@@ -188,8 +173,8 @@ def test_a_kept_branch_that_has_a_removed_stage_is_pending(hub: Any, tmp_path: P
     case.check_gone()
 
 
-def test_a_commit_that_only_a_receipt_names_is_asked_for(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path, others=False, gc="lazy", purge_delay=1000)
+def test_a_commit_that_only_a_receipt_names_is_asked_for(new_case: Any) -> None:
+    case = new_case(others=False, gc="lazy", purge_delay=1000)
     case.repository.squash("main", "by hand")
     report = case.purge(seconds=0)
     lost = [at for at in case.receipt["still_served_at"] if len(at) == 40]
@@ -203,73 +188,63 @@ def state_of(case: Case) -> Any:
     return case.repository.refs(), case.repository.large(), case.repository.meta["discussions"]
 
 
-def test_other_refs_are_refused_and_named_unless_it_is_said_what_to_do(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path)
+def test_other_refs_are_refused_and_named_unless_it_is_said_what_to_do(new_case: Any) -> None:
+    case = new_case()
     before = state_of(case)
-    name, message = case.client(refused, name=NAME, folder=case.folder, keep_refs=None)
+    name, message = case.machine(refused, name=NAME, folder=case.folder, keep_refs=None)
     assert name == "ValueError" and "refs/heads/dev, refs/tags/v1, refs/pr/1" in message and "--drop-refs" in message
-    name, message = case.client(refused, name=NAME, folder=case.folder, keep_refs=["nowhere"])
+    name, message = case.machine(refused, name=NAME, folder=case.folder, keep_refs=["nowhere"])
     assert name == "ValueError" and "refs/heads/nowhere" in message and state_of(case) == before
-
-    def delete_too(name: str, folder: str) -> str:
-        from hf_s3t import S3TStore
-
-        try:
-            S3TStore(name, state=f"{folder}/.s3t").delete(slices=[(0, 0)], purge=True)
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    assert "Nothing was changed" in case.client(delete_too, name=NAME, folder=case.folder)
+    assert "Nothing was changed" in case.machine(delete_too, name=NAME, folder=case.folder)
     assert state_of(case) == before
 
 
+def delete_too(name: str, folder: str) -> str:
+    try:
+        S3TStore(name, state=f"{folder}/.s3t").delete(slices=[(0, 0)], purge=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("who", ["reader_token", "stranger_token"])
-def test_without_the_right_to_write_nothing_is_changed(hub: Any, tmp_path: Path, who: str) -> None:
-    case = Case(*hub, tmp_path)
+def test_without_the_right_to_write_nothing_is_changed(new_case: Any, who: str) -> None:
+    case = new_case()
     before = state_of(case)
     token = getattr(case.server, who)
-    name, message = case.client(refused, name=NAME, folder=case.folder, token=token)
+    name, message = case.machine(refused, name=NAME, folder=case.folder, token=token)
     assert name == "HubError" and ("write access" in message or "no access" in message)
     assert state_of(case) == before
 
 
-def test_nothing_live_is_removed_whoever_asks(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path)
+def test_nothing_live_is_removed_whoever_asks(new_case: Any) -> None:
+    case = new_case()
     before = state_of(case)
-
-    def protect(name: str, oids: list[str]) -> str:
-        from hf_s3t import StoreError
-        from hf_s3t import purge as purging
-        from hf_s3t.hub import HubRepo
-
-        try:
-            purging.purge(HubRepo(name), [], protected=oids)
-        except StoreError as error:
-            return str(error)
-        return ""
-
-    assert "3 large files that are live" in case.client(protect, name=NAME, oids=[*case.oids().values()])
+    assert "3 large files that are live" in case.machine(protect, name=NAME, oids=[*case.oids().values()])
     assert state_of(case) == before
-
-    def live(name: str) -> list[str]:
-        from hf_s3t import StoreError
-        from hf_s3t.hub import HubRepo
-        from hf_s3t.purge import contents, refuse_if_live
-
-        repo, found = HubRepo(name), []
-        for ref in ("refs/heads/main", "refs/heads/dev"):
-            try:
-                refuse_if_live(repo, [ref], {max(contents(repo.tree(ref)))}, [])
-            except StoreError:
-                found.append(ref)
-        return found
-
-    assert case.client(live, name=NAME) == ["refs/heads/main", "refs/heads/dev"]
+    assert case.machine(live, name=NAME) == ["refs/heads/main", "refs/heads/dev"]
 
 
-def test_a_purge_of_nothing_and_a_second_one_change_nothing(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path)
+def protect(name: str, oids: list[str]) -> str:
+    try:
+        purging.purge(HubRepo(name), [], protected=oids)
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+def live(name: str) -> list[str]:
+    repo, found = HubRepo(name), []
+    for ref in ("refs/heads/main", "refs/heads/dev"):
+        try:
+            purging.refuse_if_live(repo, [ref], {max(purging.contents(repo.tree(ref)))}, [])
+        except StoreError:
+            found.append(ref)
+    return found
+
+
+def test_a_purge_of_nothing_and_a_second_one_change_nothing(new_case: Any) -> None:
+    case = new_case()
     case.purge()
     before = state_of(case)
     report = case.purge()
@@ -304,71 +279,67 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
-def test_only_an_answer_that_says_gone_counts_as_gone(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path, others=False)
+def test_only_an_answer_that_says_gone_counts_as_gone(new_case: Any) -> None:
+    case = new_case(others=False)
     data = case.purge()["data"]
     data["probes"] = [probe | {"served": None} for probe in data["probes"] if probe["way"] in ("revision", "object")]
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for Answers.status in (0, 401, 403, 429, 500, 503):
-        later = case.client(again, data=data, endpoint=f"http://127.0.0.1:{server.server_port}")
+        later = case.machine(again, data=data, endpoint=f"http://127.0.0.1:{server.server_port}")
         assert later["status"] == "pending", Answers.status
         assert {probe["served"] for probe in later["probes"]} == {None}, Answers.status
     server.shutdown()
     server.server_close()
-    nobody = case.client(again, data=data, endpoint=f"http://127.0.0.1:{server.server_port}")
+    nobody = case.machine(again, data=data, endpoint=f"http://127.0.0.1:{server.server_port}")
     assert {probe["served"] for probe in nobody["probes"]} == {None} and "no answer" in nobody["probes"][0]["answer"]
 
 
-def test_whoever_does_not_see_the_repository_does_not_see_that_it_is_purged(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path, purge_delay=1000)
+def test_whoever_does_not_see_the_repository_does_not_see_that_it_is_purged(new_case: Any) -> None:
+    case = new_case(purge_delay=1000)
     data = case.purge(seconds=0)["data"]
-    later = case.client(again, data=data, token=case.server.stranger_token)
+    later = case.machine(again, data=data, token=case.server.stranger_token)
     assert later["status"] == "pending"
     assert {probe["answer"] for probe in later["probes"] if probe["served"] is None} == {
         "the repository is not there, or hidden from this token"
     }
-    reader = case.client(again, data=data, token=case.server.reader_token)  # may not list the storage
+    reader = case.machine(again, data=data, token=case.server.reader_token)  # may not list the storage
     case.repository.settle(at_once=True)
-    reader = case.client(again, data=reader, token=case.server.reader_token)
+    reader = case.machine(again, data=reader, token=case.server.reader_token)
     assert {probe["way"] for probe in reader["probes"] if probe["served"] is None} == {"listing"}
-    assert reader["status"] == "pending" and case.client(again, data=reader)["status"] == "no_longer_served"
+    assert reader["status"] == "pending" and case.machine(again, data=reader)["status"] == "no_longer_served"
 
 
 # ---- this machine ----
 
 
-def test_this_machines_caches_forget_the_removed_weights(hub: Any, tmp_path: Path) -> None:
-    case = Case(*hub, tmp_path)
+def fill(name: str) -> None:
+    HfApi().create_repo("owner/other")
+    snapshot_download("owner/other")
+    snapshot_download(name, revision="v1")
+    torn = Path(HF_HUB_CACHE) / "models--owner--model/blobs/abc.incomplete"
+    torn.write_bytes(b"half of a removed file")
+    for folder in ("chunk-cache", "shard-cache", "staging"):
+        (Path(HF_XET_CACHE) / "server" / folder).mkdir(parents=True, exist_ok=True)
+        (Path(HF_XET_CACHE) / "server" / folder / "file").write_text("blocks")
 
-    def fill(name: str) -> None:
-        from pathlib import Path
 
-        from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.constants import HF_HUB_CACHE, HF_XET_CACHE
-
-        HfApi().create_repo("owner/other")
-        snapshot_download("owner/other")
-        snapshot_download(name, revision="v1")
-        torn = Path(HF_HUB_CACHE) / "models--owner--model/blobs/abc.incomplete"
-        torn.write_bytes(b"half of a removed file")
-        for folder in ("chunk-cache", "shard-cache", "staging"):
-            (Path(HF_XET_CACHE) / "server" / folder).mkdir(parents=True, exist_ok=True)
-            (Path(HF_XET_CACHE) / "server" / folder / "file").write_text("blocks")
+def test_this_machines_caches_forget_the_removed_weights(new_case: Any, tmp_path: Path) -> None:
+    case = new_case()
 
     def contents() -> set[str]:
-        return {path.read_bytes() for path in case.client.home.rglob("*") if path.is_file()}
+        return {path.read_bytes() for path in case.machine.home.rglob("*") if path.is_file()}
 
-    case.client(fill, name=NAME)
+    case.machine(fill, name=NAME)
     weights = [(tmp_path / "store" / path) for path in case.oids()]
     weights = [path.read_bytes() for path in weights if path.exists()]
     assert len(weights) == 3 and all(content in contents() for content in weights)
     report = case.purge()
     assert not any(content in contents() for content in weights) and b"half of a removed file" not in contents()
-    cache = case.client.home / "hub"
+    cache = case.machine.home / "hub"
     assert list((cache / "models--owner--other").rglob("*gitattributes")), "another repository's cache stays"
     assert not list((cache / "models--owner--model").glob("trees/*"))
-    assert [path.parent.name for path in (case.client.home / "xet").rglob("file")] == ["staging"]
+    assert [path.parent.name for path in (case.machine.home / "xet").rglob("file")] == ["staging"]
     cleared = report["data"]["caches_cleared"]
     assert any(name.startswith("models--owner--model/snapshots/") for name in cleared)
     assert "xet/chunk-cache, of all repositories" in cleared
@@ -377,41 +348,31 @@ def test_this_machines_caches_forget_the_removed_weights(hub: Any, tmp_path: Pat
 # ---- Xet ----
 
 
-def test_with_xet_files_are_gone_and_what_is_not_proven_is_said(tmp_path: Path) -> None:
-    with start(tmp_path / "hub") as server:
-        client = Client(server, tmp_path / "home", xet=True)
-        try:
-            case = Case(server, client, tmp_path)
-            assert not list((case.repository.path / "lfs").iterdir()) and len(server.hub.cas.xorbs()) >= 4
-            before = server.hub.cas.xorbs()
-            report = case.purge()
-            assert report["data"]["status"] == "no_longer_served", report["text"]
-            case.check_gone()
-            assert len(before - server.hub.cas.xorbs()) >= 3, "each stage had its own block"
-            assert any("Xet" in line for line in report["data"]["not_probed"])
-        finally:
-            client.close()
+def test_with_xet_files_are_gone_and_what_is_not_proven_is_said(server: Server, new_case: Any) -> None:
+    case = new_case(xet=True)
+    assert not list((case.repository.path / "lfs").iterdir()) and len(server.hub.cas.xorbs()) >= 4
+    before = server.hub.cas.xorbs()
+    report = case.purge()
+    assert report["data"]["status"] == "no_longer_served", report["text"]
+    case.check_gone()
+    assert len(before - server.hub.cas.xorbs()) >= 3, "each stage had its own block"
+    assert any("Xet" in line for line in report["data"]["not_probed"])
 
 
 # ---- many files ----
 
 
-def test_1100_large_files(hub: Any, tmp_path: Path) -> None:
-    from test_hub_server import seed, sha256
-
-    server, client = hub
+@pytest.mark.slow
+def test_1100_large_files(server: Server, machine: Machine) -> None:
     names = [f"{k:04}/a.safetensors" for k in range(1100)]
     repository = seed(server, {name: f"weights {name}" for name in names})
     repository.commit("refs/heads/main", repository.resolve("main"), "owner", "delete", dict.fromkeys(names[1:]))
     began = time.monotonic()
-
-    def run(name: str) -> dict[str, Any]:
-        from hf_s3t import purge as purging
-        from hf_s3t.hub import HubRepo
-
-        report = purging.purge(HubRepo(name), seconds=30)
-        return {"status": report.status, "removed": list(report.removed)}
-
-    report = client(run, name=NAME)
+    report = machine(purge_alone, name=NAME)
     assert report["status"] == "no_longer_served" and len(report["removed"]) == 1099
     assert repository.large() == {sha256(f"weights {names[0]}")} and time.monotonic() - began < 120
+
+
+def purge_alone(name: str) -> dict[str, Any]:
+    report = purging.purge(HubRepo(name), seconds=30)
+    return {"status": report.status, "removed": list(report.removed)}

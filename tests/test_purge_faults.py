@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+from huggingface_hub import set_client_factory
 
-from hub_client import Client
-from hub_server import Faults, Server, start
-from purging import Case
+from hf_s3t import S3TStore
+from hf_s3t.errors import HubError
+from machines import Died
+
+pytest_plugins = ["hub_fixtures"]
 
 STEPS = ("close", "ref", "branch", "tag", "squash", "purge")
 """The requests of a purge that change something, in no order."""
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Client]]:
-    folder = tmp_path_factory.mktemp("hub")
-    with start(folder / "hub") as server:
-        client = Client(server, folder / "home")
-        yield server, client
-        client.close()
-
-
-@pytest.fixture
-def hub(running: tuple[Server, Client]) -> Iterator[tuple[Server, Client]]:
-    yield running
-    server, _ = running
-    vars(server.faults).update(vars(Faults()))
-    for name in list(server.hub.repositories):
-        server.hub.delete(name)
-
-
 def struck(name: str, folder: str, step: str, when: str) -> str:
     """Purges, and is struck at one step: killed before or after the request, or answered with 503 or 404."""
-    import os
-    import re
-    import signal
-
-    import httpx2
-    from huggingface_hub import set_client_factory
-
-    from hf_s3t import S3TStore
-    from hf_s3t.errors import HubError
-
     patterns = {
         "close": "POST .*/status$",
         "ref": "DELETE .*/ref$",
@@ -80,11 +58,16 @@ def struck(name: str, folder: str, step: str, when: str) -> str:
     raise AssertionError("it was not struck")
 
 
-def check(hub: Any, tmp_path: Path, step: str, when: str) -> None:
-    case = Case(*hub, tmp_path)
+def check(new_case: Any, tmp_path: Path, step: str, when: str) -> None:
+    case = new_case()
     killed = when in ("before", "after")
-    message = case.client(struck, name=case.name, folder=case.folder, step=step, when=when, ends=-9 if killed else 0)
-    assert killed or "purge again" in message
+    case.machine.begin(struck, name=case.name, folder=case.folder, step=step, when=when)
+    if killed:
+        with pytest.raises(Died) as died:
+            case.machine.end()
+        assert died.value.code == -signal.SIGKILL
+    else:
+        assert "purge again" in case.machine.end()
     (kept,) = (tmp_path / "store/.s3t").glob("purge-*.json")
     first = json.loads(kept.read_text())
     assert first["status"] == "pending" and first["probes"]
@@ -104,12 +87,14 @@ def check(hub: Any, tmp_path: Path, step: str, when: str) -> None:
 @pytest.mark.parametrize(
     ("step", "when"), [("ref", "before"), ("squash", "after"), ("purge", "before"), ("tag", "lost")]
 )
-def test_a_purge_that_was_stopped_ends_like_one_that_was_not(hub: Any, tmp_path: Path, step: str, when: str) -> None:
-    check(hub, tmp_path, step, when)
+def test_a_purge_that_was_stopped_ends_like_one_that_was_not(
+    new_case: Any, tmp_path: Path, step: str, when: str
+) -> None:
+    check(new_case, tmp_path, step, when)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after", "refused", "lost"])
 @pytest.mark.parametrize("step", STEPS)
-def test_every_step_and_every_way_to_fail(hub: Any, tmp_path: Path, step: str, when: str) -> None:
-    check(hub, tmp_path, step, when)
+def test_every_step_and_every_way_to_fail(new_case: Any, tmp_path: Path, step: str, when: str) -> None:
+    check(new_case, tmp_path, step, when)
