@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutations_hub import ON_THE_HUB
 from mutations_serving import SERVING
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ class Mutation:
     """A wrong change.
 
     Args:
-        promise (`int`): what it breaks; 9: what docs/serving.md says of answers.
+        promise (`int`): what it breaks; 9: what docs/serving.md says of answers; 10: docs/hub.md.
         about (`str`): what is wrong then.
         file (`str`): below `src/hf_s3t`.
         edits (`tuple[tuple[str, str], ...]`): old text, which occurs once, and the new one.
@@ -189,7 +190,7 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MUTATIONS += tuple(Mutation(*fields) for fields in SERVING)
+MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB))
 
 
 def check_anchors(mutation: Mutation) -> list[str]:
@@ -260,7 +261,8 @@ HEADER = """\
 
 Each row is a small wrong change to the library and the test that turned red with it, as `python tests/mutations.py`
 found it. The changes themselves are in `tests/mutations.py` and beside it. Number 9 is what `docs/serving.md` says of
-answers: they are the served members' average, wholly before or wholly after a change.
+answers: they are the served members' average, wholly before or wholly after a change. Number 10 is what `docs/hub.md`
+says.
 
 | promise | what is wrong | file | caught by |
 |---|---|---|---|

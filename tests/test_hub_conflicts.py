@@ -49,6 +49,15 @@ def delete_there(state, **request):
     return S3TStore("owner/m", state=state).delete(**request).to_json()
 
 
+def delete_impatiently(state, **request):
+    """Tries as often as ever, with shorter pauses in between."""
+    from hf_s3t import sources
+
+    assert sources.LONGEST_WAIT > 0
+    sources.LONGEST_WAIT = 0.01
+    return delete_there(state, **request)
+
+
 def readmit(path, **request):
     return S3TStore(path).readmit(**request).to_json()
 
@@ -292,7 +301,7 @@ def test_conflicts_are_tried_again_and_not_for_ever(server, stores):
     assert stages_of(server) == {"shard-00/1"}
     server.faults.fail_commits_412 = 1000
     with pytest.raises(Failed, match="StoreError: .*somebody else committed first"):
-        a(delete_there, state=at_a / ".s3t", ids=[known.at(0, 1)[0]])
+        a(delete_impatiently, state=at_a / ".s3t", ids=[known.at(0, 1)[0]])
     server.faults.fail_commits_412 = 0
     assert a(delete_there, state=at_a / ".s3t", ids=[known.at(0, 1)[0]])["status"] == "unchanged"
     assert stages_of(server) == set()
