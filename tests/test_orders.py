@@ -50,3 +50,13 @@ def test_a_checkpoint_is_not_that_of_the_same_ids_with_other_content(begun, tmp_
     trainer._open_store()
     other = next_order(trainer.store, trainer.rows)
     assert other.examples == order.examples and other.mark != order.mark
+
+
+def test_a_tombstone_counts_although_the_index_knows_the_row(begun):
+    order, index = next_order(begun.store, begun.rows), begun.store.index()
+    names = models.llama_rows(ROWS)["id"]
+    name = next(n for n in names if set(begun.store.locate(ids=[n])[0].places) & order.stage.slices)
+    begun.store.delete(ids=[name])
+    with begun.store.writing():
+        begun.store.write_index(index)  # as an older copy of it would be
+    assert len(next_order(begun.store, begun.rows).examples) == len(order.examples) - 1
