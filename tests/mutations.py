@@ -159,7 +159,7 @@ MUTATIONS = (
     # 6. tombstones
     Mutation(6, "the rows of a stage are not filtered by tombstones", "rows.py",
              (("if not state.buries(digest, entry.group):", "if True:"),),
-             ("test_orders.py::test_a_tombstone_counts_although_the_index_knows_the_row",)),
+             ("test_orders.py::test_a_tombstone_counts_whatever_the_index_says",)),
     Mutation(6, "a deletion leaves no tombstone", "deletion.py",
              (("standing[digest] = Tombstone(", "_ = Tombstone("),), (BURIED + LLAMA,)),
     Mutation(6, "generations are not compared", "reconcile.py",
