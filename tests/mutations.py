@@ -2,6 +2,7 @@
 
     python tests/mutations.py             # applies one after the other to a copy of src/, writes docs/mutations.md
     python tests/mutations.py --only head # those whose description contains a text; the other rows of the table stay
+    python tests/mutations.py --missing   # those that have no row yet
 
 A mutation that stays green is a test that is missing. The tests run without any first: red means something only then.
 """
@@ -275,12 +276,16 @@ says.
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT", help="mutations whose promise, description or file has it")
+    parser.add_argument("--missing", action="store_true", help="mutations without a row in the table")
     return parser
 
 
 def main() -> None:
-    only = make_parser().parse_args().only
+    arguments = make_parser().parse_args()
+    only, table = arguments.only, TABLE.read_text() if TABLE.exists() else ""
     chosen = [item for item in MUTATIONS if not only or only in f"{item.promise} {item.about} {item.file}"]
+    if arguments.missing:
+        chosen = [item for item in chosen if row(item, "").removesuffix("`` |") not in table]
     __import__("conftest")  # sets the environment, before anything reads it
     for name in HEAVY:
         __import__(name)
