@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, set_client_factory, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE, HF_XET_CACHE
 
 from hf_s3t import S3TStore, StoreError
 from hf_s3t import purge as purging
+from hf_s3t.errors import HubError
 from hf_s3t.hub import HubRepo
 from hub_server import Server
 from machines import Machine
@@ -376,3 +379,32 @@ def test_1100_large_files(server: Server, machine: Machine) -> None:
 def purge_alone(name: str) -> dict[str, Any]:
     report = purging.purge(HubRepo(name), seconds=30)
     return {"status": report.status, "removed": list(report.removed)}
+
+
+def test_receipts_from_before_they_named_revisions_are_read() -> None:
+    known = purging.Known([{"stages_removed": {}}, {"stages_removed": {}, "still_served_at": ["a" * 40, "main"]}])
+    assert known.revisions == {"a" * 40}
+
+
+def lost(name: str, pattern: str) -> str:
+    """The error of a purge whose connection breaks at one request."""
+
+    class Transport(httpx2.HTTPTransport):
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+            if re.search(pattern, request.url.path):
+                raise httpx2.ReadTimeout("nothing came", request=request)
+            return super().handle_request(request)
+
+    set_client_factory(lambda: httpx2.Client(transport=Transport(), follow_redirects=True))
+    try:
+        purging.purge(HubRepo(name), [])
+    except HubError as error:
+        return str(error)
+    raise AssertionError("it was not lost")
+
+
+def test_a_lost_connection_is_told_as_every_other_failure(server: Server, machine: Machine) -> None:
+    repository = seed(server, {"a/a.safetensors": "weights"})
+    repository.commit("refs/heads/main", repository.resolve("main"), "owner", "delete", {"a": None})
+    for pattern in ("/refs$", "/super-squash/"):
+        assert "nothing came" in (message := machine(lost, name=NAME, pattern=pattern)) and "purge again" in message

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.constants import HF_HUB_CACHE, HF_XET_CACHE
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -48,9 +49,8 @@ class Known:
     @property
     def revisions(self) -> set[str]:
         """Commits that were seen to serve something removed, whether or not a ref still leads to them."""
-        return {
-            at for receipt in self.receipts for at in receipt["still_served_at"] if re.fullmatch("[0-9a-f]{40}", at)
-        }
+        named = [at for receipt in self.receipts for at in receipt.get("still_served_at", ())]  # old ones lack it
+        return {at for at in named if re.fullmatch("[0-9a-f]{40}", at)}
 
     @property
     def removed(self) -> set[str]:
@@ -86,9 +86,9 @@ def purge(
         StoreError: something that has to stay would go; nothing was changed.
         HubError: the Hub refused a step, or did not answer. Purge again to go on.
     """
-    kept, dropped = sort_refs(repo, keep_refs)
     known = Known(uncovered(repo.repo_id, receipts, folder), _unfinished(repo.repo_id, folder))
     try:
+        kept, dropped = sort_refs(repo, keep_refs)
         report, unwanted = _prepare(repo, kept, dropped, known)
         refuse_if_live(repo, kept, unwanted, protected)
         _keep(report, folder)
@@ -100,7 +100,7 @@ def purge(
         doomed: list[Any] = [SimpleNamespace(file_oid=oid) for oid in sorted(unwanted)]  # all that the method reads
         repo.api.permanently_delete_lfs_files(repo.repo_id, doomed)
         left = dict(repo.refs())
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, httpx2.TransportError) as error:
         raise HubError(
             f"The purge of {repo.repo_id} stopped: {error}. What was done stays done, and nothing that is kept was "
             "removed. It needs a token with write access; purge again to go on."
