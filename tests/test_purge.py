@@ -496,3 +496,19 @@ def test_a_lost_connection_is_told_as_every_other_failure(server: Server, machin
     repository.commit("refs/heads/main", repository.resolve("main"), "owner", "delete", {"a": None})
     for pattern in ("/refs$", "/super-squash/"):
         assert "nothing came" in (message := machine(lost, name=NAME, pattern=pattern)) and "purge again" in message
+
+
+def unseen(name: str) -> list[Any]:
+    report = purging.purge(HubRepo(name), seconds=0)
+    return [report.status, [[probe.oid, probe.way] for probe in report.proving_nothing], report.to_text()]
+
+
+def test_probes_that_saw_nothing_before_either_are_counted(server: Server, machine: Machine) -> None:
+    repository = seed(server, {"a/a.safetensors": "weights", "b/b.safetensors": "lost weights"})
+    repository.purge({sha256("lost weights")}, rewrite=False)
+    repository.commit("refs/heads/main", repository.resolve("main"), "owner", "delete", {"a": None, "b": None})
+    status, probes, text = machine(unseen, name=NAME)
+    assert status == "no_longer_served"
+    assert {oid for oid, _ in probes} == {sha256("lost weights")}
+    assert {way for _, way in probes} == {"object", "listing", "revision"}
+    assert f"{len(probes)} probes saw nothing before either" in text

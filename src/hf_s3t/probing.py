@@ -49,6 +49,8 @@ PLAIN_WEIGHTS = (
     "Plain weights are kept by git itself: where a kept ref leads to them remove that ref, or from a branch the file, "
     "and purge again."
 )
+SEEN = ("HTTP 2", "HTTP 3", "downloadable", "listed", "handed out")
+"""How the answers begin of probes that see a content."""
 
 Answer = tuple[bool | None, str]
 
@@ -128,6 +130,16 @@ class PurgeReport:
         ways = ("revision", "plain weights")
         return sorted({probe.at.split(":", 1)[0] for probe in self.pending if probe.way in ways})
 
+    @property
+    def proving_nothing(self) -> list[Probe]:
+        """Probes that do not see what was there, and did not see it before the purge either."""
+        known = {oid for oid, paths in self.removed.items() if paths}
+        known |= {probe.oid for probe in self.probes if probe.way == "plain weights"}
+        return [
+            probe for probe in self.probes
+            if probe.served is False and probe.oid in known and probe.before and not probe.before.startswith(SEEN)
+        ]  # fmt: skip
+
     def holders(self, oid: str) -> list[str]:
         """Branches and paths that still serve a removed large file."""
         found = [probe.at for probe in self.pending if (probe.oid, probe.way) == (oid, "revision")]
@@ -192,6 +204,10 @@ class PurgeReport:
                 lines.append(f"  {oid[:16]}  gone by {len(gone)} probes ({ways}), the last at {last}")
         if any(probe.way == "plain weights" for probe in self.pending):
             lines.append(f"  {PLAIN_WEIGHTS}")
+        if self.proving_nothing:
+            lines.append(
+                f"{len(self.proving_nothing)} probes saw nothing before either: that they do not now says little."
+            )
         if self.plain_files:
             lines += ["", f"{len(self.plain_files)} plain files can still be read:"]
             lines += [f"  {probe.at}: {probe.answer} ({probe.seen_at})" for probe in self.plain_files]
