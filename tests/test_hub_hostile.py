@@ -190,7 +190,9 @@ def test_tombstones_that_were_made_without_the_key_are_not_believed(server, mach
     stones = json.loads(files_of(server)["tombstones.json"])
     stone = next(iter(stones["ids"].values()))
     if forged == "added":
-        stones["ids"]["0" * 64] = {**stone, "places": [[0, 0], [0, 1]]}
+        stones["ids"]["0" * 32] = {**stone, "places": [[0, 0], [0, 1]], "receipt": "receipt-0"}
+        stones["log"]["receipt-0"] = {"places": [[0, 0], [0, 1]], "named": True}
+        with_manifest(lambda m: m["log"].update({"receipt-0": stones["log"]["receipt-0"]}))(server)
     elif forged == "emptied":
         stones["ids"] = {}
     put(server, {"tombstones.json": b"[]" if forged == "no state" else json_bytes(stones)})
