@@ -18,7 +18,7 @@ SERVING = (
      (('self.trunk = lowest_layer if', 'self.trunk = lowest_layer - 1 if lowest_layer and'),),
      (ROWS + '[llama-False-2]',)),
     (9, 'the trunk runs on the rows of all members', 'members.py',
-     (('self.trunk = lowest_layer if self.batched and self._trunk_is_shared() else 0', 'self.trunk = 0'),),
+     (('self.trunk = lowest_layer if self._shareable else 0', 'self.trunk = 0'),),
      (ROWS + '[llama-False-2]',)),
     (9, 'a deletion leaves the trunk where a refresh should move it up', 'ensemble.py',
      (('if lowest != self._members.lowest_layer:', 'if False:'),),

@@ -131,7 +131,8 @@ def make_store(
                 "steps": 1,
             }
             for stage in stages
-        }
+        },
+        key_check=key_check_value(store.key),
     )
     store.write_index(index)
     store.write_state(state)

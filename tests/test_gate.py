@@ -195,7 +195,9 @@ def test_whoever_fails_leaves(kind: str, threads: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["answering", "changing"])
-def test_whoever_is_interrupted_while_waiting_waits_no_more(kind: str, threads: Any) -> None:
+def test_whoever_is_interrupted_while_waiting_waits_no_more(kind: str, threads: Any, request: Any) -> None:
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let it be ignored in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     gate = Gate()
     before = Block(threads, gate.changing if kind == "answering" else gate.answering).enter()
 

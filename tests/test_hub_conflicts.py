@@ -49,6 +49,19 @@ def delete_there(state, **request):
     return S3TStore("owner/m", state=state).delete(**request).to_json()
 
 
+def delete_impatiently(state, **request):
+    """Tries as often as ever, with shorter pauses in between."""
+    from hf_s3t import sources
+
+    assert sources.LONGEST_WAIT > 0
+    sources.LONGEST_WAIT = 0.01
+    return delete_there(state, **request)
+
+
+def locate(path, ids):
+    return [found.found for found in S3TStore(path).locate(ids=ids)]
+
+
 def readmit(path, **request):
     return S3TStore(path).readmit(**request).to_json()
 
@@ -265,9 +278,52 @@ def test_deletions_from_whole_slices_without_a_state_are_not_undone_by_a_push(se
     a(push, path=at_a)
     b(delete_there, state=tmp_path / "no state", slices=[(0, 0)])
     a(delete, path=at_a, ids=[known.at(0, 1)[0]])
-    with pytest.raises(Failed, match="StateError: owner/m obeys deletions"):
-        a(push, path=at_a)
+    a(push, path=at_a)
+    assert stages_of(server) == set()
+    assert a(locate, path=at_a, ids=[known.at(0, 0)[0]]) == ["deleted"]  # whoever has the index makes the tombstones
+    a(repair, path=at_a)
+    a(push, path=at_a)
+    assert len(stages_of(server)) == 4 and a(broken, path=at_a) == []
+
+
+def test_what_was_deleted_and_readmitted_before_a_push_is_gone_after_it(server, stores):
+    a, b, at_a, at_b, known = stores
+    name = known.at(0, 0)[0]
+    a(push, path=at_a)
+    a(delete, path=at_a, ids=[name])
+    a(readmit, path=at_a, ids=[name])
+    a(push, path=at_a)
     assert stages_of(server) == {"shard-00/1"}
+    b(pull, path=at_b)
+    assert not with_slice(0, (f"shard-00/{path.name}" for path in at_b.glob("shard-00/*")))
+
+
+def test_an_older_head_that_somebody_puts_back_makes_nobody_forget(server, stores):
+    a, b, at_a, at_b, known = stores
+    name, repository = known.at(0, 0)[0], server.repository
+    a(push, path=at_a)
+    old = repository("owner/m").entries("main")
+    a(delete_there, state=at_a / ".s3t", ids=[name])
+    b(pull, path=at_b)
+    assert b(locate, path=at_b, ids=[name]) == ["deleted"]
+    files = {path: repository("owner/m").read(entry) for path, entry in old.items() if not entry.folder}
+    head = repository("owner/m").resolve("main")
+    repository("owner/m").commit("refs/heads/main", head, "mallory", "back", files)
+    b(pull, path=at_b)
+    assert b(locate, path=at_b, ids=[name]) == ["deleted"]
+    assert not with_slice(0, (f"shard-00/{path.name}" for path in at_b.glob("shard-00/*")))
+    b(push, path=at_b)
+    assert stages_of(server) == {"shard-00/1"}
+
+
+def test_a_pull_without_the_key_keeps_what_is_live(stores, monkeypatch):
+    a, _, at_a, _, known = stores
+    a(push, path=at_a)
+    a(delete, path=at_a, ids=[known.at(0, 0)[0]])
+    a(repair, path=at_a)
+    (at_a / ".s3t/partition.key").rename(at_a.parent / "key")
+    a(pull, path=at_a)
+    assert len(list(at_a.glob("shard-00/*"))) == 4
 
 
 # What is lost on the way
@@ -292,7 +348,7 @@ def test_conflicts_are_tried_again_and_not_for_ever(server, stores):
     assert stages_of(server) == {"shard-00/1"}
     server.faults.fail_commits_412 = 1000
     with pytest.raises(Failed, match="StoreError: .*somebody else committed first"):
-        a(delete_there, state=at_a / ".s3t", ids=[known.at(0, 1)[0]])
+        a(delete_impatiently, state=at_a / ".s3t", ids=[known.at(0, 1)[0]])
     server.faults.fail_commits_412 = 0
     assert a(delete_there, state=at_a / ".s3t", ids=[known.at(0, 1)[0]])["status"] == "unchanged"
     assert stages_of(server) == set()
@@ -367,3 +423,14 @@ def test_where_tombstones_do_not_travel_training_is_refused(server, pair, tmp_pa
     with pytest.raises(Failed, match="StateError: owner/m obeys deletions"):
         b(push, path=at_b)
     assert not list(at_b.glob("shard-00/0*"))
+    b(bring, path=at_b, source=at_a)  # the way out that the message names
+    b(train, path=at_b)
+    b(push, path=at_b)
+    assert len(stages_of(server)) == 2 and b(broken, path=at_b) == []
+
+
+def bring(path, source):
+    backup = Path(path).parent / "backup.json"
+    other = S3TStore("owner/m", state=Path(source) / ".s3t")
+    other.export_state(backup)
+    S3TStore(path).import_state(backup)

@@ -154,7 +154,8 @@ def by_peft(base: PreTrainedModel, **fields: Any) -> Any:
 
 _sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 _sizes |= {"vocab_size": models.VOCABULARY, "num_labels": 3}
-_disentangled = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+_disentangled = {"relative_attention": True, "position_buckets": 8, "share_att_key": True}
+_disentangled |= {"pos_att_type": ["p2c", "c2p"]}
 _two_streams = {"d_model": 16, "n_layer": 4, "n_head": 2, "d_inner": 32, "num_labels": 3}
 IN_TURN = {
     "positions in the place of rows": (

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, set_client_factory, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE, HF_XET_CACHE
 
 from hf_s3t import S3TStore, StoreError
 from hf_s3t import purge as purging
+from hf_s3t.errors import HubError
 from hf_s3t.hub import HubRepo
 from hub_server import Server
 from machines import Machine
@@ -376,3 +379,136 @@ def test_1100_large_files(server: Server, machine: Machine) -> None:
 def purge_alone(name: str) -> dict[str, Any]:
     report = purging.purge(HubRepo(name), seconds=30)
     return {"status": report.status, "removed": list(report.removed)}
+
+
+# ---- what is served again, or by git itself ----
+
+
+def commit(case: Case, changes: dict[str, Any]) -> str:
+    """What somebody commits to the own branch; a text is the name of a stored large file."""
+    repository = case.repository
+    written = {
+        path: repository.pointer(what, len(removed_bytes(case)[what]), path) if isinstance(what, str) else what
+        for path, what in changes.items()
+    }
+    return repository.commit("refs/heads/main", repository.resolve("main"), "owner", "by hand", written)
+
+
+def removed_bytes(case: Case) -> dict[str, bytes]:
+    """The removed weights by their sha256, as the folder still has them that was pushed."""
+    return {oid: (Path(case.folder) / path).read_bytes() for path, oid in case.oids().items()}
+
+
+def test_removed_weights_at_the_head_under_another_name_are_held(new_case: Any) -> None:
+    case = new_case(others=False)
+    oid, other, _ = sorted(case.oids().values())
+    commit(case, {"backup/weights.safetensors": oid})
+    for _ in ("first", "again"):
+        began = time.monotonic()
+        report = case.purge(seconds=300)
+        assert time.monotonic() - began < 60, "what is held does not settle, and is not waited for"
+        assert report["data"]["status"] == "pending" and report["data"]["held"] == [oid]
+        assert "refs/heads/main" in report["still_served_at"]
+        assert "held by a kept branch: refs/heads/main:backup/weights.safetensors" in report["text"]
+    assert case.cold(oids=[oid, other])[1] == [oid]
+    commit(case, {"backup": None})
+    report = case.purge()
+    assert report["data"]["status"] == "no_longer_served" and not report["data"]["held"], report["text"]
+    (path,) = (path for path, sha in case.oids().items() if sha == oid)
+    asked = {probe["at"] for probe in report["data"]["probes"] if probe["oid"] == oid}
+    assert {f"{revision}:{path}" for revision in case.old} <= asked, "what the first purge knew is asked to the end"
+    case.check_gone()
+
+
+def purge_with(name: str, receipt: dict[str, Any], protected: list[str]) -> dict[str, Any]:
+    return purging.purge(HubRepo(name), [], 20, protected, [receipt]).to_json()
+
+
+def test_a_stage_that_was_trained_again_to_the_same_bytes_is_not_held(new_case: Any) -> None:
+    case = new_case(others=False)
+    path, oid = min(case.oids().items())
+    commit(case, {path: oid})
+    report = case.machine(purge_with, name=NAME, receipt=case.receipt, protected=[oid])
+    assert report["status"] == "no_longer_served" and not report["held"] and oid not in report["removed"]
+    assert case.cold(oids=[*case.oids().values()])[1] == [oid]
+    report = case.machine(purge_with, name=NAME, receipt=case.receipt, protected=[])
+    assert report["status"] == "pending" and report["held"] == [oid], "no live stage has it"
+
+
+def test_plain_weights_that_a_kept_tag_leads_to_are_pending(new_case: Any) -> None:
+    case = new_case()
+    weights = removed_bytes(case)[min(case.oids().values())]
+    plain = {"old/last.BIN": b"some weights", "old/notes.dat": weights, "old/notes.txt": b"no weights"}
+    case.repository.set_ref("refs/tags/v2", commit(case, plain))
+    commit(case, {"old": None})
+    began = time.monotonic()
+    report = case.purge(keep_refs=["refs/tags/v2"], seconds=300)
+    assert time.monotonic() - began < 60, "git keeps them while there is the tag"
+    assert report["data"]["status"] == "pending" and "refs/tags/v2" in report["still_served_at"]
+    assert {(way, at) for way, at, _ in report["pending"] if at.startswith("refs/")} == {
+        ("plain weights", "refs/tags/v2:old/last.BIN"),
+        ("plain weights", "refs/tags/v2:old/notes.dat"),
+    }
+    assert "refs/tags/v2:old/notes.txt" in report["plain"] and "kept by git itself" in report["text"]
+    assert case.purge()["data"]["status"] == "no_longer_served"
+    case.check_gone()
+
+
+def test_removed_weights_at_the_head_as_a_plain_file_are_held(new_case: Any) -> None:
+    case = new_case(others=False)
+    weights = removed_bytes(case)[min(case.oids().values())]
+    commit(case, {"notes.dat": weights, "settings.bin": b"somebody's own", "new.dat": b"x" * len(weights)})
+    report = case.purge(seconds=300)
+    assert report["data"]["status"] == "pending"
+    assert [pending[:2] for pending in report["pending"]] == [["plain weights", "refs/heads/main:notes.dat"]]
+    commit(case, {"notes.dat": b"other notes"})
+    report = case.purge()
+    assert report["data"]["status"] == "no_longer_served", report["text"]
+    assert {"another content", "HTTP 404 RevisionNotFound"} >= {
+        probe["answer"] for probe in report["data"]["probes"] if probe["way"] == "plain weights"
+    }
+
+
+def test_receipts_from_before_they_named_revisions_are_read() -> None:
+    known = purging.Known([{"stages_removed": {}}, {"stages_removed": {}, "still_served_at": ["a" * 40, "main"]}])
+    assert known.revisions == {"a" * 40}
+
+
+def lost(name: str, pattern: str) -> str:
+    """The error of a purge whose connection breaks at one request."""
+
+    class Transport(httpx2.HTTPTransport):
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+            if re.search(pattern, request.url.path):
+                raise httpx2.ReadTimeout("nothing came", request=request)
+            return super().handle_request(request)
+
+    set_client_factory(lambda: httpx2.Client(transport=Transport(), follow_redirects=True))
+    try:
+        purging.purge(HubRepo(name), [])
+    except HubError as error:
+        return str(error)
+    raise AssertionError("it was not lost")
+
+
+def test_a_lost_connection_is_told_as_every_other_failure(server: Server, machine: Machine) -> None:
+    repository = seed(server, {"a/a.safetensors": "weights"})
+    repository.commit("refs/heads/main", repository.resolve("main"), "owner", "delete", {"a": None})
+    for pattern in ("/refs$", "/super-squash/"):
+        assert "nothing came" in (message := machine(lost, name=NAME, pattern=pattern)) and "purge again" in message
+
+
+def unseen(name: str) -> list[Any]:
+    report = purging.purge(HubRepo(name), seconds=0)
+    return [report.status, [[probe.oid, probe.way] for probe in report.proving_nothing], report.to_text()]
+
+
+def test_probes_that_saw_nothing_before_either_are_counted(server: Server, machine: Machine) -> None:
+    repository = seed(server, {"a/a.safetensors": "weights", "b/b.safetensors": "lost weights"})
+    repository.purge({sha256("lost weights")}, rewrite=False)
+    repository.commit("refs/heads/main", repository.resolve("main"), "owner", "delete", {"a": None, "b": None})
+    status, probes, text = machine(unseen, name=NAME)
+    assert status == "no_longer_served"
+    assert {oid for oid, _ in probes} == {sha256("lost weights")}
+    assert {way for _, way in probes} == {"object", "listing", "revision"}
+    assert f"{len(probes)} probes saw nothing before either" in text

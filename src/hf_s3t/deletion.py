@@ -24,7 +24,7 @@ from .errors import StateError, StoreError, UnknownExampleError
 from .exports import carrying, settle
 from .files import json_bytes, read_json, remove, sync_folder, write_atomic
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
-from .manifest import Manifest, State, Tombstone, united
+from .manifest import NOT_KNOWN, Event, Manifest, State, Tombstone, places_beyond, united
 from .partition import count_by_place
 from .plan import Stage
 from .requests import Place, Request
@@ -193,68 +193,76 @@ def _look_again(folder: StoreFolder) -> None:
 
 
 def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
-    places = {tuple(place) for place in intent["places"]}
     manifest, state = folder.manifest(), state_or_none(folder)
     receipt = Receipt(**intent["receipt"])
-    message = f"{'Deletion' if receipt.kind == 'delete' else 'Readmission'} {receipt.receipt}"
-    newest = max(manifest.generation, state.generation if state else 0)
-    generation = folder.source.generation_of(message, intent["generation"], newest)
+    named = state is not None and bool(intent["ids"] or intent["groups"])
+    log = {**manifest.log, receipt.receipt: Event(tuple(sorted(map(tuple, intent["places"]))), named)}
     if state is not None:
-        if state.generation > manifest.generation:
-            places |= unobeyed(folder, manifest, state)
-        state = _with_tombstones(folder, state, intent, generation)
-    gone = [stage for stage in manifest.stages if stage.slices & places]
-    if gone or manifest.generation < generation:
-        manifest = _rewrite(folder, manifest.without(gone), generation, state)
-        folder.source.publish(message, {stage.name for stage in manifest.stages})
-    sweep(folder, manifest, places)
+        state = _with_tombstones(state, intent, log[receipt.receipt])
+        log |= state.log
+    hit = places_beyond(log, manifest.log)
+    if log.keys() != manifest.log.keys():  # else it had been carried out, and was interrupted afterwards
+        gone = [stage for stage in manifest.stages if stage.slices & hit]
+        manifest = _rewrite(folder, replace(manifest.without(gone), log=log), state)
+        title = "Deletion" if receipt.kind == "delete" else "Readmission"
+        folder.source.publish(f"{title} {receipt.receipt}", {stage.name for stage in manifest.stages})
+    sweep(folder, manifest, hit | {tuple(place) for place in intent["places"]})
     if state is not None:
         folder.write_state(state.only(manifest.stages))
         if intent["kind"] == "delete" and (folder.private / "index.json").exists():
             folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
     copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
     reached = folder.source.reached(sorted(receipt.stages_removed))
-    receipt = replace(receipt, generation=generation, inactive_since=_now(), **copies, **reached)
+    receipt = replace(receipt, generation=manifest.generation, inactive_since=_now(), **copies, **reached)
     receipt = _append_receipt(folder, receipt)
     remove(folder.private / "intents" / intent["file"])
     return receipt
 
 
 def travelling(there: StoreFolder, key: bytes) -> State | None:
-    """The tombstones that travel in a repository; `None` where none do, or where they are not all of its manifest's.
+    """The tombstones that travel in a repository; `None` where none do, or where they are not those of its manifest.
 
-    Nobody without the key can make others believe in a deletion, or in none.
+    Nobody without the key can make others believe in a tombstone, or in none.
     """
     if not isinstance(there.source, RepoSource) or not there.source.has(TOMBSTONES):
         return None
     theirs = State.from_json(read_json(there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES))
     manifest = there.manifest()
-    if (theirs.generation, theirs.digest(key)) == (manifest.generation, manifest.tombstones):
+    if (theirs.log, theirs.digest(key)) == (manifest.log, manifest.tombstones):
         return theirs
     logger.warning("the tombstones in %s are not those of its manifest, and are not looked at", there.path)
     return None
 
 
 def absorb(folder: StoreFolder, there: StoreFolder) -> None:
-    """Takes over the tombstones that travel in a repository, and obeys them. Runs under the store's write lock."""
-    try:
-        ours, key = folder.state(), folder.key
-    except StateError:
+    """Takes over events and tombstones that the state has not, from a manifest and from what travels beside it.
+
+    Runs under the store's write lock.
+
+    Raises:
+        StateError: the state is of another store.
+    """
+    ours = state_or_none(folder)
+    if ours is None or not there.exists:
         return
-    theirs = travelling(there, key)
-    if theirs is None:
-        return
-    state = united(ours, theirs)
-    if state.generation > ours.generation:
-        state = replace(state, past={**ours.past, ours.generation: ours.digest(key)})
+    manifest, state = there.manifest(), ours
+    if ours.key_check not in ("", manifest.key_check):
+        raise StateError(f"The state in {folder.private} is of another store than {there.path}. Name its own state.")
+    theirs = travelling(there, folder.key) if folder.has_key else None
+    if theirs is not None:
+        state = united(state, theirs)
+    index = folder.index() if (folder.private / "index.json").exists() else {}
+    for name, event in manifest.log.items():
+        if not event.named and name not in state.log:  # whole slices, by somebody without state or index
+            ids = {digest: (entry[:2],) for digest, entry in index.items() if entry[:2] in event.places}
+            state = _with_tombstones(state, {"kind": "delete", "receipt": {"receipt": name}, "ids": ids}, event)
     if state != ours:
         folder.write_state(state)
-    index = folder.index() if (folder.private / "index.json").exists() else {}
     live = {digest: entry for digest, entry in index.items() if not state.buries(digest, entry.group)}
     if live != index:
         folder.write_index(live)
     if folder is not there:
-        recover(folder)  # the state is now newer than the manifest
+        recover(folder)  # the state may now be ahead of the manifest
 
 
 def put_tombstones(folder: StoreFolder, state: State | None) -> None:
@@ -273,28 +281,23 @@ def state_or_none(folder: StoreFolder) -> State | None:
         return None
 
 
-def _with_tombstones(folder: StoreFolder, state: State, intent: Mapping[str, Any], generation: int) -> State:
-    ids, groups, lifted, past = dict(state.ids), dict(state.groups), dict(state.lifted), dict(state.past)
-    for digests, stones in ((intent["ids"], ids), (intent["groups"], groups)):
-        for digest, places in digests.items():
+def _with_tombstones(state: State, intent: Mapping[str, Any], event: Event) -> State:
+    name = intent["receipt"]["receipt"]
+    if name in state.log:  # it was interrupted, and others may have lifted some of it since
+        return state
+    log, ids, groups = {**state.log, name: event}, dict(state.ids), dict(state.groups)
+    for kind, standing in (("ids", ids), ("groups", groups)):
+        for digest, places in intent.get(kind, {}).items():
             if intent["kind"] == "readmit":
-                stones.pop(digest, None)
-                lifted[digest] = generation
+                standing.pop(digest, None)
             else:
                 found = tuple((shard, slice_id) for shard, slice_id in places)
-                stones[digest] = Tombstone(found, generation, intent["receipt"]["receipt"])
-                lifted.pop(digest, None)
-    if state.generation < generation and folder.has_key:
-        past[state.generation] = state.digest(folder.key)
-    missed = state.generation < generation - 1
-    generation = max(state.generation, generation)
-    if missed:
-        logger.warning("the state missed deletions made elsewhere: bring it up to date before the next training")
-        generation = state.generation
-    return replace(state, generation=generation, ids=ids, groups=groups, lifted=lifted, past=past)
+                standing[digest] = Tombstone(found, len(log), name)
+    return replace(state, generation=len(log), ids=ids, groups=groups, log=log)
 
 
-def _rewrite(folder: StoreFolder, manifest: Manifest, generation: int, state: State | None) -> Manifest:
+def _rewrite(folder: StoreFolder, manifest: Manifest, state: State | None) -> Manifest:
+    """Writes the manifest, and the root adapter of what it lists."""
     try:
         manifest = folder.write_root(manifest)
     except StoreError as error:  # a damaged stage that stays must not keep another one from being deleted
@@ -302,13 +305,10 @@ def _rewrite(folder: StoreFolder, manifest: Manifest, generation: int, state: St
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             folder.source.drop(name)
         manifest = replace(manifest, root=None)
-    digest = manifest.tombstones
-    if state is not None:
-        try:
-            digest = state.digest(folder.key)
-        except StateError:
-            logger.warning("the partition key is absent: the manifest keeps the old digest of the tombstones")
-    manifest = replace(manifest, generation=max(generation, manifest.generation), tombstones=digest)
+    digest = NOT_KNOWN
+    if state is not None and state.knows(manifest) and folder.has_key:
+        digest = state.digest(folder.key)
+    manifest = replace(manifest, generation=len(manifest.log), tombstones=digest)
     folder.write_manifest(manifest)
     if state is not None and folder.source.has(TOMBSTONES):
         put_tombstones(folder, state)
@@ -362,24 +362,16 @@ def _obey(folder: StoreFolder) -> None:
     """Brings the published files up to the state, where an older copy of them was put back."""
     manifest, state = folder.manifest(), state_or_none(folder)
     hit: set[Place] = set()
-    if state is not None and state.generation > manifest.generation:
-        hit = unobeyed(folder, manifest, state)
-        gone = [stage for stage in manifest.stages if stage.slices & hit]
-        manifest = _rewrite(folder, manifest.without(gone), state.generation, state)
-        folder.source.publish(f"Deletions up to {state.generation}", {stage.name for stage in manifest.stages})
-        folder.write_state(state.only(manifest.stages))
+    if state is not None:
+        hit = places_beyond(state.log, manifest.log)
+        untold = manifest.tombstones == NOT_KNOWN and state.knows(manifest) and folder.has_key
+        if untold or not state.log.keys() <= manifest.log.keys():
+            gone = [stage for stage in manifest.stages if stage.slices & hit]
+            log = {**manifest.log, **state.log}
+            manifest = _rewrite(folder, replace(manifest.without(gone), log=log), state)
+            folder.source.publish(f"Deletions up to {manifest.generation}", {s.name for s in manifest.stages})
+            folder.write_state(state.only(manifest.stages))
     sweep(folder, manifest, hit)
-
-
-def unobeyed(there: StoreFolder, manifest: Manifest, state: State) -> set[Place]:
-    """Places of the tombstones that a manifest has not obeyed; of all, where that can not be told."""
-    try:
-        known = travelling(there, there.key)
-        if known is not None:
-            return state.beyond(known)
-        return state.after(manifest.generation if state.remembers(manifest, there.key) else -1)
-    except StateError:
-        return state.after(-1)
 
 
 def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class Members:
         places = [place for place in map(split_layer_path, self._lora) if place is not None]
         self._layers = list(self.base.get_submodule(places[0][0]).children()) if places else []
         self.batched = self._rows_are_known()
+        self._shareable = self.batched and self._trunk_is_shared()
         self._had_own_forward = "forward" in vars(self.base)
         self._forward = self.base.forward
         parameters = inspect.signature(self._forward).parameters.values()
@@ -140,10 +141,11 @@ class Members:
             lowest_layer (`int`): no member has LoRA below it.
         """
         switched, self.names, self.lowest_layer = bool(names) != bool(self.names), tuple(names), lowest_layer
-        self.trunk = lowest_layer if self.batched and self._trunk_is_shared() else 0
+        self.trunk = lowest_layer if self._shareable else 0
         for module in [*self._lora.values(), *self._heads] if switched or not self._told else ():
             module.enable_adapters(bool(names))
-            module.requires_grad_(False)
+            if names:
+                module.requires_grad_(False)
         if len(names) == 1 or (names and not self._told):
             self._activate(names[0])
         self._told = True

@@ -8,6 +8,7 @@ this token does not see) is *not known*, and stays pending. What is removed, and
 from __future__ import annotations
 
 import datetime
+import re
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,12 @@ PLAIN_FILES = (
     "hold names of stages, settings and hashes: no weights, no examples and no ids. An old tombstones.json has keyed "
     "digests of deleted ids, which say nothing to whoever lacks the key."
 )
+PLAIN_WEIGHTS = (
+    "Plain weights are kept by git itself: where a kept ref leads to them remove that ref, or from a branch the file, "
+    "and purge again."
+)
+SEEN = ("HTTP 2", "HTTP 3", "downloadable", "listed", "handed out")
+"""How the answers begin of probes that see a content."""
 
 Answer = tuple[bool | None, str]
 
@@ -56,7 +63,9 @@ class Probe:
         oid (`str`): sha256 of the content; of a plain file git's name for it; of the head nothing.
         way (`str`): `"revision"` (a large file at a revision), `"object"` (by its sha256, from the large-file
             storage), `"listing"` (of that storage), `"address"` (one that the Hub handed out before the purge),
-            `"plain file"` (one at an old revision), or `"head"` (whether the branch answers with its new commit).
+            `"plain weights"` (a file that git itself keeps, so that no purge removes it while a ref leads to it),
+            `"plain file"` (one at an old revision, without weights), or `"head"` (whether the branch answers with its
+            new commit).
         at (`str`): revision and path; size; or address, whose signature is dropped once it is gone.
         before (`str`): what it answered before the purge.
         answer (`str`): what it answered last.
@@ -82,7 +91,8 @@ class PurgeReport:
         head (`str`): the commit that is left.
         receipts (`list[str]`): names of the deletions whose stages it is about.
         removed (`dict[str, list[str]]`): sha256 of each removed large file -> the paths that it had.
-        held (`list[str]`): sha256 of those that a kept branch has at its head, and so stay.
+        held (`list[str]`): sha256 of those that a kept branch has at its head, and so stay, under whatever name; and
+            git's name of plain weights that a kept ref leads to.
         refs_removed, refs_kept (`list[str]`): branches, tags and pull requests.
         probes (`list[Probe]`): every probe with its last answer.
         caches_cleared (`list[str]`): of this machine, named below their cache.
@@ -116,8 +126,24 @@ class PurgeReport:
 
     @property
     def still_served_at(self) -> list[str]:
-        """Revisions that serve a removed large file, or of which it is not known that they do not."""
-        return sorted({probe.at.split(":", 1)[0] for probe in self.pending if probe.way == "revision"})
+        """Revisions that serve a removed file, or of which it is not known that they do not."""
+        ways = ("revision", "plain weights")
+        return sorted({probe.at.split(":", 1)[0] for probe in self.pending if probe.way in ways})
+
+    @property
+    def proving_nothing(self) -> list[Probe]:
+        """Probes that do not see what was there, and did not see it before the purge either."""
+        known = {oid for oid, paths in self.removed.items() if paths}
+        known |= {probe.oid for probe in self.probes if probe.way == "plain weights"}
+        return [
+            probe for probe in self.probes
+            if probe.served is False and probe.oid in known and probe.before and not probe.before.startswith(SEEN)
+        ]  # fmt: skip
+
+    def holders(self, oid: str) -> list[str]:
+        """Branches and paths that still serve a removed large file."""
+        found = [probe.at for probe in self.pending if (probe.oid, probe.way) == (oid, "revision")]
+        return [at for at in found if at.startswith("refs/heads/")]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. While an address in it may answer, it opens the content to whoever reads it: keep it private."""
@@ -142,7 +168,7 @@ class PurgeReport:
             "",
             f"{len(self.removed)} large files removed:",
             *(
-                f"  {oid[:16]}  {', '.join(paths) or 'no name known'}{', held by a kept branch' * (oid in self.held)}"
+                f"  {oid[:16]}  {', '.join(paths) or 'no name known'}{self._held_line(oid)}"
                 for oid, paths in sorted(self.removed.items())
             ),
             "",
@@ -159,6 +185,10 @@ class PurgeReport:
         ]
         return "\n".join(lines) + "\n"
 
+    def _held_line(self, oid: str) -> str:
+        holders = self.holders(oid) if oid in self.held else []
+        return f"; held by a kept branch: {', '.join(holders)}" if holders else ""
+
     def _probe_lines(self) -> list[str]:
         lines = [f"{len(self.probes)} probes, {len(self.pending)} of them pending:"]
         for probe in self.pending:
@@ -172,6 +202,12 @@ class PurgeReport:
                 last = max(probe.seen_at for probe in gone)
                 ways = ", ".join(sorted({probe.way for probe in gone}))
                 lines.append(f"  {oid[:16]}  gone by {len(gone)} probes ({ways}), the last at {last}")
+        if any(probe.way == "plain weights" for probe in self.pending):
+            lines.append(f"  {PLAIN_WEIGHTS}")
+        if self.proving_nothing:
+            lines.append(
+                f"{len(self.proving_nothing)} probes saw nothing before either: that they do not now says little."
+            )
         if self.plain_files:
             lines += ["", f"{len(self.plain_files)} plain files can still be read:"]
             lines += [f"  {probe.at}: {probe.answer} ({probe.seen_at})" for probe in self.plain_files]
@@ -253,7 +289,9 @@ def _judge(response: Any, oid: str) -> Answer:
     status, code = response.status_code, response.headers.get("x-error-code", "")
     if status < 400:
         linked = response.headers.get("x-linked-etag", "").strip('"')
-        return (False, "another content") if linked and linked != oid else (True, f"HTTP {status}")
+        named = re.fullmatch('(?:W/)?"([0-9a-f]{40})"', response.headers.get("etag", "")) if len(oid) == 40 else None
+        other = linked != oid if linked else named is not None and named[1] != oid
+        return (False, "another content") if other else (True, f"HTTP {status}")
     gone = status in (404, 410) and code != "RepoNotFound"
     return False if gone else None, f"HTTP {status} {code}".strip()
 

@@ -18,7 +18,7 @@ from huggingface_hub import CommitInfo
 from . import deletion
 from .errors import StateError, StoreError
 from .folder import StoreFolder
-from .manifest import Manifest, State
+from .manifest import NOT_KNOWN, Manifest, places_beyond
 from .plan import Stage
 from .recipe import check_same
 from .sources import RepoSource, on_top
@@ -69,24 +69,25 @@ def _push_once(
 
 def _merged(store: StoreFolder, target: StoreFolder, ours: Manifest, theirs: Manifest) -> Manifest:
     """Ours, and what others added to the repository since and no deletion of ours hits."""
-    state = store.state()
-    if theirs.generation > ours.generation or not _obeyed(store, target, theirs, state):
+    if not store.state().knows(theirs):
         raise StateError(
             f"{target.path} obeys deletions (generation {theirs.generation}) that {store.path} has not seen "
             f"(generation {ours.generation}). Nothing was pushed. Bring the state up to date (`hf-s3t state import` "
             "of a backup from the machine that deleted), then pull; or push to a new repository."
         )
-    stages, hit = dict(ours.stages), deletion.unobeyed(target, theirs, state)
-    for stage, files in sorted(theirs.stages.items()):
-        kept = stage.parent is None or stages.get(stage.parent) == theirs.stages.get(stage.parent)
+    return replace(ours, stages=_joined(ours, theirs), log={**theirs.log, **ours.log})
+
+
+def _joined(first: Manifest, second: Manifest) -> dict[Stage, dict[str, str]]:
+    """Stages of both that no deletion of the other hits; of two of the same name the first one's."""
+    hit = places_beyond(second.log, first.log)
+    stages = {stage: files for stage, files in first.stages.items() if not stage.slices & hit}
+    hit = places_beyond(first.log, second.log)
+    for stage, files in sorted(second.stages.items()):
+        kept = stage.parent is None or stages.get(stage.parent) == second.stages.get(stage.parent)
         if stage not in stages and kept and not stage.slices & hit:
             stages[stage] = files
-    return replace(ours, stages=stages)
-
-
-def _obeyed(store: StoreFolder, target: StoreFolder, theirs: Manifest, state: State) -> bool:
-    """Whether the state has seen every deletion that a repository obeys."""
-    return deletion.travelling(target, store.key) is not None or state.remembers(theirs, store.key)
+    return stages
 
 
 def _names(manifest: Manifest) -> set[str]:
@@ -118,30 +119,24 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
     """Brings a folder to what a repository holds; see [`S3TStore.pull`]. Runs under the write lock."""
     repository(target).look()
     theirs = target.manifest()
-    ours, state, ahead = replace(theirs, stages={}, root=None), None, False
+    ours = replace(theirs, stages={}, root=None)
     if store.exists:
         check_same_store(store.manifest(), theirs)
         deletion.absorb(store, target)
-        ours, state = store.manifest(), deletion.state_or_none(store)
-    if state is not None and store.has_key and state.generation >= theirs.generation:
-        ahead = _obeyed(store, target, theirs, state)
-    hit = deletion.unobeyed(target, theirs, state) if state is not None else set()
-    stages = {stage: files for stage, files in theirs.stages.items() if not stage.slices & hit}
-    for stage, files in sorted(ours.stages.items()):
-        kept = stage.parent is None or stages.get(stage.parent) == ours.stages.get(stage.parent)
-        if ahead and stage not in stages and kept:  # trained here since; else it may have been deleted there
-            stages[stage] = files
+        ours = store.manifest()
+    stages, log = _joined(theirs, ours), {**ours.log, **theirs.log}
     new = {stage: files for stage, files in sorted(stages.items()) if ours.stages.get(stage) != files}
     for stage in new:
         target.read_stage(stage)  # refused before anything is written here
     for stage, files in new.items():
         _fetch(store, target, stage, files)
-    # Where the state has not seen their deletions, the tombstones stay theirs: nothing trains here until it has.
-    tombstones = ours.tombstones if ahead else theirs.tombstones
-    generation = max(ours.generation, theirs.generation)
-    manifest = store.write_root(replace(theirs, stages=stages, generation=generation, tombstones=tombstones))
+    # The tombstones of events that the state has not seen stay unknown: nothing trains here until it has.
+    known = next((one.tombstones for one in (ours, theirs) if one.log.keys() == log.keys()), NOT_KNOWN)
+    manifest = replace(theirs, stages=stages, log=log, generation=len(log), tombstones=known)
+    manifest = store.write_root(manifest)
     store.write_manifest(manifest)
     deletion.sweep(store, manifest)
+    state = deletion.state_or_none(store)
     if state is not None:  # of what others trained there is no record
         store.write_state(state.only(stage for stage, files in stages.items() if ours.stages.get(stage) == files))
     return manifest

@@ -10,16 +10,19 @@ is ended by purging again, and still asks for the ways that are known from the f
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from huggingface_hub import scan_cache_dir
+import httpx2
+from huggingface_hub import hf_hub_url, scan_cache_dir
 from huggingface_hub.constants import HF_HUB_CACHE, HF_XET_CACHE
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import get_session, hf_raise_for_status
@@ -27,12 +30,15 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from .errors import HubError, StoreError
 from .files import PRIVATE, json_bytes, read_json, write_atomic
 from .hub import HubRepo
-from .probing import TIMEOUT, Probe, PurgeReport, ask, head_of, now, recheck, stored
+from .probing import TIMEOUT, WORKERS, Probe, PurgeReport, ask, head_of, now, recheck, stored
 
 logger = logging.getLogger(__name__)
 
 SECONDS = 180.0
 """How long a purge is waited for before what it did not reach counts as pending."""
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files that hold weights, wherever git keeps them."""
 
 Files = dict[str, Any]
 """The entries of a tree by path."""
@@ -48,16 +54,26 @@ class Known:
     @property
     def revisions(self) -> set[str]:
         """Commits that were seen to serve something removed, whether or not a ref still leads to them."""
-        return {
-            at for receipt in self.receipts for at in receipt["still_served_at"] if re.fullmatch("[0-9a-f]{40}", at)
-        }
+        named = [at for receipt in self.receipts for at in receipt.get("still_served_at", ())]  # old ones lack it
+        return {at for at in named if re.fullmatch("[0-9a-f]{40}", at)}
+
+    @property
+    def deleted(self) -> set[str]:
+        """sha256 of the weights of the stages that receipts say were removed."""
+        stages = [files for receipt in self.receipts for files in receipt["stages_removed"].values()]
+        return {digest for files in stages for name, digest in files.items() if name.endswith(".safetensors")}
 
     @property
     def removed(self) -> set[str]:
-        """sha256 of the weights of removed stages."""
-        stages = [files for receipt in self.receipts for files in receipt["stages_removed"].values()]
-        weights = {digest for files in stages for name, digest in files.items() if name.endswith(".safetensors")}
-        return weights | set(self.earlier.removed if self.earlier else ())
+        """sha256 of everything that is to be gone."""
+        return self.deleted | set(self.earlier.removed if self.earlier else ())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """sha256 -> size, as an interrupted purge found them."""
+        probes = [probe for probe in self.earlier.probes if probe.way == "object"] if self.earlier else []
+        sizes = {probe.oid: int(probe.at.split()[0]) for probe in probes}
+        return {oid: size for oid, size in sizes.items() if size > 1}  # 1 stands for a size that was not known
 
 
 def purge(
@@ -76,7 +92,8 @@ def purge(
             refuse if there are others. A kept branch is squashed and keeps all files of its head, also those that the
             own branch lost: they are reported as pending. A kept tag or pull request loses what the own branch lost.
         seconds (`float`): how long to wait for the Hub to settle.
-        protected (`Iterable[str]`): sha256 of contents that must stay.
+        protected (`Iterable[str]`): sha256 of contents that must stay: those of live stages. What a receipt says was
+            removed and is not among them is reported as pending where a kept branch has it, under whatever name.
         receipts (`Iterable[dict]`): of deletions; those that no finished purge in `folder` covers are covered by this.
         folder (`Path`, *optional*): where reports are kept. Without one an interrupted purge forgets what it knew.
 
@@ -86,10 +103,11 @@ def purge(
         StoreError: something that has to stay would go; nothing was changed.
         HubError: the Hub refused a step, or did not answer. Purge again to go on.
     """
-    kept, dropped = sort_refs(repo, keep_refs)
+    protected = set(protected)
     known = Known(uncovered(repo.repo_id, receipts, folder), _unfinished(repo.repo_id, folder))
     try:
-        report, unwanted = _prepare(repo, kept, dropped, known)
+        kept, dropped = sort_refs(repo, keep_refs)
+        report, unwanted = _prepare(repo, kept, dropped, known, protected)
         refuse_if_live(repo, kept, unwanted, protected)
         _keep(report, folder)
         for ref in dropped:
@@ -100,7 +118,7 @@ def purge(
         doomed: list[Any] = [SimpleNamespace(file_oid=oid) for oid in sorted(unwanted)]  # all that the method reads
         repo.api.permanently_delete_lfs_files(repo.repo_id, doomed)
         left = dict(repo.refs())
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, httpx2.TransportError) as error:
         raise HubError(
             f"The purge of {repo.repo_id} stopped: {error}. What was done stays done, and nothing that is kept was "
             "removed. It needs a token with write access; purge again to go on."
@@ -113,18 +131,23 @@ def purge(
     return report
 
 
-def _prepare(repo: HubRepo, kept: list[str], dropped: list[str], known: Known) -> tuple[PurgeReport, set[str]]:
+def _prepare(
+    repo: HubRepo, kept: list[str], dropped: list[str], known: Known, protected: set[str]
+) -> tuple[PurgeReport, set[str]]:
     """The report as it stands before anything is removed, and the contents to remove."""
     there = stored(repo)  # first: what somebody uploads from now on is not among it
     history, trees = _history(repo, [*kept, *dropped], known)
-    own = contents(trees[kept[0]])
+    own, deleted = contents(trees[kept[0]]), known.deleted - protected
+    fine = own.keys() - deleted  # a repair may have brought a content back, but then a live stage has it
     lost = {oid for revision in history[kept[0]] for oid in contents(trees[revision])} | known.removed
-    lost -= own.keys()
+    lost -= fine
     live = {oid for ref in kept for oid in contents(trees[ref]) if is_branch(ref) or oid not in lost}
     unwanted = {*there, *(oid for tree in trees.values() for oid in contents(tree))} - live
     gone = lost | unwanted
-    probes = [*_ways(trees, gone, kept), Probe("", "head", kept[0])]
-    sizes = {oid: size for tree in trees.values() for oid, size in contents(tree).items()} | there
+    sizes = known.sizes | {oid: size for tree in trees.values() for oid, size in contents(tree).items()} | there
+    weights = _plain_weights(repo, history, trees, kept, {oid: sizes.get(oid) for oid in gone}, deleted)
+    stuck = weights & {blob for ref in kept for at in _commits_left(ref, history) for blob in plain_files(trees[at])}
+    probes = [*_ways(trees, gone, weights, kept), Probe("", "head", kept[0])]
     for oid in sorted(gone):
         probes += [Probe(oid, "object", f"{sizes.get(oid, 1)} bytes"), Probe(oid, "listing", "large-file storage")]
     names: dict[str, list[str]] = {oid: [] for oid in sorted(gone)}
@@ -135,9 +158,9 @@ def _prepare(repo: HubRepo, kept: list[str], dropped: list[str], known: Known) -
     began = now()
     report = PurgeReport(
         repo.repo_id, "pending", began, began, "", [receipt["receipt"] for receipt in known.receipts],
-        names, sorted(gone & live), dropped, kept, _asked_before(repo, probes),
+        names, sorted(gone & live | stuck), dropped, kept, _asked_before(repo, probes),
     )  # fmt: skip
-    return (_joined(known.earlier, report, own) if known.earlier else report), unwanted
+    return (_joined(known.earlier, report, fine) if known.earlier else report), unwanted
 
 
 def _history(repo: HubRepo, refs: Sequence[str], known: Known) -> tuple[dict[str, list[str]], dict[str, Files]]:
@@ -162,14 +185,69 @@ def contents(tree: Mapping[str, Any]) -> dict[str, int]:
     return {entry.lfs.sha256: entry.lfs.size for entry in tree.values() if entry.lfs is not None}
 
 
-def _ways(trees: Mapping[str, Files], gone: set[str], kept: Sequence[str]) -> list[Probe]:
-    """Every revision and path by which a removed large file, or a plain file that no kept branch has, is served."""
-    plain = {entry.blob_id for ref in kept if is_branch(ref) for entry in trees[ref].values() if entry.lfs is None}
+def plain_files(tree: Mapping[str, Any]) -> set[str]:
+    """git's names of the files of a tree that git itself keeps."""
+    return {entry.blob_id for entry in tree.values() if entry.lfs is None}
+
+
+def _commits_left(ref: str, history: Mapping[str, list[str]]) -> list[str]:
+    """The commits that a kept ref leads to after the purge: a branch is squashed."""
+    return history[ref][:1] if is_branch(ref) else history[ref]
+
+
+def _plain_weights(
+    repo: HubRepo, history: Mapping[str, list[str]], trees: Mapping[str, Files], kept: Sequence[str],
+    gone: Mapping[str, int | None], deleted: set[str],
+) -> set[str]:  # fmt: skip
+    """git's names of the plain files that hold weights which should be gone: by their ending, or by their content.
+
+    The ending is not enough at the head of a kept branch, unless the own branch lost the file.
+
+    Args:
+        gone (`dict[str, int | None]`): sha256 of what should be gone -> size, by which files are chosen to be read.
+        deleted (`set[str]`): those of them that should not be at the head of the own branch.
+    """
+    own = plain_files(trees[kept[0]])
+    lost = {blob for revision in history[kept[0]] for blob in plain_files(trees[revision])} - own
+    brought = {blob for ref in kept if is_branch(ref) for blob in plain_files(trees[ref])} - lost
+    found, unread, sizes = set(), {}, set(gone.values())
+    for revision, tree in trees.items():
+        for path, entry in tree.items():
+            if entry.lfs is None and entry.blob_id not in brought and path.lower().endswith(WEIGHT_FILES):
+                found.add(entry.blob_id)
+            elif entry.lfs is None and (entry.size in sizes or None in sizes):
+                unread[entry.blob_id] = (revision, path)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        digests = pool.map(lambda at: _sha256_of(repo, *at), unread.values())
+        by_content = {
+            blob for blob, sha in zip(unread, digests, strict=True) if sha in (deleted if blob in own else gone)
+        }
+    return found | by_content
+
+
+def _sha256_of(repo: HubRepo, revision: str, path: str) -> str:
+    """Of a file at a revision, without the cache; of one that is not there nothing."""
+    url, digest = hf_hub_url(repo.repo_id, path, revision=revision, endpoint=repo.api.endpoint), hashlib.sha256()
+    with get_session().stream("GET", url, headers=repo.headers(), timeout=TIMEOUT) as response:
+        if response.status_code == 404:
+            return ""
+        hf_raise_for_status(response)
+        for block in response.iter_bytes():
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _ways(trees: Mapping[str, Files], gone: set[str], weights: set[str], kept: Sequence[str]) -> list[Probe]:
+    """Every revision and path by which a removed large file, plain weights, or a plain file
+    that no kept branch has is served."""
+    plain = {blob for ref in kept if is_branch(ref) for blob in plain_files(trees[ref])}
     ways = []
     for revision, tree in trees.items():
         for path, entry in tree.items():
             if entry.lfs is not None and entry.lfs.sha256 in gone:
                 ways.append(Probe(entry.lfs.sha256, "revision", f"{revision}:{path}"))
+            elif entry.lfs is None and entry.blob_id in weights:
+                ways.append(Probe(entry.blob_id, "plain weights", f"{revision}:{path}"))
             elif entry.lfs is None and entry.blob_id not in plain:
                 ways.append(Probe(entry.blob_id, "plain file", f"{revision}:{path}"))
     return ways
@@ -187,14 +265,14 @@ def _asked_before(repo: HubRepo, probes: Iterable[Probe]) -> list[Probe]:
     return [*asked, *addresses.values()]
 
 
-def _joined(earlier: PurgeReport, report: PurgeReport, own: Mapping[str, int]) -> PurgeReport:
-    """A report that goes on with an interrupted one. What is served again since then is no longer its matter."""
+def _joined(earlier: PurgeReport, report: PurgeReport, fine: set[str]) -> PurgeReport:
+    """A report that goes on with an interrupted one. What may be served again since then is no longer its matter."""
     probes = {(probe.oid, probe.way, probe.at): probe for probe in report.probes}
     for probe in earlier.probes:
-        if probe.oid not in own:
+        if probe.oid not in fine:
             found = probes.get((probe.oid, probe.way, probe.at), probe)
             probes[probe.oid, probe.way, probe.at] = replace(found, before=probe.before or found.before)
-    names = {oid: paths for oid, paths in earlier.removed.items() if oid not in own} | report.removed
+    names = {oid: paths for oid, paths in earlier.removed.items() if oid not in fine} | report.removed
     return replace(
         report,
         began_at=earlier.began_at,

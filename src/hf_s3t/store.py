@@ -32,7 +32,7 @@ from .exports import (
 )
 from .files import PRIVATE, json_bytes, read_json, write_atomic
 from .folder import LOCK_SECONDS, StoreFolder, as_key
-from .manifest import State, key_check_value
+from .manifest import State, key_check_value, united
 from .partition import Entry, keyed_digest
 from .plan import Order, Stage
 from .probing import PurgeReport
@@ -353,10 +353,10 @@ class S3TStore(StoreFolder):
         write_atomic(path, json_bytes(bundle), PRIVATE)
 
     def import_state(self, file: str | os.PathLike[str]) -> None:
-        """Puts a backup of the state in place, and finishes what its tombstones ask for.
+        """Joins a backup with the state that is here, and finishes what its tombstones ask for; forgets no deletion.
 
         Raises:
-            StateError: the backup is of another store, or older than the state that is here.
+            StateError: the backup is of another store.
         """
         bundle = read_json(Path(file))
         parts = {"hf_s3t_state", "key", "index", "state", "receipts", "exports"}
@@ -366,14 +366,10 @@ class S3TStore(StoreFolder):
         with self.write_lock.hold(LOCK_SECONDS), self.source.drafting():
             if self.exists and bundle["key"] and key_check_value(as_key(bundle["key"])) != self.manifest().key_check:
                 raise StateError(f"{file} belongs to another store: its key does not fit {self.path}.")
-            here = self.state() if (self.private / "state.json").exists() else State()
-            forgotten = _forgotten(here, state, bundle["receipts"])
-            if here.generation > state.generation or forgotten:
-                raise StateError(
-                    f"{file} is of generation {state.generation}, the state here of {here.generation}, and "
-                    f"{forgotten} tombstones here are not known there: importing it would forget deletions. Nothing "
-                    "was changed. Delete there what was deleted here, and export it again."
-                )
+            here = self.state() if (self.private / "state.json").exists() else state
+            if "" not in (here.key_check, state.key_check) and here.key_check != state.key_check:
+                raise StateError(f"{file} belongs to another store than the state in {self.private}.")
+            state = united(here, state)
             if bundle["key"]:
                 write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n", PRIVATE)
             self._merge_state(bundle, here, state)
@@ -387,8 +383,8 @@ class S3TStore(StoreFolder):
         """Puts a backup in place; what was recorded here since then stays known, unless it was deleted there."""
         exports = {**records_from_json(bundle["exports"]), **read_exports(self)}
         index = self.index() if (self.private / "index.json").exists() else {}
-        known = {digest: entry for digest, entry in index.items() if not state.buries(digest, entry.group)}
-        self.write_index({**{digest: Entry(*entry) for digest, entry in bundle["index"].items()}, **known})
+        both = {**{digest: Entry(*entry) for digest, entry in bundle["index"].items()}, **index}
+        self.write_index({d: entry for d, entry in both.items() if not state.buries(d, entry.group)})
         receipts = {receipt["receipt"]: receipt for receipt in [*bundle["receipts"], *deletion.read_receipts(self)]}
         write_atomic(self.private / "receipts.jsonl", _lines(receipts.values()))
         write_exports(self, exports)
@@ -401,13 +397,6 @@ def as_stage(prefix: str | Order | Stage) -> Stage:
     if isinstance(prefix, Stage):
         return prefix
     return Stage.from_name(prefix) if isinstance(prefix, str) else Stage(0, tuple(prefix))
-
-
-def _forgotten(here: State, there: State, receipts: Iterable[Mapping[str, Any]]) -> int:
-    """Number of tombstones that stand here and neither stand there nor were lifted there."""
-    known = {receipt["receipt"] for receipt in receipts}
-    pairs = ((here.ids, there.ids), (here.groups, there.groups))
-    return sum(d not in other and stone.receipt not in known for ours, other in pairs for d, stone in ours.items())
 
 
 def _lines(receipts: Iterable[Mapping[str, Any]]) -> bytes:
