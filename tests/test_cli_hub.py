@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
 
-from hf_s3t import cli
+from hf_s3t import S3TStore, cli
 from hub_server import Server
 from machines import Machine
 from purging import pushed, refs
+from stores import stage_adapter
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -82,6 +84,46 @@ def test_the_life_cycle(server: Server, machine: Machine, tmp_path: Path) -> Non
     run("verify", tmp_path / "out")
 
 
+def test_a_deletion_from_a_folder_that_was_pushed_is_still_in_the_history(
+    server: Server, machine: Machine, tmp_path: Path
+) -> None:
+    run, folder = Terminal(machine, HF_S3T_STATE=str(tmp_path / "out/.s3t")), tmp_path / "out"
+    machine(pushed, folder=str(folder), name="owner/model")
+    receipt = run.json("delete", folder, "--slices", "0:1")["receipt"]
+    assert run.json("status", folder)["unpurged"] == []
+    assert run.json("status", "owner/model")["unpurged"] == [receipt]  # nobody has pushed it
+    assert run.json("push", folder, "owner/fresh")["unpurged"] == []  # it has seen nothing of it
+    text = run("push", folder, "owner/model", code=3)
+    assert f"still serves what was deleted by {receipt}: hf-s3t purge owner/model" in text
+    assert run.json("push", folder, "owner/model", code=3)["unpurged"] == [receipt]
+    assert run.json("status", "owner/model")["unpurged"] == [receipt]
+    again = run("delete", "owner/model", "--slices", "0:1", code=3)
+    assert "0 stages are" in again and receipt in again and run.json("status", "owner/fresh")["unpurged"] == []
+    run("purge", "owner/model", "--drop-refs")
+    assert run.json("push", folder, "owner/model")["unpurged"] == []
+    assert run.json("status", "owner/model")["unpurged"] == []
+
+
+def test_what_was_trained_again_to_the_same_bits_is_served_rightly(
+    server: Server, machine: Machine, tmp_path: Path
+) -> None:
+    run, folder = Terminal(machine, HF_S3T_STATE=str(tmp_path / "out/.s3t")), tmp_path / "out"
+    machine(pushed, folder=str(folder), name="owner/model")
+    run("delete", folder, "--slices", "0:1")
+    machine(train_again, folder=str(folder))
+    assert run.json("push", folder, "owner/model")["unpurged"] == []
+
+
+def train_again(folder: str) -> None:
+    store = S3TStore(Path(folder))
+    with store.writing():
+        manifest = store.manifest()
+        stages = dict(manifest.stages)
+        for stage in manifest.plan.missing(manifest.stages):
+            stages[stage] = store.write_stage(stage, stage_adapter(stage))
+        store.write_manifest(store.write_root(replace(manifest, stages=stages)))
+
+
 def test_delete_and_purge_at_once(server: Server, machine: Machine, tmp_path: Path) -> None:
     machine(pushed, folder=str(tmp_path / "out"), name="owner/model")
     machine(refs, name="owner/model")
@@ -137,4 +179,5 @@ def test_a_hub_that_does_not_answer_is_a_message(machine: Machine, new_machine: 
     for line in (["purge", "owner/model"], ["push", tmp_path / "out", "owner/model"]):
         text = run(*line, code=2)
         assert "Traceback" not in text and ("did not answer" in text or "can not be" in text or "cached" in text)
+        assert "Nothing more was done" not in text  # a commit may have arrived
     assert "no answer: ConnectError" in run("recheck", report, code=3)

@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx2
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants, scan_cache_dir
 
-from hf_s3t import S3TEnsemble, S3TStore, Stage
+from hf_s3t import S3TEnsemble, S3TStore, Stage, ensemble, hub
 from machines import Failed
 from stores import KEY, make_store, people
 from trainers import BASES, batch, logits, make_trainer
@@ -206,6 +209,26 @@ def test_what_is_cached_is_read_without_the_hub(server, machine, newcomer, new_m
         again(status, repo="owner/never-seen")
 
 
+@pytest.mark.parametrize("gone", ["offline", "no server"])
+def test_without_the_hub_a_machine_does_not_go_back_to_before_its_own_deletion(
+    server, machine, new_machine, tmp_path, gone
+):
+    machine(make_and_push, path=tmp_path / "out")
+    machine(assemble)
+    machine(delete, state=tmp_path / "out/.s3t", slices=[(0, 0)])
+    variables = {"HF_HUB_OFFLINE": "1"} if gone == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    again = new_machine(home=machine.home, **variables)
+    with pytest.raises(Failed, match="HubError: s3t.json .* is not in the cache, and the Hub can not be reached"):
+        again(assemble)
+    assert machine(cache_warnings) == []
+    after = machine(assemble)
+    assert again(assemble) == after
+
+
+def cache_warnings():
+    return [str(warning) for warning in scan_cache_dir().warnings]
+
+
 def test_a_revision_is_read_for_good_and_never_changed(server, machine, tmp_path):
     first = machine(make_and_push, path=tmp_path / "out")
     before = machine(assemble)
@@ -293,6 +316,32 @@ def save_at_the_end(path):
 
 def members(revision):
     return S3TEnsemble.from_pretrained(S3TStore("owner/m", revision=revision), BASES["llama"][0]()).members
+
+
+def test_revision_token_and_state_are_the_stores_not_the_bases(server, machine, new_machine, tmp_path):
+    first, state = machine(make_and_push, path=tmp_path / "out"), str(tmp_path / "out/.s3t")
+    machine(delete, state=state, slices=[(0, 0), (0, 1), (0, 2)])
+    stranger = new_machine(token="")
+    found = stranger(opened, how={"revision": first, "token": server.token, "state": state, "dtype": "float32"})
+    assert found == {"revision": first, "token": server.token, "private": state, "base": {"dtype": "float32"}}
+    found = machine(opened, how={})
+    assert found["revision"] == server.repository("owner/m").resolve("main") and found["base"] == {}
+
+
+def opened(how):
+    """What a store was opened with, and what was left for its base."""
+    found = {}
+
+    def load_base(store, base, **kwargs):
+        source = store.source
+        found.update(revision=source.revision, token=source.repo.api.token, private=str(store.private), base=kwargs)
+        raise KeyboardInterrupt
+
+    ensemble.load_base = load_base
+    try:
+        S3TEnsemble.from_pretrained("owner/m", **how)
+    except KeyboardInterrupt:
+        return found
 
 
 def test_ways_of_pushing_that_would_leave_out_the_store_are_refused(machine, server, tmp_path):
@@ -384,3 +433,133 @@ def where(note):
 
     noted, hf_s3t.note = hasattr(hf_s3t, "note"), note
     return hf_s3t.__file__, os.path.abspath(constants.HF_HUB_CACHE), os.environ["HF_TOKEN"] == "hf_owner", noted
+
+
+# Several threads, and answers that are lost
+
+
+def removed(server):
+    """Generation of the head, and the places of which nothing is there."""
+    repository = server.repository("owner/m")
+    manifest = json.loads(contents(repository)["s3t.json"])
+    folders = {path.rpartition("/")[0] for path in repository.entries("main") if path.endswith("model.safetensors")}
+    assert folders - {""} == set(manifest["stages"])
+    there = {place for name in manifest["stages"] for place in Stage.from_name(name).slices}
+    return manifest["generation"], {(shard, slice_id) for shard in range(2) for slice_id in range(3)} - there
+
+
+@pytest.mark.parametrize("look", ["status", "marks"])
+@pytest.mark.parametrize("other", [False, True], ids=["", "somebody else deletes meanwhile"])
+def test_a_thread_that_looks_does_not_change_what_another_commits(server, machine, tmp_path, look, other):
+    machine(make_and_push, path=tmp_path / "out")
+    found = machine(delete_while_others_look, state=tmp_path / "out/.s3t", look=look, other=other)
+    assert found["status"] == "inactive_at_head" and found["waited"] == [False]
+    assert removed(server) == ((2, {(0, 0), (1, 1)}) if other else (1, {(0, 0)}))
+    assert not any((0, 0) in Stage.from_name(name).slices for name in found["live"])
+
+
+def delete_while_others_look(state, look, other):
+    store = S3TStore("owner/m", state=state)
+    publish, waited = store.source.publish, []
+
+    def look_first(*how):
+        store.source.publish = publish
+        if other:
+            S3TStore("owner/m", state=Path(state).parent / "none").delete(slices=[(1, 1)])
+
+        def act():
+            getattr(store, look)()
+            waited.append(bool(store.source.waiting))
+
+        thread = threading.Thread(target=act)
+        thread.start()
+        thread.join()
+        return publish(*how)
+
+    store.source.publish = look_first
+    receipt = store.delete(slices=[(0, 0)])
+    live = [stage.name for stage in store.live().stages]
+    return {"status": receipt.status, "waited": waited, "live": live}
+
+
+def test_two_threads_that_delete_come_one_after_the_other(server, machine, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    machine(delete_in_threads, state=tmp_path / "out/.s3t", places=[(0, 0), (0, 1), (1, 2)])
+    assert removed(server) == (3, {(0, 0), (0, 1), (1, 2)})
+
+
+def delete_in_threads(state, places):
+    store = S3TStore("owner/m", state=state)
+    with ThreadPoolExecutor(4) as pool:
+        looks = [pool.submit(store.status) for _ in range(3)]
+        done = [pool.submit(store.delete, slices=[tuple(place)]) for place in places]
+        assert [change.result().status for change in done] == ["inactive_at_head"] * len(places)
+        assert all(look.result() for look in looks)
+
+
+def test_a_head_that_was_asked_for_before_a_commit_is_not_read_after_it(server, machine, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    assert not any((0, 0) in Stage.from_name(name).slices for name in machine(look_late, state=tmp_path / "out/.s3t"))
+
+
+def look_late(state):
+    """What a thread reads that asked for the head before another one's deletion, and was answered after it."""
+    store, gate, asked = S3TStore("owner/m", state=state), threading.Event(), threading.Event()
+    head = store.source.repo.head
+
+    def late(revision=None):
+        found = head(revision)
+        if threading.current_thread() is reader and not gate.is_set():
+            asked.set()
+            gate.wait(30)
+        return found
+
+    reader = threading.Thread(target=store.status)
+    store.source.repo.head = late
+    reader.start()
+    assert asked.wait(30)
+    store.delete(slices=[(0, 0)])
+    gate.set()
+    reader.join()
+    return [stage.name for stage in store.live().stages]
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+@pytest.mark.parametrize("error", ["ReadTimeout", "ConnectError"])
+def test_a_commit_whose_connection_broke_is_made_once(server, machine, tmp_path, error, arrives):
+    machine(make_and_push, path=tmp_path / "out")
+    receipt = machine(delete_over_a_bad_line, state=tmp_path / "out/.s3t", error=error, arrives=arrives)
+    assert receipt["status"] == "inactive_at_head" and removed(server) == (1, {(0, 0)})
+    assert len(server.repository("owner/m").log()) == 3
+
+
+def delete_over_a_bad_line(state, error, arrives, for_good=False):
+    hub.SETTLING_SECONDS = 0.01
+    names = ["create_commit", *(["list_repo_commits", "list_repo_refs"] if for_good else [])]
+    real = {name: getattr(HfApi, name) for name in names}
+
+    def broken(self, *args, **kwargs):
+        if arrives:
+            real["create_commit"](self, *args, **kwargs)
+        if not for_good:  # what arrived is asked for, not sent again
+            HfApi.create_commit = None if arrives else real["create_commit"]
+        for name in names[1:]:
+            setattr(HfApi, name, unreachable)
+        raise getattr(httpx2, error)("the line broke")
+
+    def unreachable(*args, **kwargs):
+        raise httpx2.ConnectError("no line")
+
+    HfApi.create_commit = broken
+    return S3TStore("owner/m", state=state).delete(slices=[(0, 0)]).to_json()
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_where_the_hub_stays_away_the_deletion_is_carried_out_by_the_next_command(server, machine, tmp_path, arrives):
+    machine(make_and_push, path=tmp_path / "out")
+    state = tmp_path / "out/.s3t"
+    with pytest.raises(Failed, match=r"HubError: owner/m could not be reached .* Whether it arrived is not known"):
+        machine(delete_over_a_bad_line, state=state, error="ReadTimeout", arrives=arrives, for_good=True)
+    assert removed(server)[0] == int(arrives)
+    machine(delete, state=state, slices=[(1, 1)])
+    assert removed(server) == (2, {(0, 0), (1, 1)}) and not list((state / "intents").glob("*"))

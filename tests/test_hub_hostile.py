@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_s3t import Plan, S3TEnsemble, S3TStore, Stage
+from hf_s3t import Plan, S3TEnsemble, S3TStore, Stage, folder
 from hf_s3t.files import json_bytes, safetensors_bytes
 from machines import Failed
 from stores import make_store, stage_adapter
@@ -145,6 +145,10 @@ STAGES = {
     "a part of the base": with_tensors(lambda tensors: tensors.update({"base_model.model.embed": torch.ones(2)})),
     "another stage's name": with_tensors(lambda tensors: None, stage="shard-00/1"),
     "no name": lambda server: put_stage(server, safetensors_bytes(stage_adapter(Stage.from_name(FIRST)).tensors, {})),
+    "a name nested beyond bounds": lambda server: put_stage(
+        server,
+        safetensors_bytes(stage_adapter(Stage.from_name(FIRST)).tensors, {"format": "pt", "hf_s3t": "[" * 200_000}),
+    ),
     "a pickle in its place": lambda server: put_stage(server, pickle.dumps(print)),
     "another scale": with_config(lora_alpha=4000),
     "other layers": with_config(layers_to_transform=[1]),
@@ -154,8 +158,8 @@ STAGES = {
 }
 
 
-def everything(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "write." not in path.name}
+def everything(root):
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and "write." not in path.name}
 
 
 @pytest.mark.parametrize("name", [*MANIFESTS, *STAGES])
@@ -172,6 +176,18 @@ def test_what_a_training_did_not_write_is_refused(server, machine, tmp_path, nam
     assert everything(tmp_path) == before
     if name == "a huge manifest":
         assert not [path for path in machine.home.rglob("*") if path.stat().st_size > 1 << 25]
+
+
+def test_weights_have_a_limit_too(server, machine, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    with pytest.raises(Failed, match="StoreError: shard-00/0/adapter_model.safetensors .* more than the 100 allowed"):
+        machine(assemble_within, limit=100)
+    assert not list(machine.home.rglob("*.safetensors"))
+
+
+def assemble_within(limit):
+    folder.MAX_WEIGHTS_BYTES = limit
+    S3TStore("owner/m").assemble(0, (0,))
 
 
 def test_what_lies_beside_the_store_is_not_looked_at(server, machine, tmp_path):

@@ -12,7 +12,7 @@ import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from . import display
+from .adapter import WEIGHTS_FILE
 from .deletion import read_receipts
 from .errors import DatasetError, HubError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
 from .files import PRIVATE, json_bytes, read_json, write_atomic
@@ -176,11 +177,23 @@ def delete(
 
 
 def _unpurged(store: S3TStore) -> list[str]:
-    """Names of deletions from a repository that its history still has."""
+    """Names of deletions that a repository's history still has, also of those made in a folder and pushed since."""
     if not isinstance(store.source, RepoSource):
         return []
-    found = uncovered(store.source.repo.repo_id, read_receipts(store), store.private)
-    return [receipt["receipt"] for receipt in found if receipt["status"] == "inactive_at_head"]
+    repo = store.source.repo
+    found = uncovered(repo.repo_id, read_receipts(store), store.private)
+    elsewhere = [receipt for receipt in found if receipt["status"] != "inactive_at_head"]
+    served = repo.contents() if elsewhere else set()
+    manifest = store.manifest()
+    live = {files[WEIGHTS_FILE] for files in manifest.stages.values()}
+
+    def is_served(receipt: Mapping[str, Any]) -> bool:
+        weights = {files[WEIGHTS_FILE] for files in receipt["stages_removed"].values()}
+        if receipt["generation"] <= manifest.generation:
+            weights -= live  # readmitted since, and trained again
+        return bool(weights & served)
+
+    return [receipt["receipt"] for receipt in found if receipt not in elsewhere or is_served(receipt)]
 
 
 def _kept(keep_refs: list[str] | None, drop_refs: bool) -> list[str] | None:
@@ -201,8 +214,12 @@ def push(
 
     def verb(opened: S3TStore) -> Outcome:
         info = opened.push(repo, private=not public, tombstones=tombstones)
-        result = {"repo": repo, "commit": info.oid}
-        return Outcome(str(opened.path), DONE, result, f"{repo} is what {opened.path} holds, at {info.oid}.")
+        unpurged = _unpurged(S3TStore(repo, state=opened.private))
+        result = {"repo": repo, "commit": info.oid, "unpurged": unpurged}
+        shown = f"{repo} is what {opened.path} holds, at {info.oid}."
+        if unpurged:
+            shown += f" Its history {display.still_serves(unpurged, repo)}"
+        return Outcome(str(opened.path), PENDING if unpurged else DONE, result, shown)
 
     _run([store], None, as_json, verb)
 
@@ -436,7 +453,7 @@ def _outcome(name: str, verb: Callable[[], Outcome]) -> Outcome:
             code, message = _exit_code(error), str(error)
             described = {"type": type(error).__name__, "message": message}
         except httpx2.HTTPError as error:
-            code, message = BAD_INPUT, f"the Hub did not answer ({error}). Nothing more was done; try again later."
+            code, message = BAD_INPUT, f"the Hub did not answer ({error}). Run it again later: it goes on from there."
             described = {"type": type(error).__name__, "message": message}
         except Exception as error:
             traceback.print_exc()

@@ -23,7 +23,14 @@ def read_header(path: Path) -> dict[str, Any]:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length < path.stat().st_size:
             raise StoreError("the file is truncated")
-        return json.loads(file.read(length))
+        return _parsed(file.read(length))
+
+
+def _parsed(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("the header of its weights is nested too deep") from None
 
 
 def stage_findings(stage: Stage, recipe: Any, config: Any, header: dict[str, Any]) -> Iterator[str]:
@@ -33,7 +40,7 @@ def stage_findings(stage: Stage, recipe: Any, config: Any, header: dict[str, Any
         KeyError, TypeError, ValueError, AttributeError: they are not even of the right form.
     """
     parents = [above.name for above in stage.path[:-1]]
-    about = json.loads(header.pop("__metadata__")["hf_s3t"])
+    about = _parsed(header.pop("__metadata__")["hf_s3t"])
     if about != {"stage": stage.name, "parents": parents}:
         yield f"{stage.name}: its weights say that they are those of {about.get('stage')!r}"
     if stage.depth > len(recipe["groups"]):

@@ -37,8 +37,13 @@ def show_status(status: Status, unpurged: Sequence[str] = ()) -> RenderableType:
     if status.stale_exports:
         rows.append(("stale exports", "\n".join(status.stale_exports)))
     if unpurged:
-        rows.append(("history", f"still serves what was deleted by {', '.join(unpurged)}: hf-s3t purge {status.path}"))
+        rows.append(("history", still_serves(unpurged, status.path)))
     return Group(status.path, _pairs(rows))
+
+
+def still_serves(unpurged: Sequence[str], repo: str) -> str:
+    """What is to be said of a repository's history."""
+    return f"still serves what was deleted by {', '.join(unpurged)}: hf-s3t purge {repo}"
 
 
 def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
@@ -71,7 +76,7 @@ def show_receipt(path: str, receipt: Receipt, unpurged: Sequence[str] = ()) -> R
     if receipt.still_served_at:
         rows.insert(4, ("still served at", "\n".join(receipt.still_served_at) + "\nuntil the history is purged"))
     if unpurged:
-        rows.append(("history", f"still serves what was deleted by {', '.join(unpurged)}: hf-s3t purge {path}"))
+        rows.append(("history", still_serves(unpurged, path)))
     if receipt.reference:
         rows.append(("reference", receipt.reference))
     rows.append(("receipt", "none, as nothing was changed" if receipt.status == "dry run" else receipt.receipt))

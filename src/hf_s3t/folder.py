@@ -51,6 +51,7 @@ KEY_VARIABLE = "HF_S3T_KEY"
 STATE_VARIABLE = "HF_S3T_STATE"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_CONFIG_BYTES = 1 << 20
+MAX_WEIGHTS_BYTES = 16 << 30
 LOCK_SECONDS = 120.0
 """How long a writer waits for another one: no longer than a checkpoint takes to write."""
 
@@ -168,7 +169,7 @@ class StoreFolder:
             raise StoreError(f"{self.path} holds what no training wrote. It is not used. {'; '.join(findings[:3])}.")
 
     def _read_adapter(self, relative: str, expected: Mapping[str, str]) -> Adapter:
-        limits = {CONFIG_FILE: MAX_CONFIG_BYTES}
+        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES}
         paths = {name: self.source.file(f"{relative}/{name}", limits.get(name)) for name in expected}
         for name, digest in expected.items():
             path = paths[name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -37,6 +38,8 @@ ATTEMPTS = 3
 """How often a commit is sent again whose answer was lost and that did not arrive."""
 SETTLING_SECONDS = 1.0
 
+_NOTING = threading.Lock()
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -61,7 +64,6 @@ class HubRepo:
     def __init__(self, repo_id: str, branch: str = "main", token: str | None = None):
         self.repo_id, self.branch = repo_id, branch
         self.api = HfApi(token=token, library_name="hf_s3t")
-        self._asked: dict[str, str] = {}
 
     def create(self, private: bool = True) -> None:
         """Makes the repository where there is none."""
@@ -96,7 +98,7 @@ class HubRepo:
                 f"{revision or self.branch}, or no access to it. Check the name, and log in (`hf auth login`) if it "
                 "is private."
             )
-        self._asked[sha] = revision or self.branch
+        self._seen(revision or self.branch, sha)
         return sha
 
     def _sha(self, revision: str | None) -> str | None:
@@ -110,8 +112,19 @@ class HubRepo:
         return next((ref.target_commit for ref in branches if ref.name == self.branch), None)
 
     def has(self, path: str, revision: str) -> bool:
-        """Whether a revision has a file."""
-        return self.is_cached(path, revision) or bool(self.api.get_paths_info(self.repo_id, [path], revision=revision))
+        """Whether a revision has a file.
+
+        Raises:
+            HubError: it is not in the cache, and the Hub can not be reached.
+        """
+        if self.is_cached(path, revision):
+            return True
+        try:
+            return bool(self.api.get_paths_info(self.repo_id, [path], revision=revision))
+        except (OfflineModeIsEnabled, httpx2.TransportError) as error:
+            raise HubError(
+                f"{path} of {self.repo_id} at {revision} is not in the cache, and the Hub can not be reached: {error}"
+            ) from None
 
     def file(self, path: str, revision: str, limit: int | None = None) -> Path:
         """A file of a revision, from the cache where it is there.
@@ -128,10 +141,7 @@ class HubRepo:
                     size = getattr(entry, "size", 0)
                     if size > limit:
                         raise StoreError(f"{path} of {self.repo_id} has {size} bytes, more than the {limit} allowed.")
-            found = Path(self.api.hf_hub_download(self.repo_id, path, revision=revision))
-            if revision in self._asked:  # what is asked for by its sha is found by no other name while offline
-                write_atomic(self._ref(self._asked[revision]), revision.encode())
-            return found
+            return Path(self.api.hf_hub_download(self.repo_id, path, revision=revision))
         except LocalEntryNotFoundError as error:
             raise StoreError(
                 f"{path} of {self.repo_id} is not in the cache, and the Hub can not be reached."
@@ -143,11 +153,24 @@ class HubRepo:
         """Whether a file of a revision is in the cache of this machine."""
         return isinstance(try_to_load_from_cache(self.repo_id, path, revision=revision), str)
 
-    def _ref(self, revision: str) -> Path:
-        return Path(HF_HUB_CACHE) / f"models--{self.repo_id.replace('/', '--')}" / "refs" / revision
+    @property
+    def _cache(self) -> Path:
+        return Path(HF_HUB_CACHE) / f"models--{self.repo_id.replace('/', '--')}"
+
+    def _seen(self, revision: str, sha: str) -> None:
+        """Notes what a name leads to, as what this machine saw last: while offline it goes back to nothing older."""
+        ref = self._cache / "refs" / revision
+        try:
+            with _NOTING:
+                if not ref.exists() or ref.read_text() != sha:
+                    # A name that leads to nothing would make the cache count as damaged.
+                    (self._cache / "snapshots" / sha).mkdir(parents=True, exist_ok=True)
+                    write_atomic(ref, sha.encode())
+        except OSError as error:
+            logger.warning("%s of %s can not be noted in the cache: %s", revision, self.repo_id, error)
 
     def _cached_sha(self, revision: str) -> str | None:
-        ref = self._ref(revision)
+        ref = self._cache / "refs" / revision
         if ref.exists():
             return ref.read_text().strip()
         return revision if re.fullmatch("[0-9a-f]{40}", revision) else None
@@ -173,28 +196,47 @@ class HubRepo:
 
         Raises:
             HeadMovedError: the head is not `parent` any more; look again.
-            StoreError: no right to write, or a weight file would not be in large-file storage.
+            HubError: no right to write, or the Hub can not be reached: whether the commit arrived is not known.
+            StoreError: a weight file would not be in large-file storage.
         """
         removed = list(removed)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return self._commit_once(message, parent, files, removed)
-            except RepositoryNotFoundError:
-                raise
-            except (HfHubHTTPError, OSError) as error:
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                if status in (401, 403):
-                    raise self._no_right(error) from None
-                landed = self.landed(message)
-                if landed is not None:
-                    return landed
-                if status in (409, 412) or self.head() != parent:
-                    raise HeadMovedError(f"{self.repo_id} has changed since {parent}.") from error
-                if attempt == ATTEMPTS or (status is not None and status < 500):
-                    raise
-                logger.warning("commit %r to %s did not arrive (%s): sending it again", message, self.repo_id, error)
-                time.sleep(SETTLING_SECONDS)
+                info = self._sent(message, parent, files, removed, last=attempt == ATTEMPTS)
+            except httpx2.TransportError as error:
+                if attempt == ATTEMPTS:
+                    raise HubError(
+                        f"{self.repo_id} could not be reached while a commit was sent ({error}). Whether it arrived "
+                        "is not known. Run the command again: what arrived is recognised."
+                    ) from error
+                info = None
+            if info is not None:
+                self._seen(self.branch, info.oid)
+                return info
+            logger.warning("commit %r to %s did not arrive: sending it again", message, self.repo_id)
+            time.sleep(SETTLING_SECONDS)
         raise AssertionError("unreachable")
+
+    def _sent(
+        self, message: str, parent: str, files: Mapping[str, bytes | Path], removed: Iterable[str], last: bool
+    ) -> CommitInfo | None:
+        """A commit that was sent, and arrived whatever was answered; `None` where it did not and may be sent again."""
+        try:
+            return self._commit_once(message, parent, files, removed)
+        except RepositoryNotFoundError:
+            raise
+        except (HfHubHTTPError, OSError, httpx2.TransportError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in (401, 403):
+                raise self._no_right(error) from None
+            landed = self.landed(message)
+            if landed is not None:
+                return landed
+            if status in (409, 412) or self._sha(None) != parent:  # not `head`, which may be that of the cache
+                raise HeadMovedError(f"{self.repo_id} has changed since {parent}.") from error
+            if last or (status is not None and status < 500):
+                raise
+            return None
 
     def _commit_once(
         self, message: str, parent: str, files: Mapping[str, bytes | Path], removed: Iterable[str]
@@ -290,3 +332,11 @@ class HubRepo:
             if serves[commits[0]]:
                 names.append(name)
         return [*names, *(revision for revision, found in serves.items() if found)]
+
+    def contents(self) -> set[str]:
+        """sha256 of the large files that any revision has."""
+        revisions = {revision for name, _ in self.refs() for revision in self.commits(name)}
+        return {
+            entry.lfs.sha256 for revision in revisions for entry in self.tree(revision).values()
+            if entry.lfs is not None
+        }  # fmt: skip

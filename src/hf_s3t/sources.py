@@ -10,8 +10,11 @@ import logging
 import os
 import random
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +59,11 @@ class FolderSource:
         """Removes a file, durably."""
         remove(self.path / relative)
 
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """A folder changes with every file: there is nothing to keep from other threads."""
+        yield
+
     def look(self) -> None:
         """A folder is always read as it is now."""
 
@@ -79,8 +87,19 @@ class FolderSource:
         return (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
+@dataclass
+class View:
+    """A commit of a repository, and what waits to be committed on top of it."""
+
+    revision: str | None = None
+    waiting: dict[str, bytes | Path | None] = field(default_factory=dict)
+
+
 class RepoSource:
     """Published files in a repository, read at one commit.
+
+    Threads may share it. While one is in [`drafting`], what it reads and what it puts are its own: it commits on top
+    of the very commit that it read, wherever others look meanwhile.
 
     Args:
         repo ([`HubRepo`]): the repository.
@@ -90,20 +109,59 @@ class RepoSource:
 
     def __init__(self, repo: HubRepo, revision: str | None = None):
         self.repo, self._pinned = repo, revision
-        self._revision: str | None = None
-        self.waiting: dict[str, bytes | Path | None] = {}
+        self._shared = View()
+        self._thread = threading.local()
+        self._changing = threading.Lock()
+        self._changes = 0
+
+    @property
+    def _view(self) -> View:
+        found: View = getattr(self._thread, "draft", self._shared)
+        return found
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """What this thread reads and puts in this block, no other thread moves or sees; may be nested."""
+        if hasattr(self._thread, "draft"):
+            yield
+            return
+        self._thread.draft = View()
+        try:
+            yield
+        finally:
+            del self._thread.draft
+            self._changed()
+
+    def _changed(self) -> None:
+        """Lets the others ask for the head before they read on; a head that they asked for earlier is not taken."""
+        with self._changing:
+            self._changes += 1
+            self._shared.revision = None
+
+    @property
+    def waiting(self) -> dict[str, bytes | Path | None]:
+        """What the next commit changes: contents by path, `None` for what is removed."""
+        return self._view.waiting
 
     @property
     def revision(self) -> str:
         """The commit that is read."""
-        if self._revision is None:
-            self.look()
-        return str(self._revision)
+        return self._view.revision or self._look()
 
     def look(self) -> None:
         """Goes to the newest commit; what waited is given up."""
-        self._revision = self.repo.head(self._pinned)
-        self.waiting.clear()
+        self._look()
+
+    def _look(self) -> str:
+        view = self._view
+        view.waiting.clear()
+        while True:
+            changes = self._changes
+            head = self.repo.head(self._pinned)
+            with self._changing:
+                if changes == self._changes or view is not self._shared:
+                    view.revision = head
+                    return head
 
     def has(self, relative: str) -> bool:
         """Whether the commit has such a file."""
@@ -124,11 +182,12 @@ class RepoSource:
 
     def marks(self) -> tuple[Any, ...]:
         """Changes with every commit; asks the Hub."""
-        self.look()
-        return (self.revision,)
+        return (self._look(),)
 
     def publish(self, message: str, stages: set[str]) -> Any:
         """Commits everything that waits, and removes every stage that is not among `stages`.
+
+        The commit is made on top of the one that is read.
 
         Raises:
             HeadMovedError: somebody committed meanwhile; nothing was changed.
@@ -146,7 +205,8 @@ class RepoSource:
         gone += [path for path, content in self.waiting.items() if content is None and path in there]
         files = {path: content for path, content in self.waiting.items() if content is not None}
         info = self.repo.commit(message, self.revision, files, gone)
-        self._revision = info.oid
+        self._changed()
+        self._view.revision = info.oid
         self.waiting.clear()
         return info
 

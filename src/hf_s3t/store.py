@@ -108,7 +108,7 @@ class S3TStore(StoreFolder):
     @contextmanager
     def writing(self, timeout: float = LOCK_SECONDS) -> Iterator[None]:
         """Holds the store's write lock, after finishing what an interrupted writer left."""
-        with self.write_lock.hold(timeout):
+        with self.write_lock.hold(timeout), self.source.drafting():
             deletion.recover(self)
             yield
 
@@ -363,7 +363,7 @@ class S3TStore(StoreFolder):
         if not isinstance(bundle, dict) or set(bundle) != parts or bundle["hf_s3t_state"] != 1:
             raise StateError(f"{file} is no state that `export_state` wrote.")
         state = State.from_json(bundle["state"])
-        with self.write_lock.hold(LOCK_SECONDS):
+        with self.write_lock.hold(LOCK_SECONDS), self.source.drafting():
             if self.exists and bundle["key"] and key_check_value(as_key(bundle["key"])) != self.manifest().key_check:
                 raise StateError(f"{file} belongs to another store: its key does not fit {self.path}.")
             here = self.state() if (self.private / "state.json").exists() else state
