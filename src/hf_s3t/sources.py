@@ -73,10 +73,6 @@ class FolderSource:
     def check_writable(self) -> None:
         """Writing to a folder tells by itself."""
 
-    def generation_of(self, message: str, asked: int, newest: int) -> int:
-        """The generation that a deletion makes: the one that its intent asked for, as a folder has one writer."""
-        return asked
-
     def reached(self, stages: list[str]) -> dict[str, Any]:
         """What a receipt says of where removed stages are still served: a folder keeps no history."""
         return {}
@@ -220,12 +216,6 @@ class RepoSource:
         """Raises [`StoreError`] unless a commit may be made, before anything is put on record for it."""
         self._check_head()
         self.repo.check_writable()
-
-    def generation_of(self, message: str, asked: int, newest: int) -> int:
-        """The generation that a deletion makes on top of what others committed, or has made already."""
-        if newest < asked:
-            return asked
-        return newest if self.repo.landed(message) is not None else newest + 1
 
     def reached(self, stages: list[str]) -> dict[str, Any]:
         """What a receipt says of where removed stages are still served: in the history, until a purge."""

@@ -19,7 +19,7 @@ from . import deletion, publishing
 from . import purge as purging
 from .bases import load_base
 from .deletion import Receipt
-from .errors import StateError, StoreError, UnknownExampleError
+from .errors import S3TError, StateError, StoreError, UnknownExampleError
 from .exports import (
     Export,
     carrying,
@@ -219,7 +219,10 @@ class S3TStore(StoreFolder):
                 refresh_exports=refresh_exports, when_durable=when_durable,
             )  # fmt: skip
         if purge and not dry_run:
-            report = self.purge(keep_refs)
+            try:
+                report = self.purge(keep_refs)
+            except S3TError as error:
+                raise type(error)(f"The deletion is done ({receipt.receipt}), its purge is not. {error}") from error
             receipt = replace(receipt, status=report.status, still_served_at=report.still_served_at)
         return receipt
 
