@@ -63,7 +63,7 @@ ON_THE_HUB = (
      (('            self._check_contents(stage, manifest, adapter)', '            pass'),),
      (REFUSED + '[tensors of another group]', REFUSED + '[another scale]')),
     (10, 'a config may be as large as it likes', 'folder.py',
-     (('limits = {CONFIG_FILE: MAX_CONFIG_BYTES}', 'limits: dict[str, int] = {}'), ('MAX_CONFIG_BYTES), read_safetensors', '1 << 40), read_safetensors')),
+     (('limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE', 'limits = {WEIGHTS_FILE'), ('MAX_CONFIG_BYTES), read_safetensors', '1 << 40), read_safetensors')),
      (REFUSED + '[a huge config]',)),
     (10, 'a purge removes by the list of one branch', 'purge.py',
      (('live = {oid for ref in kept for oid in contents(trees[ref]) if is_branch(ref) or oid not in lost}', 'live = set(own)'),),
