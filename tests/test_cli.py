@@ -399,7 +399,8 @@ def test_state_goes_out_and_in(store: Path, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     assert run("state", "import", store, tmp_path / "other.json").exit_code == 2
     run("delete", store, "--ids", row_ids()[0])
-    assert run("state", "import", store, backup).exit_code == 2
+    assert run("state", "import", store, backup).exit_code == 0
+    assert outcomes("locate", store, "--ids", row_ids()[0])[0]["result"][0]["found"] == "deleted"
 
 
 # ---- as a program ----

@@ -1,9 +1,12 @@
 """What a training takes from the store: only examples that a deletion would find."""
 
+from dataclasses import replace
+
 import pytest
 from datasets import Dataset
 
 import models
+from hf_s3t import StateError
 from hf_s3t.orders import is_hit, next_order
 from trainers import make_trainer
 
@@ -52,11 +55,17 @@ def test_a_checkpoint_is_not_that_of_the_same_ids_with_other_content(begun, tmp_
     assert other.examples == order.examples and other.mark != order.mark
 
 
-def test_a_tombstone_counts_although_the_index_knows_the_row(begun):
-    order, index = next_order(begun.store, begun.rows), begun.store.index()
+def test_a_state_whose_tombstones_were_taken_out_trains_nothing(begun, tmp_path):
+    begun.store.delete(ids=[models.llama_rows(ROWS)["id"][0]])
+    begun.store.write_state(replace(begun.store.state(), ids={}))
+    trainer = make_trainer(tmp_path / "store", train_dataset=models.llama_rows(ROWS))
+    with pytest.raises(StateError, match="tombstones differ"):
+        trainer.train()
+
+
+def test_a_tombstone_counts_whatever_the_index_says(begun):
+    order = next_order(begun.store, begun.rows)
     names = models.llama_rows(ROWS)["id"]
     name = next(n for n in names if set(begun.store.locate(ids=[n])[0].places) & order.stage.slices)
     begun.store.delete(ids=[name])
-    with begun.store.writing():
-        begun.store.write_index(index)  # as an older copy of it would be
-    assert len(next_order(begun.store, begun.rows).examples) == len(order.examples) - 1
+    assert len(begun.rows.examples(order.stage, begun.store.state())) == len(order.examples) - 1

@@ -15,19 +15,20 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE
 from .errors import StateError, StoreError, UnknownExampleError
 from .exports import carrying, settle
-from .files import json_bytes, remove, sync_folder, write_atomic
-from .folder import StoreFolder
-from .manifest import Manifest, State, Tombstone
+from .files import json_bytes, read_json, remove, sync_folder, write_atomic
+from .folder import MAX_MANIFEST_BYTES, StoreFolder
+from .manifest import NOT_KNOWN, Event, Manifest, State, Tombstone, places_beyond, united
 from .partition import count_by_place
 from .plan import Stage
 from .requests import Place, Request
+from .sources import TOMBSTONES, FolderSource, RepoSource, on_top
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class Receipt:
         receipt (`str`): its own name.
         kind (`str`): `"delete"` or `"readmit"`.
         status (`str`): `"dry run"`, `"unchanged"` (all was deleted before), or `"inactive"`: no longer served by this
-            store since `inactive_since`.
+            store since `inactive_since`. Of a repository `"inactive_at_head"` until a purge, and `"no_longer_served"`
+            once every probe after it says so.
         requested_at, inactive_since (`str`): UTC times in ISO 8601.
         asked, found, already_deleted (`int`): numbers of ids, groups, rows or slices in the request.
         examples (`int`): examples that the request covers and that were in the index.
@@ -57,6 +59,7 @@ class Receipt:
         exports (`list[str]`): exported copies that still carry the influence.
         exports_refreshed (`list[str]`): exported copies that were made anew from what is live.
         exports_removed (`list[str]`): exported copies of which nothing was live, and whose files were removed.
+        still_served_at (`list[str]`): older revisions of a repository that still serve a removed stage, until a purge.
         caches (`list[str]`): files of the datasets cache, outside the store, that may hold the text.
     """
 
@@ -78,6 +81,7 @@ class Receipt:
     exports: list[str] = field(default_factory=list)
     exports_refreshed: list[str] = field(default_factory=list)
     exports_removed: list[str] = field(default_factory=list)
+    still_served_at: list[str] = field(default_factory=list)
     caches: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = LIMITS
@@ -119,6 +123,7 @@ def delete(
         "generation": receipt.generation,
         "refresh_exports": refresh_exports,
     }
+    folder.source.check_writable()
     intent = _write_intent(folder, intent)
     try:
         if when_durable is not None:
@@ -143,6 +148,7 @@ def readmit(folder: StoreFolder, request_digests: Mapping[str, str], reference: 
         "places": [],
         "generation": receipt.generation,
     }
+    folder.source.check_writable()
     return carry_out(folder, _write_intent(folder, intent))
 
 
@@ -176,68 +182,145 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
 
 def carry_out(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     """Brings an intent to its end, from wherever it was interrupted. Runs under the store's write lock."""
-    places = {tuple(place) for place in intent["places"]}
-    manifest = folder.manifest()
-    gone = [stage for stage in manifest.stages if stage.slices & places]
-    state = _with_tombstones(folder, intent)
-    if gone or manifest.generation < intent["generation"]:
-        manifest = _rewrite(folder, manifest.without(gone), intent["generation"], state)
-    sweep(folder, manifest, places)
-    if state is not None:
-        folder.write_state(replace(state, stages={name: record for name, record in state.stages.items()
-                                                  if Stage.from_name(name) in manifest.stages}))  # fmt: skip
-        if intent["kind"] == "delete" and (folder.private / "index.json").exists():
-            folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
-    receipt = Receipt(**intent["receipt"])
-    copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
-    receipt = _append_receipt(folder, replace(receipt, inactive_since=_now(), **copies))
-    remove(folder.private / "intents" / intent["file"])
+    receipt = on_top(partial(_carry_out_once, folder, intent), partial(_look_again, folder))
     logger.info("%s %s: %d stages removed", receipt.kind, receipt.receipt, len(receipt.stages_removed))
     return receipt
 
 
-def _with_tombstones(folder: StoreFolder, intent: Mapping[str, Any]) -> State | None:
+def _look_again(folder: StoreFolder) -> None:
+    folder.source.look()
+    absorb(folder, folder)
+
+
+def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
+    manifest, state = folder.manifest(), state_or_none(folder)
+    receipt = Receipt(**intent["receipt"])
+    named = state is not None and bool(intent["ids"] or intent["groups"])
+    log = {**manifest.log, receipt.receipt: Event(tuple(sorted(map(tuple, intent["places"]))), named)}
+    if state is not None:
+        state = _with_tombstones(state, intent, log[receipt.receipt])
+        log |= state.log
+    hit = places_beyond(log, manifest.log)
+    if log.keys() != manifest.log.keys():  # else it had been carried out, and was interrupted afterwards
+        gone = [stage for stage in manifest.stages if stage.slices & hit]
+        manifest = _rewrite(folder, replace(manifest.without(gone), log=log), state)
+        title = "Deletion" if receipt.kind == "delete" else "Readmission"
+        folder.source.publish(f"{title} {receipt.receipt}", {stage.name for stage in manifest.stages})
+    sweep(folder, manifest, hit | {tuple(place) for place in intent["places"]})
+    if state is not None:
+        folder.write_state(state.only(manifest.stages))
+        if intent["kind"] == "delete" and (folder.private / "index.json").exists():
+            folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
+    copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
+    reached = folder.source.reached(sorted(receipt.stages_removed))
+    receipt = replace(receipt, generation=manifest.generation, inactive_since=_now(), **copies, **reached)
+    receipt = _append_receipt(folder, receipt)
+    remove(folder.private / "intents" / intent["file"])
+    return receipt
+
+
+def travelling(there: StoreFolder, key: bytes) -> State | None:
+    """The tombstones that travel in a repository; `None` where none do, or where they are not those of its manifest.
+
+    Nobody without the key can make others believe in a tombstone, or in none.
+    """
+    if not isinstance(there.source, RepoSource) or not there.source.has(TOMBSTONES):
+        return None
+    theirs = State.from_json(read_json(there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES))
+    manifest = there.manifest()
+    if (theirs.log, theirs.digest(key)) == (manifest.log, manifest.tombstones):
+        return theirs
+    logger.warning("the tombstones in %s are not those of its manifest, and are not looked at", there.path)
+    return None
+
+
+def absorb(folder: StoreFolder, there: StoreFolder) -> None:
+    """Takes over events and tombstones that the state has not, from a manifest and from what travels beside it.
+
+    Runs under the store's write lock.
+
+    Raises:
+        StateError: the state is of another store.
+    """
+    ours = state_or_none(folder)
+    if ours is None or not there.exists:
+        return
+    manifest, state = there.manifest(), ours
+    if ours.key_check not in ("", manifest.key_check):
+        raise StateError(f"The state in {folder.private} is of another store than {there.path}. Name its own state.")
+    theirs = travelling(there, folder.key) if folder.has_key else None
+    if theirs is not None:
+        state = united(state, theirs)
+    index = folder.index() if (folder.private / "index.json").exists() else {}
+    for name, event in manifest.log.items():
+        if not event.named and name not in state.log:  # whole slices, by somebody without state or index
+            ids = {digest: (entry[:2],) for digest, entry in index.items() if entry[:2] in event.places}
+            state = _with_tombstones(state, {"kind": "delete", "receipt": {"receipt": name}, "ids": ids}, event)
+    if state != ours:
+        folder.write_state(state)
+    live = {digest: entry for digest, entry in index.items() if not state.buries(digest, entry.group)}
+    if live != index:
+        folder.write_index(live)
+    if folder is not there:
+        recover(folder)  # the state may now be ahead of the manifest
+
+
+def put_tombstones(folder: StoreFolder, state: State | None) -> None:
+    """Lets tombstones travel with the next commit of a repository; with `None`, no more."""
+    if state is not None:
+        folder.source.put(TOMBSTONES, json_bytes(state.tombstones_json()))
+    elif folder.source.has(TOMBSTONES):
+        folder.source.drop(TOMBSTONES)
+
+
+def state_or_none(folder: StoreFolder) -> State | None:
+    """The state, where it is not lost: `delete(slices=...)` removes stages all the same."""
     try:
-        state = folder.state()
+        return folder.state()
     except StateError:
-        return None  # lost: `delete(slices=...)` removes stages all the same
-    ids, groups = dict(state.ids), dict(state.groups)
-    for digests, stones in ((intent["ids"], ids), (intent["groups"], groups)):
-        for digest, places in digests.items():
+        return None
+
+
+def _with_tombstones(state: State, intent: Mapping[str, Any], event: Event) -> State:
+    name = intent["receipt"]["receipt"]
+    if name in state.log:  # it was interrupted, and others may have lifted some of it since
+        return state
+    log, ids, groups = {**state.log, name: event}, dict(state.ids), dict(state.groups)
+    for kind, standing in (("ids", ids), ("groups", groups)):
+        for digest, places in intent.get(kind, {}).items():
             if intent["kind"] == "readmit":
-                stones.pop(digest, None)
+                standing.pop(digest, None)
             else:
                 found = tuple((shard, slice_id) for shard, slice_id in places)
-                stones[digest] = Tombstone(found, intent["generation"], intent["receipt"]["receipt"])
-    generation = max(state.generation, intent["generation"])
-    if state.generation < intent["generation"] - 1:
-        logger.warning("the state missed deletions made elsewhere: bring it up to date before the next training")
-        generation = state.generation
-    return replace(state, generation=generation, ids=ids, groups=groups)
+                standing[digest] = Tombstone(found, len(log), name)
+    return replace(state, generation=len(log), ids=ids, groups=groups, log=log)
 
 
-def _rewrite(folder: StoreFolder, manifest: Manifest, generation: int, state: State | None) -> Manifest:
+def _rewrite(folder: StoreFolder, manifest: Manifest, state: State | None) -> Manifest:
+    """Writes the manifest, and the root adapter of what it lists."""
     try:
         manifest = folder.write_root(manifest)
     except StoreError as error:  # a damaged stage that stays must not keep another one from being deleted
         logger.error("the root adapter was removed, because a kept stage can not be read: %s", error)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
-            remove(folder.path / name)
+            folder.source.drop(name)
         manifest = replace(manifest, root=None)
-    digest = manifest.tombstones
-    if state is not None:
-        try:
-            digest = state.digest(folder.key)
-        except StateError:
-            logger.warning("the partition key is absent: the manifest keeps the old digest of the tombstones")
-    manifest = replace(manifest, generation=max(generation, manifest.generation), tombstones=digest)
+    digest = NOT_KNOWN
+    if state is not None and state.knows(manifest) and folder.has_key:
+        digest = state.digest(folder.key)
+    manifest = replace(manifest, generation=len(manifest.log), tombstones=digest)
     folder.write_manifest(manifest)
+    if state is not None and folder.source.has(TOMBSTONES):
+        put_tombstones(folder, state)
     return manifest
 
 
 def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ()) -> None:
     """Removes every file that the manifest does not account for, and running checkpoints of stages that were hit."""
     hit = set(places)
+    _sweep_running(folder, hit)
+    if not isinstance(folder.source, FolderSource):  # a commit has what its manifest says
+        return
     for shard in folder.path.glob("shard-*"):
         if shard.is_symlink():  # never ours, and what it leads to is not the store's to remove
             remove(shard)
@@ -253,6 +336,9 @@ def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ())
             shard.rmdir()
     for scrap in [*folder.path.glob(".*.tmp"), *folder.path.glob(".s3t/**/.*.tmp"), folder.private / "scratch"]:
         remove(scrap)
+
+
+def _sweep_running(folder: StoreFolder, hit: set[Place]) -> None:
     for running in (folder.private / "running").glob("*"):
         try:
             stage = Stage.from_name(running.name.replace("_", "/"))
@@ -265,33 +351,27 @@ def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ())
 
 def recover(folder: StoreFolder) -> None:
     """What every writer does first: finish interrupted deletions, drop half-written files, obey newer tombstones."""
+    _look_again(folder)
     for intent in folder.intents():
         carry_out(folder, intent)
-    if not folder.exists:
-        return
-    manifest = folder.manifest()
-    try:
-        state = folder.state()
-    except StateError:
-        sweep(folder, manifest)
-        return
-    if state.generation > manifest.generation:  # an older copy of the published files was put back
-        hit = _unobeyed(folder, manifest, state)
-        gone = [stage for stage in manifest.stages if stage.slices & hit]
-        manifest = _rewrite(folder, manifest.without(gone), state.generation, state)
-    sweep(folder, manifest)
+    if folder.exists:
+        on_top(partial(_obey, folder), partial(_look_again, folder))
 
 
-def _unobeyed(folder: StoreFolder, manifest: Manifest, state: State) -> set[Place]:
-    """Places of the tombstones that an older manifest knows nothing of; of all, where that can not be told."""
-    since = manifest.generation
-    ids, groups = ({d: s for d, s in all_.items() if s.generation <= since} for all_ in (state.ids, state.groups))
-    try:
-        same_past = replace(state, ids=ids, groups=groups).digest(folder.key) == manifest.tombstones
-    except StateError:
-        same_past = False
-    stones = [*state.ids.values(), *state.groups.values()]
-    return {place for stone in stones if stone.generation > since or not same_past for place in stone.places}
+def _obey(folder: StoreFolder) -> None:
+    """Brings the published files up to the state, where an older copy of them was put back."""
+    manifest, state = folder.manifest(), state_or_none(folder)
+    hit: set[Place] = set()
+    if state is not None:
+        hit = places_beyond(state.log, manifest.log)
+        untold = manifest.tombstones == NOT_KNOWN and state.knows(manifest) and folder.has_key
+        if untold or not state.log.keys() <= manifest.log.keys():
+            gone = [stage for stage in manifest.stages if stage.slices & hit]
+            log = {**manifest.log, **state.log}
+            manifest = _rewrite(folder, replace(manifest.without(gone), log=log), state)
+            folder.source.publish(f"Deletions up to {manifest.generation}", {s.name for s in manifest.stages})
+            folder.write_state(state.only(manifest.stages))
+    sweep(folder, manifest, hit)
 
 
 def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from .verify import VerifyReport
 WIDTH = 100
 
 
-def show_status(status: Status) -> RenderableType:
-    """A store at a glance."""
+def show_status(status: Status, unpurged: Sequence[str] = ()) -> RenderableType:
+    """A store at a glance; `unpurged` are deletions that the history of a repository still has."""
     unknown = "unknown: the state is not here"
     rows: list[tuple[str, Any]] = [
         ("generation", status.generation),
@@ -36,7 +36,14 @@ def show_status(status: Status) -> RenderableType:
         rows.append(("exports", "\n".join(status.exports)))
     if status.stale_exports:
         rows.append(("stale exports", "\n".join(status.stale_exports)))
+    if unpurged:
+        rows.append(("history", still_serves(unpurged, status.path)))
     return Group(status.path, _pairs(rows))
+
+
+def still_serves(unpurged: Sequence[str], repo: str) -> str:
+    """What is to be said of a repository's history."""
+    return f"still serves what was deleted by {', '.join(unpurged)}: hf-s3t purge {repo}"
 
 
 def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
@@ -51,8 +58,8 @@ def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
     return table
 
 
-def show_receipt(path: str, receipt: Receipt) -> RenderableType:
-    """What a deletion did, or would do."""
+def show_receipt(path: str, receipt: Receipt, unpurged: Sequence[str] = ()) -> RenderableType:
+    """What a deletion did, or would do; `unpurged` are deletions that the history of a repository still has."""
     rows: list[tuple[str, Any]] = [
         ("request", _request_line(receipt)),
         ("examples", f"{receipt.examples} of this request"),
@@ -66,6 +73,10 @@ def show_receipt(path: str, receipt: Receipt) -> RenderableType:
         rows.insert(6, ("exports made anew", "\n".join(receipt.exports_refreshed)))
     if receipt.exports_removed:
         rows.insert(6, ("exports removed", "\n".join(receipt.exports_removed)))
+    if receipt.still_served_at:
+        rows.insert(4, ("still served at", "\n".join(receipt.still_served_at) + "\nuntil the history is purged"))
+    if unpurged:
+        rows.append(("history", still_serves(unpurged, path)))
     if receipt.reference:
         rows.append(("reference", receipt.reference))
     rows.append(("receipt", "none, as nothing was changed" if receipt.status == "dry run" else receipt.receipt))
@@ -112,7 +123,12 @@ def _sentence(path: str, receipt: Receipt) -> str:
     if receipt.status == "unchanged":
         changed = "Only exports were" if receipt.exports_refreshed or receipt.exports_removed else "Nothing was"
         return f"Everything asked for was deleted from {path} before. {changed} changed."
-    return f"{stages} {'is' if count == 1 else 'are'} no longer served by {path} since {receipt.inactive_since}."
+    at_head = receipt.status in ("inactive_at_head", "pending")
+    where = f"the head of {path}" if at_head else path
+    purge = " The purge of its history is pending: recheck its report." if receipt.status == "pending" else ""
+    return (
+        f"{stages} {'is' if count == 1 else 'are'} no longer served by {where} since {receipt.inactive_since}.{purge}"
+    )
 
 
 def _request_line(receipt: Receipt) -> str:

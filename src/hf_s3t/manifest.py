@@ -6,10 +6,9 @@ when it is written, is for `folder.py`.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,18 +24,46 @@ DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 """What reading data of another shape can raise."""
 
 
+NOT_KNOWN = "0" * 64
+"""In place of the HMAC of a manifest whose writer had not the tombstones of all its events, or not the key."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A deletion or a readmission that a manifest has obeyed: no stage that it lists was trained before it on these
+    places. It has the name of its receipt; nothing in it tells whom it was about.
+
+    Args:
+        places (`tuple[tuple[int, int], ...]`): `(shard, slice)`s; none for a readmission.
+        named (`bool`): whether it made or lifted tombstones; `False` where whole slices were deleted with the state
+            lost: whoever has the index makes the tombstones then.
+    """
+
+    places: tuple[tuple[int, int], ...]
+    named: bool = True
+
+
+Log = dict[str, Event]
+
+
+def places_beyond(log: Mapping[str, Event], known: Mapping[str, Event]) -> set[tuple[int, int]]:
+    """Places of the events in a log that another one has not: what stages that know only the other must lose."""
+    return {place for name, event in log.items() if name not in known for place in event.places}
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Content of `s3t.json`.
 
     Args:
-        generation (`int`): number of deletions so far.
-        tombstones (`str`): HMAC over the tombstones that belong to this generation.
+        generation (`int`): number of events so far.
+        tombstones (`str`): HMAC over the events and their tombstones, or [`NOT_KNOWN`].
         key_check (`str`): tells whether a partition key is this store's.
         recipe (`dict`): every setting that changes bits.
         plan ([`Plan`]): the tree of stages.
         stages (`dict[Stage, dict[str, str]]`): sha256 per file of each trained stage.
         root (`dict`, *optional*): sha256 per file of the root adapter, or `None` while there is none.
+        log (`dict[str, Event]`): what its stages have obeyed, by name.
     """
 
     generation: int
@@ -46,6 +73,7 @@ class Manifest:
     plan: Plan
     stages: dict[Stage, dict[str, str]] = field(default_factory=dict)
     root: dict[str, str] | None = None
+    log: Log = field(default_factory=dict)
 
     def without(self, stages: Iterable[Stage]) -> Manifest:
         """The manifest less some stages."""
@@ -69,6 +97,7 @@ class Manifest:
             },
             "served": {Stage(shard, prefix).name: list(prefix) for shard, prefix in sorted(served.items())},
             "root": self.root,
+            "log": _log_json(self.log),
         }
 
     @classmethod
@@ -95,6 +124,7 @@ class Manifest:
                 plan,
                 {_stage(name, plan): _files(record["sha256"]) for name, record in data["stages"].items()},
                 None if root is None else _files(root),
+                _log(data["log"]),
             )
         except DAMAGED as error:
             what = f"{type(error).__name__} {error}"
@@ -151,6 +181,8 @@ class State:
         ids, groups (`dict[str, Tombstone]`): tombstones by keyed digest.
         stages (`dict[str, dict]`): per trained stage its generation, number of examples, steps, seconds and versions.
         caches (`tuple[str, ...]`): files of the datasets cache outside the store that may hold the examples' text.
+        log (`dict[str, Event]`): every deletion and readmission that this state knows, by name. It only grows.
+        key_check (`str`): of the store that it belongs to, as in its manifest.
     """
 
     generation: int = 0
@@ -158,15 +190,29 @@ class State:
     groups: dict[str, Tombstone] = field(default_factory=dict)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     caches: tuple[str, ...] = ()
+    log: Log = field(default_factory=dict)
+    key_check: str = ""
 
     def buries(self, digest: str, group: str | None) -> bool:
         """Whether a tombstone stands for an example, or for its group."""
         return digest in self.ids or (group is not None and group in self.groups)
 
     def digest(self, key: bytes) -> str:
-        """HMAC over the tombstones, which the manifest carries."""
-        names = {"ids": sorted(self.ids), "groups": sorted(self.groups)}
-        return hmac.new(key, b"tombstones\0" + canonical(names), hashlib.sha256).hexdigest()
+        """HMAC over the events and the tombstones, which the manifest carries."""
+        stones = {
+            kind: {digest: [list(map(list, stone.places)), stone.receipt] for digest, stone in all_.items()}
+            for kind, all_ in (("ids", self.ids), ("groups", self.groups))
+        }
+        return hmac.new(key, b"tombstones\0" + canonical({"log": _log_json(self.log), **stones}), "sha256").hexdigest()
+
+    def knows(self, manifest: Manifest) -> bool:
+        """Whether this state has every event that a manifest has obeyed."""
+        return manifest.log.keys() <= self.log.keys()
+
+    def only(self, stages: Iterable[Stage]) -> State:
+        """The state with the training records of some stages alone."""
+        names = {stage.name for stage in stages}
+        return replace(self, stages={name: record for name, record in self.stages.items() if name in names})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `.s3t/state.json`."""
@@ -177,7 +223,14 @@ class State:
             "groups": {digest: _tombstone_json(stone) for digest, stone in self.groups.items()},
             "stages": self.stages,
             "caches": list(self.caches),
+            "log": _log_json(self.log),
+            "key_check": self.key_check,
         }
+
+    def tombstones_json(self) -> dict[str, Any]:
+        """What may travel in a private repository: events and tombstones, nothing of what is live."""
+        kept = ("format", "generation", "ids", "groups", "log", "key_check")
+        return {name: value for name, value in self.to_json().items() if name in kept}
 
     @classmethod
     def from_json(cls, data: Any) -> State:
@@ -193,12 +246,53 @@ class State:
                 _count(data["generation"]),
                 {digest: _tombstone(stone) for digest, stone in data["ids"].items()},
                 {digest: _tombstone(stone) for digest, stone in data["groups"].items()},
-                dict(data["stages"]),
-                tuple(data["caches"]),
+                dict(data.get("stages", {})),
+                tuple(data.get("caches", ())),
+                _log(data["log"]),
+                str(data["key_check"]),
             )
         except DAMAGED as error:
             what = f"{type(error).__name__} {error}"
             raise StateError(f"The state is damaged: {what}. Restore it from a backup.") from None
+
+
+def united(ours: State, theirs: State) -> State:
+    """Our state with the events and tombstones of another one of the same store, in whatever order they came.
+
+    A tombstone that one side lacks was lifted there if that side knows its deletion, and is new to it if not.
+    """
+    log = {**ours.log, **theirs.log}
+    ids = _joined(ours.ids, theirs.ids, ours.log, theirs.log, len(log))
+    groups = _joined(ours.groups, theirs.groups, ours.log, theirs.log, len(log))
+    return replace(ours, generation=len(log), ids=ids, groups=groups, log=log)
+
+
+Stones = Mapping[str, Tombstone]
+
+
+def _joined(ours: Stones, theirs: Stones, our_log: Log, their_log: Log, generation: int) -> dict[str, Tombstone]:
+    kept = {d: stone for d, stone in ours.items() if d in theirs or stone.receipt not in their_log}
+    for digest, stone in theirs.items():
+        if digest not in ours and stone.receipt not in our_log:
+            kept[digest] = replace(stone, generation=generation)
+        elif digest in kept and stone.receipt < kept[digest].receipt:  # deleted on both sides: one name for both
+            kept[digest] = replace(kept[digest], receipt=stone.receipt)
+    return kept
+
+
+def _log_json(log: Mapping[str, Event]) -> dict[str, Any]:
+    return {name: {"places": [list(place) for place in e.places], "named": e.named} for name, e in log.items()}
+
+
+def _log(data: Any) -> Log:
+    return {str(name): _event(event) for name, event in data.items()}
+
+
+def _event(data: Any) -> Event:
+    places = tuple((_count(shard), _count(slice_id)) for shard, slice_id in data["places"])
+    if type(data["named"]) is not bool:
+        raise ValueError(f"{data['named']!r:.80} is neither true nor false")
+    return Event(places, data["named"])
 
 
 def _tombstone_json(stone: Tombstone) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
 
 
 def _create(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
-    key, state = store.key, State()
+    key = store.key
+    state = State(key_check=key_check_value(key))
     index = dict(wanted.rows.entries)
     warn_of_empty_slices(index, key, config)
     logger.warning(
@@ -99,7 +100,7 @@ def _write(store: S3TStore, manifest: Manifest, index: Index, wanted: Wanted) ->
 
 
 def _check_generation(store: S3TStore, manifest: Manifest, state: State) -> None:
-    if state.generation == manifest.generation and state.digest(store.key) == manifest.tombstones:
+    if state.knows(manifest) and state.digest(store.key) == manifest.tombstones:
         return
     raise StateError(
         f"The state is of generation {state.generation}, the manifest of {manifest.generation}, or their tombstones "

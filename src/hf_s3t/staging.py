@@ -53,12 +53,16 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
         "packing": "it joins examples of different slices; set `packing=False`",
         "fsdp": "stages need whole tensors on every process; use DDP",
         "deepspeed": "stages need whole tensors on every process; use DDP",
-        "push_to_hub": "this version can not push a store, and upstream's way would publish its private state",
         "use_liger_kernel": "it patches the model at every stage; patch it once before you pass it",
     }
     for name, reason in refusals.items():
         if getattr(args, name, None):
             raise ValueError(f"S3T does not work with `{name}={getattr(args, name)!r}`: {reason}.")
+    if args.push_to_hub and "checkpoint" in str(args.hub_strategy.value):
+        raise ValueError(
+            f"`hub_strategy={args.hub_strategy.value!r}` would push running checkpoints, whose optimizer states are "
+            "computed from the examples. Use `hub_strategy='every_save'`: the store is pushed when `train()` ends."
+        )
 
 
 def check_processes(args: TrainingArguments) -> None:

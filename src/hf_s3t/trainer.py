@@ -21,7 +21,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers import EarlyStoppingCallback, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .adapter import Adapter
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
@@ -97,7 +97,7 @@ class S3TMixin(ServedModelMixin):
         refuse_arguments(model, args, kwargs, missing)
         set_stage_defaults(args)
         self.missing, self.extend = missing, extend
-        self.store = S3TStore(args.output_dir, partition_key)
+        self.store = S3TStore(Path(args.output_dir), partition_key)  # a `str` might be the id of a repository
         model, self.s3t_config, self._drawn_heads = wrap_model(model, peft_config, args.seed)
         self.base_model_id = base_model_id or public_id(model)
         self.s3t_config.base_model_name_or_path = self.base_model_id
@@ -154,6 +154,8 @@ class S3TMixin(ServedModelMixin):
         self.progress.close()
         self.train_dataset = self.rows.dataset
         self._serve()
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            self.push_to_hub()
         return _summary(outputs)
 
     @contextmanager
