@@ -381,6 +381,25 @@ def test_a_deletion_that_was_killed_ends_with_the_next_command(server, stores, w
     assert a(push, path=at_a) == server.repository("owner/m").resolve("main")
 
 
+def test_a_deletion_of_a_repository_is_obeyed_in_the_folder_of_its_state(server, stores):
+    a, _, at_a, _, known = stores
+    a(push, path=at_a)
+    a(delete_there, state=at_a / ".s3t", ids=[known.at(0, 0)[0]])
+    assert [path.name for path in at_a.glob("shard-00/*")] == ["1"]
+    assert S3TStore(at_a).manifest().log == S3TStore(at_a).state().log
+
+
+def test_a_deletion_of_a_repository_that_was_killed_is_not_ended_in_a_folder(server, stores):
+    a, _, at_a, _, known = stores
+    a(push, path=at_a)
+    with pytest.raises(Died):
+        a(dies, path=at_a, when="before the commit", name=known.at(0, 0)[0])
+    a(delete, path=at_a, ids=[known.at(0, 1)[0]])
+    assert len(list((at_a / ".s3t/intents").iterdir())) == 1 and S3TStore(at_a).served() == {}
+    a(delete_there, state=at_a / ".s3t", ids=[known.at(0, 1)[0]])
+    assert stages_of(server) == set() and not list((at_a / ".s3t/intents").iterdir())
+
+
 # Promise 6
 
 

@@ -130,6 +130,7 @@ def delete(
             when_durable()
     finally:  # from here on it can not be undone, whatever the caller's part ends in
         receipt = carry_out(folder, intent)
+    _obey_beside(folder)
     return receipt
 
 
@@ -353,9 +354,20 @@ def recover(folder: StoreFolder) -> None:
     """What every writer does first: finish interrupted deletions, drop half-written files, obey newer tombstones."""
     _look_again(folder)
     for intent in folder.intents():
-        carry_out(folder, intent)
+        if intent.get("repo") == folder.source.repo_id:  # one of a repository is for whoever opens that
+            carry_out(folder, intent)
     if folder.exists:
         on_top(partial(_obey, folder), partial(_look_again, folder))
+        _obey_beside(folder)
+
+
+def _obey_beside(folder: StoreFolder) -> None:
+    """Where a repository's state is that of a folder (`out/.s3t`), that folder obeys the same deletions."""
+    beside = folder.private.parent
+    if folder.source.repo_id is not None and beside / ".s3t" == folder.private:
+        store = StoreFolder(beside, folder._given_key)
+        if store.exists:
+            _obey(store)
 
 
 def _obey(folder: StoreFolder) -> None:
@@ -376,7 +388,7 @@ def _obey(folder: StoreFolder) -> None:
 
 def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]:
     name = f"{intent['generation']:08d}-{intent['receipt']['receipt']}.json"
-    intent = {**intent, "file": name}
+    intent = {**intent, "file": name, "repo": folder.source.repo_id}
     write_atomic(folder.private / "intents" / name, json_bytes(intent))
     return intent
 

@@ -40,6 +40,8 @@ LONGEST_WAIT = 3.0
 class FolderSource:
     """Published files in a folder."""
 
+    repo_id: str | None = None
+
     def __init__(self, path: Path):
         self.path = path
 
@@ -105,6 +107,7 @@ class RepoSource:
 
     def __init__(self, repo: HubRepo, revision: str | None = None):
         self.repo, self._pinned = repo, revision
+        self.repo_id: str | None = repo.repo_id
         self._shared = View()
         self._thread = threading.local()
         self._changing = threading.Lock()
