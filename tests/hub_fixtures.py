@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,6 @@ from purging import Case
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The one server of all tests of a process, so that there is one process that imports, too."""
     with start(tmp_path_factory.mktemp("hub")) as server:
-        # An answer is sent in two parts, and the second one would wait 40 ms for the client to confirm the first one:
-        # asyncio sees to that itself, but not for a socket that is handed to it. Connections take it over from here.
-        for origin, _ in server._running:
-            for listening in origin.servers:
-                for each in listening.sockets:
-                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield server
 
 
