@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,7 @@ class Case:
         self.server, self.new_machine, self.xet, self.tmp, self.name = server, new_machine, xet, tmp, name
         self.folder, self.machine = str(tmp / "store"), new_machine(xet=xet)
         self.before = self.machine(pushed, folder=self.folder, name=name)
+        self.pushed = shutil.copytree(self.folder, tmp / "pushed")  # the folder itself obeys the deletion, too
         if others:
             self.machine(refs, name=name)
         server.faults.set(**{key: value for key, value in faults.items() if key == "gc"})

@@ -94,7 +94,8 @@ def test_the_report_holds_nothing_private(new_case: Any, tmp_path: Path) -> None
 
 
 def test_an_address_that_an_edge_still_answers_is_pending(new_case: Any) -> None:
-    case = new_case(others=False, cdn_ttl=1000)
+    # The edge knows what it has by the name of the repository, so this one has a name of its own.
+    case = new_case("owner/warm", others=False, cdn_ttl=1000)
     case.cold(revisions=case.old, paths=list(case.oids()))  # warms the edge
     report = case.purge(seconds=0)
     assert {way for way, _, _ in report["pending"]} == {"address"} and len(report["pending"]) == 3
@@ -106,7 +107,6 @@ def test_an_address_that_an_edge_still_answers_is_pending(new_case: Any) -> None
 
 
 def test_asking_for_an_address_does_not_warm_the_edge(new_case: Any) -> None:
-    # The edge knows what it has by the name of the repository, so this one has a name of its own.
     case = new_case("owner/cool", others=False, cdn_ttl=1000, purge_delay=1000)
     report = case.purge(seconds=0.5)
     waiting = [answer for way, _, answer in report["pending"] if way == "address"]
@@ -334,7 +334,7 @@ def test_this_machines_caches_forget_the_removed_weights(new_case: Any, tmp_path
         return {path.read_bytes() for path in case.machine.home.rglob("*") if path.is_file()}
 
     case.machine(fill, name=NAME)
-    weights = [(tmp_path / "store" / path) for path in case.oids()]
+    weights = [case.pushed / path for path in case.oids()]
     weights = [path.read_bytes() for path in weights if path.exists()]
     assert len(weights) == 3 and all(content in contents() for content in weights)
     report = case.purge()
@@ -396,7 +396,7 @@ def commit(case: Case, changes: dict[str, Any]) -> str:
 
 def removed_bytes(case: Case) -> dict[str, bytes]:
     """The removed weights by their sha256, as the folder still has them that was pushed."""
-    return {oid: (Path(case.folder) / path).read_bytes() for path, oid in case.oids().items()}
+    return {oid: (case.pushed / path).read_bytes() for path, oid in case.oids().items()}
 
 
 def test_removed_weights_at_the_head_under_another_name_are_held(new_case: Any) -> None:
