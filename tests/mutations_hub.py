@@ -86,7 +86,7 @@ ON_THE_HUB = (
     (10, 'addresses that were handed out are not asked', 'purge.py',
      (('return [*asked, *addresses.values()]', 'return asked'),),
      (PURGE + 'an_address_that_an_edge_still_answers_is_pending',)),
-    (10, "this machine's caches keep what was removed", 'purge.py',
+    (10, "this machine's caches keep what was removed", 'caches.py',
      (('        scan_cache_dir().delete_revisions(*old).execute()\n', ''),),
      (PURGE + 'this_machines_caches_forget_the_removed_weights',)),
     (10, 'a receipt does not name the revisions that still serve', 'sources.py',

@@ -15,7 +15,8 @@ from huggingface_hub.utils import build_hf_headers, get_session
 
 from hf_s3t import Plan, S3TStore
 from hf_s3t.hub import HubRepo
-from hf_s3t.probing import PurgeReport, recheck
+from hf_s3t.probing import recheck
+from hf_s3t.report import PurgeReport
 from hf_s3t.sequences import cyclic
 from hub_server import Server
 from machines import Machine

@@ -29,10 +29,10 @@ from .errors import DatasetError, HubError, RecipeError, S3TError, StateError, S
 from .files import PRIVATE, json_bytes, read_json, write_atomic
 from .folder import StoreFolder
 from .hub import HubRepo
-from .probing import PurgeReport
 from .probing import recheck as ask_again
-from .purge import SECONDS, file_name, uncovered
+from .purge import SECONDS
 from .reading import digests_not_in, load_factory, parse_slice, read_dataset, wanted_names
+from .report import PurgeReport, file_name, uncovered
 from .sources import RepoSource
 from .store import S3TStore, as_stage
 from .verify import Check, VerifyReport, verify

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,15 +21,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx2
-from huggingface_hub import hf_hub_url, scan_cache_dir
-from huggingface_hub.constants import HF_HUB_CACHE, HF_XET_CACHE
+from huggingface_hub import hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
+from .caches import cached_revisions, clear_caches
 from .errors import HubError, StoreError
-from .files import PRIVATE, json_bytes, read_json, write_atomic
 from .hub import HubRepo
-from .probing import TIMEOUT, WORKERS, Probe, PurgeReport, ask, head_of, now, recheck, stored
+from .probing import TIMEOUT, WORKERS, ask, head_of, recheck, stored
+from .report import Probe, PurgeReport, keep, now, uncovered, unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +103,12 @@ def purge(
         HubError: the Hub refused a step, or did not answer. Purge again to go on.
     """
     protected = set(protected)
-    known = Known(uncovered(repo.repo_id, receipts, folder), _unfinished(repo.repo_id, folder))
+    known = Known(uncovered(repo.repo_id, receipts, folder), unfinished(repo.repo_id, folder))
     try:
         kept, dropped = sort_refs(repo, keep_refs)
         report, unwanted = _prepare(repo, kept, dropped, known, protected)
         refuse_if_live(repo, kept, unwanted, protected)
-        _keep(report, folder)
+        keep(report, folder)
         for ref in dropped:
             _drop_ref(repo, ref)
         for branch in kept:
@@ -127,7 +126,7 @@ def purge(
     cleared = {*report.caches_cleared, *clear_caches(repo.repo_id, left[kept[0]])}
     gone = [ref for ref in report.refs_removed if ref not in left]
     report = recheck(repo, replace(report, refs_removed=gone, caches_cleared=sorted(cleared)), seconds)
-    _keep(report, folder)
+    keep(report, folder)
     return report
 
 
@@ -172,7 +171,7 @@ def _history(repo: HubRepo, refs: Sequence[str], known: Known) -> tuple[dict[str
             if revision not in trees:
                 trees[revision] = repo.tree(revision)
         trees[ref] = trees[history[ref][0]]
-    for revision in sorted((known.revisions | _cached_revisions(repo.repo_id)) - trees.keys()):
+    for revision in sorted((known.revisions | cached_revisions(repo.repo_id)) - trees.keys()):
         try:
             trees[revision] = repo.tree(revision)
         except RevisionNotFoundError:
@@ -351,67 +350,3 @@ def refuse_if_live(repo: HubRepo, kept: Iterable[str], unwanted: set[str], prote
             f"A purge of {repo.repo_id} would remove {len(wrong)} large files that are live, {min(wrong)[:16]} among "
             "them. No large file was removed. If somebody has pushed meanwhile, purge again."
         )
-
-
-# ---- reports ----
-
-
-def _keep(report: PurgeReport, folder: Path | None) -> None:
-    if folder is not None:
-        write_atomic(folder / file_name(report), json_bytes(report.to_json()), PRIVATE)
-
-
-def file_name(report: PurgeReport) -> str:
-    """Of a report, beside the receipts."""
-    return f"purge-{report.began_at.replace(':', '')}.json"
-
-
-def read_reports(repo_id: str, folder: Path | None) -> list[PurgeReport]:
-    """The reports on a repository that a folder holds, oldest first."""
-    paths = sorted(folder.glob("purge-*.json")) if folder is not None else []
-    return [report for report in map(PurgeReport.from_json, map(read_json, paths)) if report.repo == repo_id]
-
-
-def _unfinished(repo_id: str, folder: Path | None) -> PurgeReport | None:
-    return next((report for report in read_reports(repo_id, folder) if report.status == "pending"), None)
-
-
-def uncovered(repo_id: str, receipts: Iterable[Mapping[str, Any]], folder: Path | None) -> list[Mapping[str, Any]]:
-    """The receipts of deletions that removed stages, and that no finished purge of the repository covers."""
-    reports = read_reports(repo_id, folder)
-    done = {name for report in reports if report.status == "no_longer_served" for name in report.receipts}
-    return [
-        receipt for receipt in receipts
-        if receipt["kind"] == "delete" and receipt["stages_removed"] and receipt["receipt"] not in done
-    ]  # fmt: skip
-
-
-# ---- this machine ----
-
-
-def _cached_revisions(repo_id: str) -> set[str]:
-    if not Path(HF_HUB_CACHE).exists():
-        return set()
-    repos = [repo for repo in scan_cache_dir().repos if (repo.repo_id, repo.repo_type) == (repo_id, "model")]
-    return {revision.commit_hash for repo in repos for revision in repo.revisions}
-
-
-def clear_caches(repo_id: str, head: str) -> list[str]:
-    """Removes from this machine's caches every revision of a repository but its head, and returns their names.
-
-    The blocks in the Xet cache do not tell which repository they are of: all of them go, and are fetched again when
-    they are needed. Uploads under way there stay.
-    """
-    cleared: list[str] = []
-    folder = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
-    old = sorted(_cached_revisions(repo_id) - {head})
-    if old:
-        scan_cache_dir().delete_revisions(*old).execute()
-        cleared += [f"{folder.name}/snapshots/{revision}" for revision in old]
-    for path in sorted([*folder.glob("trees/*.json"), *folder.glob("blobs/*.incomplete")]):
-        path.unlink(missing_ok=True)
-        cleared.append(f"{folder.name}/{path.parent.name}/{path.name}")
-    for path in sorted([*Path(HF_XET_CACHE).glob("**/chunk-cache"), *Path(HF_XET_CACHE).glob("**/shard-cache")]):
-        shutil.rmtree(path, ignore_errors=True)
-        cleared.append(f"xet/{path.name}, of all repositories")
-    return cleared

@@ -35,7 +35,7 @@ from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .manifest import State, key_check_value, united
 from .partition import Entry, keyed_digest
 from .plan import Order, Stage
-from .probing import PurgeReport
+from .report import PurgeReport
 from .requests import Place, resolve
 from .sources import RepoSource
 
