@@ -153,7 +153,7 @@ def test_a_public_repository_has_no_tombstones(server, machine, tmp_path):
     machine(make_and_push, path=tmp_path / "out", private=False)
     repository = server.repository("owner/m")
     assert not repository.meta["private"] and "tombstones.json" not in repository.entries("main")
-    with pytest.raises(Failed, match="ValueError: .* is public: no tombstones"):
+    with pytest.raises(Failed, match="ValueError: .* is public, and no tombstones"):
         machine(push, path=tmp_path / "out", tombstones=True)
     machine(make_and_push, path=tmp_path / "more", repo="owner/n")
     repository = server.repository("owner/n")
@@ -161,6 +161,20 @@ def test_a_public_repository_has_no_tombstones(server, machine, tmp_path):
     machine(delete, repo="owner/n", state=tmp_path / "more/.s3t", ids=["row-3"])
     assert "tombstones.json" not in repository.entries("main")
     assert json.loads(contents(repository)["s3t.json"])["generation"] == 1
+
+
+def test_a_public_repository_is_not_pushed_to_by_mistake(server, machine, tmp_path):
+    machine(create, private=False)
+    with pytest.raises(Failed, match="ValueError: owner/m is public.*Nothing was pushed.*--public"):
+        machine(make_and_push, path=tmp_path / "out")
+    repository = server.repository("owner/m")
+    assert set(repository.entries("main")) == {".gitattributes"}
+    machine(push, path=tmp_path / "out", private=False)
+    assert machine(push, path=tmp_path / "out") == repository.resolve("main")  # it was said once
+
+
+def create(private, repo="owner/m"):
+    HfApi().create_repo(repo, private=private)
 
 
 def test_each_stage_is_uploaded_apart_from_the_others(server, new_machine, tmp_path):

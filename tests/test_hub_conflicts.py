@@ -1,8 +1,11 @@
 """Several machines and one repository: whoever comes second, whatever is lost on the way, what was deleted is gone."""
 
+import errno
+import itertools
 import json
 import os
 import random
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -326,6 +329,43 @@ def test_a_pull_without_the_key_keeps_what_is_live(stores, monkeypatch):
     assert len(list(at_a.glob("shard-00/*"))) == 4
 
 
+def test_a_disk_that_is_full_in_a_pull_leaves_what_can_be_served(stores):
+    """Also where another stage of the same name is pulled: trained apart, from the same state."""
+    a, b, at_a, at_b, _ = stores
+    b(forget_one, path=at_b)
+    b(repair, path=at_b)
+    b(push, path=at_b)
+    for room in itertools.count():
+        copy = at_a.parent / f"room for {room}"
+        shutil.copytree(at_a, copy)
+        try:
+            a(pull_until_full, path=copy, room=room)
+            break
+        except Failed as error:
+            assert "No space left" in error.message
+        store = S3TStore(copy)
+        for stage in store.manifest().stages:
+            store.read_stage(stage)
+        a(pull, path=copy)
+        assert S3TStore(copy).manifest().stages == S3TStore(at_b).manifest().stages and a(broken, path=copy) == []
+    assert room > 5
+
+
+def pull_until_full(path, room):
+    """A pull that can write so many files."""
+    written = os.fsync
+
+    def full(descriptor):
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(descriptor)
+
+    os.fsync = full
+    pull(path)
+
+
 # What is lost on the way
 
 
@@ -379,6 +419,38 @@ def test_a_deletion_that_was_killed_ends_with_the_next_command(server, stores, w
     assert receipts[0]["generation"] == manifest_of(server)["generation"] == 1
     assert not list((at_a / ".s3t/intents").iterdir())
     assert a(push, path=at_a) == server.repository("owner/m").resolve("main")
+
+
+def test_what_somebody_else_deleted_is_pending_until_their_purge(server, stores):
+    a, b, at_a, at_b, known = stores
+    name = known.at(0, 0)[0]
+    a(push, path=at_a)
+    old = server.repository("owner/m").resolve("main")
+    a(delete_there, state=at_a / ".s3t", ids=[name])
+    for _ in range(2):
+        again = b(delete_there, state=at_b / ".s3t", ids=[name])
+        assert (again["status"], again["still_served_at"]) == ("unchanged", [old])
+        a(pull, path=at_a)
+        a(repair, path=at_a)  # what is live again is none of it
+        a(push, path=at_a)
+    a(purge_there, state=at_a / ".s3t")
+    assert b(delete_there, state=at_b / ".s3t", ids=[name])["still_served_at"] == []
+
+
+def purge_there(state):
+    S3TStore("owner/m", state=state).purge(seconds=30)
+
+
+def test_a_readmission_of_a_repository_says_what_it_is(stores):
+    a, _, at_a, _, known = stores
+    name = known.at(0, 0)[0]
+    a(push, path=at_a)
+    a(delete_there, state=at_a / ".s3t", ids=[name])
+    assert a(readmit_there, state=at_a / ".s3t", ids=[name])["status"] == "readmitted"
+
+
+def readmit_there(state, **request):
+    return S3TStore("owner/m", state=state).readmit(**request).to_json()
 
 
 def test_a_deletion_of_a_repository_is_obeyed_in_the_folder_of_its_state(server, stores):

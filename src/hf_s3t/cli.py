@@ -169,7 +169,7 @@ def delete(
             purge=purge, keep_refs=_kept(keep_refs, drop_refs),
         )  # fmt: skip
         unpurged = [] if dry_run else _unpurged(store)
-        pending = receipt.exports or receipt.status == "pending" or unpurged
+        pending = receipt.exports or receipt.still_served_at or receipt.status == "pending" or unpurged
         code = PENDING if pending and not dry_run else DONE
         return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt, unpurged))
 
@@ -185,12 +185,11 @@ def _unpurged(store: S3TStore) -> list[str]:
     elsewhere = [receipt for receipt in found if receipt["status"] != "inactive_at_head"]
     served = repo.contents() if elsewhere else set()
     manifest = store.manifest()
-    live = {files[WEIGHTS_FILE] for files in manifest.stages.values()}
 
     def is_served(receipt: Mapping[str, Any]) -> bool:
         weights = {files[WEIGHTS_FILE] for files in receipt["stages_removed"].values()}
         if receipt["generation"] <= manifest.generation:
-            weights -= live  # readmitted since, and trained again
+            weights -= manifest.weights  # readmitted since, and trained again
         return bool(weights & served)
 
     return [receipt["receipt"] for receipt in found if receipt not in elsewhere or is_served(receipt)]
@@ -204,7 +203,7 @@ def _kept(keep_refs: list[str] | None, drop_refs: bool) -> list[str] | None:
 def push(
     store: OneStore,
     repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model; made, private, if there is none.")],
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new one public; allow one that is.")] = False,
     tombstones: Annotated[
         bool | None, typer.Option(help="Let tombstones travel in it. Default: if it is private.")
     ] = None,

@@ -113,7 +113,10 @@ def delete(
         return replace(receipt, status="dry run")
     if not request.places:
         copies = settle(folder, receipt.exports, receipt.generation, refresh_exports)
-        return _append_receipt(folder, replace(receipt, status="unchanged", inactive_since=_now(), **copies))
+        places = {place for stone in request.stones for place in stone.places}
+        reached = folder.source.reached(places, folder.manifest().weights)  # of one that somebody else made, too
+        receipt = replace(receipt, status="unchanged", inactive_since=_now(), still_served_at=reached, **copies)
+        return _append_receipt(folder, receipt)
     intent = {
         "kind": "delete",
         "receipt": receipt.to_json(),
@@ -213,9 +216,18 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
         if intent["kind"] == "delete" and (folder.private / "index.json").exists():
             folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
     copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
-    reached = folder.source.reached(sorted(receipt.stages_removed))
-    receipt = replace(receipt, generation=manifest.generation, inactive_since=_now(), **copies, **reached)
-    receipt = _append_receipt(folder, receipt)
+    reached = folder.source.reached({tuple(place) for place in intent["places"]}, manifest.weights)
+    at_head = folder.source.repo_id is not None and receipt.kind == "delete"
+    status = "inactive_at_head" if at_head else receipt.status
+    receipt = replace(
+        receipt,
+        status=status,
+        generation=manifest.generation,
+        inactive_since=_now(),
+        still_served_at=reached,
+        **copies,
+    )
+    receipt = _append_receipt(folder, replace(receipt, generation=manifest.generation))
     remove(folder.private / "intents" / intent["file"])
     return receipt
 

@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -317,18 +317,15 @@ class HubRepo:
         """The commits that a revision leads to, newest first."""
         return [commit.commit_id for commit in self.api.list_repo_commits(self.repo_id, revision=revision)]
 
-    def revisions_with(self, folders: Iterable[str]) -> list[str]:
-        """Refs and commits that have a file in one of some folders."""
-        prefixes = tuple(f"{folder}/" for folder in folders)
-        if not prefixes:
-            return []
+    def revisions_with(self, wanted: Callable[[str, Any], bool]) -> list[str]:
+        """Refs and commits that have a file for which `wanted` says so, given its path and its entry in the tree."""
         serves: dict[str, bool] = {}
         names = []
         for name, _ in self.refs():
             commits = self.commits(name)
             for revision in commits:
                 if revision not in serves:
-                    serves[revision] = any(path.startswith(prefixes) for path in self.tree(revision))
+                    serves[revision] = any(wanted(path, entry) for path, entry in self.tree(revision).items())
             if serves[commits[0]]:
                 names.append(name)
         return [*names, *(revision for revision, found in serves.items() if found)]

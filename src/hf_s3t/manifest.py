@@ -75,6 +75,11 @@ class Manifest:
     root: dict[str, str] | None = None
     log: Log = field(default_factory=dict)
 
+    @property
+    def weights(self) -> set[str]:
+        """sha256 of the weights of each trained stage."""
+        return {files[WEIGHTS_FILE] for files in self.stages.values()}
+
     def without(self, stages: Iterable[Stage]) -> Manifest:
         """The manifest less some stages."""
         gone = set(stages)

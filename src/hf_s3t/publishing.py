@@ -35,9 +35,13 @@ def push(
     """Brings a repository to what a folder holds, in one commit; see [`S3TStore.push`]. Runs under the write lock."""
     source = repository(target)
     source.repo.create(private)
-    if tombstones and not source.repo.is_private():
-        raise ValueError(f"{source.repo.repo_id} is public: no tombstones may travel in it. Make it private first.")
     source.look()
+    if (tombstones or (private and not target.exists)) and not source.repo.is_private():
+        what = "no tombstones may travel in it" if tombstones else "a store is private unless it is told otherwise"
+        raise ValueError(
+            f"{source.repo.repo_id} is public, and {what}. Nothing was pushed. Make it private on the Hub, or push "
+            "with `private=False` (`--public`), without tombstones."
+        )
     return on_top(partial(_push_once, store, target, source, tombstones, message), source.look)
 
 
@@ -128,6 +132,9 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
     new = {stage: files for stage, files in sorted(stages.items()) if ours.stages.get(stage) != files}
     for stage in new:
         target.read_stage(stage)  # refused before anything is written here
+    replaced = [stage for stage in new if stage in ours.stages]
+    if replaced:  # whatever interrupts this, the manifest names no file that is another one
+        store.write_manifest(ours.without(replaced))
     for stage, files in new.items():
         _fetch(store, target, stage, files)
     # The tombstones of events that the state has not seen stay unknown: nothing trains here until it has.

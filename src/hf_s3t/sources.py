@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,11 @@ from typing import Any, TypeVar
 
 from huggingface_hub.constants import HF_HOME
 
+from .adapter import WEIGHTS_FILE
 from .errors import HeadMovedError, StoreError
 from .files import inside, remove, write_atomic
 from .hub import HubRepo
+from .plan import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +78,9 @@ class FolderSource:
     def check_writable(self) -> None:
         """Writing to a folder tells by itself."""
 
-    def reached(self, stages: list[str]) -> dict[str, Any]:
-        """What a receipt says of where removed stages are still served: a folder keeps no history."""
-        return {}
+    def reached(self, places: AbstractSet[tuple[int, int]], live: AbstractSet[str]) -> list[str]:
+        """Where removed stages are still served: a folder keeps no history."""
+        return []
 
     def marks(self) -> tuple[Any, ...]:
         """Changes whenever the manifest does."""
@@ -220,9 +223,24 @@ class RepoSource:
         self._check_head()
         self.repo.check_writable()
 
-    def reached(self, stages: list[str]) -> dict[str, Any]:
-        """What a receipt says of where removed stages are still served: in the history, until a purge."""
-        return {"status": "inactive_at_head", "still_served_at": self.repo.revisions_with(stages)}
+    def reached(self, places: AbstractSet[tuple[int, int]], live: AbstractSet[str]) -> list[str]:
+        """Refs and commits that serve a stage which saw one of some slices: in the history, until a purge.
+
+        Args:
+            places (`set[tuple[int, int]]`): (shard, slice) pairs.
+            live (`set[str]`): sha256 of the weights of live stages, which were trained again since.
+        """
+
+        def serves(path: str, entry: Any) -> bool:
+            folder, _, name = path.rpartition("/")
+            if name != WEIGHTS_FILE or (entry.lfs is not None and entry.lfs.sha256 in live):
+                return False
+            try:
+                return bool(Stage.from_name(folder).slices & places)
+            except ValueError:
+                return False
+
+        return self.repo.revisions_with(serves)
 
     def forget_unchanged(self) -> None:
         """Takes back what was put and is what the commit has already."""

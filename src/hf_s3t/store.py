@@ -243,7 +243,7 @@ class S3TStore(StoreFolder):
 
         Args:
             repo_id (`str`): `"me/model"`; made if there is none.
-            private (`bool`): of a new repository.
+            private (`bool`): make a new repository private, and refuse one that is public and holds no store yet.
             tombstones (`bool`, *optional*): let tombstones (keyed digests without their key) travel, so that other
                 machines obey them. `None`: in private repositories.
             token (`str`, *optional*): `None`: the one that is logged in.
@@ -251,6 +251,7 @@ class S3TStore(StoreFolder):
 
         Raises:
             StateError: the repository obeys deletions that this store has not seen; nothing was pushed.
+            ValueError: the repository is public, and neither that nor tombstones were meant; nothing was pushed.
         """
         with self.writing():
             target = StoreFolder(repo_id, self._given_key, self.private, token=token)
