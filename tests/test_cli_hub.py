@@ -65,7 +65,7 @@ def test_the_life_cycle(server: Server, machine: Machine, tmp_path: Path) -> Non
     assert "still served at" in text and "refs/heads/main" not in text
     assert "0 stages are" in run("delete", "owner/model", "--slices", "0:1", code=3)
     assert "still serves what was deleted by receipt-" in run("status", "owner/model")
-    (receipt,) = run.json("status", "owner/model")["unpurged"]
+    receipt, _ = run.json("status", "owner/model")["unpurged"]
 
     server.faults.purge_delay = 1000
     report = tmp_path / "report.json"

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from hf_s3t import Plan, S3TStore, Stage
+from hf_s3t import Plan, S3TStore, Stage, cli
+from hf_s3t.partition import keyed_digest
 from hf_s3t.verify import verify
 from machines import Died, Failed
 from models import llama_rows
-from stores import Known, make_store, stage_adapter
+from stores import KEY, Known, make_store, stage_adapter
 from trainers import ROWS, artefacts, make_trainer
 
 pytest_plugins = ["hub_fixtures"]
@@ -35,8 +36,8 @@ def make(path):
     make_store(Path(path), plan=Plan.make(1, 2, [(0, 1), (1, 0)], prune=False))
 
 
-def push(path, **how):
-    return S3TStore(path).push("owner/m", **how).oid
+def push(path, repo="owner/m", **how):
+    return S3TStore(path).push(repo, **how).oid
 
 
 def pull(path):
@@ -366,6 +367,103 @@ def pull_until_full(path, room):
     pull(path)
 
 
+def test_an_open_deletion_of_a_repository_is_obeyed_in_the_folder_of_its_state(server, pair, tmp_path):
+    """The repository may never be there again: the folder trains and is pushed all the same, without the example."""
+    a, _ = pair
+    at_a = tmp_path / "a/out"
+    a(train_first, path=at_a)
+    name = Known.of(S3TStore(at_a), list(llama_rows(ROWS))).at(0, 0)[0]
+    with pytest.raises(Died):
+        a(dies, path=at_a, when="before the commit", name=name)
+    assert a(train, path=at_a) == a(train_without, path=tmp_path / "scratch", name=name)
+    assert len(S3TStore(at_a).live().stages) == 2
+    a(push, path=at_a, repo="owner/other")
+    assert len(list((at_a / ".s3t/intents").iterdir())) == 1
+    assert a(delete_there, state=at_a / ".s3t", ids=[name])["status"] == "unchanged"
+    assert not list((at_a / ".s3t/intents").iterdir()) and not with_slice(0, stages_of(server))
+    assert len(S3TStore(at_a).live().stages) == 2 and a(broken, path=at_a) == []
+
+
+def test_an_imported_state_is_obeyed_by_a_pull_into_a_new_folder(server, stores, tmp_path):
+    """Also where the head has not the deletion yet."""
+    a, b, at_a, at_b, known = stores
+    a(push, path=at_a)
+    name = known.at(0, 0)[0]
+    a(delete, path=at_a, ids=[name])
+    new = tmp_path / "new/out"
+    new.parent.mkdir()
+    b(bring, path=new, source=at_a)
+    b(pull, path=new)
+    store = S3TStore(new)
+    assert not with_slice(0, (stage.name for stage in store.manifest().stages))
+    assert store.locate(ids=[name])[0].found == "deleted" and b(broken, path=new) == []
+
+
+def test_tombstones_travel_on_when_somebody_deletes_without_a_state(server, pair, tmp_path):
+    a, b = pair
+    at_a, at_b = tmp_path / "a/out", tmp_path / "b/out"
+    for machine, path in ((a, at_a), (b, at_b)):
+        machine(make_three, path=path)
+    known = Known.of(S3TStore(at_a))
+    first, second = known.at(0, 0)[0], known.at(0, 1)[0]
+    a(push, path=at_a)
+    a(delete, path=at_a, ids=[first])
+    a(push, path=at_a)
+    a(delete_there, state=tmp_path / "no state", slices=[(0, 2)])
+    b(delete_there, state=at_b / ".s3t", ids=[second])
+    for machine, path in ((a, at_a), (b, at_b), (a, at_a)):
+        machine(pull, path=path)
+        machine(push, path=path)
+    for machine, path in ((a, at_a), (b, at_b)):
+        assert machine(locate, path=path, ids=[first, second, known.at(0, 2)[0]]) == ["deleted"] * 3
+        assert machine(broken, path=path) == []
+    assert S3TStore(at_a).state().digest(KEY) == S3TStore(at_b).state().digest(KEY)
+
+
+def make_three(path):
+    make_store(Path(path), plan=Plan.make(1, 3, [(0, 1, 2), (1, 2, 0), (2, 0, 1)], prune=False))
+
+
+def test_examples_of_a_deleted_slice_that_others_never_had_stay_buried(stores, tmp_path):
+    a, b, at_a, at_b, known = stores
+    name = known.at(0, 0)[0]
+    b(never_had, path=at_b, name=name)
+    a(push, path=at_a)
+    a(delete_there, state=tmp_path / "no state", slices=[(0, 0)])
+    a(pull, path=at_a)
+    for machine, path in ((b, at_b), (a, at_a), (b, at_b), (a, at_a)):
+        machine(pull, path=path)
+        machine(push, path=path)
+        assert machine(broken, path=path) == []
+    assert a(locate, path=at_a, ids=[name]) == b(locate, path=at_b, ids=[name]) == ["deleted"]
+
+
+def never_had(path, name):
+    store = S3TStore(path)
+    with store.writing():
+        digest = keyed_digest(store.key, "id", name)
+        store.write_index({known: entry for known, entry in store.index().items() if known != digest})
+
+
+def test_what_the_head_had_lost_already_is_still_to_be_purged(server, stores):
+    """Two examples of one slice, deleted by two machines: the history still serves what saw the second one."""
+    a, b, at_a, at_b, known = stores
+    first, second = known.at(0, 0)[:2]
+    a(push, path=at_a)
+    a(delete_there, state=at_a / ".s3t", ids=[first])
+    receipt = b(delete_there, state=at_b / ".s3t", ids=[second])
+    assert receipt["still_served_at"] and receipt["stages_removed"] == {}
+    assert b(unpurged, state=at_b / ".s3t") == [receipt["receipt"]]
+    assert b(purge_there, state=at_b / ".s3t") == [receipt["receipt"]]
+    assert b(unpurged, state=at_b / ".s3t") == []
+
+
+def unpurged(state):
+    return cli._unpurged(S3TStore("owner/m", state=state))
+
+
+# What is lost on the way
+
 # What is lost on the way
 
 
@@ -438,7 +536,7 @@ def test_what_somebody_else_deleted_is_pending_until_their_purge(server, stores)
 
 
 def purge_there(state):
-    S3TStore("owner/m", state=state).purge(seconds=30)
+    return S3TStore("owner/m", state=state).purge(seconds=30).receipts
 
 
 def test_a_readmission_of_a_repository_says_what_it_is(stores):
@@ -522,6 +620,5 @@ def test_where_tombstones_do_not_travel_training_is_refused(server, pair, tmp_pa
 
 def bring(path, source):
     backup = Path(path).parent / "backup.json"
-    other = S3TStore("owner/m", state=Path(source) / ".s3t")
-    other.export_state(backup)
-    S3TStore(path).import_state(backup)
+    S3TStore(Path(source)).export_state(backup)
+    S3TStore(Path(path)).import_state(backup)

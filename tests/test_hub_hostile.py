@@ -206,18 +206,68 @@ def test_tombstones_that_were_made_without_the_key_are_not_believed(server, mach
     stones = json.loads(files_of(server)["tombstones.json"])
     stone = next(iter(stones["ids"].values()))
     if forged == "added":
-        stones["ids"]["0" * 32] = {**stone, "places": [[0, 0], [0, 1]], "receipt": "receipt-0"}
+        stones["ids"]["0" * 32] = {**stone, "deletions": {"receipt-0": [[0, 0], [0, 1]]}}
         stones["log"]["receipt-0"] = {"places": [[0, 0], [0, 1]], "named": True}
-        with_manifest(lambda m: m["log"].update({"receipt-0": stones["log"]["receipt-0"]}))(server)
+        added = {"receipt-0": stones["log"]["receipt-0"]}
+        with_manifest(lambda m: m.update(generation=m["generation"] + 1, log={**m["log"], **added}))(server)
     elif forged == "emptied":
         stones["ids"] = {}
     put(server, {"tombstones.json": b"[]" if forged == "no state" else json_bytes(stones)})
     before = everything(tmp_path)
-    if forged == "no state":
-        with pytest.raises(Failed, match="StateError: The state is not of format"):
-            machine(pull, path=tmp_path / "out")
-    else:
-        machine(pull, path=tmp_path / "out")
+    machine(pull, path=tmp_path / "out")
     after = everything(tmp_path)
     state = tmp_path / "out/.s3t/state.json"
     assert json.loads(after[state])["ids"].keys() == json.loads(before[state])["ids"].keys()
+
+
+def test_an_event_whose_places_were_taken_out_is_obeyed_once_somebody_genuine_tells_of_it(
+    server, machine, new_machine, tmp_path
+):
+    other = new_machine()
+    machine(make_and_push, path=tmp_path / "out")
+    other(make, path=tmp_path / "b/out")
+    machine(delete, state=tmp_path / "out/.s3t")
+    with_manifest(lambda m: [event.update(places=[]) for event in m["log"].values()])(server)
+    put(server, {"tombstones.json": None})
+    other(pull, path=tmp_path / "b/out")
+    other(bring, path=tmp_path / "b/out", source=tmp_path / "out")
+    store = S3TStore(tmp_path / "b/out")
+    place = store.locate(ids=["row-3"])[0].places[0]
+    assert store.locate(ids=["row-3"])[0].found == "deleted"
+    assert not [stage for stage in store.manifest().stages if place in stage.slices]
+
+
+def make(path):
+    make_store(Path(path), plan=Plan.make(1, 2, [(0, 1), (1, 0)], prune=False))
+
+
+def bring(path, source):
+    backup = Path(path).parent / "backup.json"
+    S3TStore(Path(source)).export_state(backup)
+    S3TStore(Path(path)).import_state(backup)
+
+
+def test_tombstones_that_can_not_be_read_keep_nobody_from_deleting(server, machine, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    put(server, {"tombstones.json": b"{"})
+    assert machine(delete, state=tmp_path / "out/.s3t")["status"] == "inactive_at_head"
+    assert json.loads(files_of(server)["tombstones.json"])["ids"]
+
+
+def test_a_stage_in_another_layout_costs_no_live_stage(server, machine, tmp_path):
+    machine(make_and_push, path=tmp_path / "out")
+    about = json.dumps({"stage": FIRST, "parents": []})
+    tensors = stage_adapter(Stage.from_name(FIRST)).tensors
+    put_stage(server, safetensors_bytes(tensors, {"format": "pt", "hf_s3t": about, "more": "x"}))
+    before = everything(tmp_path)
+    with pytest.raises(Failed, match="StoreError: shard-00/0 .* was not written by hf_s3t"):
+        machine(pull, path=tmp_path / "out")
+    assert everything(tmp_path) == before
+
+
+def test_a_generation_that_fits_no_events_is_refused(server, machine, tmp_path):
+    """An ensemble that believed it would take every later head for an older copy."""
+    machine(make_and_push, path=tmp_path / "out")
+    with_manifest(lambda m: m.update(generation=10**6))(server)
+    found = machine(read, path=tmp_path / "out")
+    assert "does not fit" in found["load"][1] and "does not fit" in found["status"][1]

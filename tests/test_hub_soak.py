@@ -109,7 +109,7 @@ def history(repository):
         assert folders == set(stages)
         for name, sha256 in stages.items():
             assert entries[f"{name}/{WEIGHTS}"].sha256 == sha256
-        stones = {digest: stone["places"] for digest, stone in read["tombstones.json"]["ids"].items()}
+        stones = {d: sum(stone["deletions"].values(), []) for d, stone in read["tombstones.json"]["ids"].items()}
         yield row["title"], read["s3t.json"]["generation"], stages, stones
 
 

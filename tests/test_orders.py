@@ -6,8 +6,10 @@ import pytest
 from datasets import Dataset
 
 import models
-from hf_s3t import StateError
-from hf_s3t.orders import is_hit, next_order
+from hf_s3t import S3TStore, StateError
+from hf_s3t.adapter import Adapter
+from hf_s3t.manifest import NOT_KNOWN, Event
+from hf_s3t.orders import StageDropped, commit, is_hit, next_order
 from trainers import make_trainer
 
 ROWS = 24
@@ -69,3 +71,28 @@ def test_a_tombstone_counts_whatever_the_index_says(begun):
     name = next(n for n in names if set(begun.store.locate(ids=[n])[0].places) & order.stage.slices)
     begun.store.delete(ids=[name])
     assert len(begun.rows.examples(order.stage, begun.store.state())) == len(order.examples) - 1
+
+
+def test_a_deletion_whose_tombstones_did_not_come_drops_the_stage_and_ends_the_training(begun):
+    """As a pull from a public repository leaves it, beside a training."""
+    order = next_order(begun.store, begun.rows)
+    manifest = begun.store.manifest()
+    log = {"receipt-elsewhere": Event(tuple(order.stage.slices))}
+    begun.store.write_manifest(replace(manifest, log=log, generation=1, tombstones=NOT_KNOWN))
+    with pytest.raises(StageDropped):
+        commit(begun.store, order, Adapter({}, {}), {})
+    with pytest.raises(StateError, match="state import"):
+        next_order(begun.store, begun.rows)
+
+
+def test_an_imported_state_is_obeyed_by_a_new_store(tmp_path):
+    first = make_trainer(tmp_path / "first", train_dataset=models.llama_rows(ROWS))
+    first._open_store()
+    name = models.llama_rows(ROWS)["id"][0]
+    first.store.delete(ids=[name])
+    first.store.export_state(tmp_path / "backup.json")
+    S3TStore(tmp_path / "new").import_state(tmp_path / "backup.json")
+    second = make_trainer(tmp_path / "new", train_dataset=models.llama_rows(ROWS))
+    second._open_store()
+    assert second.store.locate(ids=[name])[0].found == "deleted" and len(second.store.index()) == ROWS - 1
+    assert second.store.manifest().log == first.store.manifest().log and second.store.manifest().generation == 1

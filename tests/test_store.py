@@ -294,6 +294,19 @@ def test_a_state_of_another_store_deletes_nothing(store, tmp_path):
     assert {n: d for n, d in after.items() if ".s3t" not in n} == {n: d for n, d in before.items() if ".s3t" not in n}
 
 
+def test_a_backup_of_another_store_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    """Also where keys come from the environment, so that the backup has none."""
+    for name, key in (("other", "other key of 16 bytes"), ("mine", "my own key, 16 bytes")):
+        monkeypatch.setenv("HF_S3T_KEY", key)
+        make_store(tmp_path / name, key=None).export_state(tmp_path / f"{name}.json")
+    store = S3TStore(tmp_path / "mine")
+    shutil.rmtree(store.private)
+    with pytest.raises(StateError, match="belongs to another store than .*Nothing was changed"):
+        store.import_state(tmp_path / "other.json")
+    store.import_state(tmp_path / "mine.json")
+    assert store.locate(ids=["row-0"])[0].found == "live"
+
+
 # Keys
 
 

@@ -182,7 +182,7 @@ def _unpurged(store: S3TStore) -> list[str]:
         return []
     repo = store.source.repo
     found = uncovered(repo.repo_id, read_receipts(store), store.private)
-    elsewhere = [receipt for receipt in found if receipt["status"] != "inactive_at_head"]
+    elsewhere = [receipt for receipt in found if receipt.get("repository") != repo.repo_id]
     served = repo.contents() if elsewhere else set()
     manifest = store.manifest()
 

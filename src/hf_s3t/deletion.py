@@ -24,8 +24,8 @@ from .errors import StateError, StoreError, UnknownExampleError
 from .exports import carrying, settle
 from .files import json_bytes, read_json, remove, sync_folder, write_atomic
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
-from .manifest import NOT_KNOWN, Event, Manifest, State, Tombstone, places_beyond, united
-from .partition import count_by_place
+from .manifest import NOT_KNOWN, Event, Log, Manifest, State, Tombstone, merged, places_beyond, united
+from .partition import Index, count_by_place
 from .plan import Stage
 from .requests import Place, Request
 from .sources import TOMBSTONES, FolderSource, RepoSource, on_top
@@ -59,7 +59,8 @@ class Receipt:
         exports (`list[str]`): exported copies that still carry the influence.
         exports_refreshed (`list[str]`): exported copies that were made anew from what is live.
         exports_removed (`list[str]`): exported copies of which nothing was live, and whose files were removed.
-        still_served_at (`list[str]`): older revisions of a repository that still serve a removed stage, until a purge.
+        repository (`str`, *optional*): the repository that it was asked of; `None`: a folder.
+        still_served_at (`list[str]`): revisions of that repository that still serve what it is about, until a purge.
         caches (`list[str]`): files of the datasets cache, outside the store, that may hold the text.
     """
 
@@ -81,6 +82,7 @@ class Receipt:
     exports: list[str] = field(default_factory=list)
     exports_refreshed: list[str] = field(default_factory=list)
     exports_removed: list[str] = field(default_factory=list)
+    repository: str | None = None
     still_served_at: list[str] = field(default_factory=list)
     caches: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -179,8 +181,8 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         examples=deleted, dark_examples=max(dark, 0), reference=reference,
         stages_removed={stage.name: manifest.stages[stage] for stage in gone},
         served_before=_served_json(before), served_after=_served_json(after),
-        exports=carrying(folder, [Tombstone(tuple(request.places), generation, ""), *request.stones]),
-        caches=list(state.caches), versions=versions(),
+        exports=carrying(folder, [Tombstone({"": tuple(request.places)}, generation), *request.stones]),
+        caches=list(state.caches), versions=versions(), repository=folder.source.repo_id,
     )  # fmt: skip
 
 
@@ -199,13 +201,12 @@ def _look_again(folder: StoreFolder) -> None:
 def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     manifest, state = folder.manifest(), state_or_none(folder)
     receipt = Receipt(**intent["receipt"])
-    named = state is not None and bool(intent["ids"] or intent["groups"])
-    log = {**manifest.log, receipt.receipt: Event(tuple(sorted(map(tuple, intent["places"]))), named)}
+    log = merged(manifest.log, {receipt.receipt: _event(intent, state)})
     if state is not None:
-        state = _with_tombstones(state, intent, log[receipt.receipt])
-        log |= state.log
+        state = _with_tombstones(state, intent)
+        log = merged(log, state.log)
     hit = places_beyond(log, manifest.log)
-    if log.keys() != manifest.log.keys():  # else it had been carried out, and was interrupted afterwards
+    if log != manifest.log:  # else it had been carried out, and was interrupted afterwards
         gone = [stage for stage in manifest.stages if stage.slices & hit]
         manifest = _rewrite(folder, replace(manifest.without(gone), log=log), state)
         title = "Deletion" if receipt.kind == "delete" else "Readmission"
@@ -213,8 +214,7 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     sweep(folder, manifest, hit | {tuple(place) for place in intent["places"]})
     if state is not None:
         folder.write_state(state.only(manifest.stages))
-        if intent["kind"] == "delete" and (folder.private / "index.json").exists():
-            folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
+        _clear_index(folder, intent)
     copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
     reached = folder.source.reached({tuple(place) for place in intent["places"]}, manifest.weights)
     at_head = folder.source.repo_id is not None and receipt.kind == "delete"
@@ -227,24 +227,25 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
         still_served_at=reached,
         **copies,
     )
-    receipt = _append_receipt(folder, replace(receipt, generation=manifest.generation))
+    receipt = _append_receipt(folder, receipt)
     remove(folder.private / "intents" / intent["file"])
     return receipt
 
 
 def travelling(there: StoreFolder, key: bytes) -> State | None:
-    """The tombstones that travel in a repository; `None` where none do, or where they are not those of its manifest.
+    """The tombstones that travel in a repository; `None` where none do, or where somebody without the key wrote them.
 
-    Nobody without the key can make others believe in a tombstone, or in none.
+    They may be of another time than its manifest: old ones say nothing that is not so.
     """
     if not isinstance(there.source, RepoSource) or not there.source.has(TOMBSTONES):
         return None
-    theirs = State.from_json(read_json(there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES))
-    manifest = there.manifest()
-    if (theirs.log, theirs.digest(key)) == (manifest.log, manifest.tombstones):
-        return theirs
-    logger.warning("the tombstones in %s are not those of its manifest, and are not looked at", there.path)
-    return None
+    path = there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES)  # where it can not be fetched nothing goes on
+    try:
+        data = read_json(path, MAX_MANIFEST_BYTES)
+        return State.from_tombstones_json(data, key)
+    except (StateError, StoreError) as error:  # a deletion must not wait for somebody who repairs that file
+        logger.warning("the tombstones in %s are not looked at: %s", there.path, error)
+        return None
 
 
 def absorb(folder: StoreFolder, there: StoreFolder) -> None:
@@ -264,11 +265,8 @@ def absorb(folder: StoreFolder, there: StoreFolder) -> None:
     theirs = travelling(there, folder.key) if folder.has_key else None
     if theirs is not None:
         state = united(state, theirs)
-    index = folder.index() if (folder.private / "index.json").exists() else {}
-    for name, event in manifest.log.items():
-        if not event.named and name not in state.log:  # whole slices, by somebody without state or index
-            ids = {digest: (entry[:2],) for digest, entry in index.items() if entry[:2] in event.places}
-            state = _with_tombstones(state, {"kind": "delete", "receipt": {"receipt": name}, "ids": ids}, event)
+    index = folder.index() if folder.has_index else {}
+    state = bury(state, merged(manifest.log, state.log), ours.log, index)
     if state != ours:
         folder.write_state(state)
     live = {digest: entry for digest, entry in index.items() if not state.buries(digest, entry.group)}
@@ -278,12 +276,28 @@ def absorb(folder: StoreFolder, there: StoreFolder) -> None:
         recover(folder)  # the state may now be ahead of the manifest
 
 
-def put_tombstones(folder: StoreFolder, state: State | None) -> None:
-    """Lets tombstones travel with the next commit of a repository; with `None`, no more."""
-    if state is not None:
-        folder.source.put(TOMBSTONES, json_bytes(state.tombstones_json()))
-    elif folder.source.has(TOMBSTONES):
-        folder.source.drop(TOMBSTONES)
+def bury(state: State, log: Log, known: Log, index: Index) -> State:
+    """The state with tombstones for the examples of slices that somebody deleted without a state.
+
+    Args:
+        log (`dict[str, Event]`): the events to look at.
+        known (`dict[str, Event]`): those of them that this index has been held against.
+    """
+    for name, event in log.items():
+        if not event.named and name not in known:
+            events = merged(state.log, {name: event})
+            state = replace(state, log=events, generation=len(events))
+            ids = {d: [entry[:2]] for d, entry in index.items() if entry[:2] in event.places and d not in state.ids}
+            if ids:  # under a name of its own: other indexes have other examples there, and must not lift these
+                places = {place for found in ids.values() for place in found}
+                about = {"kind": "delete", "receipt": {"receipt": _receipt_name()}, "places": places}
+                state = _with_tombstones(state, {**about, "ids": ids, "groups": {}})
+    return state
+
+
+def put_tombstones(folder: StoreFolder, state: State, key: bytes) -> None:
+    """Lets tombstones travel with the next commit of a repository."""
+    folder.source.put(TOMBSTONES, json_bytes(state.tombstones_json(key)))
 
 
 def state_or_none(folder: StoreFolder) -> State | None:
@@ -294,18 +308,29 @@ def state_or_none(folder: StoreFolder) -> State | None:
         return None
 
 
-def _with_tombstones(state: State, intent: Mapping[str, Any], event: Event) -> State:
-    name = intent["receipt"]["receipt"]
+def _event(intent: Mapping[str, Any], state: State | None) -> Event:
+    named = state is not None and bool(intent["ids"] or intent["groups"])
+    return Event(tuple(sorted(map(tuple, intent["places"]))), named)
+
+
+def _clear_index(folder: StoreFolder, intent: Mapping[str, Any]) -> None:
+    if intent["kind"] == "delete" and folder.has_index:
+        folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
+
+
+def _with_tombstones(state: State, intent: Mapping[str, Any]) -> State:
+    name, none = intent["receipt"]["receipt"], Tombstone({}, 0)
     if name in state.log:  # it was interrupted, and others may have lifted some of it since
         return state
-    log, ids, groups = {**state.log, name: event}, dict(state.ids), dict(state.groups)
+    log, ids, groups = {**state.log, name: _event(intent, state)}, dict(state.ids), dict(state.groups)
     for kind, standing in (("ids", ids), ("groups", groups)):
-        for digest, places in intent.get(kind, {}).items():
+        for digest, places in intent[kind].items():
             if intent["kind"] == "readmit":
                 standing.pop(digest, None)
             else:
                 found = tuple((shard, slice_id) for shard, slice_id in places)
-                standing[digest] = Tombstone(found, len(log), name)
+                deletions = standing.get(digest, none).deletions
+                standing[digest] = Tombstone({**deletions, name: found}, len(log))
     return replace(state, generation=len(log), ids=ids, groups=groups, log=log)
 
 
@@ -323,8 +348,8 @@ def _rewrite(folder: StoreFolder, manifest: Manifest, state: State | None) -> Ma
         digest = state.digest(folder.key)
     manifest = replace(manifest, generation=len(manifest.log), tombstones=digest)
     folder.write_manifest(manifest)
-    if state is not None and folder.source.has(TOMBSTONES):
-        put_tombstones(folder, state)
+    if state is not None and folder.has_key and folder.source.has(TOMBSTONES):
+        put_tombstones(folder, state, folder.key)
     return manifest
 
 
@@ -366,8 +391,12 @@ def recover(folder: StoreFolder) -> None:
     """What every writer does first: finish interrupted deletions, drop half-written files, obey newer tombstones."""
     _look_again(folder)
     for intent in folder.intents():
-        if intent.get("repo") == folder.source.repo_id:  # one of a repository is for whoever opens that
+        state = state_or_none(folder)
+        if intent.get("repo") == folder.source.repo_id:
             carry_out(folder, intent)
+        elif state is not None:  # whoever opens that repository ends it; what it is about is obeyed here, too
+            folder.write_state(_with_tombstones(state, intent))
+            _clear_index(folder, intent)
     if folder.exists:
         on_top(partial(_obey, folder), partial(_look_again, folder))
         _obey_beside(folder)
@@ -387,11 +416,11 @@ def _obey(folder: StoreFolder) -> None:
     manifest, state = folder.manifest(), state_or_none(folder)
     hit: set[Place] = set()
     if state is not None:
-        hit = places_beyond(state.log, manifest.log)
+        log = merged(manifest.log, state.log)
+        hit = places_beyond(log, manifest.log)
         untold = manifest.tombstones == NOT_KNOWN and state.knows(manifest) and folder.has_key
-        if untold or not state.log.keys() <= manifest.log.keys():
+        if untold or log != manifest.log:
             gone = [stage for stage in manifest.stages if stage.slices & hit]
-            log = {**manifest.log, **state.log}
             manifest = _rewrite(folder, replace(manifest.without(gone), log=log), state)
             folder.source.publish(f"Deletions up to {manifest.generation}", {s.name for s in manifest.stages})
             folder.write_state(state.only(manifest.stages))

@@ -73,6 +73,16 @@ def as_key(key: str | bytes) -> bytes:
     return key
 
 
+def stage_files(stage: Stage, adapter: Adapter) -> dict[str, bytes]:
+    """What a stage's folder holds, by name: of the same tensors always the same bytes."""
+    return adapter.files({"stage": stage.name, "parents": [above.name for above in stage.path[:-1]]})
+
+
+def digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    """sha256 by name."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+
+
 class StoreFolder:
     """Files of one store.
 
@@ -130,8 +140,9 @@ class StoreFolder:
         Its generation counts those intents: what serves it is as new as the deletions that it obeys.
         """
         intents = self.intents()
-        hit = {place for intent in intents for place in intent["places"]}
         manifest = manifest or self.manifest()  # after the intents: one that ended in between is in the manifest
+        intents = [intent for intent in intents if intent["receipt"]["receipt"] not in manifest.log]
+        hit = {place for intent in intents for place in intent["places"]}
         manifest = manifest.without([stage for stage in manifest.stages if stage.slices & hit])
         return replace(manifest, generation=max([manifest.generation, *(intent["generation"] for intent in intents)]))
 
@@ -190,7 +201,7 @@ class StoreFolder:
 
     def write_stage(self, stage: Stage, adapter: Adapter) -> dict[str, str]:
         """Writes a stage's folder in one step; returns the sha256 of its files. The manifest is the caller's."""
-        files = adapter.files({"stage": stage.name, "parents": [above.name for above in stage.path[:-1]]})
+        files = stage_files(stage, adapter)
         scratch = self.private / "scratch" / stage.name.replace("/", "_")
         remove(scratch)
         scratch.mkdir(parents=True)
@@ -198,7 +209,7 @@ class StoreFolder:
             write_durable(scratch / name, data)
         sync_folder(scratch)
         install_folder(scratch, inside(self.path, stage.name))
-        return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+        return digests(files)
 
     def write_root(self, manifest: Manifest) -> Manifest:
         """Replaces the root adapter and the card by those of the manifest's served prefixes.
@@ -210,13 +221,13 @@ class StoreFolder:
         if root is None:
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 self.source.drop(name)
-            digests = None
+            root_digests = None
         else:
             files = root.files({"root": [Stage(shard, prefix).name for shard, prefix in sorted(served.items())]})
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 self.source.put(name, files[name])
-            digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
-        manifest = replace(manifest, root=digests)
+            root_digests = digests(files)
+        manifest = replace(manifest, root=root_digests)
         self.source.put("README.md", render_card(manifest).encode())
         return manifest
 
@@ -291,6 +302,11 @@ class StoreFolder:
             raise StateError(f"{self.path} has no index (index.json). To find anybody, {self._way_out}")
         data = read_json(path)
         return {digest: Entry(*entry) for digest, entry in data.items()}
+
+    @property
+    def has_index(self) -> bool:
+        """Whether there is an index."""
+        return (self.private / "index.json").exists()
 
     def write_index(self, index: Index) -> None:
         """Replaces the index, durably."""

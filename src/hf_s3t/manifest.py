@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
+
 from .adapter import CONFIG_FILE, WEIGHTS_FILE
 from .errors import StateError, StoreError
 from .partition import canonical, keyed_digest
@@ -46,9 +48,21 @@ class Event:
 Log = dict[str, Event]
 
 
-def places_beyond(log: Mapping[str, Event], known: Mapping[str, Event]) -> set[tuple[int, int]]:
+def places_beyond(log: Log, known: Log) -> set[tuple[int, int]]:
     """Places of the events in a log that another one has not: what stages that know only the other must lose."""
-    return {place for name, event in log.items() if name not in known for place in event.places}
+    beyond: set[tuple[int, int]] = set()
+    for name, event in log.items():
+        beyond |= {*event.places} - {*(known[name].places if name in known else ())}
+    return beyond
+
+
+def merged(first: Log, second: Log) -> Log:
+    """The events of two logs. One that both name has the places of both: names alone are easily forged."""
+    log = {**first, **second}
+    for name in first.keys() & second.keys():
+        one, other = first[name], second[name]
+        log[name] = Event(tuple(sorted({*one.places, *other.places})), one.named and other.named)
+    return log
 
 
 @dataclass(frozen=True)
@@ -120,16 +134,16 @@ class Manifest:
                 "Use the version that wrote it, or a newer one."
             )
         try:
-            plan, root = Plan.from_json(data["plan"]), data["root"]
+            plan, root, log = Plan.from_json(data["plan"]), data["root"], _log(data["log"])
             return cls(
-                _count(data["generation"]),
+                _generation(data["generation"], log),
                 _digest(data["tombstones"], 64),
                 _digest(data["key_check"], 32),
                 _recipe(data["recipe"]),
                 plan,
                 {_stage(name, plan): _files(record["sha256"]) for name, record in data["stages"].items()},
                 None if root is None else _files(root),
-                _log(data["log"]),
+                log,
             )
         except DAMAGED as error:
             what = f"{type(error).__name__} {error}"
@@ -139,6 +153,12 @@ class Manifest:
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r:.80} is no number of deletions")
+    return value
+
+
+def _generation(value: Any, log: Log) -> int:
+    if _count(value) != len(log):
+        raise ValueError(f"generation {value} does not fit {len(log)} events")
     return value
 
 
@@ -152,6 +172,8 @@ def _recipe(value: Any) -> dict[str, Any]:
     parts = ("config", "partition", "base")
     if not isinstance(value, dict) or not all(isinstance(value[name], dict) for name in parts):
         raise ValueError("the recipe has not the sections config, partition and base")
+    if value["base"].get("id") is not None:
+        validate_repo_id(value["base"]["id"])
     return value
 
 
@@ -170,11 +192,21 @@ def _files(record: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Tombstone:
-    """Where a deleted example was, and since when it must not be trained on."""
+    """Where a deleted example was, and since when it must not be trained on.
 
-    places: tuple[tuple[int, int], ...]
+    Args:
+        deletions (`dict[str, tuple[tuple[int, int], ...]]`): by the names of the deletions that made it, the places
+            that each found. A readmission lifts those that it knew of; the tombstone stands while one is left.
+        generation (`int`): of the state that learned of the newest of them.
+    """
+
+    deletions: dict[str, tuple[tuple[int, int], ...]]
     generation: int
-    receipt: str
+
+    @property
+    def places(self) -> set[tuple[int, int]]:
+        """`(shard, slice)`s where the example was."""
+        return {place for places in self.deletions.values() for place in places}
 
 
 @dataclass(frozen=True)
@@ -205,7 +237,7 @@ class State:
     def digest(self, key: bytes) -> str:
         """HMAC over the events and the tombstones, which the manifest carries."""
         stones = {
-            kind: {digest: [list(map(list, stone.places)), stone.receipt] for digest, stone in all_.items()}
+            kind: {digest: _deletions_json(stone) for digest, stone in all_.items()}
             for kind, all_ in (("ids", self.ids), ("groups", self.groups))
         }
         return hmac.new(key, b"tombstones\0" + canonical({"log": _log_json(self.log), **stones}), "sha256").hexdigest()
@@ -232,10 +264,22 @@ class State:
             "key_check": self.key_check,
         }
 
-    def tombstones_json(self) -> dict[str, Any]:
-        """What may travel in a private repository: events and tombstones, nothing of what is live."""
+    def tombstones_json(self, key: bytes) -> dict[str, Any]:
+        """What may travel in a private repository: events and tombstones, nothing of what is live, and their HMAC."""
         kept = ("format", "generation", "ids", "groups", "log", "key_check")
-        return {name: value for name, value in self.to_json().items() if name in kept}
+        return {**{name: value for name, value in self.to_json().items() if name in kept}, "hmac": self.digest(key)}
+
+    @classmethod
+    def from_tombstones_json(cls, data: Any, key: bytes) -> State:
+        """Reads what travelled.
+
+        Raises:
+            StateError: it is not of the right form, or was not written by somebody with the key.
+        """
+        state = cls.from_json(data)
+        if not hmac.compare_digest(str(data.get("hmac")).encode(), state.digest(key).encode()):
+            raise StateError("The tombstones were not written by somebody who has the partition key.")
+        return state
 
     @classmethod
     def from_json(cls, data: Any) -> State:
@@ -262,11 +306,11 @@ class State:
 
 
 def united(ours: State, theirs: State) -> State:
-    """Our state with the events and tombstones of another one of the same store, in whatever order they came.
+    """Our state with the events and tombstones of another one of the same store; in any order, the same comes out.
 
-    A tombstone that one side lacks was lifted there if that side knows its deletion, and is new to it if not.
+    A deletion that one side has not in a tombstone was lifted there if that side knows it, and is new to it if not.
     """
-    log = {**ours.log, **theirs.log}
+    log = merged(ours.log, theirs.log)
     ids = _joined(ours.ids, theirs.ids, ours.log, theirs.log, len(log))
     groups = _joined(ours.groups, theirs.groups, ours.log, theirs.log, len(log))
     return replace(ours, generation=len(log), ids=ids, groups=groups, log=log)
@@ -276,13 +320,14 @@ Stones = Mapping[str, Tombstone]
 
 
 def _joined(ours: Stones, theirs: Stones, our_log: Log, their_log: Log, generation: int) -> dict[str, Tombstone]:
-    kept = {d: stone for d, stone in ours.items() if d in theirs or stone.receipt not in their_log}
-    for digest, stone in theirs.items():
-        if digest not in ours and stone.receipt not in our_log:
-            kept[digest] = replace(stone, generation=generation)
-        elif digest in kept and stone.receipt < kept[digest].receipt:  # deleted on both sides: one name for both
-            kept[digest] = replace(kept[digest], receipt=stone.receipt)
-    return kept
+    none, joined = Tombstone({}, 0), {}
+    for digest in {**ours, **theirs}:
+        here, there = ours.get(digest, none), theirs.get(digest, none)
+        kept = {n: at for n, at in here.deletions.items() if n in there.deletions or n not in their_log}
+        new = {n: at for n, at in there.deletions.items() if n not in here.deletions and n not in our_log}
+        if kept or new:
+            joined[digest] = Tombstone({**kept, **new}, here.generation if kept else generation)
+    return joined
 
 
 def _log_json(log: Mapping[str, Event]) -> dict[str, Any]:
@@ -300,14 +345,20 @@ def _event(data: Any) -> Event:
     return Event(places, data["named"])
 
 
+def _deletions_json(stone: Tombstone) -> dict[str, Any]:
+    return {name: [list(place) for place in places] for name, places in stone.deletions.items()}
+
+
 def _tombstone_json(stone: Tombstone) -> dict[str, Any]:
-    places = [list(place) for place in stone.places]
-    return {"places": places, "generation": stone.generation, "receipt": stone.receipt}
+    return {"deletions": _deletions_json(stone), "generation": stone.generation}
 
 
 def _tombstone(data: Any) -> Tombstone:
-    places = tuple((int(shard), int(slice_id)) for shard, slice_id in data["places"])
-    return Tombstone(places, int(data["generation"]), str(data["receipt"]))
+    deletions = {
+        str(name): tuple((int(shard), int(slice_id)) for shard, slice_id in places)
+        for name, places in data["deletions"].items()
+    }
+    return Tombstone(deletions, int(data["generation"]))
 
 
 def key_check_value(key: bytes) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -17,11 +17,11 @@ from huggingface_hub import CommitInfo
 
 from . import deletion
 from .errors import StateError, StoreError
-from .folder import StoreFolder
-from .manifest import NOT_KNOWN, Manifest, places_beyond
+from .folder import StoreFolder, digests, stage_files
+from .manifest import NOT_KNOWN, Manifest, State, merged, places_beyond
 from .plan import Stage
 from .recipe import check_same
-from .sources import RepoSource, on_top
+from .sources import TOMBSTONES, RepoSource, on_top
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,10 @@ def _push_once(
     if theirs is None or merged != theirs:
         target.write_manifest(merged)
     carry = source.repo.is_private() if tombstones is None else tombstones
-    deletion.put_tombstones(target, store.state() if carry else None)
+    if not carry:
+        source.drop(TOMBSTONES)
+    elif store.has_key:
+        deletion.put_tombstones(target, store.state(), store.key)
     source.forget_unchanged()
     if not source.waiting and known.keys() <= merged.stages.keys():
         return source.repo.last_commit(source.revision)
@@ -79,7 +82,7 @@ def _merged(store: StoreFolder, target: StoreFolder, ours: Manifest, theirs: Man
             f"(generation {ours.generation}). Nothing was pushed. Bring the state up to date (`hf-s3t state import` "
             "of a backup from the machine that deleted), then pull; or push to a new repository."
         )
-    return replace(ours, stages=_joined(ours, theirs), log={**theirs.log, **ours.log})
+    return replace(ours, stages=_joined(ours, theirs), log=merged(theirs.log, ours.log))
 
 
 def _joined(first: Manifest, second: Manifest) -> dict[Stage, dict[str, str]]:
@@ -123,34 +126,34 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
     """Brings a folder to what a repository holds; see [`S3TStore.pull`]. Runs under the write lock."""
     repository(target).look()
     theirs = target.manifest()
-    ours = replace(theirs, stages={}, root=None)
     if store.exists:
         check_same_store(store.manifest(), theirs)
-        deletion.absorb(store, target)
-        ours = store.manifest()
-    stages, log = _joined(theirs, ours), {**ours.log, **theirs.log}
+    deletion.absorb(store, target)
+    state = deletion.state_or_none(store)
+    known = state.log if state is not None else {}
+    ours = store.manifest() if store.exists else replace(theirs, stages={}, root=None, tombstones=NOT_KNOWN, log=known)
+    stages, log = _joined(theirs, ours), merged(ours.log, theirs.log)
     new = {stage: files for stage, files in sorted(stages.items()) if ours.stages.get(stage) != files}
-    for stage in new:
-        target.read_stage(stage)  # refused before anything is written here
+    for stage, files in new.items():  # refused before anything is written here
+        if digests(stage_files(stage, target.read_stage(stage))) != files:
+            raise StoreError(f"{stage.name} of {target.path} was not written by hf_s3t. Nothing was pulled.")
     replaced = [stage for stage in new if stage in ours.stages]
     if replaced:  # whatever interrupts this, the manifest names no file that is another one
         store.write_manifest(ours.without(replaced))
-    for stage, files in new.items():
-        _fetch(store, target, stage, files)
-    # The tombstones of events that the state has not seen stay unknown: nothing trains here until it has.
-    known = next((one.tombstones for one in (ours, theirs) if one.log.keys() == log.keys()), NOT_KNOWN)
-    manifest = replace(theirs, stages=stages, log=log, generation=len(log), tombstones=known)
+    for stage in new:
+        store.write_stage(stage, target.read_stage(stage))
+    manifest = replace(theirs, stages=stages, log=log, generation=len(log))
+    manifest = replace(manifest, tombstones=_tombstones(store, manifest, state, [ours, theirs]))
     manifest = store.write_root(manifest)
     store.write_manifest(manifest)
     deletion.sweep(store, manifest)
-    state = deletion.state_or_none(store)
     if state is not None:  # of what others trained there is no record
         store.write_state(state.only(stage for stage, files in stages.items() if ours.stages.get(stage) == files))
     return manifest
 
 
-def _fetch(store: StoreFolder, target: StoreFolder, stage: Stage, files: Mapping[str, str]) -> None:
-    adapter = target.read_stage(stage)  # compares the hashes
-    written = store.write_stage(stage, adapter)
-    if written != dict(files):
-        raise StoreError(f"{stage.name} of {target.path} was not written by hf_s3t: its bytes can not be made again.")
+def _tombstones(store: StoreFolder, manifest: Manifest, state: State | None, parts: Iterable[Manifest]) -> str:
+    """The HMAC of a joined manifest. Where the state has not seen all events, nothing trains here until it has."""
+    if state is not None and state.knows(manifest) and store.has_key:
+        return state.digest(store.key)
+    return next((part.tombstones for part in parts if part.log == manifest.log), NOT_KNOWN)

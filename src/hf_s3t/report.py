@@ -221,12 +221,13 @@ def unfinished(repo_id: str, folder: Path | None) -> PurgeReport | None:
 
 
 def uncovered(repo_id: str, receipts: Iterable[Mapping[str, Any]], folder: Path | None) -> list[Mapping[str, Any]]:
-    """The receipts of deletions that removed stages, and that no finished purge of the repository covers."""
+    """The receipts of deletions of what was served, that no finished purge of the repository covers."""
     reports = read_reports(repo_id, folder)
     done = {name for report in reports if report.status == "no_longer_served" for name in report.receipts}
     return [
         receipt for receipt in receipts
-        if receipt["kind"] == "delete" and receipt["stages_removed"] and receipt["receipt"] not in done
+        if receipt["kind"] == "delete" and receipt["receipt"] not in done
+        and (receipt["stages_removed"] or (receipt.get("still_served_at") and receipt.get("repository") == repo_id))
     ]  # fmt: skip
 
 

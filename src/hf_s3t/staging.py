@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainingArguments
@@ -107,7 +109,11 @@ def wrap_model(model: nn.Module, config: S3TConfig | None, seed: int) -> tuple[P
 def public_id(model: nn.Module) -> str | None:
     """The base model's id on the Hub; `None` where it is a local path or was built from a config."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return None if not name or os.path.exists(name) or os.path.isabs(name) else name
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if os.path.exists(str(name)) else name
 
 
 def make_plan(config: S3TConfig, seed: int) -> Plan:

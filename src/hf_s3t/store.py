@@ -367,16 +367,18 @@ class S3TStore(StoreFolder):
         if not isinstance(bundle, dict) or set(bundle) != parts or bundle["hf_s3t_state"] != 1:
             raise StateError(f"{file} is no state that `export_state` wrote.")
         state = State.from_json(bundle["state"])
+        if self.exists and state.key_check not in ("", self.manifest().key_check):
+            raise StateError(f"{file} belongs to another store than {self.path}. Nothing was changed.")
         with self.write_lock.hold(LOCK_SECONDS), self.source.drafting():
             if self.exists and bundle["key"] and key_check_value(as_key(bundle["key"])) != self.manifest().key_check:
                 raise StateError(f"{file} belongs to another store: its key does not fit {self.path}.")
             here = self.state() if (self.private / "state.json").exists() else state
             if "" not in (here.key_check, state.key_check) and here.key_check != state.key_check:
                 raise StateError(f"{file} belongs to another store than the state in {self.private}.")
-            state = united(here, state)
+            joined = united(here, state)
             if bundle["key"]:
                 write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n", PRIVATE)
-            self._merge_state(bundle, here, state)
+            self._merge_state(bundle, here, joined)
             deletion.recover(self)
             trained = {stage.name for stage in self.manifest().stages} if self.exists else set()
             merged = self.state()
@@ -386,8 +388,9 @@ class S3TStore(StoreFolder):
     def _merge_state(self, bundle: Mapping[str, Any], here: State, state: State) -> None:
         """Puts a backup in place; what was recorded here since then stays known, unless it was deleted there."""
         exports = {**records_from_json(bundle["exports"]), **read_exports(self)}
-        index = self.index() if (self.private / "index.json").exists() else {}
+        index = self.index() if self.has_index else {}
         both = {**{digest: Entry(*entry) for digest, entry in bundle["index"].items()}, **index}
+        state = deletion.bury(state, state.log, here.log, both)
         self.write_index({d: entry for d, entry in both.items() if not state.buries(d, entry.group)})
         receipts = {receipt["receipt"]: receipt for receipt in [*bundle["receipts"], *deletion.read_receipts(self)]}
         write_atomic(self.private / "receipts.jsonl", _lines(receipts.values()))
@@ -417,4 +420,4 @@ def _locate(value: Any, digest: str, kind: str, index: Any, state: State, traine
     if places:
         stages = tuple(stage.name for stage in sorted(trained) if stage.slices & set(places))
         return Location(str(value), "live", tuple(places), stages)
-    return Location(str(value), "deleted" if stone else "unknown", stone.places if stone else (), ())
+    return Location(str(value), "deleted" if stone else "unknown", tuple(sorted(stone.places)) if stone else (), ())

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+from huggingface_hub.utils import validate_repo_id
 from transformers import EarlyStoppingCallback, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -95,6 +96,8 @@ class S3TMixin(ServedModelMixin):
         self.train_dataset: Any
         self.callback_handler: Any
         refuse_arguments(model, args, kwargs, missing)
+        if base_model_id is not None:
+            validate_repo_id(base_model_id)
         set_stage_defaults(args)
         self.missing, self.extend = missing, extend
         self.store = S3TStore(Path(args.output_dir), partition_key)  # a `str` might be the id of a repository
