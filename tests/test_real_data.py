@@ -101,6 +101,7 @@ def test_stock_peft_loads_the_root_adapter_and_any_prefix_by_the_lines_of_the_ca
     assert min((whole - answer).abs().max() for answer in prefixes) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_writes_its_figures(
     tmp_path: Path, alpaca: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
