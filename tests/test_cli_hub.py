@@ -64,8 +64,8 @@ def test_the_life_cycle(server: Server, machine: Machine, tmp_path: Path) -> Non
     assert "no longer served by the head of owner/model since" in text and "hf-s3t purge owner/model" in text
     assert "still served at" in text and "refs/heads/main" not in text
     assert "0 stages are" in run("delete", "owner/model", "--slices", "0:1", code=3)
-    assert "still serves what was deleted by receipt-" in run("status", "owner/model")
-    receipt, _ = run.json("status", "owner/model")["unpurged"]
+    assert "still serves what was deleted by receipt-" in run("status", "owner/model", code=3)
+    receipt, _ = run.json("status", "owner/model", code=3)["unpurged"]
 
     server.faults.purge_delay = 1000
     report = tmp_path / "report.json"
@@ -91,12 +91,12 @@ def test_a_deletion_from_a_folder_that_was_pushed_is_still_in_the_history(
     machine(pushed, folder=str(folder), name="owner/model")
     receipt = run.json("delete", folder, "--slices", "0:1")["receipt"]
     assert run.json("status", folder)["unpurged"] == []
-    assert run.json("status", "owner/model")["unpurged"] == [receipt]  # nobody has pushed it
+    assert run.json("status", "owner/model", code=3)["unpurged"] == [receipt]  # nobody has pushed it
     assert run.json("push", folder, "owner/fresh")["unpurged"] == []  # it has seen nothing of it
     text = run("push", folder, "owner/model", code=3)
     assert f"still serves what was deleted by {receipt}: hf-s3t purge owner/model" in text
     assert run.json("push", folder, "owner/model", code=3)["unpurged"] == [receipt]
-    assert run.json("status", "owner/model")["unpurged"] == [receipt]
+    assert run.json("status", "owner/model", code=3)["unpurged"] == [receipt]
     again = run("delete", "owner/model", "--slices", "0:1", code=3)
     assert "0 stages are" in again and receipt in again and run.json("status", "owner/fresh")["unpurged"] == []
     run("purge", "owner/model", "--drop-refs")

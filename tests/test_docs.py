@@ -101,7 +101,7 @@ def test_the_page_on_the_hub(out: Path) -> None:
         ("python", 0),
         ("hf-s3t locate owner/model --groups Fetamir Medresson", 0),
         ("hf-s3t delete owner/model --groups Fetamir Medresson", 3),
-        ("hf-s3t status owner/model", 0),
+        ("hf-s3t status owner/model", 3),
         ("hf-s3t purge owner/model --report report.json", 0),
         ("hf-s3t recheck report.json", 0),
         ("hf-s3t pull copy owner/model", 0),

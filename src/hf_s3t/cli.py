@@ -93,12 +93,13 @@ def main() -> None:
 
 @app.command()
 def status(stores: Stores, state: StateFolder = None, as_json: AsJson = False) -> None:
-    """What is trained, served, missing and deleted."""
+    """What is trained, served, missing and deleted. Ends with 3 while a deletion is pending."""
 
     def verb(store: S3TStore) -> Outcome:
         found, unpurged = store.status(), _unpurged(store)
         shown = display.show_status(found, unpurged)
-        return Outcome(found.path, DONE, {**found.to_json(), "unpurged": unpurged}, shown)
+        code = PENDING if unpurged or found.interrupted_deletions else DONE
+        return Outcome(found.path, code, {**found.to_json(), "unpurged": unpurged}, shown)
 
     _run(stores, None, as_json, verb, state)
 
