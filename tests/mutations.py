@@ -172,7 +172,7 @@ MUTATIONS = (
              ((" or (group is not None and group in self.groups)", ""),),
              (ROWS + "a_person_is_deleted_with_all_rows",)),
     Mutation(6, "the index keeps what was deleted", "deletion.py",
-             (('if d not in intent["ids"]', "if d"),), (BURIED + LLAMA,)),
+             (('if d not in intent["ids"]', "if d"),), ("test_store.py::test_locate_says_where_and_in_which_stages",)),
     # 7. nothing left
     Mutation(7, "a running checkpoint survives the deletion", "deletion.py",
              (("        if stage.slices & hit:\n            remove(running)", "        pass"),),

@@ -223,7 +223,7 @@ def test_what_is_cached_is_read_without_the_hub(server, machine, newcomer, new_m
         again(status, repo="owner/never-seen")
 
 
-@pytest.mark.parametrize("gone", ["offline", "no server"])
+@pytest.mark.parametrize("gone", [pytest.param("offline", marks=pytest.mark.slow), "no server"])
 def test_without_the_hub_a_machine_does_not_go_back_to_before_its_own_deletion(
     server, machine, new_machine, tmp_path, gone
 ):

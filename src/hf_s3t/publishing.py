@@ -1,8 +1,8 @@
 """Between a folder and a repository: what is pushed, what is pulled, and who obeys whose deletions.
 
-Two machines meet in a repository. The deletions that its manifest names decide: whoever has not seen all of them pushes
-nothing. Tombstones, keyed digests without their key, may travel in a private repository; then both sides obey both.
-Otherwise a machine that is behind has to be told (`hf-s3t state import`). The commit itself is `sources.py`'s.
+Two machines meet in a repository. The deletions that its manifest names decide: whoever has not seen all of them
+pushes nothing. Tombstones, keyed digests without their key, may travel in a private repository; then both sides obey
+both. Otherwise a machine that is behind has to be told (`hf-s3t state import`). The commit itself is `sources.py`'s.
 """
 
 from __future__ import annotations
