@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 
 HUB, MEET, HOSTILE, PURGE = (f"test_{name}.py::test_" for name in ("hub", "hub_conflicts", "hub_hostile", "purge"))
+CLI = "test_cli_hub.py::test_"
 ORDERS = "test_orders.py::test_"
 REFUSED = HOSTILE + "what_a_training_did_not_write_is_refused"
 NO_STATE = MEET + "where_tombstones_do_not_travel_training_is_refused"
@@ -91,7 +92,7 @@ ON_THE_HUB = (
      (('        scan_cache_dir().delete_revisions(*old).execute()\n', ''),),
      (PURGE + 'this_machines_caches_forget_the_removed_weights',)),
     (10, 'a receipt does not name the revisions that still serve', 'sources.py',
-     (('        return self.repo.revisions_with(serves)', '        return []'),),
+     (('        return self.repo.revisions_with(lambda path, entry: bool(_places_of(path, entry, live) & places))', '        return []'),),
      (HUB + 'a_deletion_is_one_commit_that_removes_the_stages',)),
     (10, "what somebody else deleted is not looked for in the history", 'deletion.py',
      (('        reached = folder.source.reached(places, folder.manifest().weights)', '        reached = []'),),
@@ -129,4 +130,13 @@ ON_THE_HUB = (
     (10, 'what was removed before is not to be purged', 'report.py',
      ((' or (receipt.get("still_served_at") and receipt.get("repository") == repo_id))', ')'),),
      (MEET + 'what_the_head_had_lost_already_is_still_to_be_purged',)),
+    (10, 'status does not look for what others deleted', 'cli.py',
+     (('        names += [n for n, at in others.items()', '        names += [n for n, at in dict[str, set]().items()'),),
+     (CLI + 'status_tells_of_the_history_whoever_asks',)),
+    (10, 'a purge that was stopped passes for one that removed', 'probing.py',
+     (('status="begun" if report.status == "begun" else status)', 'status=status)'),),
+     (PURGE + 'a_purge_that_was_stopped_has_removed_nothing_yet_and_says_so',)),
+    (10, 'a report is made newer without asking', 'probing.py',
+     (('    if not report.pending:\n        return report  #', '    if False:\n        return report  #'),),
+     (PURGE + 'a_report_without_anything_pending_is_not_made_newer',)),
 )  # fmt: skip

@@ -181,3 +181,25 @@ def test_a_hub_that_does_not_answer_is_a_message(machine: Machine, new_machine: 
         assert "Traceback" not in text and ("did not answer" in text or "can not be" in text or "cached" in text)
         assert "Nothing more was done" not in text  # a commit may have arrived
     assert "no answer: ConnectError" in run("recheck", report, code=3)
+
+
+def test_status_tells_of_the_history_whoever_asks(server: Server, machine: Machine, tmp_path: Path) -> None:
+    machine(pushed, folder=str(tmp_path / "out"), name="owner/model")
+    run, here, nobody = Terminal(machine), ("--state", tmp_path / "out/.s3t"), ("--state", tmp_path / "none")
+    receipt = run.json("delete", "owner/model", "--slices", "0:1", "--reference", "DSR-7", *here, code=3)["receipt"]
+    for of, words in (("owner/model", here), ("owner/model", nobody), (tmp_path / "out", ())):
+        assert run.json("status", of, *words, code=3)["unpurged"] == [receipt]
+        assert f"of owner/model still serves what was deleted by {receipt}" in run("status", of, *words, code=3)
+    text = run("purge", "owner/model", "--drop-refs", "--report", tmp_path / "report.json", *here)
+    assert f"for {receipt} (DSR-7)" in text
+    before = (tmp_path / "report.json").read_bytes()
+    assert "Nothing was pending, so nothing was asked" in run("recheck", tmp_path / "report.json")
+    assert (tmp_path / "report.json").read_bytes() == before
+    for of, words in (("owner/model", here), ("owner/model", nobody), (tmp_path / "out", ())):
+        assert run.json("status", of, *words)["unpurged"] == []
+
+
+def test_a_folder_that_hides_a_repository_is_named(machine: Machine, tmp_path: Path) -> None:
+    (machine.home / "owner/model").mkdir(parents=True)
+    text = Terminal(machine)("status", "owner/model", code=2)
+    assert "the folder owner/model, which holds no store, hides a repository of that name" in text

@@ -195,9 +195,11 @@ def test_a_dry_run_tells_the_truth_and_changes_no_byte(store, known):
 
 @pytest.mark.parametrize("request_", [{"ids": ["row-0"]}, {"groups": ["person-0"]}, {"rows": [people()[0]]}])
 def test_deleting_twice_is_unchanged(store, request_):
-    store.delete(**request_)
+    first = store.delete(**request_)
     before = tree(store.path)
     again = store.delete(**request_)
+    assert (again.deleted_by, again.inactive_since) == ([first.receipt], first.inactive_since)
+    assert store.status().requests == 1
     assert (again.status, again.asked, again.found, again.already_deleted) == ("unchanged", 1, 0, 1)
     assert again.stages_removed == {} and again.examples == 0
     after = tree(store.path)
@@ -360,3 +362,12 @@ def test_what_the_caller_raises_then_keeps_nothing_from_being_deleted(store, kno
     assert stage_folders(store.path) == expected and not store.intents()
     assert [receipt["status"] for receipt in read_receipts(store)] == ["inactive"]
     assert store.delete(ids=[known.at(0, 1)[0]]).status == "unchanged"
+
+
+def test_without_the_state_what_is_not_known_is_not_counted_as_nothing(store):
+    shutil.rmtree(store.private)
+    receipt = store.delete(slices=[(0, 1)])
+    assert receipt.stages_removed and receipt.examples is receipt.dark_examples is None
+    assert store.status().requests == 1 and store.status().examples is None
+    first = (store.private / "receipts.jsonl").read_bytes().split(b"\n")[0]
+    assert json.loads(first)["receipt"] == receipt.receipt

@@ -453,9 +453,10 @@ def test_what_the_head_had_lost_already_is_still_to_be_purged(server, stores):
     a(delete_there, state=at_a / ".s3t", ids=[first])
     receipt = b(delete_there, state=at_b / ".s3t", ids=[second])
     assert receipt["still_served_at"] and receipt["stages_removed"] == {}
-    assert b(unpurged, state=at_b / ".s3t") == [receipt["receipt"]]
+    (names,) = b(unpurged, state=at_b / ".s3t").values()
+    assert len(names) == 2 and receipt["receipt"] in names  # and what the other machine deleted
     assert b(purge_there, state=at_b / ".s3t") == [receipt["receipt"]]
-    assert b(unpurged, state=at_b / ".s3t") == []
+    assert b(unpurged, state=at_b / ".s3t") == {}
 
 
 def unpurged(state):

@@ -19,6 +19,8 @@ from hf_s3t import S3TStore, StoreError
 from hf_s3t import purge as purging
 from hf_s3t.errors import HubError
 from hf_s3t.hub import HubRepo
+from hf_s3t.probing import recheck
+from hf_s3t.report import read_reports
 from hub_server import Server
 from machines import Machine
 from purging import NAME, REMOVED, WEIGHTS, Case, again, refused
@@ -512,3 +514,40 @@ def test_probes_that_saw_nothing_before_either_are_counted(server: Server, machi
     assert {oid for oid, _ in probes} == {sha256("lost weights")}
     assert {way for _, way in probes} == {"object", "listing", "revision"}
     assert f"{len(probes)} probes saw nothing before either" in text
+
+
+def stopped(name: str, folder: str) -> list[Any]:
+    """What stands in the kept report of a purge that a person stopped, and what asking again makes of it."""
+
+    def stop(*how: Any) -> None:
+        raise KeyboardInterrupt
+
+    squash, purging._squash = purging._squash, stop
+    try:
+        S3TStore(name, state=f"{folder}/.s3t").purge([])
+    except KeyboardInterrupt:
+        purging._squash = squash
+    (kept,) = read_reports(name, Path(folder) / ".s3t")
+    asked = recheck(HubRepo(name), kept)
+    return [kept.status, asked.status, asked.to_text()]
+
+
+def test_a_purge_that_was_stopped_has_removed_nothing_yet_and_says_so(new_case: Any) -> None:
+    case = new_case()
+    *status, text = case.machine(stopped, name=NAME, folder=str(case.folder))
+    assert status == ["begun", "begun"]
+    assert "begun, and stopped before its end" in text and " large files to be removed" in text
+    assert case.purge()["data"]["status"] == "no_longer_served"
+    case.check_gone()
+
+
+def test_a_report_without_anything_pending_is_not_made_newer(new_case: Any) -> None:
+    case = new_case(others=False)
+    data = case.purge()["data"]
+    assert case.machine(again, data=data) == data
+    assert case.machine(again, data=data, endpoint="http://127.0.0.1:9") == data
+
+
+def test_short_names_of_refs_are_understood(new_case: Any) -> None:
+    case = new_case()
+    assert "refs/tags/v1" in case.purge(keep_refs=["v1", "dev"])["data"]["refs_kept"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -23,19 +24,21 @@ import typer
 from rich.console import Console, RenderableType
 
 from . import display
-from .adapter import WEIGHTS_FILE
-from .deletion import read_receipts
+from .deletion import read_receipts, state_or_none
 from .errors import DatasetError, HubError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
 from .files import PRIVATE, json_bytes, read_json, write_atomic
 from .folder import StoreFolder
-from .hub import HubRepo
+from .hub import HubRepo, hides_repo
+from .manifest import merged
 from .probing import recheck as ask_again
 from .purge import SECONDS
 from .reading import digests_not_in, load_factory, parse_slice, read_dataset, wanted_names
-from .report import PurgeReport, file_name, uncovered
+from .report import PurgeReport, covered, file_name, uncovered
 from .sources import RepoSource
 from .store import S3TStore, as_stage
 from .verify import Check, VerifyReport, verify
+
+logger = logging.getLogger(__name__)
 
 DONE, BAD_INPUT, PENDING, UNKNOWN, BROKEN = 0, 2, 3, 4, 5
 GRAVITY = (DONE, PENDING, UNKNOWN, BAD_INPUT, BROKEN, 1)
@@ -99,7 +102,7 @@ def status(stores: Stores, state: StateFolder = None, as_json: AsJson = False) -
         found, unpurged = store.status(), _unpurged(store)
         shown = display.show_status(found, unpurged)
         code = PENDING if unpurged or found.interrupted_deletions else DONE
-        return Outcome(found.path, code, {**found.to_json(), "unpurged": unpurged}, shown)
+        return Outcome(found.path, code, {**found.to_json(), "unpurged": _names(unpurged)}, shown)
 
     _run(stores, None, as_json, verb, state)
 
@@ -169,7 +172,7 @@ def delete(
             dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
             purge=purge, keep_refs=_kept(keep_refs, drop_refs),
         )  # fmt: skip
-        unpurged = [] if dry_run else _unpurged(store)
+        unpurged = {} if dry_run or not isinstance(store.source, RepoSource) else _unpurged(store)
         pending = receipt.exports or receipt.still_served_at or receipt.status == "pending" or unpurged
         code = PENDING if pending and not dry_run else DONE
         return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt, unpurged))
@@ -177,23 +180,37 @@ def delete(
     _run(stores, key_file, as_json, verb, state)
 
 
-def _unpurged(store: S3TStore) -> list[str]:
-    """Names of deletions that a repository's history still has, also of those made in a folder and pushed since."""
+def _unpurged(store: S3TStore) -> dict[str, list[str]]:
+    """Repositories whose history still has deleted stages -> the names of those deletions.
+
+    Of a folder what its receipts say, without asking the Hub. A repository is asked for what was deleted elsewhere,
+    or in a folder and pushed since; what was deleted from it here stays open until a purge from here.
+    """
+    receipts = read_receipts(store)
     if not isinstance(store.source, RepoSource):
-        return []
-    repo = store.source.repo
-    found = uncovered(repo.repo_id, read_receipts(store), store.private)
-    elsewhere = [receipt for receipt in found if receipt.get("repository") != repo.repo_id]
-    served = repo.contents() if elsewhere else set()
-    manifest = store.manifest()
+        found: dict[str, list[str]] = {}
+        for repo in {str(receipt["repository"]) for receipt in receipts if receipt.get("repository")}:
+            here = [receipt for receipt in receipts if receipt.get("repository") == repo]
+            found[repo] = [receipt["receipt"] for receipt in uncovered(repo, here, store.private)]
+        return {repo: names for repo, names in sorted(found.items()) if names}
+    repo_id, manifest, state = store.source.repo.repo_id, store.manifest(), state_or_none(store)
+    names = [r["receipt"] for r in uncovered(repo_id, receipts, store.private) if r.get("repository") == repo_id]
+    settled = covered(repo_id, store.private) | {r["receipt"] for r in receipts if r.get("repository") == repo_id}
+    log = merged(manifest.log, state.log) if state is not None else manifest.log
+    others = {name: {*event.places} for name, event in log.items() if event.places and name not in settled}
+    if others:
+        head = {place for stage in manifest.stages for place in stage.slices}
+        try:
+            history = store.source.places_served(manifest.weights)
+        except HubError as error:
+            logger.warning("%s What it still serves of deletions elsewhere is not known.", error)
+            history = set()
+        names += [n for n, at in others.items() if at & (history if n in manifest.log else history | head)]
+    return {repo_id: names} if names else {}
 
-    def is_served(receipt: Mapping[str, Any]) -> bool:
-        weights = {files[WEIGHTS_FILE] for files in receipt["stages_removed"].values()}
-        if receipt["generation"] <= manifest.generation:
-            weights -= manifest.weights  # readmitted since, and trained again
-        return bool(weights & served)
 
-    return [receipt["receipt"] for receipt in found if receipt not in elsewhere or is_served(receipt)]
+def _names(unpurged: Mapping[str, list[str]]) -> list[str]:
+    return [name for names in unpurged.values() for name in names]
 
 
 def _kept(keep_refs: list[str] | None, drop_refs: bool) -> list[str] | None:
@@ -215,10 +232,10 @@ def push(
     def verb(opened: S3TStore) -> Outcome:
         info = opened.push(repo, private=not public, tombstones=tombstones)
         unpurged = _unpurged(S3TStore(repo, state=opened.private))
-        result = {"repo": repo, "commit": info.oid, "unpurged": unpurged}
+        result = {"repo": repo, "commit": info.oid, "unpurged": _names(unpurged)}
         shown = f"{repo} is what {opened.path} holds, at {info.oid}."
         if unpurged:
-            shown += f" Its history {display.still_serves(unpurged, repo)}"
+            shown += f" {display.still_serves(unpurged)}"
         return Outcome(str(opened.path), PENDING if unpurged else DONE, result, shown)
 
     _run([store], None, as_json, verb)
@@ -270,6 +287,9 @@ def recheck(
         known = PurgeReport.from_json(read_json(report))
         found = ask_again(HubRepo(known.repo), known)
         kept = StoreFolder(known.repo, state=state).private / file_name(found)
+        if found is known:
+            shown = f"Nothing was pending, so nothing was asked; it was last seen at {known.ended_at}."
+            return Outcome(known.repo, DONE, known.to_json(), f"{known.to_text()}\n{shown}")
         if kept.exists():  # the one beside the receipts, which says whether the history is purged
             write_atomic(kept, json_bytes(found.to_json()), PRIVATE)
         return _purge_outcome(known.repo, found, report, report)
@@ -282,7 +302,9 @@ def _purge_outcome(repo: str, found: PurgeReport, file: Path | None, kept: Path)
         write_atomic(file, json_bytes(found.to_json()), PRIVATE)  # addresses in it may still answer
     kept = file or kept
     shown = f"{found.to_text()}\nThis report is in {kept}."
-    if found.pending:
+    if found.status == "begun":
+        shown += f" End it: hf-s3t purge {repo}, with what you said of its refs."
+    elif found.pending:
         shown += f" Ask again for what is pending: hf-s3t recheck {kept}"
     return Outcome(repo, PENDING if found.pending else DONE, found.to_json(), shown)
 
@@ -426,6 +448,8 @@ def _run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb
 def _absent(path: str, store: S3TStore) -> str:
     if isinstance(store.source, RepoSource):
         return f"there is no folder {path}, and the repository {path} on the Hub has no s3t.json."
+    if hides_repo(path):
+        return f"the folder {path}, which holds no store, hides a repository of that name. Work elsewhere to reach it."
     return (
         "there is no store here (no s3t.json). Give the output_dir of a training, or the id of a repository, such as "
         "me/model."

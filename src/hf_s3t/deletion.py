@@ -52,8 +52,9 @@ class Receipt:
             once every probe after it says so.
         requested_at, inactive_since (`str`): UTC times in ISO 8601.
         asked, found, already_deleted (`int`): numbers of ids, groups, rows or slices in the request.
-        examples (`int`): examples that the request covers and that were in the index.
-        dark_examples (`int`): other examples whose slices are not served until repair.
+        examples (`int`): examples that the request covers and that were in the index; `None`: the state is not here.
+        dark_examples (`int`): other examples whose slices this took out of service until repair; `None` likewise.
+        deleted_by (`list[str]`): names of the deletions that were there before, of what was deleted already.
         stages_removed (`dict[str, dict[str, str]]`): sha256 per file of each removed stage.
         served_before, served_after (`dict[str, list[int]]`): served prefix per live shard.
         exports (`list[str]`): exported copies that still carry the influence.
@@ -72,8 +73,9 @@ class Receipt:
     asked: int = 0
     found: int = 0
     already_deleted: int = 0
-    examples: int = 0
-    dark_examples: int = 0
+    examples: int | None = 0
+    dark_examples: int | None = 0
+    deleted_by: list[str] = field(default_factory=list)
     inactive_since: str | None = None
     reference: str | None = None
     stages_removed: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -117,7 +119,10 @@ def delete(
         copies = settle(folder, receipt.exports, receipt.generation, refresh_exports)
         places = {place for stone in request.stones for place in stone.places}
         reached = folder.source.reached(places, folder.manifest().weights)  # of one that somebody else made, too
-        receipt = replace(receipt, status="unchanged", inactive_since=_now(), still_served_at=reached, **copies)
+        earlier = {known["receipt"]: known["inactive_since"] for known in read_receipts(folder)}
+        since = [earlier[name] for name in receipt.deleted_by if name in earlier]
+        last = max(since) if len(since) == len(receipt.deleted_by) > 0 else None  # made elsewhere: not known here
+        receipt = replace(receipt, status="unchanged", inactive_since=last, still_served_at=reached, **copies)
         return _append_receipt(folder, receipt)
     intent = {
         "kind": "delete",
@@ -163,22 +168,23 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
     gone = [stage for stage in sorted(manifest.stages) if stage.slices & request.places]
     before = manifest.plan.served(manifest.stages)
     after = manifest.plan.served(manifest.without(gone).stages)
-    counts: Counter[Place] = Counter()
+    counts: Counter[Place] | None = None
     state = State()
     try:
         counts, state = count_by_place(folder.index()), folder.state()
     except StoreError:
-        logger.warning("the state of %s is lost: how many examples this concerns is not known", folder.path)
+        logger.warning("the state of %s is not here: how many examples this concerns is not known", folder.path)
     lost = [(shard, slice_id) for shard, prefix in before.items() for slice_id in prefix]
     lost = [place for place in lost if place[1] not in after.get(place[0], ())]
     deleted, generation = len(request.ids), manifest.generation + 1
     hit = {place for places in request.ids.values() for place in places}
-    dark = sum(counts[place] for place in {*lost, *hit}) - deleted
+    dark = None if counts is None else max(sum(counts[place] for place in {*lost, *hit}) - deleted, 0)
     return Receipt(
         receipt=_receipt_name(), kind="delete", status="inactive", requested_at=_now(),
         generation=generation, asked=request.asked,
         found=request.asked - request.already - len(request.unknown), already_deleted=request.already,
-        examples=deleted, dark_examples=max(dark, 0), reference=reference,
+        examples=None if counts is None else deleted, dark_examples=dark, reference=reference,
+        deleted_by=sorted({name for stone in request.stones for name in stone.deletions}),
         stages_removed={stage.name: manifest.stages[stage] for stage in gone},
         served_before=_served_json(before), served_after=_served_json(after),
         exports=carrying(folder, [Tombstone({"": tuple(request.places)}, generation), *request.stones]),
@@ -440,7 +446,7 @@ def _append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
         folder.private.mkdir(parents=True, exist_ok=True)
         with open(folder.private / "receipts.jsonl", "a", encoding="utf-8") as file:
             # The newline comes first: a line that a crash cut short then spoils only itself.
-            file.write("\n" + json.dumps(receipt.to_json(), sort_keys=True))
+            file.write(("\n" if file.tell() else "") + json.dumps(receipt.to_json(), sort_keys=True))
             file.flush()
             os.fsync(file.fileno())
         sync_folder(folder.private)

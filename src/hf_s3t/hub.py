@@ -52,6 +52,11 @@ def is_repo_id(name: str | os.PathLike[str]) -> bool:
     return isinstance(name, str) and bool(_REPO_ID.fullmatch(name)) and not os.path.exists(name)
 
 
+def hides_repo(name: str) -> bool:
+    """Whether a folder has the name of a repository, which then is not looked for."""
+    return bool(_REPO_ID.fullmatch(name)) and os.path.exists(name)
+
+
 class HubRepo:
     """A model repository.
 
@@ -318,22 +323,21 @@ class HubRepo:
         return [commit.commit_id for commit in self.api.list_repo_commits(self.repo_id, revision=revision)]
 
     def revisions_with(self, wanted: Callable[[str, Any], bool]) -> list[str]:
-        """Refs and commits that have a file for which `wanted` says so, given its path and its entry in the tree."""
+        """Refs and commits that have a file for which `wanted` says so, given its path and its entry in the tree.
+
+        Raises:
+            HubError: the Hub can not be reached.
+        """
         serves: dict[str, bool] = {}
         names = []
-        for name, _ in self.refs():
-            commits = self.commits(name)
-            for revision in commits:
-                if revision not in serves:
-                    serves[revision] = any(wanted(path, entry) for path, entry in self.tree(revision).items())
-            if serves[commits[0]]:
-                names.append(name)
+        try:
+            for name, _ in self.refs():
+                commits = self.commits(name)
+                for revision in commits:
+                    if revision not in serves:
+                        serves[revision] = any(wanted(path, entry) for path, entry in self.tree(revision).items())
+                if serves[commits[0]]:
+                    names.append(name)
+        except (OfflineModeIsEnabled, httpx2.TransportError) as error:
+            raise HubError(f"The history of {self.repo_id} can not be looked at: {error}") from None
         return [*names, *(revision for revision, found in serves.items() if found)]
-
-    def contents(self) -> set[str]:
-        """sha256 of the large files that any revision has."""
-        revisions = {revision for name, _ in self.refs() for revision in self.commits(name)}
-        return {
-            entry.lfs.sha256 for revision in revisions for entry in self.tree(revision).values()
-            if entry.lfs is not None
-        }  # fmt: skip

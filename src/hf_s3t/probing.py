@@ -35,6 +35,8 @@ Answer = tuple[bool | None, str]
 
 def recheck(repo: HubRepo, report: PurgeReport, seconds: float = 0.0) -> PurgeReport:
     """Asks again for what a report does not have as gone, until nothing is pending or the time is over."""
+    if not report.pending:
+        return report  # nothing is asked, so nothing was seen later than it says
     deadline, pause = time.monotonic() + seconds, 0.2
     while True:
         report = _asked(repo, report)
@@ -53,7 +55,8 @@ def _asked(repo: HubRepo, report: PurgeReport) -> PurgeReport:
         head = _branch_head(repo)
     except (httpx2.HTTPError, OSError):
         head = report.head
-    return replace(report, head=head, ended_at=now(), status="pending" if report.pending else "no_longer_served")
+    status = "pending" if report.pending else "no_longer_served"
+    return replace(report, head=head, ended_at=now(), status="begun" if report.status == "begun" else status)
 
 
 def ask(repo: HubRepo, probes: Iterable[Probe]) -> list[Probe]:

@@ -122,10 +122,14 @@ def purge(
             f"The purge of {repo.repo_id} stopped: {error}. What was done stays done, and nothing that is kept was "
             "removed. It needs a token with write access; purge again to go on."
         ) from error
+    except KeyboardInterrupt:
+        logger.error("The purge of %s was stopped. What was removed is removed: purge again to end it.", repo.repo_id)
+        raise
     logger.info("%s: %d refs and %d large files removed", repo.repo_id, len(dropped), len(unwanted))
     cleared = {*report.caches_cleared, *clear_caches(repo.repo_id, left[kept[0]])}
     gone = [ref for ref in report.refs_removed if ref not in left]
-    report = recheck(repo, replace(report, refs_removed=gone, caches_cleared=sorted(cleared)), seconds)
+    report = replace(report, status="pending", refs_removed=gone, caches_cleared=sorted(cleared))
+    report = recheck(repo, report, seconds)
     keep(report, folder)
     return report
 
@@ -156,8 +160,9 @@ def _prepare(
                 names[entry.lfs.sha256].append(path)
     began = now()
     report = PurgeReport(
-        repo.repo_id, "pending", began, began, "", [receipt["receipt"] for receipt in known.receipts],
+        repo.repo_id, "begun", began, began, "", [receipt["receipt"] for receipt in known.receipts],
         names, sorted(gone & live | stuck), dropped, kept, _asked_before(repo, probes),
+        references={r["receipt"]: str(r["reference"]) for r in known.receipts if r.get("reference")},
     )  # fmt: skip
     return (_joined(known.earlier, report, fine) if known.earlier else report), unwanted
 
@@ -276,6 +281,7 @@ def _joined(earlier: PurgeReport, report: PurgeReport, fine: set[str]) -> PurgeR
         report,
         began_at=earlier.began_at,
         receipts=list(dict.fromkeys([*earlier.receipts, *report.receipts])),
+        references={**earlier.references, **report.references},
         removed={oid: paths or earlier.removed.get(oid, []) for oid, paths in names.items()},
         refs_removed=list(dict.fromkeys([*earlier.refs_removed, *report.refs_removed])),
         probes=list(probes.values()),
@@ -296,7 +302,8 @@ def sort_refs(repo: HubRepo, keep_refs: Iterable[str] | None) -> tuple[list[str]
             "Nothing was changed. Say which ones to keep (`keep_refs=[...]`, `--keep-ref`; none: `--drop-refs`); the "
             "others are removed."
         )
-    wanted = {ref if ref.startswith("refs/") else f"refs/heads/{ref}" for ref in keep_refs or ()}
+    short = {ref.split("/", 2)[-1]: ref for ref in sorted(refs, reverse=True)}  # branches before tags
+    wanted = {ref if ref.startswith("refs/") else short.get(ref, f"refs/heads/{ref}") for ref in keep_refs or ()}
     dropped = [ref for ref in others if ref not in wanted]
     if wanted - set(refs):
         absent = ", ".join(sorted(wanted - set(refs)))

@@ -69,9 +69,11 @@ class PurgeReport:
     """What a purge removed, what was seen afterwards, and what can not be seen.
 
     Args:
-        status (`str`): `"no_longer_served"`: every probe of a removed large file said so; `"pending"`: some did not.
+        status (`str`): `"no_longer_served"`: every probe of a removed large file said so; `"pending"`: some did not;
+            `"begun"`: it was stopped before all was removed, and has to be begun again.
         head (`str`): the commit that is left.
         receipts (`list[str]`): names of the deletions whose stages it is about.
+        references (`dict[str, str]`): of those, the references that were given with them.
         removed (`dict[str, list[str]]`): sha256 of each removed large file -> the paths that it had.
         held (`list[str]`): sha256 of those that a kept branch has at its head, and so stay, under whatever name; and
             git's name of plain weights that a kept ref leads to.
@@ -94,6 +96,7 @@ class PurgeReport:
     caches_cleared: list[str] = field(default_factory=list)
     not_probed: list[str] = field(default_factory=lambda: list(NOT_PROBED))
     out_of_reach: list[str] = field(default_factory=lambda: list(OUT_OF_REACH))
+    references: dict[str, str] = field(default_factory=dict)
 
     @property
     def pending(self) -> list[Probe]:
@@ -143,18 +146,20 @@ class PurgeReport:
 
     def to_text(self) -> str:
         """A page for a person."""
+        begun = self.status == "begun"
+        named = [f"{name} ({self.references[name]})" if name in self.references else name for name in self.receipts]
         lines = [
-            f"Purge of {self.repo}: {self.status.replace('_', ' ')}",
+            f"Purge of {self.repo}: {'begun, and stopped before its end' if begun else self.status.replace('_', ' ')}",
             f"from {self.began_at} to {self.ended_at}; head {self.head or 'not known'}",
-            *([f"for {', '.join(self.receipts)}"] if self.receipts else []),
+            *([f"for {', '.join(named)}"] if named else []),
             "",
-            f"{len(self.removed)} large files removed:",
+            f"{len(self.removed)} large files {'to be removed' if begun else 'removed'}:",
             *(
                 f"  {oid[:16]}  {', '.join(paths) or 'no name known'}{self._held_line(oid)}"
                 for oid, paths in sorted(self.removed.items())
             ),
             "",
-            f"refs removed: {', '.join(self.refs_removed) or 'none'}",
+            f"refs {'to be removed' if begun else 'removed'}: {', '.join(self.refs_removed) or 'none'}",
             f"refs kept: {', '.join(self.refs_kept) or 'none'}",
             f"cleared on this machine: {', '.join(self.caches_cleared) or 'nothing'}",
             "",
@@ -217,16 +222,22 @@ def read_reports(repo_id: str, folder: Path | None) -> list[PurgeReport]:
 
 
 def unfinished(repo_id: str, folder: Path | None) -> PurgeReport | None:
-    return next((report for report in read_reports(repo_id, folder) if report.status == "pending"), None)
+    """The first report on a repository whose purge was stopped, or did not settle."""
+    return next((report for report in read_reports(repo_id, folder) if report.status != "no_longer_served"), None)
+
+
+def covered(repo_id: str, folder: Path | None) -> set[str]:
+    """Names of the deletions that finished purges of a repository were for."""
+    reports = [report for report in read_reports(repo_id, folder) if report.status == "no_longer_served"]
+    return {name for report in reports for name in report.receipts}
 
 
 def uncovered(repo_id: str, receipts: Iterable[Mapping[str, Any]], folder: Path | None) -> list[Mapping[str, Any]]:
     """The receipts of deletions of what was served, that no finished purge of the repository covers."""
-    reports = read_reports(repo_id, folder)
-    done = {name for report in reports if report.status == "no_longer_served" for name in report.receipts}
+    done = covered(repo_id, folder)
     return [
         receipt for receipt in receipts
-        if receipt["kind"] == "delete" and receipt["receipt"] not in done
+        if receipt["kind"] == "delete" and receipt["receipt"] not in done and receipt["status"] != "unchanged"
         and (receipt["stages_removed"] or (receipt.get("still_served_at") and receipt.get("repository") == repo_id))
     ]  # fmt: skip
 

@@ -231,16 +231,18 @@ class RepoSource:
             live (`set[str]`): sha256 of the weights of live stages, which were trained again since.
         """
 
-        def serves(path: str, entry: Any) -> bool:
-            folder, _, name = path.rpartition("/")
-            if name != WEIGHTS_FILE or (entry.lfs is not None and entry.lfs.sha256 in live):
-                return False
-            try:
-                return bool(Stage.from_name(folder).slices & places)
-            except ValueError:
-                return False
+        return self.repo.revisions_with(lambda path, entry: bool(_places_of(path, entry, live) & places))
 
-        return self.repo.revisions_with(serves)
+    def places_served(self, live: AbstractSet[str]) -> set[tuple[int, int]]:
+        """The slices that removed stages saw which any revision still serves."""
+        found: set[tuple[int, int]] = set()
+
+        def note(path: str, entry: Any) -> bool:
+            found.update(_places_of(path, entry, live))
+            return False  # so that all of them are looked at
+
+        self.repo.revisions_with(note)
+        return found
 
     def forget_unchanged(self) -> None:
         """Takes back what was put and is what the commit has already."""
@@ -250,6 +252,17 @@ class RepoSource:
             elif isinstance(content, bytes) and self.repo.has(path, self.revision):
                 if self.repo.file(path, self.revision).read_bytes() == content:
                     del self.waiting[path]
+
+
+def _places_of(path: str, entry: Any, live: AbstractSet[str]) -> frozenset[tuple[int, int]]:
+    """The slices that the stage saw whose weights lie at a path of a tree; none of those that are live."""
+    folder, _, name = path.rpartition("/")
+    if name != WEIGHTS_FILE or (entry.lfs is not None and entry.lfs.sha256 in live):
+        return frozenset()
+    try:
+        return frozenset(Stage.from_name(folder).slices)
+    except ValueError:
+        return frozenset()
 
 
 Done = TypeVar("Done")

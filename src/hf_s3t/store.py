@@ -140,7 +140,7 @@ class S3TStore(StoreFolder):
             dead_shards=tuple(shard for shard in range(manifest.plan.num_shards) if shard not in served),
             examples=examples,
             deleted_examples=deleted,
-            requests=sum(1 for receipt in deletion.read_receipts(self) if receipt["kind"] == "delete"),
+            requests=sum(1 for event in manifest.log.values() if event.places),
             interrupted_deletions=len(self.intents()),
             exports=tuple(read_exports(self)),
             stale_exports=tuple(stale),
@@ -407,7 +407,7 @@ def as_stage(prefix: str | Order | Stage) -> Stage:
 
 
 def _lines(receipts: Iterable[Mapping[str, Any]]) -> bytes:
-    return b"".join(b"\n" + json_bytes(receipt).replace(b"\n", b" ") for receipt in receipts)
+    return b"\n".join(json_bytes(receipt).replace(b"\n", b" ").strip() for receipt in receipts)
 
 
 def _locate(value: Any, digest: str, kind: str, index: Any, state: State, trained: Iterable[Stage]) -> Location:
