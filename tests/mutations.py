@@ -2,6 +2,7 @@
 
     python tests/mutations.py             # applies one after the other to a copy of src/, writes docs/mutations.md
     python tests/mutations.py --only head # those whose description contains a text; the other rows of the table stay
+    python tests/mutations.py --missing   # those that have no row yet
 
 A mutation that stays green is a test that is missing. The tests run without any first: red means something only then.
 """
@@ -18,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutations_hub import ON_THE_HUB
 from mutations_serving import SERVING
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -31,7 +33,7 @@ class Mutation:
     """A wrong change.
 
     Args:
-        promise (`int`): what it breaks; 9: what docs/serving.md says of answers.
+        promise (`int`): what it breaks; 9: what docs/serving.md says of answers; 10: docs/hub.md.
         about (`str`): what is wrong then.
         file (`str`): below `src/hf_s3t`.
         edits (`tuple[tuple[str, str], ...]`): old text, which occurs once, and the new one.
@@ -105,7 +107,8 @@ MUTATIONS = (
              (BEGINS + "[llama-all]",)),
     # 3. never seen
     Mutation(3, "a deletion removes nothing", "deletion.py",
-             (("if stage.slices & places]", "if False]"),), (NEVER_SEEN + LLAMA,)),
+             (("if stage.slices & hit]\n        manifest = _rewrite(", "if False]\n        manifest = _rewrite("),),
+             (NEVER_SEEN + LLAMA,)),
     Mutation(3, "only the last slice of a prefix counts as hit", "plan.py",
              (("for slice_id in self.prefix)", "for slice_id in self.prefix[-1:])"),), (NEVER_SEEN + LLAMA,)),
     Mutation(3, "the root adapter is not rewritten", "deletion.py",
@@ -157,18 +160,19 @@ MUTATIONS = (
     # 6. tombstones
     Mutation(6, "the rows of a stage are not filtered by tombstones", "rows.py",
              (("if not state.buries(digest, entry.group):", "if True:"),),
-             ("test_orders.py::test_a_tombstone_counts_although_the_index_knows_the_row",)),
+             ("test_orders.py::test_a_tombstone_counts_whatever_the_index_says",)),
     Mutation(6, "a deletion leaves no tombstone", "deletion.py",
-             (("stones[digest] = Tombstone(", "_ = Tombstone("),), (BURIED + LLAMA,)),
+             (("standing[digest] = Tombstone(", "_ = Tombstone("),), (BURIED + LLAMA,)),
     Mutation(6, "generations are not compared", "reconcile.py",
-             (("    _check_generation(store, manifest, state)\n", ""),), (MACHINE + LLAMA,)),
-    Mutation(6, "only the number of deletions is compared", "reconcile.py",
-             ((" and state.digest(store.key) == manifest.tombstones:", ":"),), (MACHINE + LLAMA,)),
+             (("    if state.knows(manifest) and state.digest", "    if True or state.digest"),), (MACHINE + LLAMA,)),
+    Mutation(6, "the names of the deletions alone are compared", "reconcile.py",
+             ((" and state.digest(store.key) == manifest.tombstones:", ":"),),
+             ("test_orders.py::test_a_state_whose_tombstones_were_taken_out_trains_nothing",)),
     Mutation(6, "the tombstone of a group is ignored", "manifest.py",
              ((" or (group is not None and group in self.groups)", ""),),
              (ROWS + "a_person_is_deleted_with_all_rows",)),
     Mutation(6, "the index keeps what was deleted", "deletion.py",
-             (('if d not in intent["ids"]', "if d"),), (BURIED + LLAMA,)),
+             (('if d not in intent["ids"]', "if d"),), ("test_store.py::test_locate_says_where_and_in_which_stages",)),
     # 7. nothing left
     Mutation(7, "a running checkpoint survives the deletion", "deletion.py",
              (("        if stage.slices & hit:\n            remove(running)", "        pass"),),
@@ -190,7 +194,7 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MUTATIONS += tuple(Mutation(*fields) for fields in SERVING)
+MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB))
 
 
 def check_anchors(mutation: Mutation) -> list[str]:
@@ -261,7 +265,8 @@ HEADER = """\
 
 Each row is a small wrong change to the library and the test that turned red with it, as `python tests/mutations.py`
 found it. The changes themselves are in `tests/mutations.py` and beside it. Number 9 is what `docs/serving.md` says of
-answers: they are the served members' average, wholly before or wholly after a change.
+answers: they are the served members' average, wholly before or wholly after a change. Number 10 is what `docs/hub.md`
+says.
 
 | promise | what is wrong | file | caught by |
 |---|---|---|---|
@@ -271,12 +276,16 @@ answers: they are the served members' average, wholly before or wholly after a c
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT", help="mutations whose promise, description or file has it")
+    parser.add_argument("--missing", action="store_true", help="mutations without a row in the table")
     return parser
 
 
 def main() -> None:
-    only = make_parser().parse_args().only
+    arguments = make_parser().parse_args()
+    only, table = arguments.only, TABLE.read_text() if TABLE.exists() else ""
     chosen = [item for item in MUTATIONS if not only or only in f"{item.promise} {item.about} {item.file}"]
+    if arguments.missing:
+        chosen = [item for item in chosen if row(item, "").removesuffix("`` |") not in table]
     __import__("conftest")  # sets the environment, before anything reads it
     for name in HEAVY:
         __import__(name)

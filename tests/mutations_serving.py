@@ -131,7 +131,7 @@ SERVING = (
     (9, 'a disk that fails keeps a member that should not answer', 'ensemble.py',
      (('except (StoreError, OSError) as error:', 'except ZeroDivisionError as error:'),),
      (LIVE + 'what_can_not_be_read_is_no_reason_to_serve_on',)),
-    (9, 'a manifest written over in place is not noticed', 'folder.py',
+    (9, 'a manifest written over in place is not noticed', 'sources.py',
      (('status.st_mtime_ns, status.st_size, status.st_ino', 'status.st_mtime_ns, status.st_ino'),),
      (LIVE + 'a_store_written_over_in_place_is_noticed',)),
     (9, 'two ensembles share a base', 'ensemble.py',

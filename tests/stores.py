@@ -18,7 +18,7 @@ from datasets import Dataset
 from hf_s3t import Plan, S3TConfig, S3TStore, Stage
 from hf_s3t.adapter import Adapter
 from hf_s3t.manifest import Manifest, State, key_check_value
-from hf_s3t.partition import Entry, Index, id_source, read_rows
+from hf_s3t.partition import Entry, Index, examples_digest, id_source, read_rows
 from hf_s3t.sequences import cyclic
 
 KEY = bytes(range(100, 132))
@@ -45,8 +45,45 @@ def stage_adapter(stage: Stage, head: bool = False) -> Adapter:
         tensors[f"{path}.lora_B.weight"] = torch.randn(4, 2, generator=generator)
     if head:
         tensors["base_model.model.score.weight"] = torch.randn(3, 4, generator=generator)
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "target_modules": ["q_proj"]}
-    return Adapter({**config, "layers_to_transform": layers, "auto_mapping": None}, tensors)
+    config = {
+        **{
+            name: value for name, value in recipe_config(1, head).items() if name not in ("groups", "stage_parameters")
+        },
+        "peft_type": "LORA",
+        "bias": "none",
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": layers,
+        "auto_mapping": {"parents": [above.name for above in stage.path[:-1]]},
+    }
+    return Adapter({**config, "modules_to_save": config["modules_to_save"] or None}, tensors)
+
+
+def recipe_config(num_slices: int, head: bool = False) -> dict[str, Any]:
+    """What a recipe says of such stages."""
+    return {
+        "task_type": "CAUSAL_LM",
+        "r": 2,
+        "lora_alpha": 4,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["score"] if head else [],
+        "groups": [[20 - 2 * depth, 21 - 2 * depth] for depth in range(1, num_slices + 1)],
+        "stage_parameters": "layer_group",
+    }
+
+
+def examples_of(stage: Stage, index: Index) -> list[str]:
+    """The examples of a stage, slice by slice."""
+    return [
+        digest
+        for number in stage.prefix
+        for digest, entry in sorted(index.items())
+        if entry[:2] == (stage.shard, number)
+    ]
 
 
 def make_store(
@@ -75,14 +112,28 @@ def make_store(
     store = S3TStore(path, key)
     store.ensure_key()
     partition = {
+        "num_shards": plan.num_shards,
+        "num_slices": plan.num_slices,
         "id_column": id_source(config, dataset.column_names),
         "group_column": config.group_column,
         "slice_columns": config.slice_columns,
     }
-    recipe = {"config": {"task_type": "CAUSAL_LM"}, "partition": partition, "base": {"id": None}}
+    recipe = {"config": recipe_config(plan.num_slices, head), "partition": partition, "base": {"id": None}}
     index = dict(read_rows(dataset, store.key, config))
     stages = plan.stages[:trained]
-    state = State(stages={stage.name: {"generation": 0, "examples": 1, "steps": 1} for stage in stages})
+    seen = {stage: examples_of(stage, index) for stage in stages}
+    state = State(
+        stages={
+            stage.name: {
+                "generation": 0,
+                "examples": len(seen[stage]),
+                "data": examples_digest(seen[stage]),
+                "steps": 1,
+            }
+            for stage in stages
+        },
+        key_check=key_check_value(store.key),
+    )
     store.write_index(index)
     store.write_state(state)
     manifest = Manifest(0, state.digest(store.key), key_check_value(store.key), recipe, plan)

@@ -106,6 +106,7 @@ def test_two_processes_on_one_machine(tmp_path: Path) -> None:
     assert launch(tmp_path, "cpu_2_processes.yaml", ()) == [expected(0, 0), expected(1, 1)]
 
 
+@pytest.mark.slow
 def test_two_machines_over_loopback(tmp_path: Path) -> None:
     address = ("--main_process_ip", "127.0.0.1")
     ranks = [(*address, "--machine_rank", str(rank)) for rank in range(2)]

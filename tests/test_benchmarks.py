@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_serving_writes_its_figures(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [sys.executable, str(ROOT / "benchmarks/serving.py"), "--quick", "--json", str(file), "--seed", "3"]

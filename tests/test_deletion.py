@@ -8,9 +8,10 @@ import shutil
 
 import pytest
 
-from hf_s3t import Plan, S3TStore, StateError, StoreError, UnknownExampleError
+from hf_s3t import Plan, S3TStore, StoreError, UnknownExampleError
 from hf_s3t.deletion import LIMITS, read_receipts
 from hf_s3t.ensemble import read_members
+from hf_s3t.manifest import NOT_KNOWN
 from hf_s3t.partition import keyed_digest
 from stores import Known, make_store, people, stage_folders, tree
 
@@ -194,9 +195,11 @@ def test_a_dry_run_tells_the_truth_and_changes_no_byte(store, known):
 
 @pytest.mark.parametrize("request_", [{"ids": ["row-0"]}, {"groups": ["person-0"]}, {"rows": [people()[0]]}])
 def test_deleting_twice_is_unchanged(store, request_):
-    store.delete(**request_)
+    first = store.delete(**request_)
     before = tree(store.path)
     again = store.delete(**request_)
+    assert (again.deleted_by, again.inactive_since) == ([first.receipt], first.inactive_since)
+    assert store.status().requests == 1
     assert (again.status, again.asked, again.found, again.already_deleted) == ("unchanged", 1, 0, 1)
     assert again.stages_removed == {} and again.examples == 0
     after = tree(store.path)
@@ -262,7 +265,7 @@ def test_with_the_state_lost_slices_can_be_deleted_and_names_say_why_not(store, 
     expected = spared(store, (0, 1))
     path = store.path / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(StoreError, match="partition key|no state|index.json does not exist"):
+    with pytest.raises(StoreError, match="partition key|no state|no index"):
         store.delete(ids=["row-0"])
     receipt = store.delete(slices=[(0, 1)])
     assert receipt.status == "inactive" and stage_folders(store.path) == expected
@@ -290,12 +293,14 @@ def test_a_state_that_missed_a_deletion_does_not_pass_for_a_newer_one(store, mad
     victim = known.at(1, 1)[0]
     for generation, request_ in [(2, {"ids": [victim]}), (3, {"slices": [(1, 2)]})]:
         assert store.delete(**request_).status == "inactive"
-        assert store.state().generation == 0 and store.manifest().generation == generation
+        assert store.state().generation == generation - 1 and store.manifest().generation == generation
+        assert not store.state().knows(store.manifest()) and store.manifest().tombstones == NOT_KNOWN
     assert stage_folders(store.path) == spared(store, (0, 0), (1, 1), (1, 2))
     assert store.locate(ids=[victim])[0].found == "deleted"
     there.export_state(tmp_path / "state.json")
-    with pytest.raises(StateError, match="importing it would forget deletions"):
-        store.import_state(tmp_path / "state.json")
+    store.import_state(tmp_path / "state.json")
+    assert store.manifest().tombstones == store.state().digest(store.key)
+    assert {store.locate(ids=[name])[0].found for name in (victim, known.at(0, 0)[0])} == {"deleted"}
 
 
 # Two at once
@@ -357,3 +362,12 @@ def test_what_the_caller_raises_then_keeps_nothing_from_being_deleted(store, kno
     assert stage_folders(store.path) == expected and not store.intents()
     assert [receipt["status"] for receipt in read_receipts(store)] == ["inactive"]
     assert store.delete(ids=[known.at(0, 1)[0]]).status == "unchanged"
+
+
+def test_without_the_state_what_is_not_known_is_not_counted_as_nothing(store):
+    shutil.rmtree(store.private)
+    receipt = store.delete(slices=[(0, 1)])
+    assert receipt.stages_removed and receipt.examples is receipt.dark_examples is None
+    assert store.status().requests == 1 and store.status().examples is None
+    first = (store.private / "receipts.jsonl").read_bytes().split(b"\n")[0]
+    assert json.loads(first)["receipt"] == receipt.receipt

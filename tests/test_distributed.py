@@ -140,6 +140,7 @@ def test_quantised_weights_and_scales_stay_as_they_are(folder: Path) -> None:
     assert sorted(first["trained"]) == STAGES and first["trained"] == second["trained"]
 
 
+@pytest.mark.slow
 def test_both_killed_and_started_again_gives_the_same_bits(folder: Path) -> None:
     assert launch(folder, "killed") != 0
     killed = folder / "killed"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TrainingArguments
 
 from hf_s3t import S3TConfig, S3TTrainer
+from hub_server import start
+from machines import Machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,3 +56,60 @@ def test_the_page_on_serving(out: Path, capsys: pytest.CaptureFixture) -> None:
     assert names["answer"][0]["generated_text"].startswith("Where does")
     assert names["pod"].generation == 2 and not Path("pod/.s3t").exists()
     assert not [file for file in Path("pod").rglob("*.new")]
+
+
+def follow(page: str, folder: str) -> list[list]:
+    """Runs a page in a folder: each command and each block of Python with its exit code and what it printed."""
+    from typer.testing import CliRunner
+
+    from hf_s3t.cli import app
+
+    os.chdir(folder)
+    done: list[list] = []
+    names: dict = {}
+    for kind, block in re.findall(r"```(bash|python)\n(.*?)```", page, re.S):
+        if kind == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(block, "page", "exec"), names)
+            done.append(["python", 0, printed.getvalue()])
+        for line in block.splitlines() if kind == "bash" else ():
+            words = shlex.split(line, comments=True)
+            if words[0] == "export":
+                os.environ.update([words[1].split("=", 1)])
+            else:
+                result = CliRunner().invoke(app, words[1:])
+                done.append([" ".join(words), result.exit_code, " ".join((result.stdout + result.stderr).split())])
+    return done
+
+
+def test_the_page_on_the_hub(out: Path) -> None:
+    page = (ROOT / "docs/hub.md").read_text(encoding="utf-8").replace("me/model", "owner/model")
+    shutil.copytree(out, out.parent / "copy")
+    with start(out.parent / "hub") as server:
+        machine = Machine(server, out.parent / "home")
+        try:
+            done = machine(follow, page=page, folder=str(out.parent))
+        finally:
+            machine.stop()
+        files = server.repository("owner/model").entries("main")
+        assert len(server.repository("owner/model").log()) == 1 and not [path for path in files if ".s3t" in path]
+    codes = [(command, code) for command, code, _ in done]
+    assert codes == [
+        ("hf-s3t push out owner/model", 0),
+        ("hf-s3t push out owner/model", 0),
+        ("python", 0),
+        ("python", 0),
+        ("hf-s3t locate owner/model --groups Fetamir Medresson", 0),
+        ("hf-s3t delete owner/model --groups Fetamir Medresson", 3),
+        ("hf-s3t status owner/model", 3),
+        ("hf-s3t purge owner/model --report report.json", 0),
+        ("hf-s3t recheck report.json", 0),
+        ("hf-s3t pull copy owner/model", 0),
+        ("hf-s3t status copy", 0),
+    ], done
+    texts = [text for _, _, text in done]
+    assert texts[0].split(" at ")[-1] == texts[1].split(" at ")[-1]
+    assert texts[3].strip() == "0" and "# 0" in page
+    assert "still served at" in texts[5] and "still serves what was deleted by" in texts[6]
+    assert "no longer served" in texts[7] and "no longer served" in texts[8]
+    assert (out.parent / "copy/.s3t/state.json").exists() and "generation 1" in texts[10]

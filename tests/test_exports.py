@@ -179,7 +179,8 @@ def test_the_base_that_the_store_names_is_found(open_store, tmp_path, monkeypatc
 def test_the_page_on_exports_runs_as_it_stands(open_store, tmp_path, monkeypatch):
     store, folder = open_store("two shards")
     manifest = store.manifest()
-    recipe = {**manifest.recipe, "base": {**manifest.recipe["base"], "id": str(folder)}}
+    (tmp_path / "base").symlink_to(folder)
+    recipe = {**manifest.recipe, "base": {**manifest.recipe["base"], "id": "base"}}
     store.write_manifest(dataclasses.replace(manifest, recipe=recipe))
     page = (REPOSITORY / "docs/exports.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", page, re.S)
@@ -431,6 +432,7 @@ def influence(path: Path, carried: set[str]) -> bool:
 
 
 def test_killed_at_any_instant_no_copy_carries_the_influence_unreported(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_s3t.deletion._receipt_name", lambda: "receipt-1")  # it is in the manifest
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     made_store = made("one shard")
     folder, first = made_store.parent / "llama", tmp_path / "first"

@@ -252,7 +252,7 @@ def count_frames(function: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
     return result, dict(counters["stats"])
 
 
-@pytest.mark.parametrize(("shape", "whole"), [("llama", True), ("bert", False)])
+@pytest.mark.parametrize(("shape", "whole"), [("llama", True), pytest.param("bert", False, marks=pytest.mark.slow)])
 def test_a_deletion_does_not_recompile(shape: str, whole: bool, tmp_path: Path) -> None:
     torch._dynamo.reset()
     store, inputs = copy(shape, tmp_path), inputs_of(shape)
@@ -471,6 +471,34 @@ def test_a_store_written_over_in_place_is_noticed(store: S3TStore, ensemble: S3T
     assert manifest.stat().st_ino == inode
     assert ensemble.refresh() is True
     assert_served(ensemble, other)
+
+
+def test_an_older_copy_of_the_store_is_not_followed(
+    store: S3TStore, ensemble: S3TEnsemble, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older = shutil.copytree(store.path, tmp_path / "older", ignore=shutil.ignore_patterns(".s3t"))
+    ensemble.delete(slices=[(0, 1)])
+    newer, answer = shutil.copytree(store.path, tmp_path / "newer"), logits(ensemble, inputs_of("llama"))
+    shutil.copytree(older, store.path, dirs_exist_ok=True)
+    for _ in range(2):  # it is not forgotten that this was not followed
+        with pytest.raises(StoreError, match="is of generation 0 now, the model answers with 1"):
+            ensemble.refresh()
+    ensemble._follow_deletion()
+    assert "is of generation 0 now" in caplog.text and ensemble.generation == 1
+    assert torch.equal(logits(ensemble, inputs_of("llama")), answer)
+    with store.writing():  # whoever writes obeys the tombstones first
+        pass
+    assert ensemble.refresh() is True
+    assert_served(ensemble, S3TStore(newer))
+
+
+def test_how_a_store_is_opened_is_said_where_it_is_opened(store: S3TStore) -> None:
+    for how in ({"revision": "main"}, {"token": "hf_x"}):
+        with pytest.raises(ValueError, match=r"`revision` and `token` are for a store in a repository"):
+            S3TEnsemble.from_pretrained(store.path, **how)
+    for how in ({"revision": "main"}, {"token": "hf_x"}, {"state": store.private}, {"key": "k" * 16}):
+        with pytest.raises(ValueError, match=f"{next(iter(how))}.* but one was given"):
+            S3TEnsemble.from_pretrained(store, **how)
 
 
 def to_bfloat16(tensors: dict[str, torch.Tensor]) -> None:

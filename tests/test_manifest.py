@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import random
 
 import pytest
 
 from hf_s3t import Plan, Stage, StateError, StoreError
+from hf_s3t.deletion import _with_tombstones
 from hf_s3t.files import json_bytes
-from hf_s3t.manifest import FORMAT, Manifest, State, Tombstone, key_check_value
+from hf_s3t.manifest import (
+    FORMAT,
+    Event,
+    Manifest,
+    State,
+    Tombstone,
+    key_check_value,
+    merged,
+    places_beyond,
+    united,
+)
 
 HASH = "0123456789abcdef" * 4
+LOG = {f"receipt-{number}": Event(((0, number),), number > 0) for number in range(3)}
 FILES = {"adapter_config.json": HASH, "adapter_model.safetensors": HASH[::-1]}
 
 
@@ -19,15 +33,15 @@ def manifest(**fields) -> Manifest:
     plan = Plan.make(2, 3, [(0, 1, 2), (1, 2, 0)], prune=False)
     recipe = {"config": {"task_type": "CAUSAL_LM"}, "partition": {"group_column": None}, "base": {"id": None}}
     stages = {Stage(1, (0,)): FILES, Stage(0, (0,)): FILES, Stage(0, (0, 1)): FILES}
-    return Manifest(**{"generation": 3, "tombstones": HASH, "key_check": HASH[:32], "recipe": recipe, "plan": plan,
-                       "stages": stages, "root": FILES} | fields)  # fmt: skip
+    return Manifest(**{"generation": 3, "log": LOG, "tombstones": HASH, "key_check": HASH[:32], "recipe": recipe,
+                       "plan": plan, "stages": stages, "root": FILES} | fields)  # fmt: skip
 
 
 def as_json(**fields):
     return json.loads(json_bytes(manifest(**fields).to_json()))
 
 
-@pytest.mark.parametrize("fields", [{}, {"stages": {}, "root": None}, {"generation": 0}])
+@pytest.mark.parametrize("fields", [{}, {"stages": {}, "root": None}, {"generation": 0, "log": {}}])
 def test_a_manifest_round_trips(fields):
     data = as_json(**fields)
     assert Manifest.from_json(data) == manifest(**fields)
@@ -117,7 +131,7 @@ def test_a_file_list_that_is_none_is_refused(files):
 @pytest.mark.parametrize(
     "field, values",
     [
-        ("generation", [-1, 1.5, "3", True, None, [], 1e400, float("nan"), {}]),
+        ("generation", [-1, 0, 4, 1.5, "3", True, None, [], 1e400, float("nan"), {}]),
         ("tombstones", [None, 1, "x", [], HASH + "0", "\n"]),
         ("key_check", [None, 1, "", "../x", {}]),
         ("recipe", [None, [], "x", 1, {"base": "x", "config": {}, "partition": {}}, {"config": {}}]),
@@ -139,7 +153,7 @@ def test_wrong_types_and_ranges_are_refused(field, values):
 
 
 def state() -> State:
-    stone = Tombstone(((0, 1), (1, 0)), 2, "receipt-1")
+    stone = Tombstone({"receipt-1": ((0, 1),), "receipt-2": ((1, 0),)}, 2)
     records = {"shard-00/0": {"generation": 1, "examples": 7, "steps": 3, "versions": {"peft": "0.21"}}}
     return State(2, {HASH[:32]: stone}, {HASH[32:]: stone}, records, ("/cache/a.arrow",))
 
@@ -156,8 +170,9 @@ def test_a_state_round_trips():
         (("generation",), 1e400),
         (("ids",), []),
         (("ids", HASH[:32]), None),
-        (("ids", HASH[:32], "places"), [[0]]),
-        (("ids", HASH[:32], "places"), [[0, "x"]]),
+        (("ids", HASH[:32], "deletions"), [[0]]),
+        (("ids", HASH[:32], "deletions"), {"receipt-1": [[0]]}),
+        (("ids", HASH[:32], "deletions"), {"receipt-1": [[0, "x"]]}),
         (("groups",), None),
         (("stages",), 3),
         (("caches",), 5),
@@ -185,10 +200,68 @@ def test_the_digest_tells_tombstones_apart_and_needs_the_key():
     assert digest == State.from_json(state().to_json()).digest(key)
     assert len({digest, state().digest(other_key), State().digest(key), State(groups=state().groups).digest(key)}) == 4
     # An id is no group, also when the digests are the same.
-    stone = {HASH[:32]: Tombstone((), 1, "x")}
+    stone = {HASH[:32]: Tombstone({"x": ()}, 1)}
     assert State(ids=stone).digest(key) != State(groups=stone).digest(key)
 
 
 def test_the_key_check_value_tells_keys_apart_and_does_not_hold_them():
     first, second = key_check_value(b"k" * 16), key_check_value(b"o" * 16)
     assert first != second and (b"k" * 16).hex() not in first and len(first) == 32
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_states_joined_in_any_order_forget_no_deletion(seed):
+    """Three machines delete, readmit and exchange: an example is buried while a deletion stands that nobody lifted
+    who knew of it."""
+    draw, states, seen, lifted, about = random.Random(seed), [State()] * 3, [set(), set(), set()], {}, {}
+    for _ in range(40):
+        here, there, digest = draw.randrange(3), draw.randrange(3), draw.choice("abc")
+        act = draw.choice(["delete", "readmit", "join", "join"])
+        if act == "join":
+            states[here] = united(states[here], states[there])
+            seen[here] |= seen[there]
+        else:
+            name = f"receipt-{draw.random()}"
+            places = [(0, draw.randrange(2))] if act == "delete" else []
+            receipt = {"kind": act, "receipt": {"receipt": name}, "places": places}
+            states[here] = _with_tombstones(states[here], {**receipt, "ids": {digest: places}, "groups": {}})
+            if act == "delete":
+                about[name] = digest
+            else:
+                lifted[name] = {known for known in seen[here] if about.get(known) == digest}
+            seen[here].add(name)
+        for state, known in zip(states, seen, strict=True):
+            gone = set().union(*(lifted.get(name, ()) for name in known))
+            standing = {name for name in known if name in about and name not in gone}
+            assert {name for stone in state.ids.values() for name in stone.deletions} == standing
+            assert state.ids.keys() == {about[name] for name in standing} and state.log.keys() == known
+    joined = [united(united(a, b), c) for a, b, c in itertools.permutations(states)]
+    assert len({state.digest(b"k" * 16) for state in joined}) == 1
+
+
+def test_logs_joined_have_the_places_of_both():
+    first = {"a": Event(((0, 0),)), "b": Event(((0, 1),), named=False)}
+    second = {"a": Event(()), "b": Event(((1, 0),)), "c": Event(((1, 1),))}
+    assert places_beyond(first, second) == {(0, 0), (0, 1)} and places_beyond(first, first) == set()
+    assert merged(first, second) == merged(second, first)
+    assert merged(first, second)["b"] == Event(((0, 1), (1, 0)), named=False)
+    assert places_beyond(merged(first, second), second) == {(0, 0), (0, 1)}
+
+
+@pytest.mark.parametrize("name", ['x") or print("', "a/b/c", "../x", "two\nlines", 3])
+def test_a_base_that_is_no_repository_is_refused(name):
+    data = as_json()
+    data["recipe"]["base"]["id"] = name
+    with pytest.raises(StoreError, match="manifest is damaged"):
+        Manifest.from_json(data)
+
+
+def test_travelling_tombstones_need_the_key():
+    data = json.loads(json_bytes(state().tombstones_json(b"k" * 16)))
+    read = State.from_tombstones_json(data, b"k" * 16)
+    assert (read.ids, read.groups, read.log) == (state().ids, state().groups, state().log)
+    for forged in ({**data, "ids": {}}, {**data, "log": {"x": {"places": [], "named": True}}}, {**data, "hmac": None}):
+        with pytest.raises(StateError, match="partition key"):
+            State.from_tombstones_json(forged, b"k" * 16)
+    with pytest.raises(StateError, match="partition key"):
+        State.from_tombstones_json(data, b"o" * 16)

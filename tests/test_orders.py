@@ -1,10 +1,15 @@
 """What a training takes from the store: only examples that a deletion would find."""
 
+from dataclasses import replace
+
 import pytest
 from datasets import Dataset
 
 import models
-from hf_s3t.orders import is_hit, next_order
+from hf_s3t import S3TStore, StateError
+from hf_s3t.adapter import Adapter
+from hf_s3t.manifest import NOT_KNOWN, Event
+from hf_s3t.orders import StageDropped, commit, is_hit, next_order
 from trainers import make_trainer
 
 ROWS = 24
@@ -52,11 +57,42 @@ def test_a_checkpoint_is_not_that_of_the_same_ids_with_other_content(begun, tmp_
     assert other.examples == order.examples and other.mark != order.mark
 
 
-def test_a_tombstone_counts_although_the_index_knows_the_row(begun):
-    order, index = next_order(begun.store, begun.rows), begun.store.index()
+def test_a_state_whose_tombstones_were_taken_out_trains_nothing(begun, tmp_path):
+    begun.store.delete(ids=[models.llama_rows(ROWS)["id"][0]])
+    begun.store.write_state(replace(begun.store.state(), ids={}))
+    trainer = make_trainer(tmp_path / "store", train_dataset=models.llama_rows(ROWS))
+    with pytest.raises(StateError, match="tombstones differ"):
+        trainer.train()
+
+
+def test_a_tombstone_counts_whatever_the_index_says(begun):
+    order = next_order(begun.store, begun.rows)
     names = models.llama_rows(ROWS)["id"]
     name = next(n for n in names if set(begun.store.locate(ids=[n])[0].places) & order.stage.slices)
     begun.store.delete(ids=[name])
-    with begun.store.writing():
-        begun.store.write_index(index)  # as an older copy of it would be
-    assert len(next_order(begun.store, begun.rows).examples) == len(order.examples) - 1
+    assert len(begun.rows.examples(order.stage, begun.store.state())) == len(order.examples) - 1
+
+
+def test_a_deletion_whose_tombstones_did_not_come_drops_the_stage_and_ends_the_training(begun):
+    """As a pull from a public repository leaves it, beside a training."""
+    order = next_order(begun.store, begun.rows)
+    manifest = begun.store.manifest()
+    log = {"receipt-elsewhere": Event(tuple(order.stage.slices))}
+    begun.store.write_manifest(replace(manifest, log=log, generation=1, tombstones=NOT_KNOWN))
+    with pytest.raises(StageDropped):
+        commit(begun.store, order, Adapter({}, {}), {})
+    with pytest.raises(StateError, match="state import"):
+        next_order(begun.store, begun.rows)
+
+
+def test_an_imported_state_is_obeyed_by_a_new_store(tmp_path):
+    first = make_trainer(tmp_path / "first", train_dataset=models.llama_rows(ROWS))
+    first._open_store()
+    name = models.llama_rows(ROWS)["id"][0]
+    first.store.delete(ids=[name])
+    first.store.export_state(tmp_path / "backup.json")
+    S3TStore(tmp_path / "new").import_state(tmp_path / "backup.json")
+    second = make_trainer(tmp_path / "new", train_dataset=models.llama_rows(ROWS))
+    second._open_store()
+    assert second.store.locate(ids=[name])[0].found == "deleted" and len(second.store.index()) == ROWS - 1
+    assert second.store.manifest().log == first.store.manifest().log and second.store.manifest().generation == 1

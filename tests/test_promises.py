@@ -20,8 +20,8 @@ from hf_s3t.card import prefix_lines
 from hf_s3t.ensemble import read_members
 from trainings import (
     CASES,
-    KINDS,
     VICTIM_SLICE,
+    WORLDS,
     World,
     assembled_files,
     assert_same_stores,
@@ -38,7 +38,7 @@ HIT = {"shard-00/0-1", "shard-00/0-1-2", "shard-00/1", "shard-00/1-2"}
 KEPT = {"shard-00/0", "shard-00/2", "shard-00/2-0"}
 
 
-@pytest.fixture(scope="module", params=[(case, kind) for case in CASES for kind in KINDS], ids="-".join)
+@pytest.fixture(scope="module", params=WORLDS)
 def world(request, tmp_path_factory):
     case, kind = request.param
     return World(CASES[case], kind, tmp_path_factory.mktemp(f"{case}-{kind}"))

@@ -25,12 +25,12 @@ from transformers import TrainerCallback
 from hf_s3t import S3TStore
 from killing import in_child, kill
 from scanner import find, needles_of, tensor_needles
-from trainings import CASES, KINDS, WEIGHTS, World, logits_of, make_trainer, probe
+from trainings import CASES, KINDS, WEIGHTS, WORLDS, World, logits_of, make_trainer, probe
 
 PAIRS = [(case, kind) for case in CASES for kind in KINDS]
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+@pytest.fixture(scope="module", params=WORLDS)
 def world(request, tmp_path_factory):
     case, kind = request.param
     return World(CASES[case], kind, tmp_path_factory.mktemp(f"{case}-{kind}"))

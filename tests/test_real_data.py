@@ -77,6 +77,7 @@ def averaged_logits(base: torch.nn.Module, store: S3TStore) -> torch.Tensor:
     return base.eval()(input_ids=torch.arange(3, 83).view(4, 20)).logits
 
 
+@pytest.mark.slow
 def test_stock_peft_loads_the_root_adapter_and_any_prefix_by_the_lines_of_the_card(
     tmp_path: Path, alpaca: ModuleType
 ) -> None:
@@ -101,6 +102,7 @@ def test_stock_peft_loads_the_root_adapter_and_any_prefix_by_the_lines_of_the_ca
     assert min((whole - answer).abs().max() for answer in prefixes) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_writes_its_figures(
     tmp_path: Path, alpaca: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -34,11 +34,11 @@ def table(text: str) -> dict[str, list[float]]:
 
 @pytest.fixture
 def short_demo(tmp_path):
-    """The recipe with one epoch a stage: every step of the demo, before anything is learnt."""
+    """The recipe with one epoch a stage and two slices: every step of the demo, before anything is learnt."""
     script = tmp_path / "alpaca_short.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'recipes')!r})\n"
-        "import alpaca\nalpaca.DEMO_ARGUMENTS['num_train_epochs'] = 1\n"
+        "import alpaca\nalpaca.DEMO_ARGUMENTS['num_train_epochs'] = 1\nalpaca.DEMO_CONFIG['num_slices'] = 2\n"
         "if __name__ == '__main__':\n    alpaca.main()\n"
     )
     return script

@@ -174,7 +174,7 @@ def eager_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("eager_threads")
-@pytest.mark.parametrize("cycles", [25, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("cycles", [10, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_answers_are_of_before_or_after_whatever_lands(cycles: int, tmp_path: Path) -> None:
     config = {"num_shards": 3, "budget": None, "sequence_selection": [[0, 1], [1]], "layers_per_slice": 1}
     make_trainer(tmp_path / "store", config=config, args={"learning_rate": 5e-2}).train()
@@ -219,7 +219,7 @@ def test_answers_are_of_before_or_after_whatever_lands(cycles: int, tmp_path: Pa
                 askers.answers.clear()
                 sizes[cycle] = alive(), resident()
 
-    assert min(counts["before"], counts["after"], counts["states"]) > cycles and counts["dead"] > 2
-    assert sizes[3][0] == sizes[20][0] == sizes[cycles][0]
+    assert min(counts["before"], counts["after"], counts["states"]) > cycles and counts["dead"] > cycles / 10
+    assert len({tensors for tensors, _ in sizes.values()}) == 1
     if cycles >= 200:
         assert sizes[200][1] <= 1.05 * sizes[20][1] + 20e6

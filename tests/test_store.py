@@ -236,23 +236,13 @@ def test_a_newer_state_from_elsewhere_removes_what_was_deleted_there(store, know
     assert not any(Stage.from_name(folder).slices & {(0, 1)} for folder in stage_folders(store.path))
 
 
-def test_an_older_or_foreign_or_forked_state_is_refused(store, known, made, tmp_path):
-    elsewhere = next(name for name, place in known.places.items() if place != known.places["row-0"])
-    store.export_state(tmp_path / "old.json")
+def test_a_foreign_or_damaged_state_is_refused(store, tmp_path):
     store.delete(ids=["row-0"])
-    fork = S3TStore(shutil.copytree(made[0], tmp_path / "fork"))
-    fork.delete(ids=[elsewhere])
-    fork.export_state(tmp_path / "fork.json")
-    fork.delete(ids=["row-2"])
-    fork.export_state(tmp_path / "longer fork.json")
     make_store(tmp_path / "foreign", key=b"f" * 32).export_state(tmp_path / "foreign.json")
     (tmp_path / "other.json").write_text('{"hf_s3t_state": 2}')
     (tmp_path / "torn.json").write_text('{"hf_s3t_state": 1}')
     before = tree(store.path)
     for name, message in [
-        ("old", "would forget deletions"),
-        ("fork", "1 tombstones here are not known there: importing it would forget deletions"),
-        ("longer fork", "1 tombstones here are not known there: importing it would forget deletions"),
         ("foreign", "belongs to another store"),
         ("other", "no state that `export_state` wrote"),
         ("torn", "no state that `export_state` wrote|damaged"),
@@ -260,11 +250,61 @@ def test_an_older_or_foreign_or_forked_state_is_refused(store, known, made, tmp_
         with pytest.raises(StateError, match=message):
             store.import_state(tmp_path / f"{name}.json")
         assert tree(store.path) == before
-    fork.delete(ids=["row-0"])
-    fork.export_state(tmp_path / "joined.json")
-    store.import_state(tmp_path / "joined.json")
-    assert store.state() == fork.state() and store.manifest() == fork.manifest()
-    assert stage_folders(store.path) == stage_folders(fork.path)
+
+
+def test_an_older_state_makes_nothing_forgotten(store, tmp_path):
+    store.export_state(tmp_path / "old.json")
+    store.delete(ids=["row-0"])
+    before, folders = store.state(), stage_folders(store.path)
+    store.import_state(tmp_path / "old.json")
+    assert store.state() == before and "row-0" not in str(tree(store.path)) and stage_folders(store.path) == folders
+    assert store.locate(ids=["row-0"])[0].found == "deleted"
+
+
+def test_states_that_forked_are_joined_in_any_order(store, known, made, tmp_path):
+    elsewhere = next(name for name, place in known.places.items() if place != known.places["row-0"])
+    fork = S3TStore(shutil.copytree(made[0], tmp_path / "fork"))
+    store.delete(ids=["row-0", "row-3"])
+    store.readmit(ids=["row-3"])
+    fork.delete(ids=[elsewhere, "row-3"])  # which the other one does not know of when it readmits
+    for one, other, file in ((store, fork, "first.json"), (fork, store, "second.json"), (store, fork, "third.json")):
+        one.export_state(tmp_path / file)
+        other.import_state(tmp_path / file)
+    assert store.state().digest(store.key) == fork.state().digest(store.key) == store.manifest().tombstones
+    assert store.manifest().log == fork.manifest().log and store.manifest().generation == 3
+    assert {store.locate(ids=[name])[0].found for name in ("row-0", elsewhere, "row-3")} == {"deleted"}
+    gone = {known.places[name] for name in ("row-0", elsewhere, "row-3")}
+    for one in (store, fork):
+        assert not any(Stage.from_name(folder).slices & gone for folder in stage_folders(one.path))
+
+
+def test_a_state_of_another_store_deletes_nothing(store, tmp_path):
+    other = make_store(tmp_path / "other", key=b"o" * 32)
+    other.delete(ids=["row-0"])
+    before = tree(store.path)
+    shutil.copy(other.private / "state.json", store.private / "state.json")
+    with pytest.raises(StateError, match="is of another store"):
+        store.delete(ids=["row-3"])
+    shutil.copytree(tmp_path / "other/.s3t", tmp_path / "wrong")
+    wrong = S3TStore(store.path, state=tmp_path / "wrong")
+    for act in (lambda: wrong.export(tmp_path / "copy"), lambda: wrong.delete(slices=[(0, 0)])):
+        with pytest.raises(StateError, match="another"):
+            act()
+    after = tree(store.path)
+    assert {n: d for n, d in after.items() if ".s3t" not in n} == {n: d for n, d in before.items() if ".s3t" not in n}
+
+
+def test_a_backup_of_another_store_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    """Also where keys come from the environment, so that the backup has none."""
+    for name, key in (("other", "other key of 16 bytes"), ("mine", "my own key, 16 bytes")):
+        monkeypatch.setenv("HF_S3T_KEY", key)
+        make_store(tmp_path / name, key=None).export_state(tmp_path / f"{name}.json")
+    store = S3TStore(tmp_path / "mine")
+    shutil.rmtree(store.private)
+    with pytest.raises(StateError, match="belongs to another store than .*Nothing was changed"):
+        store.import_state(tmp_path / "other.json")
+    store.import_state(tmp_path / "mine.json")
+    assert store.locate(ids=["row-0"])[0].found == "live"
 
 
 # Keys

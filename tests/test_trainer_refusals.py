@@ -49,7 +49,6 @@ def running_python(code: str, *arguments: str) -> str:
         ("packing", True, "joins examples of different slices; set `packing=False`"),
         ("fsdp", "full_shard", "use DDP"),
         ("deepspeed", {"zero_optimization": {"stage": 1}}, "use DDP"),
-        ("push_to_hub", True, "private state"),
         ("use_liger_kernel", True, "patch it once before you pass it"),
     ],
 )

@@ -351,6 +351,7 @@ print(hashlib.sha256(json_bytes(Tuned("llama", target_modules="all-linear").stag
 """
 
 
+@pytest.mark.slow
 def test_the_plain_config_is_the_same_bytes_in_every_process():
     tuned = Tuned("llama", target_modules="all-linear")
     first, second = (json_bytes(tuned.stage(1).config) for _ in range(2))

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model_state_dict
@@ -65,6 +66,15 @@ CASES = {
         "AutoModelForImageClassification", "vit.layers", 4, ("classifier",),
     ),
 }  # fmt: skip
+
+WORLDS = [
+    pytest.param(
+        (case, kind), id=f"{case}-{kind}", marks=[pytest.mark.slow] if kind == "all" and case != "llama" else []
+    )
+    for case in CASES
+    for kind in KINDS
+]
+"""Every case with every kind of stage parameters; what a stage of all layers is, one of them tells soon enough."""
 
 
 def rows_of(case: Case, n: int = 24) -> Dataset:

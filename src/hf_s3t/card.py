@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -94,7 +95,7 @@ def render_card(manifest: Manifest) -> str:
         shards=manifest.plan.num_shards,
         slices=manifest.plan.num_slices,
         generation=manifest.generation,
-        base_line=f'base = transformers.{auto_class}.from_pretrained("{name}")',
+        base_line=f"base = transformers.{auto_class}.from_pretrained({json.dumps(name)})",
         root_text=_root_text(manifest, len(served)),
         example=f"`{example.name}`" if example else "of a store that has live stages",
         prefix_lines=prefix_lines(example) if example else PREFIX_LINES.format(folders=""),

@@ -1,30 +1,44 @@
 """`hf-s3t`: the verbs of an eraser on the command line, thin over `S3TStore` and `verify`.
 
-Exit codes: 0 done; 2 bad input, or something to be put right first; 3 done here, but exports that were made before
-still carry the influence; 4 something asked for is not known, nothing was changed; 5 a promise is broken or a file is
-damaged. Of several stores the gravest code counts (5, 2, 4, 3), and one store's fault does not stop the others. What a
-person sees is laid out in `display.py`, what a person names is read in `reading.py`.
+Exit codes: 0 done; 2 bad input, or something to be put right first; 3 done here, but pending elsewhere: in exports
+that were made before, or in the history of a repository; 4 something asked for is not known, nothing was changed; 5 a
+promise is broken or a file is damaged. Of several stores the gravest code counts (5, 2, 4, 3), and one store's fault
+does not stop the others. What a person sees is laid out in `display.py`, what a person names is read in `reading.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx2
 import typer
 from rich.console import Console, RenderableType
 
 from . import display
-from .errors import DatasetError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
+from .deletion import read_receipts, state_or_none
+from .errors import DatasetError, HubError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
+from .files import PRIVATE, json_bytes, read_json, write_atomic
+from .folder import StoreFolder
+from .hub import HubRepo, hides_repo
+from .manifest import merged
+from .probing import recheck as ask_again
+from .purge import SECONDS
 from .reading import digests_not_in, load_factory, parse_slice, read_dataset, wanted_names
+from .report import PurgeReport, covered, file_name, uncovered
+from .sources import RepoSource
 from .store import S3TStore, as_stage
 from .verify import Check, VerifyReport, verify
+
+logger = logging.getLogger(__name__)
 
 DONE, BAD_INPUT, PENDING, UNKNOWN, BROKEN = 0, 2, 3, 4, 5
 GRAVITY = (DONE, PENDING, UNKNOWN, BAD_INPUT, BROKEN, 1)
@@ -34,14 +48,22 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 state_app = typer.Typer(no_args_is_help=True, help="Back up the private state of a store, or put it back.")
 app.add_typer(state_app, name="state")
 
-Stores = Annotated[list[str], typer.Argument(help="Folders of stores: the output_dir of a training.")]
-OneStore = Annotated[str, typer.Argument(help="Folder of a store: the output_dir of a training.")]
+Stores = Annotated[list[str], typer.Argument(help="Stores: the output_dir of a training, or a repository.")]
+OneStore = Annotated[str, typer.Argument(help="A store: the output_dir of a training.")]
 Ids = Annotated[list[str] | None, typer.Option("--ids", help="An id; give the option again for another one.")]
 IdsFile = Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line; - is standard input.")]
 Groups = Annotated[list[str] | None, typer.Option("--groups", help="A group; give the option again for another one.")]
 GroupsFile = Annotated[Path | None, typer.Option("--groups-file", help="File with one group per line.")]
 Reference = Annotated[str | None, typer.Option(help="Your name for the request, kept in the private receipt.")]
 KeyFile = Annotated[Path | None, typer.Option(help="File with the partition key, where .s3t/ does not hold it.")]
+StateFolder = Annotated[
+    Path | None, typer.Option("--state", help="Folder of the state of a repository's store; also HF_S3T_STATE.")
+]
+KeepRefs = Annotated[
+    list[str] | None,
+    typer.Option("--keep-ref", help="A branch, tag or pull request to keep; all others are removed. Repeatable."),
+]
+DropRefs = Annotated[bool, typer.Option("--drop-refs", help="Remove every ref but the main branch.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document: a list with an outcome per store.")]
 
 
@@ -67,20 +89,22 @@ Verb = Callable[[S3TStore], Outcome]
 def main() -> None:
     """Look after stores of stages that S3T trained: find examples, delete them, check what is there.
 
-    Exit codes: 0 done; 2 bad input; 3 done here, but exports still carry the influence; 4 not known, nothing changed;
-    5 a promise is broken or a file is damaged. Of several stores the gravest counts: 5, 2, 4, 3.
+    Exit codes: 0 done; 2 bad input; 3 done here, but pending elsewhere (exports, a repository's history); 4 not known,
+    nothing changed; 5 a promise is broken or a file is damaged. Of several stores the gravest counts: 5, 2, 4, 3.
     """
 
 
 @app.command()
-def status(stores: Stores, as_json: AsJson = False) -> None:
-    """What is trained, served, missing and deleted."""
+def status(stores: Stores, state: StateFolder = None, as_json: AsJson = False) -> None:
+    """What is trained, served, missing and deleted. Ends with 3 while a deletion is pending."""
 
     def verb(store: S3TStore) -> Outcome:
-        found = store.status()
-        return Outcome(found.path, DONE, found.to_json(), display.show_status(found))
+        found, unpurged = store.status(), _unpurged(store)
+        shown = display.show_status(found, unpurged)
+        code = PENDING if unpurged or found.interrupted_deletions else DONE
+        return Outcome(found.path, code, {**found.to_json(), "unpurged": _names(unpurged)}, shown)
 
-    _run(stores, None, as_json, verb)
+    _run(stores, None, as_json, verb, state)
 
 
 @app.command()
@@ -91,6 +115,7 @@ def locate(
     groups: Groups = None,
     groups_file: GroupsFile = None,
     key_file: KeyFile = None,
+    state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Whether and where ids and groups are, and which live stages saw them."""
@@ -102,7 +127,7 @@ def locate(
         shown = display.show_locations(str(store.path), found)
         return Outcome(str(store.path), code, [asdict(location) for location in found], shown)
 
-    _run(stores, key_file, as_json, _asking(wanted, verb))
+    _run(stores, key_file, as_json, _asking(wanted, verb), state)
 
 
 @app.command()
@@ -124,7 +149,13 @@ def delete(
     refresh_exports: Annotated[
         bool, typer.Option("--refresh-exports", help="Make exports that carry the influence anew, or remove them.")
     ] = False,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Of a repository: remove it from the history, too, and probe.")
+    ] = False,
+    keep_refs: KeepRefs = None,
+    drop_refs: DropRefs = False,
     key_file: KeyFile = None,
+    state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove everything that depends on some examples. Needs no model, no dataset and no GPU."""
@@ -139,11 +170,143 @@ def delete(
         receipt = store.delete(
             wanted["ids"], wanted["groups"], slices=places, digests=digests,
             dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
+            purge=purge, keep_refs=_kept(keep_refs, drop_refs),
         )  # fmt: skip
-        code = PENDING if receipt.exports and not dry_run else DONE
-        return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt))
+        unpurged = {} if dry_run or not isinstance(store.source, RepoSource) else _unpurged(store)
+        pending = receipt.exports or receipt.still_served_at or receipt.status == "pending" or unpurged
+        code = PENDING if pending and not dry_run else DONE
+        return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt, unpurged))
 
-    _run(stores, key_file, as_json, verb)
+    _run(stores, key_file, as_json, verb, state)
+
+
+def _unpurged(store: S3TStore) -> dict[str, list[str]]:
+    """Repositories whose history still has deleted stages -> the names of those deletions.
+
+    Of a folder what its receipts say, without asking the Hub. A repository is asked for what was deleted elsewhere,
+    or in a folder and pushed since; what was deleted from it here stays open until a purge from here.
+    """
+    receipts = read_receipts(store)
+    if not isinstance(store.source, RepoSource):
+        found: dict[str, list[str]] = {}
+        for repo in {str(receipt["repository"]) for receipt in receipts if receipt.get("repository")}:
+            here = [receipt for receipt in receipts if receipt.get("repository") == repo]
+            found[repo] = [receipt["receipt"] for receipt in uncovered(repo, here, store.private)]
+        return {repo: names for repo, names in sorted(found.items()) if names}
+    repo_id, manifest, state = store.source.repo.repo_id, store.manifest(), state_or_none(store)
+    names = [r["receipt"] for r in uncovered(repo_id, receipts, store.private) if r.get("repository") == repo_id]
+    settled = covered(repo_id, store.private) | {r["receipt"] for r in receipts if r.get("repository") == repo_id}
+    log = merged(manifest.log, state.log) if state is not None else manifest.log
+    others = {name: {*event.places} for name, event in log.items() if event.places and name not in settled}
+    if others:
+        head = {place for stage in manifest.stages for place in stage.slices}
+        try:
+            history = store.source.places_served(manifest.weights)
+        except HubError as error:
+            logger.warning("%s What it still serves of deletions elsewhere is not known.", error)
+            history = set()
+        names += [n for n, at in others.items() if at & (history if n in manifest.log else history | head)]
+    return {repo_id: names} if names else {}
+
+
+def _names(unpurged: Mapping[str, list[str]]) -> list[str]:
+    return [name for names in unpurged.values() for name in names]
+
+
+def _kept(keep_refs: list[str] | None, drop_refs: bool) -> list[str] | None:
+    return keep_refs or ([] if drop_refs else None)
+
+
+@app.command()
+def push(
+    store: OneStore,
+    repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model; made, private, if there is none.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new one public; allow one that is.")] = False,
+    tombstones: Annotated[
+        bool | None, typer.Option(help="Let tombstones travel in it. Default: if it is private.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a repository on the Hub to what the store holds, in one commit. The state stays here."""
+
+    def verb(opened: S3TStore) -> Outcome:
+        info = opened.push(repo, private=not public, tombstones=tombstones)
+        unpurged = _unpurged(S3TStore(repo, state=opened.private))
+        result = {"repo": repo, "commit": info.oid, "unpurged": _names(unpurged)}
+        shown = f"{repo} is what {opened.path} holds, at {info.oid}."
+        if unpurged:
+            shown += f" {display.still_serves(unpurged)}"
+        return Outcome(str(opened.path), PENDING if unpurged else DONE, result, shown)
+
+    _run([store], None, as_json, verb)
+
+
+@app.command()
+def pull(
+    store: OneStore, repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model.")], as_json: AsJson = False
+) -> None:
+    """Bring a store to what a repository on the Hub holds, and obey the tombstones that travel in it."""
+
+    def verb(opened: S3TStore) -> Outcome:
+        opened.pull(repo)
+        return Outcome(str(opened.path), DONE, {"repo": repo}, f"{opened.path} is what {repo} holds.")
+
+    _run([store], None, as_json, verb)
+
+
+@app.command()
+def purge(
+    repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model.")],
+    keep_refs: KeepRefs = None,
+    drop_refs: DropRefs = False,
+    report: Annotated[Path | None, typer.Option(help="File for the report, for `recheck`.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long to wait for the Hub to settle.")] = SECONDS,
+    state: StateFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove from a repository's history what its head does not serve, probe it, and report what was seen."""
+
+    def verb(store: S3TStore) -> Outcome:
+        found = store.purge(_kept(keep_refs, drop_refs), seconds)
+        return _purge_outcome(repo, found, report, store.private / file_name(found))
+
+    _run([repo], None, as_json, verb, state)
+
+
+@app.command()
+def recheck(
+    report: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="File that `purge` wrote; it is brought up to date.")
+    ],
+    state: StateFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask again for what a purge report has as pending."""
+
+    def verb() -> Outcome:
+        known = PurgeReport.from_json(read_json(report))
+        found = ask_again(HubRepo(known.repo), known)
+        kept = StoreFolder(known.repo, state=state).private / file_name(found)
+        if found is known:
+            shown = f"Nothing was pending, so nothing was asked; it was last seen at {known.ended_at}."
+            return Outcome(known.repo, DONE, known.to_json(), f"{known.to_text()}\n{shown}")
+        if kept.exists():  # the one beside the receipts, which says whether the history is purged
+            write_atomic(kept, json_bytes(found.to_json()), PRIVATE)
+        return _purge_outcome(known.repo, found, report, report)
+
+    _show([_outcome(str(report), verb)], as_json)
+
+
+def _purge_outcome(repo: str, found: PurgeReport, file: Path | None, kept: Path) -> Outcome:
+    if file is not None:
+        write_atomic(file, json_bytes(found.to_json()), PRIVATE)  # addresses in it may still answer
+    kept = file or kept
+    shown = f"{found.to_text()}\nThis report is in {kept}."
+    if found.status == "begun":
+        shown += f" End it: hf-s3t purge {repo}, with what you said of its refs."
+    elif found.pending:
+        shown += f" Ask again for what is pending: hf-s3t recheck {kept}"
+    return Outcome(repo, PENDING if found.pending else DONE, found.to_json(), shown)
 
 
 @app.command()
@@ -155,6 +318,7 @@ def readmit(
     groups_file: GroupsFile = None,
     reference: Reference = None,
     key_file: KeyFile = None,
+    state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Lift tombstones, for rectified data or renewed consent. Then train again with the rows."""
@@ -165,7 +329,7 @@ def readmit(
         shown = display.show_readmission(str(store.path), receipt)
         return Outcome(str(store.path), DONE, receipt.to_json(), shown)
 
-    _run(stores, key_file, as_json, _asking(wanted, verb))
+    _run(stores, key_file, as_json, _asking(wanted, verb), state)
 
 
 @app.command("verify")
@@ -269,13 +433,33 @@ def import_state(
 # ---- running a verb ----
 
 
-def _run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb) -> None:
-    """Applies a verb to each store, shows the outcomes, and ends the program with the gravest exit code."""
-    outcomes = []
+def _run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb, state: Path | None = None) -> None:
+    """Applies a verb to each store, and ends the program with what came of it."""
+
+    def opened(path: str) -> Outcome:
+        store = S3TStore(path, key_file.read_text().strip() if key_file else None, state)
+        if not store.exists:
+            raise ValueError(_absent(path, store))
+        return verb(store)
+
+    _show([_outcome(path, partial(opened, path)) for path in stores], as_json)
+
+
+def _absent(path: str, store: S3TStore) -> str:
+    if isinstance(store.source, RepoSource):
+        return f"there is no folder {path}, and the repository {path} on the Hub has no s3t.json."
+    if hides_repo(path):
+        return f"the folder {path}, which holds no store, hides a repository of that name. Work elsewhere to reach it."
+    return (
+        "there is no store here (no s3t.json). Give the output_dir of a training, or the id of a repository, such as "
+        "me/model."
+    )
+
+
+def _show(outcomes: list[Outcome], as_json: bool) -> None:
+    """Shows outcomes, and ends the program with the gravest exit code."""
     person = Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else display.WIDTH)
-    for path in stores:
-        outcome = _outcome(path, key_file, verb)
-        outcomes.append(outcome)
+    for outcome in outcomes:
         if outcome.error:
             print(f"{outcome.store}: {outcome.error['message']}", file=sys.stderr)
         elif not as_json:
@@ -285,26 +469,26 @@ def _run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb
     raise typer.Exit(max((outcome.exit_code for outcome in outcomes), key=GRAVITY.index))
 
 
-def _outcome(path: str, key_file: Path | None, verb: Verb) -> Outcome:
+def _outcome(name: str, verb: Callable[[], Outcome]) -> Outcome:
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the outcomes alone
         try:
-            store = S3TStore(path, key_file.read_text().strip() if key_file else None)
-            if not store.exists:
-                raise ValueError("there is no store here (no s3t.json). Give the output_dir of a training.")
-            return verb(store)
+            return verb()
         except (S3TError, ValueError, OSError) as error:
-            code = _exit_code(error)
-            described = {"type": type(error).__name__, "message": str(error)}
+            code, message = _exit_code(error), str(error)
+            described = {"type": type(error).__name__, "message": message}
+        except httpx2.HTTPError as error:
+            code, message = BAD_INPUT, f"the Hub did not answer ({error}). Run it again later: it goes on from there."
+            described = {"type": type(error).__name__, "message": message}
         except Exception as error:
             traceback.print_exc()
             code, described = 1, {"type": type(error).__name__, "message": f"{error} (a fault of this program)"}
-    return Outcome(path, code, error=described)
+    return Outcome(name, code, error=described)
 
 
 def _exit_code(error: Exception) -> int:
     if isinstance(error, UnknownExampleError):
         return UNKNOWN
-    fixable = (StateError, StoreLockedError, RecipeError, DatasetError)
+    fixable = (HubError, StateError, StoreLockedError, RecipeError, DatasetError)
     return BROKEN if isinstance(error, S3TError) and not isinstance(error, fixable) else BAD_INPUT
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -14,18 +14,19 @@ from .store import Location, Status
 from .verify import VerifyReport
 
 WIDTH = 100
+UNKNOWN = "unknown: the state is not here"
+NONE: Mapping[str, Sequence[str]] = {}
 
 
-def show_status(status: Status) -> RenderableType:
-    """A store at a glance."""
-    unknown = "unknown: the state is not here"
+def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) -> RenderableType:
+    """A store at a glance; `unpurged` are deletions that the history of a repository still has."""
     rows: list[tuple[str, Any]] = [
         ("generation", status.generation),
         ("stages", f"{status.trained} of {status.planned} trained"),
         ("served", ", ".join(status.served) or "nothing: only the base model can answer"),
         ("repair", f"{status.repair_slice_passes} slice passes for {len(status.missing)} missing stages"),
-        ("examples", unknown if status.examples is None else status.examples),
-        ("deleted examples", unknown if status.deleted_examples is None else status.deleted_examples),
+        ("examples", UNKNOWN if status.examples is None else status.examples),
+        ("deleted examples", UNKNOWN if status.deleted_examples is None else status.deleted_examples),
         ("deletions", status.requests),
     ]
     if status.dead_shards:
@@ -36,7 +37,17 @@ def show_status(status: Status) -> RenderableType:
         rows.append(("exports", "\n".join(status.exports)))
     if status.stale_exports:
         rows.append(("stale exports", "\n".join(status.stale_exports)))
+    if unpurged:
+        rows.append(("history", still_serves(unpurged)))
     return Group(status.path, _pairs(rows))
+
+
+def still_serves(unpurged: Mapping[str, Sequence[str]]) -> str:
+    """What is to be said of the histories of repositories."""
+    return "\n".join(
+        f"of {repo} still serves what was deleted by {', '.join(names)}: hf-s3t purge {repo}"
+        for repo, names in unpurged.items()
+    )
 
 
 def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
@@ -51,21 +62,30 @@ def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
     return table
 
 
-def show_receipt(path: str, receipt: Receipt) -> RenderableType:
-    """What a deletion did, or would do."""
-    rows: list[tuple[str, Any]] = [
-        ("request", _request_line(receipt)),
-        ("examples", f"{receipt.examples} of this request"),
-        ("served prefixes", _served_lines(receipt)),
-        ("stages removed", ", ".join(receipt.stages_removed) or "none"),
-        ("dark until repair", f"{receipt.dark_examples} other examples, whose slices are not served"),
+def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[str]] = NONE) -> RenderableType:
+    """What a deletion did, or would do; `unpurged` are deletions that the history of a repository still has."""
+    rows: list[tuple[str, Any]] = [("request", _request_line(receipt))]
+    if receipt.status != "unchanged":
+        rows += [
+            ("examples", UNKNOWN if receipt.examples is None else f"{receipt.examples} of this request"),
+            ("served prefixes", _served_lines(receipt)),
+            ("stages removed", ", ".join(receipt.stages_removed) or "none"),
+            ("dark until repair", UNKNOWN if receipt.dark_examples is None else _dark_line(receipt.dark_examples)),
+        ]
+    elif receipt.deleted_by:
+        rows += [("deleted by", ", ".join(receipt.deleted_by)), ("since", receipt.inactive_since or "not known here")]
+    if receipt.still_served_at:
+        rows.append(("still served at", "\n".join(receipt.still_served_at) + "\nuntil the history is purged"))
+    if receipt.exports_removed:
+        rows.append(("exports removed", "\n".join(receipt.exports_removed)))
+    if receipt.exports_refreshed:
+        rows.append(("exports made anew", "\n".join(receipt.exports_refreshed)))
+    rows += [
         ("exports that still carry it", "\n".join(receipt.exports) or "none known"),
         ("caches with the text", "\n".join(receipt.caches) or "none known"),
     ]
-    if receipt.exports_refreshed:
-        rows.insert(6, ("exports made anew", "\n".join(receipt.exports_refreshed)))
-    if receipt.exports_removed:
-        rows.insert(6, ("exports removed", "\n".join(receipt.exports_removed)))
+    if unpurged:
+        rows.append(("history", still_serves(unpurged)))
     if receipt.reference:
         rows.append(("reference", receipt.reference))
     rows.append(("receipt", "none, as nothing was changed" if receipt.status == "dry run" else receipt.receipt))
@@ -112,12 +132,21 @@ def _sentence(path: str, receipt: Receipt) -> str:
     if receipt.status == "unchanged":
         changed = "Only exports were" if receipt.exports_refreshed or receipt.exports_removed else "Nothing was"
         return f"Everything asked for was deleted from {path} before. {changed} changed."
-    return f"{stages} {'is' if count == 1 else 'are'} no longer served by {path} since {receipt.inactive_since}."
+    at_head = receipt.status in ("inactive_at_head", "pending")
+    where = f"the head of {path}" if at_head else path
+    purge = " The purge of its history is pending: recheck its report." if receipt.status == "pending" else ""
+    return (
+        f"{stages} {'is' if count == 1 else 'are'} no longer served by {where} since {receipt.inactive_since}.{purge}"
+    )
 
 
 def _request_line(receipt: Receipt) -> str:
     line = f"{receipt.found} of {receipt.asked} found"
     return f"{line}, {receipt.already_deleted} deleted before" if receipt.already_deleted else line
+
+
+def _dark_line(count: int) -> str:
+    return f"{count} other examples, whose slices are not served"
 
 
 def _served_lines(receipt: Receipt) -> str:

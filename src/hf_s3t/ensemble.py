@@ -27,6 +27,7 @@ from .deletion import Receipt
 from .errors import S3TError, StoreError
 from .folder import StoreFolder
 from .gate import Gate
+from .hub import is_repo_id
 from .layout import find_layout
 from .manifest import Manifest
 from .members import Combine, MemberCache, Members
@@ -78,27 +79,34 @@ class S3TEnsemble(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | S3TStore,
         base_model: nn.Module | str | None = None,
         combine: Combine = "probabilities",
         *,
         key: str | bytes | None = None,
+        state: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
         **kwargs: Any,
     ) -> S3TEnsemble:
         """Loads the base model once, and the served prefixes of a store onto it.
 
         Args:
-            folder (`str` or `Path`): the store. Answering and refreshing need neither key nor state, deleting does.
+            folder (`str`, `Path` or [`S3TStore`]): the store: a folder, the id of a repository, or one that was opened
+                already. Answering and refreshing need neither key nor state, deleting does.
             base_model (`PreTrainedModel` or `str`, *optional*): the bare base, which will carry the adapters, or where
                 to load it from. `None`: the id that the store names.
             combine (`"probabilities"` or `"logits"`): what is averaged over the members.
-            key (`str` or `bytes`, *optional*): the partition key, for [`delete`]; see [`S3TStore`].
+            key, state, revision, token (*optional*): how the store is opened, see [`S3TStore`]; a revision and a token
+                are those of its repository. The base is loaded at the revision that the store names, with the token
+                that is logged in.
             kwargs: for the base model's `from_pretrained`: `dtype`, `device_map`, `quantization_config` and so on.
 
         Raises:
+            ValueError: the store was opened already, or is a folder, and arguments say how to open a repository.
             StoreError: the store does not say which base it needs, its files are damaged, or the base is another one.
         """
-        store = S3TStore(folder, key)
+        store = _opened(folder, key=key, state=state, revision=revision, token=token)
         manifest = store.live()
         if not isinstance(base_model, nn.Module):
             base_model, _ = load_base(store, base_model, **kwargs)
@@ -217,7 +225,8 @@ class S3TEnsemble(nn.Module):
             `bool`: whether the store had changed.
 
         Raises:
-            StoreError: a prefix could not be read. What is no longer live was dropped all the same.
+            StoreError: a prefix could not be read, and what is no longer live was dropped all the same; or the store
+                is older than what it was loaded from, as it knows fewer deletions, and nothing was changed.
         """
         self._gate.check_outside()
         with self._following:
@@ -253,6 +262,15 @@ class S3TEnsemble(nn.Module):
         if marks == self._marks:
             return False
         manifest, changes, problems = self._read_changes()
+        if manifest.generation < self.generation:  # an older copy of the store: it may serve what was deleted
+            error = StoreError(
+                f"{self._own_store().path} is of generation {manifest.generation} now, the model answers with "
+                f"{self.generation}, which is kept. An older copy was put there: bring the store up to date."
+            )
+            if strict:
+                raise error
+            logger.error("%s", error)
+            return False
         before = self.members
         with self._gate.changing():
             try:
@@ -297,6 +315,20 @@ class S3TEnsemble(nn.Module):
             if not problems or store.marks() == marks or reading == READINGS - 1:
                 break
         return manifest, changes, problems
+
+
+def _opened(folder: str | os.PathLike[str] | S3TStore, **how: Any) -> S3TStore:
+    given = {name: value for name, value in how.items() if value is not None}
+    if isinstance(folder, S3TStore):
+        if given:
+            raise ValueError(f"{sorted(given)} say how to open a store, but one was given. Open it with them.")
+        return folder
+    if not is_repo_id(folder) and given.keys() & {"revision", "token"}:
+        raise ValueError(
+            f"`revision` and `token` are for a store in a repository, and {folder} is a folder. For another base, or "
+            "with another token, load the base and pass `base_model=`."
+        )
+    return S3TStore(folder, **how)
 
 
 def _introduce_to_pipelines() -> None:

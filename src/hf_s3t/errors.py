@@ -5,7 +5,9 @@ S3TError
 ├── IsolationError      a stage touched a tensor that it does not own
 ├── StoreError          the store can not be read or written as asked
 │   ├── StateError      the private state is absent, foreign or older than the manifest
-│   └── StoreLockedError  another writer or another training run holds the store
+│   ├── StoreLockedError  another writer or another training run holds the store
+│   ├── HubError        a repository can not be reached, or this token may not do that
+│   └── HeadMovedError  somebody else committed to the repository meanwhile
 ├── RecipeError         settings that change bits differ from those of the store
 ├── DatasetError        rows have vanished or changed without a deletion
 └── UnknownExampleError a request names an example that the store does not know
@@ -33,6 +35,14 @@ class StateError(StoreError):
 
 class StoreLockedError(StoreError):
     """Another process holds the store; the message names it."""
+
+
+class HeadMovedError(StoreError):
+    """The repository's head is not the one that a commit was made for: look again and make it anew."""
+
+
+class HubError(StoreError):
+    """A repository can not be reached, is not there for this token, or may not be changed by it."""
 
 
 class RecipeError(S3TError):

@@ -56,7 +56,7 @@ class Record:
     def carries(self, deleted: Iterable[Tombstone]) -> bool:
         """Whether it was made of what something deleted depends on, before that was deleted."""
         places = {place for name in self.stages for place in Stage.from_name(name).slices}
-        return any(stone.generation > self.generation and places & set(stone.places) for stone in deleted)
+        return any(stone.generation > self.generation and places & stone.places for stone in deleted)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `.s3t/exports.json`."""

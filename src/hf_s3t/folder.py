@@ -1,4 +1,4 @@
-"""The store as a folder: which file holds what, in which order files are written, and what of them may be served.
+"""The store as a folder, or as a repository: which file holds what, in which order, and what of it may be served.
 
 ```
 out/  README.md  s3t.json  adapter_config.json  adapter_model.safetensors      the card, the manifest, the root adapter
@@ -9,6 +9,9 @@ out/  README.md  s3t.json  adapter_config.json  adapter_model.safetensors      t
 
 Readers take no lock: every file is replaced in one step and the manifest is written last. What an open intent covers
 is served no more, whether or not its files are still there. What a deletion does is for `deletion.py`.
+
+In a repository on the Hub the published files are those of one revision, downloaded when they are read; what is
+written waits until `publish` commits all of it at once. The state stays on this machine.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, join
 from .card import render_card
+from .contents import read_header, stage_findings
 from .errors import StateError, StoreError
 from .files import (
     PRIVATE,
@@ -37,12 +41,17 @@ from .files import (
     write_atomic,
     write_durable,
 )
-from .manifest import Manifest, State, key_check_value
+from .hub import HubRepo, is_repo_id
+from .manifest import DAMAGED, Manifest, State, key_check_value
 from .partition import Entry, Index
 from .plan import Order, Stage
+from .sources import MANIFEST, FolderSource, RepoSource, default_state
 
-MANIFEST = "s3t.json"
 KEY_VARIABLE = "HF_S3T_KEY"
+STATE_VARIABLE = "HF_S3T_STATE"
+MAX_MANIFEST_BYTES = 64 << 20
+MAX_CONFIG_BYTES = 1 << 20
+MAX_WEIGHTS_BYTES = 16 << 30
 LOCK_SECONDS = 120.0
 """How long a writer waits for another one: no longer than a checkpoint takes to write."""
 
@@ -64,18 +73,46 @@ def as_key(key: str | bytes) -> bytes:
     return key
 
 
+def stage_files(stage: Stage, adapter: Adapter) -> dict[str, bytes]:
+    """What a stage's folder holds, by name: of the same tensors always the same bytes."""
+    return adapter.files({"stage": stage.name, "parents": [above.name for above in stage.path[:-1]]})
+
+
+def digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    """sha256 by name."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+
+
 class StoreFolder:
     """Files of one store.
 
     Args:
-        path (`str` or `Path`): the folder; it need not exist yet.
+        path (`str` or `Path`): the folder, which need not exist yet, or the id of a repository (a `str` such as
+            `"me/model"`, where there is no such folder).
         key (`str` or `bytes`, *optional*): the partition key. `None`: the environment variable `HF_S3T_KEY`, else
-            `.s3t/partition.key`.
+            `partition.key` of the state.
+        state (`str` or `Path`, *optional*): the folder of the state. `None`: `.s3t/` in the folder; of a repository
+            what `HF_S3T_STATE` says.
+        revision (`str`, *optional*): of a repository, a commit, branch or tag to read from. `None`: the head.
+        token (`str`, *optional*): for the Hub. `None`: the one that is logged in.
     """
 
-    def __init__(self, path: str | os.PathLike[str], key: str | bytes | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        key: str | bytes | None = None,
+        state: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ):
         self.path = Path(path)
-        self.private = self.path / ".s3t"
+        self.source: FolderSource | RepoSource = FolderSource(self.path)
+        self.private = Path(state) if state else self.path / ".s3t"
+        self.knows_state = True
+        if is_repo_id(path):
+            self.source = RepoSource(HubRepo(str(path), token=token), revision)
+            state = state or os.environ.get(STATE_VARIABLE)
+            self.private, self.knows_state = Path(state) if state else default_state(str(path)), bool(state)
         self._given_key = as_key(key) if key is not None else None
         self.write_lock = Lock(self.private / "write.lock", "writing")
         self.train_lock = Lock(self.private / "train.lock", "training")
@@ -85,17 +122,17 @@ class StoreFolder:
     @property
     def exists(self) -> bool:
         """Whether a training has started here."""
-        return (self.path / MANIFEST).exists()
+        return self.source.has(MANIFEST)
 
     def manifest(self) -> Manifest:
-        """The manifest as it is on disk now."""
+        """The manifest: of a folder as it is on disk now, of a repository as it is in the commit that is read."""
         if not self.exists:
             raise StoreError(f"{self.path} holds no store: there is no {MANIFEST}. Give the output_dir of a training.")
-        return Manifest.from_json(read_json(self.path / MANIFEST))
+        return Manifest.from_json(read_json(self.source.file(MANIFEST, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES))
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Replaces the manifest, durably."""
-        write_atomic(self.path / MANIFEST, json_bytes(manifest.to_json()))
+        self.source.put(MANIFEST, json_bytes(manifest.to_json()))
 
     def live(self, manifest: Manifest | None = None) -> Manifest:
         """The manifest less every stage that an open intent covers: the stages that may be served.
@@ -103,8 +140,9 @@ class StoreFolder:
         Its generation counts those intents: what serves it is as new as the deletions that it obeys.
         """
         intents = self.intents()
-        hit = {place for intent in intents for place in intent["places"]}
         manifest = manifest or self.manifest()  # after the intents: one that ended in between is in the manifest
+        intents = [intent for intent in intents if intent["receipt"]["receipt"] not in manifest.log]
+        hit = {place for intent in intents for place in intent["places"]}
         manifest = manifest.without([stage for stage in manifest.stages if stage.slices & hit])
         return replace(manifest, generation=max([manifest.generation, *(intent["generation"] for intent in intents)]))
 
@@ -126,12 +164,26 @@ class StoreFolder:
     def _read_live_stage(self, stage: Stage, manifest: Manifest) -> Adapter:
         if stage not in manifest.stages:
             raise StoreError(f"Stage {stage.name} is not in the store: never trained, or removed by a deletion.")
-        return self._read_adapter(stage.name, manifest.stages[stage])
+        adapter = self._read_adapter(stage.name, manifest.stages[stage])
+        if isinstance(self.source, RepoSource):
+            self._check_contents(stage, manifest, adapter)
+        return adapter
+
+    def _check_contents(self, stage: Stage, manifest: Manifest, adapter: Adapter) -> None:
+        """Hashes tell damage only: whoever may write to a repository makes the manifest agree."""
+        try:
+            header = read_header(self.source.file(f"{stage.name}/{WEIGHTS_FILE}"))
+            findings = list(stage_findings(stage, manifest.recipe["config"], adapter.config, header))
+        except DAMAGED as error:
+            findings = [f"{stage.name} is not of the form that hf_s3t writes: {type(error).__name__} {error}"]
+        if findings:
+            raise StoreError(f"{self.path} holds what no training wrote. It is not used. {'; '.join(findings[:3])}.")
 
     def _read_adapter(self, relative: str, expected: Mapping[str, str]) -> Adapter:
-        folder = inside(self.path, relative)
+        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES}
+        paths = {name: self.source.file(f"{relative}/{name}", limits.get(name)) for name in expected}
         for name, digest in expected.items():
-            path = inside(folder, name)
+            path = paths[name]
             if not path.exists():
                 raise StoreError(f"{path} is missing, but the manifest lists it. Restore it from a backup.")
             try:
@@ -140,7 +192,7 @@ class StoreFolder:
                 raise StoreError(f"{path} can not be read: {error}.") from error
             if found != digest:
                 raise StoreError(f"{path} is not the file that was trained: its sha256 differs from the manifest's.")
-        return Adapter(read_json(folder / CONFIG_FILE), read_safetensors(folder / WEIGHTS_FILE))
+        return Adapter(read_json(paths[CONFIG_FILE], MAX_CONFIG_BYTES), read_safetensors(paths[WEIGHTS_FILE]))
 
     def assemble(self, shard: int, prefix: Order, manifest: Manifest | None = None) -> Adapter:
         """Any live prefix as one ordinary LoRA adapter."""
@@ -149,7 +201,7 @@ class StoreFolder:
 
     def write_stage(self, stage: Stage, adapter: Adapter) -> dict[str, str]:
         """Writes a stage's folder in one step; returns the sha256 of its files. The manifest is the caller's."""
-        files = adapter.files({"stage": stage.name, "parents": [above.name for above in stage.path[:-1]]})
+        files = stage_files(stage, adapter)
         scratch = self.private / "scratch" / stage.name.replace("/", "_")
         remove(scratch)
         scratch.mkdir(parents=True)
@@ -157,7 +209,7 @@ class StoreFolder:
             write_durable(scratch / name, data)
         sync_folder(scratch)
         install_folder(scratch, inside(self.path, stage.name))
-        return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+        return digests(files)
 
     def write_root(self, manifest: Manifest) -> Manifest:
         """Replaces the root adapter and the card by those of the manifest's served prefixes.
@@ -168,15 +220,15 @@ class StoreFolder:
         root = average([self.assemble(shard, prefix, manifest) for shard, prefix in sorted(served.items())])
         if root is None:
             for name in (WEIGHTS_FILE, CONFIG_FILE):
-                remove(self.path / name)
-            digests = None
+                self.source.drop(name)
+            root_digests = None
         else:
             files = root.files({"root": [Stage(shard, prefix).name for shard, prefix in sorted(served.items())]})
             for name in (WEIGHTS_FILE, CONFIG_FILE):
-                write_atomic(self.path / name, files[name])
-            digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
-        manifest = replace(manifest, root=digests)
-        write_atomic(self.path / "README.md", render_card(manifest).encode())
+                self.source.put(name, files[name])
+            root_digests = digests(files)
+        manifest = replace(manifest, root=root_digests)
+        self.source.put("README.md", render_card(manifest).encode())
         return manifest
 
     # ---- the state ----
@@ -193,8 +245,7 @@ class StoreFolder:
             path = self.private / "partition.key"
             if not path.exists():
                 raise StateError(
-                    f"{self.path} has no partition key. Give `key=`, set {KEY_VARIABLE}, or restore .s3t/ from its "
-                    "backup (`hf-s3t state import`). With the state lost, `delete(slices=...)` still works."
+                    f"{self.path} has no partition key. Give `key=`, set {KEY_VARIABLE}, or {self._way_out}"
                 )
             key = as_key(path.read_text().strip())
         if self.exists and key_check_value(key) != self.manifest().key_check:
@@ -230,11 +281,15 @@ class StoreFolder:
         """Generation, tombstones and training records."""
         path = self.private / "state.json"
         if not path.exists():
-            raise StateError(
-                f"{self.path} has no state (.s3t/state.json). Restore it from its backup with `hf-s3t state import`; "
-                "with the state lost, `delete(slices=...)` still works."
-            )
+            raise StateError(f"{self.path} has no state (state.json). To find anybody, {self._way_out}")
         return State.from_json(read_json(path))
+
+    @property
+    def _way_out(self) -> str:
+        lost = "With the state lost, `delete(slices=...)` still works."
+        if self.knows_state:
+            return f"restore {self.private} from its backup (`hf-s3t state import`). {lost}"
+        return f"name the folder of the state: `state=`, `--state` or {STATE_VARIABLE}. {lost}"
 
     def write_state(self, state: State) -> None:
         """Replaces the state, durably."""
@@ -242,8 +297,16 @@ class StoreFolder:
 
     def index(self) -> Index:
         """Keyed digests of the examples that were handed in and not deleted."""
-        data = read_json(self.private / "index.json")
+        path = self.private / "index.json"
+        if not path.exists():
+            raise StateError(f"{self.path} has no index (index.json). To find anybody, {self._way_out}")
+        data = read_json(path)
         return {digest: Entry(*entry) for digest, entry in data.items()}
+
+    @property
+    def has_index(self) -> bool:
+        """Whether there is an index."""
+        return (self.private / "index.json").exists()
 
     def write_index(self, index: Index) -> None:
         """Replaces the index, durably."""
@@ -263,10 +326,9 @@ class StoreFolder:
         return found
 
     def marks(self) -> tuple[Any, ...]:
-        """Changes whenever a deletion begins or ends: cheap enough to look at before every step."""
+        """Changes whenever a deletion begins or ends: of a folder cheap enough to look at before every step."""
         try:
             intents = sorted(os.listdir(self.private / "intents"))
         except FileNotFoundError:
             intents = []
-        status = os.stat(self.path / MANIFEST if self.exists else self.path)
-        return (status.st_mtime_ns, status.st_size, status.st_ino, *intents)
+        return (*self.source.marks(), *intents)

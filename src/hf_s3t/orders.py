@@ -13,6 +13,7 @@ from .adapter import Adapter
 from .files import remove
 from .partition import examples_digest
 from .plan import Stage
+from .reconcile import check_generation
 from .rows import TrainRows
 from .store import S3TStore
 from .tuner import Tensors
@@ -49,9 +50,14 @@ class StageOrder:
 
 
 def next_order(store: S3TStore, rows: TrainRows) -> StageOrder | None:
-    """The first stage that the store lacks, with its rows as they may be used now; `None` when nothing is missing."""
+    """The first stage that the store lacks, with its rows as they may be used now; `None` when nothing is missing.
+
+    Raises:
+        StateError: the manifest names deletions that the state does not know; they came while another stage trained.
+    """
     with store.writing():
         manifest, state = store.manifest(), store.state()
+        check_generation(store, manifest, state)
         missing = manifest.plan.missing(manifest.stages)
         if not missing:
             return None
@@ -68,11 +74,14 @@ def next_order(store: S3TStore, rows: TrainRows) -> StageOrder | None:
 
 def is_hit(store: S3TStore, order: StageOrder) -> bool:
     """Whether a deletion that began after the order was given out covers a slice of its stage."""
-    if any(order.stage.slices & intent["places"] for intent in store.intents()):
-        return True
     state = store.state()
+    if not state.knows(store.manifest()):  # a deletion came without its tombstones: whose it was is not known here
+        return True
+    intents = [intent for intent in store.intents() if intent["receipt"]["receipt"] not in state.log]
+    if any(order.stage.slices & intent["places"] for intent in intents):
+        return True
     stones = [*state.ids.values(), *state.groups.values()]
-    if any(stone.generation > order.generation and order.stage.slices & set(stone.places) for stone in stones):
+    if any(stone.generation > order.generation and order.stage.slices & stone.places for stone in stones):
         return True
     index = store.index()  # a tombstone may have been lifted again, but its example left the index
     return any(digest not in index for digest in order.examples)

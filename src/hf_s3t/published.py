@@ -7,17 +7,15 @@ runs them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from .adapter import CONFIG_FILE, WEIGHTS_FILE, average, is_lora
-from .errors import S3TError, StoreError
+from .adapter import CONFIG_FILE, WEIGHTS_FILE, average
+from .contents import read_header, stage_findings
+from .errors import S3TError
 from .files import inside, read_json
 from .folder import MANIFEST, StoreFolder
-from .layout import split_layer_path
 from .manifest import Manifest
 from .plan import Stage
 
@@ -70,8 +68,8 @@ def _check_contents(folder: StoreFolder, manifest: Manifest) -> Findings:
     for stage in sorted(manifest.stages):
         path = inside(folder.path, stage.name)
         try:
-            header = _read_header(path / WEIGHTS_FILE)
-            yield from _stage_findings(stage, recipe, read_json(path / CONFIG_FILE), header)
+            header = read_header(path / WEIGHTS_FILE)
+            yield from stage_findings(stage, recipe, read_json(path / CONFIG_FILE), header)
         except MALFORMED as error:
             yield f"{stage.name} can not be read: {type(error).__name__}: {error}"
             continue
@@ -84,68 +82,6 @@ def _check_contents(folder: StoreFolder, manifest: Manifest) -> Findings:
             odd = sorted({name for name, _ in shapes ^ usual})
             if odd:
                 yield f"{stage.name}: it has other tensors than most stages of its depth: {', '.join(odd[:3])}"
-
-
-def _stage_findings(stage: Stage, recipe: Any, config: Any, header: dict[str, Any]) -> Iterator[str]:
-    """What does not belong to a stage in its own files."""
-    parents = [above.name for above in stage.path[:-1]]
-    about = json.loads(header.pop("__metadata__")["hf_s3t"])
-    if about != {"stage": stage.name, "parents": parents}:
-        yield f"{stage.name}: its weights say that they are those of {about.get('stage')!r}"
-    if stage.depth > len(recipe["groups"]):
-        yield f"{stage.name}: there are only {len(recipe['groups'])} layer groups"
-        return
-    groups = recipe["groups"] if recipe["stage_parameters"] == "all" else [recipe["groups"][stage.depth - 1]]
-    layers = sorted(layer for group in groups for layer in group)
-    for name, value in _expected_config(recipe, layers).items():
-        if config.get(name) != value:
-            yield f"{stage.name}: `{name}` is {config.get(name)!r}, the recipe says {value!r}"
-    if config["auto_mapping"]["parents"] != parents:
-        yield f"{stage.name}: its config names the parents {config['auto_mapping']['parents']}"
-    yield from _tensor_findings(stage.name, header, layers, recipe)
-
-
-def _expected_config(recipe: Any, layers: list[int]) -> dict[str, Any]:
-    """Fields of `adapter_config.json` on which it depends what the tensors mean."""
-    kept = ("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "target_modules", "task_type")
-    return {
-        **{name: recipe[name] for name in kept},
-        "peft_type": "LORA",
-        "layers_to_transform": layers,
-        "modules_to_save": recipe["modules_to_save"] or None,
-        "bias": "none",
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-
-
-def _tensor_findings(stage: str, header: dict[str, Any], layers: list[int], recipe: Any) -> Iterator[str]:
-    seen: set[int] = set()
-    heads = tuple(f"base_model.model.{head}." for head in recipe["modules_to_save"])
-    for name, entry in sorted(header.items()):
-        if entry["dtype"] != "F32":
-            yield f"{stage}: {name} is of type {entry['dtype']}; stages are stored in fp32"
-        if not is_lora(name):
-            if not name.startswith(heads or ("/",)):
-                yield f"{stage}: {name} is neither LoRA nor part of a head"
-            continue
-        place = split_layer_path(name)
-        if place is None or place[1] not in layers:
-            yield f"{stage}: {name} lies outside its layers {layers}"
-            continue
-        seen.add(place[1])
-        rank = entry["shape"][0 if ".lora_A." in name else 1]
-        if rank != recipe["r"]:
-            yield f"{stage}: {name} is of rank {rank}, the recipe says {recipe['r']}"
-        swap = (".lora_A.", ".lora_B.") if ".lora_A." in name else (".lora_B.", ".lora_A.")
-        if name.replace(*swap) not in header:
-            yield f"{stage}: {name} is there without its other half"
-    for layer in sorted(set(layers) - seen):
-        yield f"{stage}: it has no tensor in its layer {layer}"
-    for head in heads:
-        if not any(name.startswith(head) for name in header):
-            yield f"{stage}: its head {head.removeprefix('base_model.model.').rstrip('.')} is missing"
 
 
 def _check_surplus(folder: StoreFolder, manifest: Manifest) -> Findings:
@@ -201,12 +137,3 @@ PUBLISHED_CHECKS: dict[str, FindingsOf] = {
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    """Names, types and shapes of a safetensors file, and its metadata, without its tensors."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length < path.stat().st_size:
-            raise StoreError("the file is truncated")
-        return json.loads(file.read(length))

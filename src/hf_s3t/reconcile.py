@@ -56,7 +56,7 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
         return _create(store, config, wanted)
     manifest, state = store.manifest(), store.state()
     check_same(manifest.recipe, wanted.recipe)
-    _check_generation(store, manifest, state)
+    check_generation(store, manifest, state)
     index, rows = store.index(), _unburied(wanted.rows.entries, state)
     comparison = compare(index, rows)
     if manifest.stages and (comparison.missing or comparison.changed):
@@ -69,15 +69,21 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
 
 
 def _create(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
-    key, state = store.key, State()
-    index = dict(wanted.rows.entries)
+    key = store.key
+    # A state that was imported, or is left from a store that is gone: what it buries stays buried.
+    state = replace(deletion.state_or_none(store) or State(key_check=key_check_value(key)), stages={})
+    if state.key_check not in ("", key_check_value(key)):
+        raise StateError(f"The state in {store.private} is of another store. Name another folder, or bring its key.")
+    index = _unburied(wanted.rows.entries, state)
     warn_of_empty_slices(index, key, config)
     logger.warning(
         "The private state of this store is in %s. Back it up (`hf-s3t state export`): without it, nobody can be "
         "found again.",
         store.private,
     )
-    manifest = Manifest(0, state.digest(key), key_check_value(key), wanted.recipe, wanted.plan)
+    manifest = Manifest(
+        len(state.log), state.digest(key), key_check_value(key), wanted.recipe, wanted.plan, log=state.log
+    )
     store.write_state(state)
     _write(store, manifest, index, wanted)
     return manifest
@@ -98,8 +104,9 @@ def _write(store: S3TStore, manifest: Manifest, index: Index, wanted: Wanted) ->
     deletion.sweep(store, manifest)
 
 
-def _check_generation(store: S3TStore, manifest: Manifest, state: State) -> None:
-    if state.generation == manifest.generation and state.digest(store.key) == manifest.tombstones:
+def check_generation(store: S3TStore, manifest: Manifest, state: State) -> None:
+    """Raises [`StateError`] unless the state knows every deletion that the manifest names, and its tombstones."""
+    if state.knows(manifest) and state.digest(store.key) == manifest.tombstones:
         return
     raise StateError(
         f"The state is of generation {state.generation}, the manifest of {manifest.generation}, or their tombstones "

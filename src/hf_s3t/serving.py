@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import HfApi
 from transformers import Trainer
 
 from .deletion import Receipt
 from .ensemble import S3TEnsemble, read_members
-from .errors import S3TError
 from .orders import StageOrder
 from .staging import on_main_process
 from .store import S3TStore
@@ -85,20 +86,65 @@ class ServedModelMixin(TrainerBase):
         return receipt
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the root adapter and the tokenizer; the store itself holds its root adapter already."""
+        """Writes the root adapter and the tokenizer; the store itself holds its root adapter already.
+
+        With `args.push_to_hub` the store is pushed, too.
+        """
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
         target = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save or target.resolve() == self.store.path.resolve():
-            return
-        self.store.export(target)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(target)
+        if self.args.should_save and target.resolve() != self.store.path.resolve():
+            self.store.export(target)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(target)
+        if self.args.push_to_hub:  # as upstream's
+            self.push_to_hub(commit_message="Model save")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The store writes its own card: the Trainer's would name datasets and losses, and replace it."""
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: upstream uploads the whole folder, the private state and optimizer states included."""
-        raise S3TError("This version can not push a store to the Hub; uploading the folder would publish `.s3t/`.")
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Pushes the store to `args.hub_model_id` in one commit; see [`S3TStore.push`].
+
+        Upstream would upload the folder: in several commits, the private state and optimizer states included.
+
+        Args:
+            commit_message (`str`, *optional*): first line of the commit's message.
+            blocking (`bool`): `False`: return a future.
+            token (`str`, *optional*): `None`: `args.hub_token`, else the one that is logged in.
+            revision: has to be `None`: a store lives on the main branch, where its deletions are.
+            private (`bool`, *optional*): of a new repository. `None`: `args.hub_private_repo`, else `True`.
+            kwargs: for upstream's model card, which is not used: the store's own says what is live.
+
+        Returns:
+            `CommitInfo`, a future of it, or `None` on all but the main process.
+        """
+        if revision is not None or self.args.hub_revision is not None:
+            raise ValueError("A store is pushed to the main branch, which its deletions change. Leave `revision` out.")
+        if not self.is_world_process_zero():
+            return None
+        token = token or self.args.hub_token
+        if getattr(self, "hub_model_id", None) is None:
+            self.init_hf_repo(token=token, private=private)
+        private = self.args.hub_private_repo if private is None else private
+        push = partial(
+            self.store.push, self.hub_model_id, private is not False, token=token, commit_message=commit_message
+        )
+        return push() if blocking else HfApi().run_as_future(push)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As upstream's, but a new repository is private unless told otherwise."""
+        private = self.args.hub_private_repo if private is None else private
+        super().init_hf_repo(token=token, private=private is not False)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a checkpoint is scratch with optimizer states in it, and the store is whole between stages only."""

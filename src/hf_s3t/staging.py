@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainingArguments
@@ -53,12 +55,16 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
         "packing": "it joins examples of different slices; set `packing=False`",
         "fsdp": "stages need whole tensors on every process; use DDP",
         "deepspeed": "stages need whole tensors on every process; use DDP",
-        "push_to_hub": "this version can not push a store, and upstream's way would publish its private state",
         "use_liger_kernel": "it patches the model at every stage; patch it once before you pass it",
     }
     for name, reason in refusals.items():
         if getattr(args, name, None):
             raise ValueError(f"S3T does not work with `{name}={getattr(args, name)!r}`: {reason}.")
+    if args.push_to_hub and "checkpoint" in str(args.hub_strategy.value):
+        raise ValueError(
+            f"`hub_strategy={args.hub_strategy.value!r}` would push running checkpoints, whose optimizer states are "
+            "computed from the examples. Use `hub_strategy='every_save'`: the store is pushed when `train()` ends."
+        )
 
 
 def check_processes(args: TrainingArguments) -> None:
@@ -103,7 +109,11 @@ def wrap_model(model: nn.Module, config: S3TConfig | None, seed: int) -> tuple[P
 def public_id(model: nn.Module) -> str | None:
     """The base model's id on the Hub; `None` where it is a local path or was built from a config."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return None if not name or os.path.exists(name) or os.path.isabs(name) else name
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if os.path.exists(str(name)) else name
 
 
 def make_plan(config: S3TConfig, seed: int) -> Plan:

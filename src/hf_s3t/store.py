@@ -13,10 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import deletion
+from huggingface_hub import CommitInfo
+
+from . import deletion, publishing
+from . import purge as purging
 from .bases import load_base
 from .deletion import Receipt
-from .errors import StateError, StoreError, UnknownExampleError
+from .errors import S3TError, StateError, StoreError, UnknownExampleError
 from .exports import (
     Export,
     carrying,
@@ -29,10 +32,12 @@ from .exports import (
 )
 from .files import PRIVATE, json_bytes, read_json, write_atomic
 from .folder import LOCK_SECONDS, StoreFolder, as_key
-from .manifest import State, key_check_value
+from .manifest import State, key_check_value, united
 from .partition import Entry, keyed_digest
 from .plan import Order, Stage
+from .report import PurgeReport
 from .requests import Place, resolve
+from .sources import RepoSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,11 +85,16 @@ class Status:
 
 
 class S3TStore(StoreFolder):
-    """A store of stages in a folder.
+    """A store of stages, in a folder or in a repository on the Hub.
 
     Args:
-        path (`str` or `Path`): the `output_dir` of a training.
-        key (`str` or `bytes`, *optional*): the partition key; `None`: `HF_S3T_KEY`, else `.s3t/partition.key`.
+        path (`str` or `Path`): the `output_dir` of a training, or the id of a repository (`"me/model"`, where there is
+            no such folder). What is read from a repository is downloaded; what changes it is committed to it.
+        key (`str` or `bytes`, *optional*): the partition key; `None`: `HF_S3T_KEY`, else `partition.key` of the state.
+        state (`str` or `Path`, *optional*): the folder of the state. `None`: `.s3t/` in the folder; of a repository
+            what `HF_S3T_STATE` says. Without it a repository can be read, and whole slices can be deleted.
+        revision (`str`, *optional*): of a repository, a commit, branch or tag to read, for good. `None`: the head.
+        token (`str`, *optional*): for the Hub; `None`: the one that is logged in.
 
     Example:
 
@@ -98,7 +108,7 @@ class S3TStore(StoreFolder):
     @contextmanager
     def writing(self, timeout: float = LOCK_SECONDS) -> Iterator[None]:
         """Holds the store's write lock, after finishing what an interrupted writer left."""
-        with self.write_lock.hold(timeout):
+        with self.write_lock.hold(timeout), self.source.drafting():
             deletion.recover(self)
             yield
 
@@ -106,6 +116,7 @@ class S3TStore(StoreFolder):
 
     def status(self) -> Status:
         """What is trained, served, missing and deleted. Needs no key; without the state, counts are `None`."""
+        self.source.look()
         manifest = self.live()
         served = manifest.plan.served(manifest.stages)
         missing = manifest.plan.missing(manifest.stages)
@@ -129,7 +140,7 @@ class S3TStore(StoreFolder):
             dead_shards=tuple(shard for shard in range(manifest.plan.num_shards) if shard not in served),
             examples=examples,
             deleted_examples=deleted,
-            requests=sum(1 for receipt in deletion.read_receipts(self) if receipt["kind"] == "delete"),
+            requests=sum(1 for event in manifest.log.values() if event.places),
             interrupted_deletions=len(self.intents()),
             exports=tuple(read_exports(self)),
             stale_exports=tuple(stale),
@@ -137,6 +148,7 @@ class S3TStore(StoreFolder):
 
     def locate(self, ids: Iterable[Any] = (), groups: Iterable[Any] = ()) -> list[Location]:
         """Tells for each id and group whether and where it is, and which live stages saw it."""
+        self.source.look()
         key, index, state, manifest = self.key, self.index(), self.state(), self.live()
         found = []
         for kind, values in (("id", ids), ("group", groups)):
@@ -160,6 +172,9 @@ class S3TStore(StoreFolder):
         missing_ok: bool = False,
         refresh_exports: bool = False,
         when_durable: Callable[[], None] | None = None,
+        push: bool = True,
+        purge: bool = False,
+        keep_refs: Iterable[str] | None = None,
     ) -> Receipt:
         """Removes everything that depends on some examples. No model, no dataset, no gradient step.
 
@@ -178,6 +193,8 @@ class S3TStore(StoreFolder):
             when_durable (`Callable`, *optional*): called once, when the deletion can no longer be undone and before
                 anything is removed: a model in memory stops serving here. Not called where nothing changes. What it
                 raises is raised after the deletion has been carried out.
+            push, purge (`bool`), keep_refs (`Iterable[str]`, *optional*): for a store that was opened from a
+                repository: it is always pushed; `purge=True` removes it from the history, too, see [`purge`].
 
         Returns:
             [`Receipt`]
@@ -186,14 +203,84 @@ class S3TStore(StoreFolder):
             UnknownExampleError: something is not known; nothing was changed.
             StoreLockedError: another writer did not finish in time.
         """
+        if (not push or purge or keep_refs is not None) and not isinstance(self.source, RepoSource):
+            raise ValueError("`push`, `purge` and `keep_refs` are for a store that was opened from a repository.")
+        if not push:
+            raise ValueError("A deletion from a repository is the commit that it pushes: `push=False` has no meaning.")
+        self.source.look()
         self.manifest()  # a folder that is no store is refused before a lock file is made in it
+        if purge and isinstance(self.source, RepoSource):
+            purging.sort_refs(self.source.repo, keep_refs)  # refused before anything is deleted
         with nullcontext() if dry_run else self.writing():  # a dry run only reads
             request = resolve(self, ids, groups, rows, slices, digests)
-            return deletion.delete(
+            receipt = deletion.delete(
                 self, request,
                 reference=reference, missing_ok=missing_ok, dry_run=dry_run,
                 refresh_exports=refresh_exports, when_durable=when_durable,
             )  # fmt: skip
+        if purge and not dry_run:
+            try:
+                report = self.purge(keep_refs)
+            except S3TError as error:
+                raise type(error)(f"The deletion is done ({receipt.receipt}), its purge is not. {error}") from error
+            receipt = replace(receipt, status=report.status, still_served_at=report.still_served_at)
+        return receipt
+
+    # ---- the Hub ----
+
+    def push(
+        self,
+        repo_id: str,
+        private: bool = True,
+        tombstones: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> CommitInfo:
+        """Brings a repository on the Hub to what this folder holds, in one commit; only what changed is sent.
+
+        Nothing of the state goes there. What others trained and pushed since is kept; a stage that a deletion hit,
+        here or there, never comes back.
+
+        Args:
+            repo_id (`str`): `"me/model"`; made if there is none.
+            private (`bool`): make a new repository private, and refuse one that is public and holds no store yet.
+            tombstones (`bool`, *optional*): let tombstones (keyed digests without their key) travel, so that other
+                machines obey them. `None`: in private repositories.
+            token (`str`, *optional*): `None`: the one that is logged in.
+            commit_message (`str`, *optional*): first line of the commit's message; a random name is added to it.
+
+        Raises:
+            StateError: the repository obeys deletions that this store has not seen; nothing was pushed.
+            ValueError: the repository is public, and neither that nor tombstones were meant; nothing was pushed.
+        """
+        with self.writing():
+            target = StoreFolder(repo_id, self._given_key, self.private, token=token)
+            return publishing.push(self, target, private, tombstones, commit_message)
+
+    def pull(self, repo_id: str, token: str | None = None) -> None:
+        """Brings this folder to what a repository on the Hub holds, and obeys the tombstones that travel in it.
+
+        Raises:
+            StoreError: the repository holds another store, or its files are damaged.
+        """
+        with self.writing():
+            publishing.pull(self, StoreFolder(repo_id, self._given_key, self.private, token=token))
+
+    def purge(self, keep_refs: Iterable[str] | None = None, seconds: float = purging.SECONDS) -> PurgeReport:
+        """Removes from a repository's history what its head does not serve; see [`hf_s3t.purge.purge`].
+
+        The report is kept beside the receipts, as `purge-*.json`.
+        """
+        if not isinstance(self.source, RepoSource):
+            raise ValueError(
+                f"{self.path} is a folder, which has no history. Open a repository: `S3TStore('me/model')`."
+            )
+        with self.writing():
+            protected = {digest for files in self.manifest().stages.values() for digest in files.values()}
+            receipts = deletion.read_receipts(self)
+            report = purging.purge(self.source.repo, keep_refs, seconds, protected, receipts, self.private)
+            self.source.look()
+        return report
 
     def readmit(self, ids: Iterable[Any] = (), groups: Iterable[Any] = (), reference: str | None = None) -> Receipt:
         """Lifts tombstones, for rectified data or renewed consent. Hand the rows to `train()` again afterwards.
@@ -270,30 +357,28 @@ class S3TStore(StoreFolder):
         write_atomic(path, json_bytes(bundle), PRIVATE)
 
     def import_state(self, file: str | os.PathLike[str]) -> None:
-        """Puts a backup of the state in place, and finishes what its tombstones ask for.
+        """Joins a backup with the state that is here, and finishes what its tombstones ask for; forgets no deletion.
 
         Raises:
-            StateError: the backup is of another store, or older than the state that is here.
+            StateError: the backup is of another store.
         """
         bundle = read_json(Path(file))
         parts = {"hf_s3t_state", "key", "index", "state", "receipts", "exports"}
         if not isinstance(bundle, dict) or set(bundle) != parts or bundle["hf_s3t_state"] != 1:
             raise StateError(f"{file} is no state that `export_state` wrote.")
         state = State.from_json(bundle["state"])
-        with self.write_lock.hold(LOCK_SECONDS):
+        if self.exists and state.key_check not in ("", self.manifest().key_check):
+            raise StateError(f"{file} belongs to another store than {self.path}. Nothing was changed.")
+        with self.write_lock.hold(LOCK_SECONDS), self.source.drafting():
             if self.exists and bundle["key"] and key_check_value(as_key(bundle["key"])) != self.manifest().key_check:
                 raise StateError(f"{file} belongs to another store: its key does not fit {self.path}.")
-            here = self.state() if (self.private / "state.json").exists() else State()
-            forgotten = _forgotten(here, state, bundle["receipts"])
-            if here.generation > state.generation or forgotten:
-                raise StateError(
-                    f"{file} is of generation {state.generation}, the state here of {here.generation}, and "
-                    f"{forgotten} tombstones here are not known there: importing it would forget deletions. Nothing "
-                    "was changed. Delete there what was deleted here, and export it again."
-                )
+            here = self.state() if (self.private / "state.json").exists() else state
+            if "" not in (here.key_check, state.key_check) and here.key_check != state.key_check:
+                raise StateError(f"{file} belongs to another store than the state in {self.private}.")
+            joined = united(here, state)
             if bundle["key"]:
                 write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n", PRIVATE)
-            self._merge_state(bundle, here, state)
+            self._merge_state(bundle, here, joined)
             deletion.recover(self)
             trained = {stage.name for stage in self.manifest().stages} if self.exists else set()
             merged = self.state()
@@ -303,9 +388,10 @@ class S3TStore(StoreFolder):
     def _merge_state(self, bundle: Mapping[str, Any], here: State, state: State) -> None:
         """Puts a backup in place; what was recorded here since then stays known, unless it was deleted there."""
         exports = {**records_from_json(bundle["exports"]), **read_exports(self)}
-        index = self.index() if (self.private / "index.json").exists() else {}
-        known = {digest: entry for digest, entry in index.items() if not state.buries(digest, entry.group)}
-        self.write_index({**{digest: Entry(*entry) for digest, entry in bundle["index"].items()}, **known})
+        index = self.index() if self.has_index else {}
+        both = {**{digest: Entry(*entry) for digest, entry in bundle["index"].items()}, **index}
+        state = deletion.bury(state, state.log, here.log, both)
+        self.write_index({d: entry for d, entry in both.items() if not state.buries(d, entry.group)})
         receipts = {receipt["receipt"]: receipt for receipt in [*bundle["receipts"], *deletion.read_receipts(self)]}
         write_atomic(self.private / "receipts.jsonl", _lines(receipts.values()))
         write_exports(self, exports)
@@ -320,15 +406,8 @@ def as_stage(prefix: str | Order | Stage) -> Stage:
     return Stage.from_name(prefix) if isinstance(prefix, str) else Stage(0, tuple(prefix))
 
 
-def _forgotten(here: State, there: State, receipts: Iterable[Mapping[str, Any]]) -> int:
-    """Number of tombstones that stand here and neither stand there nor were lifted there."""
-    known = {receipt["receipt"] for receipt in receipts}
-    pairs = ((here.ids, there.ids), (here.groups, there.groups))
-    return sum(d not in other and stone.receipt not in known for ours, other in pairs for d, stone in ours.items())
-
-
 def _lines(receipts: Iterable[Mapping[str, Any]]) -> bytes:
-    return b"".join(b"\n" + json_bytes(receipt).replace(b"\n", b" ") for receipt in receipts)
+    return b"\n".join(json_bytes(receipt).replace(b"\n", b" ").strip() for receipt in receipts)
 
 
 def _locate(value: Any, digest: str, kind: str, index: Any, state: State, trained: Iterable[Stage]) -> Location:
@@ -341,4 +420,4 @@ def _locate(value: Any, digest: str, kind: str, index: Any, state: State, traine
     if places:
         stages = tuple(stage.name for stage in sorted(trained) if stage.slices & set(places))
         return Location(str(value), "live", tuple(places), stages)
-    return Location(str(value), "deleted" if stone else "unknown", stone.places if stone else (), ())
+    return Location(str(value), "deleted" if stone else "unknown", tuple(sorted(stone.places)) if stone else (), ())

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+from huggingface_hub.utils import validate_repo_id
 from transformers import EarlyStoppingCallback, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .adapter import Adapter
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
@@ -95,9 +96,11 @@ class S3TMixin(ServedModelMixin):
         self.train_dataset: Any
         self.callback_handler: Any
         refuse_arguments(model, args, kwargs, missing)
+        if base_model_id is not None:
+            validate_repo_id(base_model_id)
         set_stage_defaults(args)
         self.missing, self.extend = missing, extend
-        self.store = S3TStore(args.output_dir, partition_key)
+        self.store = S3TStore(Path(args.output_dir), partition_key)  # a `str` might be the id of a repository
         model, self.s3t_config, self._drawn_heads = wrap_model(model, peft_config, args.seed)
         self.base_model_id = base_model_id or public_id(model)
         self.s3t_config.base_model_name_or_path = self.base_model_id
@@ -154,6 +157,8 @@ class S3TMixin(ServedModelMixin):
         self.progress.close()
         self.train_dataset = self.rows.dataset
         self._serve()
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            self.push_to_hub()
         return _summary(outputs)
 
     @contextmanager

@@ -132,10 +132,12 @@ def run_check(name: str, findings: Findings) -> Check:
 
 def _check_intents(folder: StoreFolder, manifest: Manifest) -> Findings:
     for intent in folder.intents():
-        left = sum(1 for stage in manifest.stages if stage.slices & intent["places"])
+        name, where = intent["receipt"]["receipt"], f" on {intent['repo']}" if intent.get("repo") else ""
+        obeyed = name in manifest.log
+        left = sum(1 for stage in manifest.stages if stage.slices & intent["places"] and not obeyed)
         yield (
-            f"{intent['receipt']['receipt']} ({intent['kind']}) was begun and not finished; {left} of the stages that "
-            "it removes are still in the manifest. The next `hf-s3t delete` or `train()` finishes it"
+            f"{name} ({intent['kind']}) was begun{where} and not finished; {left} of the stages that it removes are "
+            f"still in the manifest. The next `hf-s3t delete`{where} or `train()` finishes it"
         )
 
 
@@ -146,14 +148,14 @@ def _state(folder: StoreFolder) -> State:
 
 
 def _index(folder: StoreFolder) -> Index:
-    if not (folder.private / "index.json").exists():
+    if not folder.has_index:
         raise NotChecked("The index (.s3t/index.json) is not here.")
     return folder.index()
 
 
 def _check_generation(folder: StoreFolder, manifest: Manifest) -> Findings:
     state = _state(folder)
-    if state.generation != manifest.generation:
+    if state.log.keys() != manifest.log.keys():
         yield (
             f"the state is of generation {state.generation}, the manifest of {manifest.generation}: one of them is an "
             "older copy, and lacks deletions"

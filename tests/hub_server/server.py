@@ -37,6 +37,9 @@ class Server:
 
     def _run(self, app: Any, port: int) -> int:
         listening = socket.create_server(("127.0.0.1", port))
+        # An answer is sent in two parts, and the second would wait 40 ms for the client to confirm the first. asyncio
+        # sees to that itself, but not for a socket that is handed to it. Connections take it over from here.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()

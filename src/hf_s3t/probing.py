@@ -1,0 +1,214 @@
+"""Asks the Hub, without any cache, whether removed contents are still served.
+
+An answer is one of three. *Served*: the Hub hands the content out, or an address for it, whether or not the address
+answers. *Gone*: it says that there is no such thing. Everything else (no answer, 5xx, 401, 403, 429, a repository that
+this token does not see) is *not known*, and stays pending. What the answers add up to is for `report.py`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import httpx2
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import get_session, paginate
+
+from .hub import HubRepo
+from .report import Probe, PurgeReport, now
+
+TIMEOUT = 20.0
+"""Seconds; the client itself waits for ever."""
+WORKERS = 8
+"""Probes under way at once: a repository has thousands."""
+BATCH = 100
+"""Objects that one request of the large-file protocol asks for."""
+
+Answer = tuple[bool | None, str]
+
+
+def recheck(repo: HubRepo, report: PurgeReport, seconds: float = 0.0) -> PurgeReport:
+    """Asks again for what a report does not have as gone, until nothing is pending or the time is over."""
+    if not report.pending:
+        return report  # nothing is asked, so nothing was seen later than it says
+    deadline, pause = time.monotonic() + seconds, 0.2
+    while True:
+        report = _asked(repo, report)
+        waits = [probe for probe in report.pending if probe.oid not in report.held]  # what is held does not settle
+        if not waits or time.monotonic() + pause > deadline:
+            return report
+        time.sleep(pause)
+        pause = min(2 * pause, 10.0)
+
+
+def _asked(repo: HubRepo, report: PurgeReport) -> PurgeReport:
+    probes = ask(repo, [probe for probe in report.probes if probe.served is not False])
+    probes = [probe for probe in report.probes if probe.served is False] + probes
+    report = replace(report, probes=sorted(probes, key=lambda probe: (probe.oid, probe.way, probe.at)))
+    try:
+        head = _branch_head(repo)
+    except (httpx2.HTTPError, OSError):
+        head = report.head
+    status = "pending" if report.pending else "no_longer_served"
+    return replace(report, head=head, ended_at=now(), status="begun" if report.status == "begun" else status)
+
+
+def ask(repo: HubRepo, probes: Iterable[Probe]) -> list[Probe]:
+    """Asks each probe once. A repository that is not there for this token answers nothing."""
+    probes = list(probes)
+    try:
+        hidden = None if repo.info() is not None else "the repository is not there, or hidden from this token"
+    except (httpx2.HTTPError, OSError) as error:
+        hidden = f"no answer: {_short(error)}"
+    if hidden is not None:
+        return [replace(probe, answer=hidden, served=None, seen_at=now()) for probe in probes]
+    first = [probe for probe in probes if probe.way != "address"]
+    listing = _listing(repo) if any(probe.way == "listing" for probe in first) else "not asked"
+    objects = _objects(repo, first)
+
+    def one(probe: Probe) -> Probe:
+        served, answer = _answer(repo, probe, listing, objects)
+        return replace(probe, answer=answer, served=served, seen_at=now())
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        done = list(pool.map(one, first))
+        # To ask for an address makes the edge fetch what is behind it, so not while the Hub still has the content.
+        there = {probe.oid for probe in done if probe.way in ("object", "revision") and probe.served is not False}
+        addresses = [probe for probe in probes if probe.way == "address"]
+        waiting = [replace(p, answer="not asked while the Hub has the content") for p in addresses if p.oid in there]
+        return done + waiting + list(pool.map(_address, [probe for probe in addresses if probe.oid not in there]))
+
+
+def _answer(repo: HubRepo, probe: Probe, listing: set[str] | str, objects: Mapping[str, Answer]) -> Answer:
+    try:
+        if probe.way == "head":
+            found, head = repo.info(), _branch_head(repo)
+            late = found is None or found.sha != head
+            return late, "answers with an older commit" if late else f"answers with {head}"
+        if probe.way == "listing":
+            if isinstance(listing, str):
+                return None, listing
+            return probe.oid in listing, "listed" if probe.oid in listing else "not listed"
+        if probe.way == "object":
+            return objects[probe.oid]
+        return _judge(head_of(repo, *probe.at.split(":", 1)), probe.oid)
+    except (httpx2.HTTPError, OSError) as error:
+        return None, f"no answer: {_short(error)}"
+
+
+def _judge(response: Any, oid: str) -> Answer:
+    """What the answer to a request for a file at a revision says about a content."""
+    status, code = response.status_code, response.headers.get("x-error-code", "")
+    if status < 400:
+        linked = response.headers.get("x-linked-etag", "").strip('"')
+        named = re.fullmatch('(?:W/)?"([0-9a-f]{40})"', response.headers.get("etag", "")) if len(oid) == 40 else None
+        other = linked != oid if linked else named is not None and named[1] != oid
+        return (False, "another content") if other else (True, f"HTTP {status}")
+    gone = status in (404, 410) and code != "RepoNotFound"
+    return False if gone else None, f"HTTP {status} {code}".strip()
+
+
+def _listing(repo: HubRepo) -> set[str] | str:
+    try:
+        return set(stored(repo))
+    except (httpx2.HTTPError, OSError) as error:
+        return f"no list: {_short(error)}"
+
+
+def _objects(repo: HubRepo, probes: Iterable[Probe]) -> dict[str, Answer]:
+    sizes = {probe.oid: int(probe.at.split()[0]) for probe in probes if probe.way == "object"}
+    oids = sorted(sizes)
+    answers: dict[str, Answer] = {}
+    for start in range(0, len(oids), BATCH):
+        batch = oids[start : start + BATCH]
+        try:
+            answers |= dict.fromkeys(batch, (None, "not answered")) | _batch(repo, {oid: sizes[oid] for oid in batch})
+        except (httpx2.HTTPError, OSError, KeyError, ValueError) as error:
+            answers |= dict.fromkeys(batch, (None, f"no answer: {_short(error)}"))
+    return answers
+
+
+def _batch(repo: HubRepo, sizes: Mapping[str, int]) -> dict[str, Answer]:
+    """Asks for objects as git-lfs does, by sha256, whatever revision has them."""
+    media = "application/vnd.git-lfs+json"
+    objects = [{"oid": oid, "size": size} for oid, size in sizes.items()]
+    body = {"operation": "download", "transfers": ["basic"], "objects": objects, "hash_algo": "sha256"}
+    response = get_session().post(
+        f"{repo.api.endpoint}/{repo.repo_id}.git/info/lfs/objects/batch",
+        headers={**repo.headers(), "accept": media, "content-type": media}, json=body, timeout=TIMEOUT,
+    )  # fmt: skip
+    if response.status_code >= 400:
+        return dict.fromkeys(sizes, (None, f"HTTP {response.status_code}"))
+    return {found["oid"]: _object_answer(found) for found in response.json()["objects"]}
+
+
+def _object_answer(found: Mapping[str, Any]) -> Answer:
+    if "download" in found.get("actions", {}):
+        return True, "downloadable"
+    code = found.get("error", {}).get("code")
+    return False if code in (404, 410) else None, f"object error {code}"
+
+
+def _address(probe: Probe) -> Probe:
+    """Asks for the first byte: an address is signed for GET, and would refuse HEAD whatever is behind it."""
+    try:
+        with get_session().stream("GET", probe.at, headers={"range": "bytes=0-0"}, timeout=TIMEOUT) as response:
+            status = response.status_code
+    except (httpx2.HTTPError, OSError) as error:
+        return replace(probe, answer=f"no answer: {_short(error)}", served=None, seen_at=now())
+    gone = status in (404, 410) or (status == 403 and expired(probe.at))
+    served = True if status < 400 else (False if gone else None)
+    answer = f"HTTP {status}{', expired' if status == 403 and gone else ''}"
+    where = probe.at.split("?")[0] if gone else probe.at
+    return replace(probe, at=where, answer=answer, served=served, seen_at=now())
+
+
+def expired(address: str) -> bool:
+    """Whether a signed address says itself that its time is over.
+
+    >>> expired("https://cdn/x?Expires=1700000000&Signature=s"), expired("https://cdn/x?Signature=s")
+    (True, False)
+    >>> expired("https://s3/x?X-Amz-Date=20250101T000000Z&X-Amz-Expires=3600")
+    True
+    """
+    query = {name: values[0] for name, values in parse_qs(urlsplit(address).query).items()}
+    try:
+        if "Expires" in query:
+            return int(query["Expires"]) < time.time()
+        began = datetime.datetime.strptime(query["X-Amz-Date"], "%Y%m%dT%H%M%S%z")
+        return began.timestamp() + int(query["X-Amz-Expires"]) < time.time()
+    except (KeyError, ValueError):
+        return False
+
+
+# ---- what a probe asks for ----
+
+
+def stored(repo: HubRepo) -> dict[str, int]:
+    """sha256 of every large file that the Hub stores for the repository -> its size."""
+    # `HfApi.list_lfs_files` fails where a file has no name, which the Hub's own description allows.
+    url = f"{repo.api.endpoint}/api/models/{repo.repo_id}/lfs-files"
+    return {item["fileOid"]: item.get("size", 1) for item in paginate(url, {}, repo.headers(), timeout=TIMEOUT)}
+
+
+def head_of(repo: HubRepo, revision: str, path: str) -> Any:
+    """The answer to a request for a file at a revision, without following where it leads."""
+    # `get_hf_file_metadata` follows redirects inside the Hub and raises what has to be told apart here.
+    url = hf_hub_url(repo.repo_id, path, revision=revision, endpoint=repo.api.endpoint)
+    return get_session().head(url, headers=repo.headers(), follow_redirects=False, timeout=TIMEOUT)
+
+
+def _branch_head(repo: HubRepo) -> str:
+    branches = repo.api.list_repo_refs(repo.repo_id).branches
+    return next((branch.target_commit for branch in branches if branch.name == repo.branch), "")
+
+
+def _short(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return f"HTTP {status}" if status else type(error).__name__

@@ -1,0 +1,359 @@
+"""Purging a repository's history of what its head does not serve.
+
+A commit that removes a file leaves it in every older revision. A purge removes the refs that lead to those, squashes
+the branches that stay, and deletes large files by the difference of two sets of contents: everything stored, less what
+a kept ref serves. Then it asks, for every removed content and every way that led to it (`probing.py`).
+
+The report is written before anything is removed, and every step may find its work done: a purge that was interrupted
+is ended by purging again, and still asks for the ways that are known from the first time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+from huggingface_hub import hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import get_session, hf_raise_for_status
+
+from .caches import cached_revisions, clear_caches
+from .errors import HubError, StoreError
+from .hub import HubRepo
+from .probing import TIMEOUT, WORKERS, ask, head_of, recheck, stored
+from .report import Probe, PurgeReport, keep, now, uncovered, unfinished
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 180.0
+"""How long a purge is waited for before what it did not reach counts as pending."""
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files that hold weights, wherever git keeps them."""
+
+Files = dict[str, Any]
+"""The entries of a tree by path."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known from before: receipts of deletions that no finished purge covers, and an interrupted purge."""
+
+    receipts: Sequence[Mapping[str, Any]] = ()
+    earlier: PurgeReport | None = None
+
+    @property
+    def revisions(self) -> set[str]:
+        """Commits that were seen to serve something removed, whether or not a ref still leads to them."""
+        named = [at for receipt in self.receipts for at in receipt.get("still_served_at", ())]  # old ones lack it
+        return {at for at in named if re.fullmatch("[0-9a-f]{40}", at)}
+
+    @property
+    def deleted(self) -> set[str]:
+        """sha256 of the weights of the stages that receipts say were removed."""
+        stages = [files for receipt in self.receipts for files in receipt["stages_removed"].values()]
+        return {digest for files in stages for name, digest in files.items() if name.endswith(".safetensors")}
+
+    @property
+    def removed(self) -> set[str]:
+        """sha256 of everything that is to be gone."""
+        return self.deleted | set(self.earlier.removed if self.earlier else ())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """sha256 -> size, as an interrupted purge found them."""
+        probes = [probe for probe in self.earlier.probes if probe.way == "object"] if self.earlier else []
+        sizes = {probe.oid: int(probe.at.split()[0]) for probe in probes}
+        return {oid: size for oid, size in sizes.items() if size > 1}  # 1 stands for a size that was not known
+
+
+def purge(
+    repo: HubRepo,
+    keep_refs: Iterable[str] | None = None,
+    seconds: float = SECONDS,
+    protected: Iterable[str] = (),
+    receipts: Iterable[Mapping[str, Any]] = (),
+    folder: Path | None = None,
+) -> PurgeReport:
+    """Removes from a repository's history what its own branch does not serve.
+
+    Args:
+        repo ([`HubRepo`]): its own branch is always kept.
+        keep_refs (`Iterable[str]`, *optional*): other refs to keep: `"dev"`, `"refs/tags/v1"`, `"refs/pr/1"`. `None`:
+            refuse if there are others. A kept branch is squashed and keeps all files of its head, also those that the
+            own branch lost: they are reported as pending. A kept tag or pull request loses what the own branch lost.
+        seconds (`float`): how long to wait for the Hub to settle.
+        protected (`Iterable[str]`): sha256 of contents that must stay: those of live stages. What a receipt says was
+            removed and is not among them is reported as pending where a kept branch has it, under whatever name.
+        receipts (`Iterable[dict]`): of deletions; those that no finished purge in `folder` covers are covered by this.
+        folder (`Path`, *optional*): where reports are kept. Without one an interrupted purge forgets what it knew.
+
+    Raises:
+        ValueError: there are other refs, and nobody said what to do with them, or a ref to keep is not there.
+            Nothing was changed.
+        StoreError: something that has to stay would go; nothing was changed.
+        HubError: the Hub refused a step, or did not answer. Purge again to go on.
+    """
+    protected = set(protected)
+    known = Known(uncovered(repo.repo_id, receipts, folder), unfinished(repo.repo_id, folder))
+    try:
+        kept, dropped = sort_refs(repo, keep_refs)
+        report, unwanted = _prepare(repo, kept, dropped, known, protected)
+        refuse_if_live(repo, kept, unwanted, protected)
+        keep(report, folder)
+        for ref in dropped:
+            _drop_ref(repo, ref)
+        for branch in kept:
+            _squash(repo, branch)
+        refuse_if_live(repo, kept, unwanted, protected)  # somebody may have committed one of them meanwhile
+        doomed: list[Any] = [SimpleNamespace(file_oid=oid) for oid in sorted(unwanted)]  # all that the method reads
+        repo.api.permanently_delete_lfs_files(repo.repo_id, doomed)
+        left = dict(repo.refs())
+    except (HfHubHTTPError, httpx2.TransportError) as error:
+        raise HubError(
+            f"The purge of {repo.repo_id} stopped: {error}. What was done stays done, and nothing that is kept was "
+            "removed. It needs a token with write access; purge again to go on."
+        ) from error
+    except KeyboardInterrupt:
+        logger.error("The purge of %s was stopped. What was removed is removed: purge again to end it.", repo.repo_id)
+        raise
+    logger.info("%s: %d refs and %d large files removed", repo.repo_id, len(dropped), len(unwanted))
+    cleared = {*report.caches_cleared, *clear_caches(repo.repo_id, left[kept[0]])}
+    gone = [ref for ref in report.refs_removed if ref not in left]
+    report = replace(report, status="pending", refs_removed=gone, caches_cleared=sorted(cleared))
+    report = recheck(repo, report, seconds)
+    keep(report, folder)
+    return report
+
+
+def _prepare(
+    repo: HubRepo, kept: list[str], dropped: list[str], known: Known, protected: set[str]
+) -> tuple[PurgeReport, set[str]]:
+    """The report as it stands before anything is removed, and the contents to remove."""
+    there = stored(repo)  # first: what somebody uploads from now on is not among it
+    history, trees = _history(repo, [*kept, *dropped], known)
+    own, deleted = contents(trees[kept[0]]), known.deleted - protected
+    fine = own.keys() - deleted  # a repair may have brought a content back, but then a live stage has it
+    lost = {oid for revision in history[kept[0]] for oid in contents(trees[revision])} | known.removed
+    lost -= fine
+    live = {oid for ref in kept for oid in contents(trees[ref]) if is_branch(ref) or oid not in lost}
+    unwanted = {*there, *(oid for tree in trees.values() for oid in contents(tree))} - live
+    gone = lost | unwanted
+    sizes = known.sizes | {oid: size for tree in trees.values() for oid, size in contents(tree).items()} | there
+    weights = _plain_weights(repo, history, trees, kept, {oid: sizes.get(oid) for oid in gone}, deleted)
+    stuck = weights & {blob for ref in kept for at in _commits_left(ref, history) for blob in plain_files(trees[at])}
+    probes = [*_ways(trees, gone, weights, kept), Probe("", "head", kept[0])]
+    for oid in sorted(gone):
+        probes += [Probe(oid, "object", f"{sizes.get(oid, 1)} bytes"), Probe(oid, "listing", "large-file storage")]
+    names: dict[str, list[str]] = {oid: [] for oid in sorted(gone)}
+    for tree in trees.values():
+        for path, entry in tree.items():
+            if entry.lfs is not None and entry.lfs.sha256 in gone and path not in names[entry.lfs.sha256]:
+                names[entry.lfs.sha256].append(path)
+    began = now()
+    report = PurgeReport(
+        repo.repo_id, "begun", began, began, "", [receipt["receipt"] for receipt in known.receipts],
+        names, sorted(gone & live | stuck), dropped, kept, _asked_before(repo, probes),
+        references={r["receipt"]: str(r["reference"]) for r in known.receipts if r.get("reference")},
+    )  # fmt: skip
+    return (_joined(known.earlier, report, fine) if known.earlier else report), unwanted
+
+
+def _history(repo: HubRepo, refs: Sequence[str], known: Known) -> tuple[dict[str, list[str]], dict[str, Files]]:
+    """The commits of every ref, and the files of every ref and commit, also of commits known from before."""
+    history = {ref: repo.commits(ref) for ref in refs}
+    trees: dict[str, Files] = {}
+    for ref in refs:
+        for revision in history[ref]:
+            if revision not in trees:
+                trees[revision] = repo.tree(revision)
+        trees[ref] = trees[history[ref][0]]
+    for revision in sorted((known.revisions | cached_revisions(repo.repo_id)) - trees.keys()):
+        try:
+            trees[revision] = repo.tree(revision)
+        except RevisionNotFoundError:
+            continue
+    return history, trees
+
+
+def contents(tree: Mapping[str, Any]) -> dict[str, int]:
+    """sha256 of the large files of a tree -> size."""
+    return {entry.lfs.sha256: entry.lfs.size for entry in tree.values() if entry.lfs is not None}
+
+
+def plain_files(tree: Mapping[str, Any]) -> set[str]:
+    """git's names of the files of a tree that git itself keeps."""
+    return {entry.blob_id for entry in tree.values() if entry.lfs is None}
+
+
+def _commits_left(ref: str, history: Mapping[str, list[str]]) -> list[str]:
+    """The commits that a kept ref leads to after the purge: a branch is squashed."""
+    return history[ref][:1] if is_branch(ref) else history[ref]
+
+
+def _plain_weights(
+    repo: HubRepo, history: Mapping[str, list[str]], trees: Mapping[str, Files], kept: Sequence[str],
+    gone: Mapping[str, int | None], deleted: set[str],
+) -> set[str]:  # fmt: skip
+    """git's names of the plain files that hold weights which should be gone: by their ending, or by their content.
+
+    The ending is not enough at the head of a kept branch, unless the own branch lost the file.
+
+    Args:
+        gone (`dict[str, int | None]`): sha256 of what should be gone -> size, by which files are chosen to be read.
+        deleted (`set[str]`): those of them that should not be at the head of the own branch.
+    """
+    own = plain_files(trees[kept[0]])
+    lost = {blob for revision in history[kept[0]] for blob in plain_files(trees[revision])} - own
+    brought = {blob for ref in kept if is_branch(ref) for blob in plain_files(trees[ref])} - lost
+    found, unread, sizes = set(), {}, set(gone.values())
+    for revision, tree in trees.items():
+        for path, entry in tree.items():
+            if entry.lfs is None and entry.blob_id not in brought and path.lower().endswith(WEIGHT_FILES):
+                found.add(entry.blob_id)
+            elif entry.lfs is None and (entry.size in sizes or None in sizes):
+                unread[entry.blob_id] = (revision, path)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        digests = pool.map(lambda at: _sha256_of(repo, *at), unread.values())
+        by_content = {
+            blob for blob, sha in zip(unread, digests, strict=True) if sha in (deleted if blob in own else gone)
+        }
+    return found | by_content
+
+
+def _sha256_of(repo: HubRepo, revision: str, path: str) -> str:
+    """Of a file at a revision, without the cache; of one that is not there nothing."""
+    url, digest = hf_hub_url(repo.repo_id, path, revision=revision, endpoint=repo.api.endpoint), hashlib.sha256()
+    with get_session().stream("GET", url, headers=repo.headers(), timeout=TIMEOUT) as response:
+        if response.status_code == 404:
+            return ""
+        hf_raise_for_status(response)
+        for block in response.iter_bytes():
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _ways(trees: Mapping[str, Files], gone: set[str], weights: set[str], kept: Sequence[str]) -> list[Probe]:
+    """Every revision and path by which a removed large file, plain weights, or a plain file
+    that no kept branch has is served."""
+    plain = {blob for ref in kept if is_branch(ref) for blob in plain_files(trees[ref])}
+    ways = []
+    for revision, tree in trees.items():
+        for path, entry in tree.items():
+            if entry.lfs is not None and entry.lfs.sha256 in gone:
+                ways.append(Probe(entry.lfs.sha256, "revision", f"{revision}:{path}"))
+            elif entry.lfs is None and entry.blob_id in weights:
+                ways.append(Probe(entry.blob_id, "plain weights", f"{revision}:{path}"))
+            elif entry.lfs is None and entry.blob_id not in plain:
+                ways.append(Probe(entry.blob_id, "plain file", f"{revision}:{path}"))
+    return ways
+
+
+def _asked_before(repo: HubRepo, probes: Iterable[Probe]) -> list[Probe]:
+    """The probes with what they answer now, as one that sees nothing now proves nothing later; and an address each."""
+    asked = [replace(p, before=p.answer, answer="", served=None, seen_at="") for p in ask(repo, probes)]
+    addresses: dict[str, Probe] = {}
+    for probe in asked:
+        if probe.way == "revision" and probe.before.startswith("HTTP 3") and probe.oid not in addresses:
+            location = head_of(repo, *probe.at.split(":", 1)).headers.get("location", "")
+            if location.startswith("http"):
+                addresses[probe.oid] = Probe(probe.oid, "address", location, "handed out")
+    return [*asked, *addresses.values()]
+
+
+def _joined(earlier: PurgeReport, report: PurgeReport, fine: set[str]) -> PurgeReport:
+    """A report that goes on with an interrupted one. What may be served again since then is no longer its matter."""
+    probes = {(probe.oid, probe.way, probe.at): probe for probe in report.probes}
+    for probe in earlier.probes:
+        if probe.oid not in fine:
+            found = probes.get((probe.oid, probe.way, probe.at), probe)
+            probes[probe.oid, probe.way, probe.at] = replace(found, before=probe.before or found.before)
+    names = {oid: paths for oid, paths in earlier.removed.items() if oid not in fine} | report.removed
+    return replace(
+        report,
+        began_at=earlier.began_at,
+        receipts=list(dict.fromkeys([*earlier.receipts, *report.receipts])),
+        references={**earlier.references, **report.references},
+        removed={oid: paths or earlier.removed.get(oid, []) for oid, paths in names.items()},
+        refs_removed=list(dict.fromkeys([*earlier.refs_removed, *report.refs_removed])),
+        probes=list(probes.values()),
+        caches_cleared=earlier.caches_cleared,
+    )
+
+
+# ---- refs ----
+
+
+def sort_refs(repo: HubRepo, keep_refs: Iterable[str] | None) -> tuple[list[str], list[str]]:
+    """Refs to keep, the own branch first, and refs to remove. Raises `ValueError` unless it was said for all."""
+    own, refs = f"refs/heads/{repo.branch}", [ref for ref, _ in repo.refs()]
+    others = [ref for ref in refs if ref != own]
+    if keep_refs is None and others:
+        raise ValueError(
+            f"{repo.repo_id} has other refs, whose history may serve what is to be purged: {', '.join(others)}. "
+            "Nothing was changed. Say which ones to keep (`keep_refs=[...]`, `--keep-ref`; none: `--drop-refs`); the "
+            "others are removed."
+        )
+    short = {ref.split("/", 2)[-1]: ref for ref in sorted(refs, reverse=True)}  # branches before tags
+    wanted = {ref if ref.startswith("refs/") else short.get(ref, f"refs/heads/{ref}") for ref in keep_refs or ()}
+    dropped = [ref for ref in others if ref not in wanted]
+    if wanted - set(refs):
+        absent = ", ".join(sorted(wanted - set(refs)))
+        raise ValueError(f"{repo.repo_id} has no {absent}; it has {', '.join(refs)}. Nothing was changed.")
+    stuck = [ref for ref in dropped if not re.match("refs/(heads|tags|pr)/", ref)]
+    if stuck:
+        raise ValueError(
+            f"{', '.join(stuck)} of {repo.repo_id} can not be removed from here. Nothing was changed. Remove it on "
+            "the Hub, or keep it."
+        )
+    return [own, *(ref for ref in others if ref in wanted)], dropped
+
+
+def is_branch(ref: str) -> bool:
+    """Whether a ref is a branch, and may be squashed."""
+    return ref.startswith("refs/heads/")
+
+
+def _drop_ref(repo: HubRepo, ref: str) -> None:
+    """Removes a ref that may be gone already."""
+    api, name = repo.api, repo.repo_id
+    try:
+        if is_branch(ref):
+            api.delete_branch(name, branch=ref.removeprefix("refs/heads/"))
+        elif ref.startswith("refs/tags/"):
+            api.delete_tag(name, tag=ref.removeprefix("refs/tags/"))
+        else:
+            number = int(ref.removeprefix("refs/pr/"))
+            if api.get_discussion_details(name, number).status in ("open", "draft"):
+                api.change_discussion_status(name, number, "closed")
+            # The client has no method for the ref of a pull request.
+            url = f"{api.endpoint}/api/models/{name}/discussions/{number}/ref"
+            hf_raise_for_status(get_session().delete(url, headers=repo.headers(), timeout=TIMEOUT))
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status != 404 or isinstance(error, RepositoryNotFoundError) or ref in dict(repo.refs()):
+            raise
+
+
+def _squash(repo: HubRepo, ref: str) -> None:
+    if is_branch(ref) and len(repo.commits(ref)) > 1:
+        repo.api.super_squash_history(repo.repo_id, branch=ref.removeprefix("refs/heads/"), commit_message="Squash")
+
+
+def refuse_if_live(repo: HubRepo, kept: Iterable[str], unwanted: set[str], protected: Iterable[str]) -> None:
+    """Raises [`StoreError`] if what is to be removed is in the head of a kept branch, or has to stay."""
+    served = set().union(*(contents(repo.tree(ref)) for ref in kept if is_branch(ref)))
+    wrong = unwanted & (served | set(protected))
+    if wrong:
+        raise StoreError(
+            f"A purge of {repo.repo_id} would remove {len(wrong)} large files that are live, {min(wrong)[:16]} among "
+            "them. No large file was removed. If somebody has pushed meanwhile, purge again."
+        )
