@@ -70,7 +70,7 @@ def check(new_case: Any, tmp_path: Path, step: str, when: str) -> None:
         assert "purge again" in case.machine.end()
     (kept,) = (tmp_path / "store/.s3t").glob("purge-*.json")
     first = json.loads(kept.read_text())
-    assert first["status"] == "pending" and first["probes"]
+    assert first["status"] == "begun" and first["probes"]
     report = case.purge()
     assert report["data"]["status"] == "no_longer_served", report["text"]
     assert report["data"]["began_at"] == first["began_at"]
