@@ -207,6 +207,24 @@ def test_several_shards(case, world, tmp_path):
     }
 
 
+def test_the_best_tree_for_a_cost_is_trained_deleted_and_repaired(world, tmp_path):
+    """Most of its sequences are truncated."""
+    options = {"num_slices": 3, "sequence_selection": "optimal", "cost_budget": 9, "deletion_prior": [0.6, 0.3, 0.1]}
+    trainer = world.trainer(tmp_path / "out", **options)
+    trainer.train()
+    plan = S3TStore(tmp_path / "out").manifest().plan
+    assert plan.cost <= 9 and {len(order) for order in plan.sequences[0]} > {3}
+    names = [name for name in world.rows["id"] if place(name, 1, 3) == (0, 1)]
+    before = published(tmp_path / "out")
+    S3TStore(tmp_path / "out").delete(ids=[names[0]])
+    assert 1 not in S3TStore(tmp_path / "out").served()[0]
+    world.trainer(tmp_path / "out", **options).train()
+    world.trainer(tmp_path / "scratch", without(world.rows, {names[0]}), **options).train()
+    assert_same_stores(tmp_path / "out", tmp_path / "scratch")
+    kept = {name for name in before if name.startswith("shard-") and "1" not in name.split("/")[1]}
+    assert kept and all(published(tmp_path / "out")[name] == before[name] for name in kept)
+
+
 def check_ensemble(world: World, path) -> None:
     """The ensemble averages the members' probabilities; a root adapter is their weight average."""
     store = S3TStore(path)

@@ -15,6 +15,10 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 from .sequences import explicit
+from .survival import checked_prior
+
+SELECTIONS = ("cyclic", "spaced", "random", "bms", "optimal")
+"""Names of the ways to choose sequences."""
 
 LORA_FIELDS = (
     "r",
@@ -88,11 +92,14 @@ class S3TConfig(LoraConfig):
         layers_per_slice (`int`, *optional*):
             Layers in one layer group. `None`: `num_layers // num_slices`; leftover bottom layers stay untrained.
         sequence_selection (`str` or `list[list[int]]`, *optional*, defaults to `"spaced"`):
-            `"cyclic"` (the paper's rotation), `"spaced"`, `"random"`, or the orders themselves (may be truncated).
+            `"cyclic"` (the paper's rotation), `"spaced"`, `"random"`, `"bms"` (the paper's, for a given prior),
+            `"optimal"`, or the orders themselves (may be truncated).
         cost_budget (`int`, *optional*):
-            Slice passes per shard, for `sequence_selection="optimal"`; this version has no optimal selection yet.
+            With `"optimal"`, instead of `budget`: slice passes per epoch and shard, at least `L (L + 1) / 2`. The best
+            tree of stages for it, with one complete sequence in it.
         deletion_prior (`list[float]`, *optional*):
-            Probability that a request hits each slice, for `"bms"` and `"optimal"`; see `cost_budget`.
+            With `"bms"` and `"optimal"`: chance that a request hits each slice, the same in every shard. `None`: all
+            alike.
         stage_parameters (`"layer_group"` or `"all"`, *optional*, defaults to `"layer_group"`):
             What a stage owns: its layer group, or the LoRA of all layer groups, started from its parent's weights.
         prune (`bool`, *optional*, defaults to `True`):
@@ -124,7 +131,8 @@ class S3TConfig(LoraConfig):
         default=None, metadata={"help": "Layers in one layer group. None: num_layers // num_slices."}
     )
     sequence_selection: str | list[list[int]] = field(
-        default="spaced", metadata={"help": "'cyclic', 'spaced', 'random', or the orders themselves."}
+        default="spaced",
+        metadata={"help": "'cyclic', 'spaced', 'random', 'bms', 'optimal', or the orders themselves."},
     )
     cost_budget: int | None = field(default=None, metadata={"help": "Slice passes per shard, for 'optimal'."})
     deletion_prior: list[float] | None = field(
@@ -177,25 +185,30 @@ class S3TConfig(LoraConfig):
                 )
 
     def _check_ranges(self) -> None:
-        for name in ("num_shards", "num_slices", "budget", "layers_per_slice", "r"):
+        for name in ("num_shards", "num_slices", "budget", "cost_budget", "layers_per_slice", "r"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
         if self.stage_parameters not in ("layer_group", "all"):
             raise ValueError(f"`stage_parameters` must be 'layer_group' or 'all', got {self.stage_parameters!r}.")
-        for name in ("cost_budget", "deletion_prior"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"`{name}` steers `sequence_selection='optimal'`, which this version does not have. Leave it None."
-                )
 
     def _check_selection(self) -> None:
         selection = self.sequence_selection
-        if isinstance(selection, str):
-            if selection not in ("cyclic", "spaced", "random"):
+        if self.cost_budget is not None:
+            if selection != "optimal" or self.budget is not None:
+                raise ValueError("`cost_budget` takes the place of `budget`, with `sequence_selection='optimal'`.")
+            least = self.num_slices * (self.num_slices + 1) // 2
+            if self.cost_budget < least:
                 raise ValueError(
-                    f"`sequence_selection` must be 'cyclic', 'spaced', 'random' or orders, got {selection!r}."
+                    f"`cost_budget` must be {least} or more, for one whole sequence, got {self.cost_budget}."
                 )
+        if self.deletion_prior is not None:
+            if selection not in ("bms", "optimal"):
+                raise ValueError("`deletion_prior` is for `sequence_selection` 'bms' and 'optimal'. Leave it None.")
+            self.deletion_prior = [float(chance) for chance in checked_prior(self.deletion_prior, self.num_slices)]
+        if isinstance(selection, str):
+            if selection not in SELECTIONS:
+                raise ValueError(f"`sequence_selection` must be one of {SELECTIONS} or orders, got {selection!r}.")
             return
         orders = [list(order) for order in explicit(selection, self.num_slices)]
         if self.budget is not None and self.budget != len(orders):

@@ -15,8 +15,10 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainingArguments
 
+from .bms import bms
 from .config import S3TConfig
 from .layout import find_heads
+from .optimal import optimal
 from .plan import Plan, Stage
 from .sequences import select_sequences
 from .tuner import draw_heads
@@ -117,13 +119,16 @@ def public_id(model: nn.Module) -> str | None:
 
 
 def make_plan(config: S3TConfig, seed: int) -> Plan:
-    """The tree of stages that a config asks for; random orders differ between shards."""
-    shards = range(config.num_shards)
-    numbers = [_number(f"orders of shard {shard}, seed {seed}") for shard in shards]
-    chosen = [
-        select_sequences(config.sequence_selection, config.num_slices, config.budget, seed=number)
-        for number in numbers
-    ]
+    """The tree of stages that a config asks for; random orders differ between shards, the best ones do not."""
+    num_slices, budget, prior = config.num_slices, config.budget, config.deletion_prior
+    if config.sequence_selection == "optimal":
+        best = optimal(num_slices, budget, config.cost_budget, prior)
+        return Plan.make(config.num_shards, num_slices, best.orders, prune=config.prune)
+    numbers = [_number(f"orders of shard {shard}, seed {seed}") for shard in range(config.num_shards)]
+    if config.sequence_selection == "bms":
+        chosen = [bms(num_slices, config.sequences_wanted, prior, seed=number) for number in numbers]
+    else:
+        chosen = [select_sequences(config.sequence_selection, num_slices, budget, seed=number) for number in numbers]
     return Plan.make_per_shard(config.num_slices, chosen, prune=config.prune)
 
 

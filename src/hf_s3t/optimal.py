@@ -1,0 +1,115 @@
+"""The best plan for the money: which orders, or which tree of stages, keep most of the model through deletions.
+
+Responsible for what may be asked, the defaults, and the certificates that come with an answer. The search is in
+`search.py`; what a plan is worth comes from `survival.py`, for more than 16 slices from `streams.py`.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .search import best_orders, best_tree
+from .sequences import Order, _check_count, explicit, prune_orders, training_cost
+from .streams import HELD_OUT_STREAMS, Streams
+from .survival import LATTICE_SLICES, MAX_REQUESTS, Lattice, budget_bound, checked_prior, cost_bound
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Orders for one shard, and how good they are.
+
+    Args:
+        orders (`tuple[Order, ...]`): The orders, possibly truncated, for [`Plan.make`]. The first is a complete one.
+        value (`float`): The performance summed over the requests of the whole life, or its mean over the horizon.
+            It is expected under the prior that was optimised for: half the given one, half uniform.
+        bound (`float`, *optional*): No plan of the same budget is worth more. Only for a uniform prior.
+        every_order (`float`): The value of training every order.
+        cost (`int`): Slice passes per epoch for this shard, pruned; stages that were alive are not counted.
+        held_out (`bool`): Whether the values are means over sampled streams, others than those searched on.
+    """
+
+    orders: tuple[Order, ...]
+    value: float
+    bound: float | None
+    every_order: float
+    cost: int
+    held_out: bool
+
+
+def optimal(
+    num_slices: int,
+    budget: int | None = None,
+    cost_budget: int | None = None,
+    prior: Sequence[float] | None = None,
+    performance: Sequence[float] | None = None,
+    seed: int = 0,
+    requests: int | None = None,
+    alive: Iterable[Sequence[int]] | None = None,
+) -> Selection:
+    """Choose the sequences of one shard, for a number of sequences or for a cost.
+
+    A number of sequences gives complete orders, fewer than asked for where more would add nothing. A cost gives a tree
+    of stages: one complete order, the slice least often hit first, and then whatever adds most per slice pass, mostly
+    truncated orders. The result is never worth less than the cyclic and spaced rotations of the same budget or cost
+    (pruned, for a cost; should only rotations in the given numbering be as good, the complete order is theirs).
+
+    Args:
+        num_slices (`int`): `L`, the number of slices in the shard.
+        budget (`int`, *optional*): `B`, the number of sequences; `num_slices` without any budget.
+        cost_budget (`int`, *optional*): Instead of `budget`: slice passes per epoch, at least `L (L + 1) / 2`.
+        prior (`Sequence[float]`, *optional*): The chance that a request hits each slice. Optimised for is half of it
+            and half a uniform one: a prior that turns out wrong then costs little.
+        performance (`Sequence[float]`, *optional*): What a model of 1, 2, ..., L surviving slices is worth, not
+            falling; their number without.
+        seed (`int`, *optional*, defaults to `0`): The same seed gives the same plan.
+        requests (`int`, *optional*): Optimise the mean over the first so many requests to this shard; without, the
+            whole life, until nothing is left.
+        alive (`Iterable[Sequence[int]]`, *optional*): With `cost_budget`: prefixes that are trained, cost nothing and
+            stay in the plan. A complete order is then not asked for.
+
+    Returns:
+        [`Selection`]: The orders and their certificates.
+
+    Raises:
+        ValueError: If an argument is out of range, both budgets are given, or the cost budget does not suffice for one
+            complete order.
+
+    >>> optimal(4, budget=2).orders
+    ((0, 1, 2, 3), (2, 3, 0, 1))
+    """
+    if budget is not None and cost_budget is not None:
+        raise ValueError(f"budget={budget} and cost_budget={cost_budget} are both given. Give one of them.")
+    if alive is not None and cost_budget is None:
+        raise ValueError("What is alive matters for a cost budget only. Give cost_budget, or leave alive out.")
+    _check_count("seed", seed, 0, 2**32 - 1)
+    if requests is not None:
+        _check_count("requests", requests, 1, MAX_REQUESTS)
+    chances = (checked_prior(prior, num_slices) + 1 / num_slices) / 2
+    if num_slices <= LATTICE_SLICES:
+        measure: Lattice | Streams = Lattice(chances.tolist(), performance, requests)
+        judge = measure
+    else:
+        measure = Streams(chances.tolist(), performance, requests, seed)
+        judge = Streams(chances.tolist(), performance, requests, seed + 1, HELD_OUT_STREAMS)
+    if cost_budget is not None:
+        kept = _kept(alive, num_slices)
+        orders = best_tree(measure, cost_budget, seed, judge, kept)
+        cost = training_cost(orders) - training_cost(kept or ())
+        bound = cost_bound(num_slices, cost_budget, performance, requests) if kept is None else None
+    else:
+        budget = num_slices if budget is None else budget
+        orders = best_orders(measure, budget, seed, judge)
+        cost = training_cost(prune_orders(orders))
+        bound = budget_bound(num_slices, budget, performance, requests)
+    uniform = np.allclose(chances, 1 / num_slices, rtol=0, atol=1e-12)
+    held_out = judge is not measure
+    return Selection(tuple(orders), judge.value(orders), bound if uniform else None, judge.every_order, cost, held_out)
+
+
+def _kept(alive: Iterable[Sequence[int]] | None, num_slices: int) -> list[Order] | None:
+    """What is alive as orders; nothing alive is another matter than a plan that starts afresh."""
+    if alive is None:
+        return None
+    prefixes = list(alive)
+    return explicit(prefixes, num_slices) if prefixes else []
