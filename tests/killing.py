@@ -69,9 +69,10 @@ class Instants:
     def _wrap(self, function: Callable, name: str) -> Callable:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             number = self._begin(name, args)
-            result = function(*args, **kwargs)
-            self._end(number)
-            return result
+            try:
+                return function(*args, **kwargs)
+            finally:  # also of a call that fails, such as the removal of what is not there
+                self._end(number)
 
         return wrapped
 

@@ -203,3 +203,12 @@ def test_a_folder_that_hides_a_repository_is_named(machine: Machine, tmp_path: P
     (machine.home / "owner/model").mkdir(parents=True)
     text = Terminal(machine)("status", "owner/model", code=2)
     assert "the folder owner/model, which holds no store, hides a repository of that name" in text
+
+
+def test_a_stopped_purge_stays_pending_even_if_nothing_is_served(machine: Machine, tmp_path: Path) -> None:
+    machine(pushed, folder=str(tmp_path / "out"), name="owner/model")
+    run, here, report = Terminal(machine), ("--state", tmp_path / "out/.s3t"), tmp_path / "report.json"
+    run("delete", "owner/model", "--slices", "0:1", *here, code=3)
+    run("purge", "owner/model", "--report", report, *here)
+    report.write_text(json.dumps({**json.loads(report.read_text()), "status": "begun"}))
+    assert "End it: hf-s3t purge owner/model" in run("recheck", report, *here, code=3)

@@ -551,3 +551,12 @@ def test_a_report_without_anything_pending_is_not_made_newer(new_case: Any) -> N
 def test_short_names_of_refs_are_understood(new_case: Any) -> None:
     case = new_case()
     assert "refs/tags/v1" in case.purge(keep_refs=["v1", "dev"])["data"]["refs_kept"]
+
+
+def test_a_short_name_of_two_refs_is_refused(new_case: Any) -> None:
+    """To guess would remove the other one."""
+    case = new_case()
+    case.repository.set_ref("refs/heads/v1", case.repository.resolve("main"))
+    kind, message = case.machine(refused, name=NAME, folder=str(case.folder), keep_refs=["v1", "dev"])
+    assert kind == "ValueError" and "refs/heads/v1" in message and "refs/tags/v1" in message
+    assert set(case.repository.refs()) >= {"refs/heads/v1", "refs/tags/v1"}

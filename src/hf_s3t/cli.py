@@ -287,7 +287,7 @@ def recheck(
         known = PurgeReport.from_json(read_json(report))
         found = ask_again(HubRepo(known.repo), known)
         kept = StoreFolder(known.repo, state=state).private / file_name(found)
-        if found is known:
+        if found is known and found.status != "begun":
             shown = f"Nothing was pending, so nothing was asked; it was last seen at {known.ended_at}."
             return Outcome(known.repo, DONE, known.to_json(), f"{known.to_text()}\n{shown}")
         if kept.exists():  # the one beside the receipts, which says whether the history is purged
@@ -306,7 +306,7 @@ def _purge_outcome(repo: str, found: PurgeReport, file: Path | None, kept: Path)
         shown += f" End it: hf-s3t purge {repo}, with what you said of its refs."
     elif found.pending:
         shown += f" Ask again for what is pending: hf-s3t recheck {kept}"
-    return Outcome(repo, PENDING if found.pending else DONE, found.to_json(), shown)
+    return Outcome(repo, DONE if found.status == "no_longer_served" else PENDING, found.to_json(), shown)
 
 
 @app.command()

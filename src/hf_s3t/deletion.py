@@ -50,7 +50,8 @@ class Receipt:
         status (`str`): `"dry run"`, `"unchanged"` (all was deleted before), or `"inactive"`: no longer served by this
             store since `inactive_since`. Of a repository `"inactive_at_head"` until a purge, and `"no_longer_served"`
             once every probe after it says so.
-        requested_at, inactive_since (`str`): UTC times in ISO 8601.
+        requested_at, inactive_since (`str`): UTC times in ISO 8601. What is `"unchanged"` has been inactive since the
+            earlier deletion; `None` where that was made elsewhere.
         asked, found, already_deleted (`int`): numbers of ids, groups, rows or slices in the request.
         examples (`int`): examples that the request covers and that were in the index; `None`: the state is not here.
         dark_examples (`int`): other examples whose slices this took out of service until repair; `None` likewise.

@@ -302,8 +302,7 @@ def sort_refs(repo: HubRepo, keep_refs: Iterable[str] | None) -> tuple[list[str]
             "Nothing was changed. Say which ones to keep (`keep_refs=[...]`, `--keep-ref`; none: `--drop-refs`); the "
             "others are removed."
         )
-    short = {ref.split("/", 2)[-1]: ref for ref in sorted(refs, reverse=True)}  # branches before tags
-    wanted = {ref if ref.startswith("refs/") else short.get(ref, f"refs/heads/{ref}") for ref in keep_refs or ()}
+    wanted = {_full_name(repo, name, refs) for name in keep_refs or ()}
     dropped = [ref for ref in others if ref not in wanted]
     if wanted - set(refs):
         absent = ", ".join(sorted(wanted - set(refs)))
@@ -315,6 +314,15 @@ def sort_refs(repo: HubRepo, keep_refs: Iterable[str] | None) -> tuple[list[str]
             "the Hub, or keep it."
         )
     return [own, *(ref for ref in others if ref in wanted)], dropped
+
+
+def _full_name(repo: HubRepo, name: str, refs: Iterable[str]) -> str:
+    if name.startswith("refs/"):
+        return name
+    found = [ref for ref in refs if ref.split("/", 2)[-1] == name]
+    if len(found) > 1:
+        raise ValueError(f"{name} of {repo.repo_id} is {' and '.join(found)}. Nothing was changed. Say which one.")
+    return found[0] if found else f"refs/heads/{name}"
 
 
 def is_branch(ref: str) -> bool:
