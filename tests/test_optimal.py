@@ -11,7 +11,7 @@ from hf_s3t.bms import bms
 from hf_s3t.optimal import Selection, optimal
 from hf_s3t.plan import Plan
 from hf_s3t.search import best_orders, best_tree, coldest_first, every_set, symmetric_chains
-from hf_s3t.sequences import _rotation, cyclic, explicit, prune_orders, spaced, training_cost
+from hf_s3t.sequences import cyclic, explicit, prune_orders, rotation, spaced, training_cost
 from hf_s3t.survival import Lattice, budget_bound, cost_bound, set_of
 
 
@@ -44,7 +44,7 @@ def quick(monkeypatch):
 
 
 def rotations(num_slices, budget):
-    return [_rotation(num_slices, number) for number in range(budget)]
+    return [rotation(num_slices, number) for number in range(budget)]
 
 
 # A number of sequences

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .closed_forms import Prior
-from .sequences import _check_count
+from .sequences import check_count
 
 BLOCK = 2**16  # examples drawn at once, over all streams: what a processor keeps close by
 MAX_ROWS = 256  # and per stream: a few streams should not draw far beyond their end
@@ -45,8 +45,8 @@ class DeletionRequests:
     per_day: float | None = None
 
     def __post_init__(self) -> None:
-        _check_count("examples", self.examples, 1, 10**4)
-        _check_count("burst", self.burst, 1, 10**4)
+        check_count("examples", self.examples, 1, 10**4)
+        check_count("burst", self.burst, 1, 10**4)
         if self.per_day is not None and not 0 < self.per_day < math.inf:
             raise ValueError(f"per_day must be a number above 0, not {self.per_day!r:.40}. Give requests per day.")
 
@@ -110,7 +110,7 @@ class RepairPolicy:
         if self.below is not None and self.every_days is not None:
             raise ValueError(f"Both below={self.below} and every_days={self.every_days} are given. Choose one rule.")
         if self.below is not None:
-            _check_count("below", self.below, 1, 10**9)
+            check_count("below", self.below, 1, 10**9)
         if self.every_days is not None and not 0 < self.every_days < math.inf:
             raise ValueError(f"every_days must be a number above 0, not {self.every_days!r:.40}. Give days.")
 
@@ -134,7 +134,7 @@ def check_horizon(
         asked = f"every_days={policy.every_days}" if horizon_days is None else f"horizon_days={horizon_days}"
         raise ValueError(f"{asked} is given, but no rate, so there are no days. Give DeletionRequests(per_day=...).")
     if max_requests is not None:
-        _check_count("max_requests", max_requests, 1, MAX_REQUESTS)
+        check_count("max_requests", max_requests, 1, MAX_REQUESTS)
     if horizon_days is not None and not 0 < horizon_days < math.inf:
         raise ValueError(f"horizon_days must be a number above 0, not {horizon_days!r:.40}. Give days.")
     expected = (horizon_days or 0) * (requests.per_day or 0)

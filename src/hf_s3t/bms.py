@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from .sequences import Order, _check_budget
+from .sequences import Order, check_budget
 from .survival import checked_prior
 
 SCORED_REQUESTS = 100  # the paper's t
@@ -45,7 +45,7 @@ def bms(num_slices: int, budget: int, prior: Sequence[float] | None = None, seed
     >>> bms(4, 2, [0.4, 0.3, 0.2, 0.1])
     [(3, 2, 0, 1), (2, 3, 1, 0)]
     """
-    _check_budget(num_slices, budget)
+    check_budget(num_slices, budget)
     chances = checked_prior(prior, num_slices)
     matched = _matched(chances, budget)
     return matched if budget <= num_slices else _with_samples(matched, budget, chances, random.Random(seed))

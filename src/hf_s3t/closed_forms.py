@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .plan import Plan, Stage
-from .sequences import _check_count, requests_until_dead
+from .sequences import check_count, requests_until_dead
 
 Prior = Sequence[float] | Sequence[Sequence[float]] | np.ndarray
 """`L` chances, one per slice (all shards are equally likely), or `m` lists of `L` chances, one per place."""
@@ -48,8 +48,8 @@ def place_chances(num_shards: int, num_slices: int, prior: Prior | None = None) 
     array([[0.375, 0.125],
            [0.375, 0.125]])
     """
-    _check_count("num_shards", num_shards, 1, 10**6)
-    _check_count("num_slices", num_slices, 1, 10**6)
+    check_count("num_shards", num_shards, 1, 10**6)
+    check_count("num_slices", num_slices, 1, 10**6)
     places = (num_shards, num_slices)
     if prior is None:
         return np.full(places, 1 / (num_shards * num_slices))
@@ -201,9 +201,9 @@ def distinct_hits(num_slices: int, requests: int, num_shards: int = 1) -> np.nda
     >>> distinct_hits(4, 3) * 16
     array([0., 1., 9., 6., 0.])
     """
-    _check_count("num_slices", num_slices, 1, 10**4)
-    _check_count("num_shards", num_shards, 1, 10**6)
-    _check_count("requests", requests, 0, 10**6)
+    check_count("num_slices", num_slices, 1, 10**4)
+    check_count("num_shards", num_shards, 1, 10**6)
+    check_count("requests", requests, 0, 10**6)
     chances = np.zeros(num_slices + 1)
     chances[0] = 1.0
     new = np.arange(num_slices, -1, -1) / (num_shards * num_slices)  # that the next request hits a slice not yet hit
@@ -240,15 +240,15 @@ def random_survival(num_slices: int, length: int, distinct: int, budget: int) ->
     0.9375
     """
     _check_prefix(num_slices, length, distinct)
-    _check_count("budget", budget, 1, 10**6)
+    check_count("budget", budget, 1, 10**6)
     one = math.comb(num_slices - distinct, length) / math.comb(num_slices, length)
     return 1 - (1 - one) ** budget
 
 
 def _check_prefix(num_slices: int, length: int, distinct: int) -> None:
-    _check_count("num_slices", num_slices, 1, 10**4)
-    _check_count("length", length, 1, num_slices)
-    _check_count("distinct", distinct, 0, num_slices)
+    check_count("num_slices", num_slices, 1, 10**4)
+    check_count("length", length, 1, num_slices)
+    check_count("distinct", distinct, 0, num_slices)
 
 
 def lemma_2(num_slices: int, length: int, requests: int, budget: int) -> float:
@@ -262,8 +262,8 @@ def lemma_2(num_slices: int, length: int, requests: int, budget: int) -> float:
     (0.888, 0.846)
     """
     _check_prefix(num_slices, length, 0)
-    _check_count("requests", requests, 0, 10**6)
-    _check_count("budget", budget, 1, 10**6)
+    check_count("requests", requests, 0, 10**6)
+    check_count("budget", budget, 1, 10**6)
     return 1 - (1 - (1 - length / num_slices) ** requests) ** budget
 
 
@@ -284,7 +284,7 @@ def sisa_slices_in_use(num_shards: int, num_slices: int, requests: int) -> float
     >>> sisa_slices_in_use(1, 4, 1)
     1.5
     """
-    _check_count("requests", requests, 0, 10**6)
+    check_count("requests", requests, 0, 10**6)
     places = place_chances(num_shards, num_slices).size
     return num_shards * math.fsum((1 - k / places) ** requests for k in range(1, num_slices + 1))
 
@@ -295,7 +295,7 @@ def sisa_cost_per_request(num_slices: int) -> float:
     >>> sisa_cost_per_request(4)
     7.5
     """
-    _check_count("num_slices", num_slices, 1, 10**6)
+    check_count("num_slices", num_slices, 1, 10**6)
     return (num_slices + 1) * (2 * num_slices + 1) / 6
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .search import best_orders, best_tree
-from .sequences import Order, _check_count, explicit, prune_orders, training_cost
+from .sequences import Order, check_count, explicit, prune_orders, training_cost
 from .streams import HELD_OUT_STREAMS, Streams
 from .survival import LATTICE_SLICES, MAX_REQUESTS, Lattice, budget_bound, checked_prior, cost_bound
 
@@ -82,9 +82,9 @@ def optimal(
         raise ValueError(f"budget={budget} and cost_budget={cost_budget} are both given. Give one of them.")
     if alive is not None and cost_budget is None:
         raise ValueError("What is alive matters for a cost budget only. Give cost_budget, or leave alive out.")
-    _check_count("seed", seed, 0, 2**32 - 1)
+    check_count("seed", seed, 0, 2**32 - 1)
     if requests is not None:
-        _check_count("requests", requests, 1, MAX_REQUESTS)
+        check_count("requests", requests, 1, MAX_REQUESTS)
     chances = (checked_prior(prior, num_slices) + 1 / num_slices) / 2
     if num_slices <= LATTICE_SLICES:
         measure: Lattice | Streams = Lattice(chances.tolist(), performance, requests)

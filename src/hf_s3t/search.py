@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from .sequences import Order, _check_budget, _check_count, _rotation, prune_orders, random_orders, training_cost
+from .sequences import Order, check_budget, check_count, prune_orders, random_orders, rotation, training_cost
 from .streams import Streams
 from .survival import LATTICE_SLICES, Lattice, Path, path_cost, set_of
 
@@ -46,11 +46,11 @@ def best_orders(measure: Measure, budget: int, seed: int = 0, judge: Measure | N
     [(2, 1, 0)]
     """
     num_slices = measure.num_slices
-    _check_budget(num_slices, budget)
+    check_budget(num_slices, budget)
     coldest = coldest_first(measure)
     if num_slices <= LATTICE_SLICES and budget >= math.comb(num_slices, num_slices // 2):
         return _renumbered(symmetric_chains(num_slices), coldest)
-    rotations = [_spaced(num_slices, budget), [_rotation(num_slices, number) for number in range(budget)]]
+    rotations = [_spaced(num_slices, budget), [rotation(num_slices, number) for number in range(budget)]]
     starts = [_renumbered(rotations[0], coldest), rotations[0]]
     if num_slices > LATTICE_SLICES:
         starts.append(random_orders(num_slices, budget, seed))
@@ -86,7 +86,7 @@ def best_tree(
     [(2, 1, 0), (1,)]
     """
     num_slices = measure.num_slices
-    _check_count("cost_budget, in slice passes,", cost_budget, 1, MAX_COST)
+    check_count("cost_budget, in slice passes,", cost_budget, 1, MAX_COST)
     least = path_cost(0, num_slices)
     if alive is None and cost_budget < least:
         found = f"cost_budget={cost_budget} is too small: one complete order of {num_slices} slices costs {least}"
@@ -157,7 +157,7 @@ def _renumbered(orders: Iterable[Order], names: Order) -> list[Order]:
 
 def _spaced(num_slices: int, budget: int) -> list[Order]:
     step = max(num_slices / budget, 1.0)
-    return [_rotation(num_slices, round(number * step)) for number in range(budget)]
+    return [rotation(num_slices, round(number * step)) for number in range(budget)]
 
 
 def _rotations(num_slices: int, cost_budget: int) -> Iterator[list[Order]]:
@@ -166,7 +166,7 @@ def _rotations(num_slices: int, cost_budget: int) -> Iterator[list[Order]]:
     for budget in range(1, fitting + 1):
         yield _spaced(num_slices, budget)
     most = num_slices**2 if num_slices <= LATTICE_SLICES else fitting
-    yield [_rotation(num_slices, number) for number in range(min(math.factorial(min(num_slices, 7)), most))]
+    yield [rotation(num_slices, number) for number in range(min(math.factorial(min(num_slices, 7)), most))]
 
 
 def _prefixes(orders: Iterable[Order]) -> dict[int, Order]:

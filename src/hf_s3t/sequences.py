@@ -21,15 +21,15 @@ EXACT_SLICES = 12  # up to here all 2^L hit sets are enumerated
 SAMPLED_STREAMS = 20_000  # deletion streams drawn beyond that
 
 
-def _check_count(name: str, value: object, low: int, high: int) -> None:
+def check_count(name: str, value: object, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{name} must be an integer from {low} to {high}, not {value!r:.40}. Give one in that range.")
 
 
-def _check_budget(num_slices: int, budget: int) -> None:
-    _check_count("num_slices", num_slices, 1, MAX_SLICES)
+def check_budget(num_slices: int, budget: int) -> None:
+    check_count("num_slices", num_slices, 1, MAX_SLICES)
     orders = min(math.factorial(num_slices), 10**9)
-    _check_count(f"budget, the number of different orders of {num_slices} slices,", budget, 1, orders)
+    check_count(f"budget, the number of different orders of {num_slices} slices,", budget, 1, orders)
 
 
 def cyclic(num_slices: int, budget: int) -> list[Order]:
@@ -49,14 +49,14 @@ def cyclic(num_slices: int, budget: int) -> list[Order]:
     >>> cyclic(4, 3)
     [(0, 1, 2, 3), (1, 2, 3, 0), (2, 3, 0, 1)]
     """
-    _check_budget(num_slices, budget)
-    orders = [_rotation(num_slices, number) for number in range(budget)]
+    check_budget(num_slices, budget)
+    orders = [rotation(num_slices, number) for number in range(budget)]
     if budget > num_slices:
         _warn_about_extra(orders, num_slices)
     return orders
 
 
-def _rotation(num_slices: int, number: int) -> Order:
+def rotation(num_slices: int, number: int) -> Order:
     """Read `number` in the mixed base L, L-1, ..., 1: digit `i` says how far what follows `i` slices is rotated."""
     number, start = divmod(number, num_slices)
     rest = [*range(start, num_slices), *range(start)]
@@ -90,10 +90,10 @@ def spaced(num_slices: int, budget: int) -> list[Order]:
     >>> spaced(4, 2)
     [(0, 1, 2, 3), (2, 3, 0, 1)]
     """
-    _check_budget(num_slices, budget)
+    check_budget(num_slices, budget)
     if budget > num_slices:
         return cyclic(num_slices, budget)
-    return [_rotation(num_slices, round(number * num_slices / budget)) for number in range(budget)]
+    return [rotation(num_slices, round(number * num_slices / budget)) for number in range(budget)]
 
 
 def random_orders(num_slices: int, budget: int, seed: int) -> list[Order]:
@@ -104,7 +104,7 @@ def random_orders(num_slices: int, budget: int, seed: int) -> list[Order]:
     >>> sorted(order[0] for order in random_orders(4, 4, seed=0))
     [0, 1, 2, 3]
     """
-    _check_budget(num_slices, budget)
+    check_budget(num_slices, budget)
     rng = random.Random(seed)
     orders: dict[Order, None] = {}
     while len(orders) < budget:
@@ -137,13 +137,13 @@ def explicit(orders: Iterable[Sequence[int]], num_slices: int) -> list[Order]:
     >>> explicit([[0, 1, 2], [2, 0]], num_slices=3)
     [(0, 1, 2), (2, 0)]
     """
-    _check_count("num_slices", num_slices, 1, MAX_SLICES)
+    check_count("num_slices", num_slices, 1, MAX_SLICES)
     checked: dict[Order, int] = {}
     for position, order in enumerate(orders):
         if not isinstance(order, (list, tuple)):
             raise ValueError(f"Order {position} is {order!r:.40}. Give a list of lists of slice ids: [[0, 1], ...].")
         for slice_id in order:
-            _check_count(f"A slice id in order {position}", slice_id, 0, num_slices - 1)
+            check_count(f"A slice id in order {position}", slice_id, 0, num_slices - 1)
         order = tuple(order)
         if not order:
             raise ValueError(f"Order {position} is empty. Give it at least one slice or remove it.")
@@ -244,7 +244,7 @@ def expected_surviving_prefix(orders: Iterable[Order], requests: int, prior: Seq
     >>> expected_surviving_prefix([(0, 1), (1, 0)], requests=1)
     1.0
     """
-    _check_count("requests", requests, 0, 10**6)
+    check_count("requests", requests, 0, 10**6)
     checked = explicit(orders, MAX_SLICES if prior is None else len(prior))
     num_slices = len(prior) if prior is not None else 1 + max(map(max, checked))
     chances = np.asarray([1 / num_slices] * num_slices if prior is None else prior, dtype=float)
@@ -296,6 +296,6 @@ def requests_until_dead(num_shards: int, num_slices: int, budget: int) -> float:
     45.67
     """
     for name, value in (("num_shards", num_shards), ("num_slices", num_slices), ("budget", budget)):
-        _check_count(name, value, 1, 10**6)
+        check_count(name, value, 1, 10**6)
     starts = num_shards * min(budget, num_slices)
     return num_shards * num_slices * math.fsum(1 / i for i in range(1, starts + 1))

@@ -19,7 +19,7 @@ from .bitsets import StageSets
 from .closed_forms import first_slice_chances, place_chances
 from .estimates import Curve, Simulation
 from .plan import Plan
-from .sequences import _check_count
+from .sequences import check_count
 
 MAX_CELLS = 5 * 10**7  # numbers in the largest array: 400 MB
 NEVER = np.iinfo(np.int64).max
@@ -153,7 +153,7 @@ class _Streams:
         max_requests: int | None,
         horizon_days: float | None,
     ) -> None:
-        _check_count("streams", streams, 2, 10**6)
+        check_count("streams", streams, 2, 10**6)
         check_horizon(requests, policy, max_requests, horizon_days)
         self.sets, self.policy = sets, policy
         self.examples, self.rows_per_event = requests.examples, requests.examples * requests.burst

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .sequences import Order, _check_count
+from .sequences import Order, check_count
 
 LATTICE_SLICES = 16  # up to here all 2^L sets are held in memory
 MAX_REQUESTS = 10**6
@@ -34,7 +34,7 @@ def checked_prior(prior: Sequence[float] | None, num_slices: int) -> np.ndarray:
     >>> checked_prior(None, 4)
     array([0.25, 0.25, 0.25, 0.25])
     """
-    _check_count("num_slices", num_slices, 1, 1000)
+    check_count("num_slices", num_slices, 1, 1000)
     chances = np.asarray([1 / num_slices] * num_slices if prior is None else prior, dtype=float)
     if chances.shape != (num_slices,):
         raise ValueError(f"The prior must have one number per slice, {num_slices}, not {prior!r:.100}. Correct it.")
@@ -87,13 +87,13 @@ def weights_over(prior: Sequence[float] | None, requests: int, num_slices: int |
     >>> weights_over([0.5, 0.5], requests=2)
     array([0.   , 0.375, 0.375, 0.25 ])
     """
-    _check_count("requests", requests, 1, MAX_REQUESTS)
+    check_count("requests", requests, 1, MAX_REQUESTS)
     return _history(prior, requests, num_slices)[1] / requests
 
 
 def _history(prior: Sequence[float] | None, requests: int, num_slices: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The chances after the last request, and their sum over all requests."""
-    _check_count("requests", requests, 0, MAX_REQUESTS)
+    check_count("requests", requests, 0, MAX_REQUESTS)
     chances = _lattice_prior(prior, num_slices)
     inside = _subset_sums(chances)
     current = np.zeros(len(inside))
@@ -132,7 +132,7 @@ def life_weights(prior: Sequence[float] | None, num_slices: int | None = None) -
 def _lattice_prior(prior: Sequence[float] | None, num_slices: int | None) -> np.ndarray:
     if num_slices is None:
         num_slices = 0 if prior is None else len(prior)
-    _check_count("num_slices, where all hit sets are enumerated,", num_slices, 1, LATTICE_SLICES)
+    check_count("num_slices, where all hit sets are enumerated,", num_slices, 1, LATTICE_SLICES)
     return checked_prior(prior, num_slices)
 
 
