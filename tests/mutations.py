@@ -168,7 +168,7 @@ MUTATIONS = (
     Mutation(6, "the names of the deletions alone are compared", "reconcile.py",
              ((" and state.digest(store.key) == manifest.tombstones:", ":"),),
              ("test_orders.py::test_a_state_whose_tombstones_were_taken_out_trains_nothing",)),
-    Mutation(6, "the tombstone of a group is ignored", "manifest.py",
+    Mutation(6, "the tombstone of a group is ignored", "state.py",
              ((" or (group is not None and group in self.groups)", ""),),
              (ROWS + "a_person_is_deleted_with_all_rows",)),
     Mutation(6, "the index keeps what was deleted", "deletion.py",

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import models
 import trained_stores
 from hf_s3t import IsolationError, S3TStore, StoreLockedError, cli
+from hf_s3t.closed_forms import life_until_first_dead
 from trained_stores import WEIGHTS, edit_json, tree
 
 TESTS = Path(__file__).parent
@@ -65,6 +66,47 @@ def test_status(store: Path) -> None:
     assert outcome["result"]["trained"] == 14 and outcome["result"]["examples"] == trained_stores.ROWS
     text = run("status", store).stdout
     assert "14 of 14 trained" in text and "shard-00/0-1-2, shard-01/0-1-2" in text
+
+
+def test_status_says_how_many_requests_are_left(store: Path) -> None:
+    (outcome,) = outcomes("status", store)
+    life = outcome["result"]["life"]
+    assert list(life) == ["uniform"]
+    assert life["uniform"]["until_all_dead"]["mean"] == pytest.approx(6 * sum(1 / k for k in range(1, 7)))
+    run("delete", store, "--slices", "0:0", "--slices", "0:1")  # what is left of shard 0 is one stage, on slice 2
+    (outcome,) = outcomes("status", store, "--prior", "0.5,0.3,0.2")
+    assert outcome["result"]["requests"] == 1 and outcome["result"]["repair_slice_passes"] == 11
+    left = {under: life["until_first_dead"]["mean"] for under, life in outcome["result"]["life"].items()}
+    alone = {"uniform": 6, "given": 10}  # requests until slice 2 of shard 0 is hit; the whole shard 1 may die before
+    whole = life_until_first_dead([[1 / 6], [1 / 6] * 3]).mean, life_until_first_dead([[0.1], [0.25, 0.15, 0.1]]).mean
+    assert (left["uniform"], left["given"]) == pytest.approx(whole)
+    assert all(0.5 * alone[under] < left[under] < alone[under] for under in left)
+    text = run("status", store, "--prior", "0.5,0.3,0.2").stdout
+    assert f"about {left['given']:.1f} until a shard is dead" in text and "requests received" in text
+
+
+def test_status_fails_below_a_number_of_requests(store: Path, tmp_path: Path) -> None:
+    assert run("status", store, "--fail-below", 5).exit_code == 0
+    (outcome,) = outcomes("status", store, "--fail-below", 500, code=6)
+    assert outcome["exit_code"] == 6 and outcome["error"] is None
+    assert run("status", store, "--fail-below", 5, "--prior", "1,0,0").exit_code == 0  # slices 1 and 2 live for ever
+    run("delete", store, "--slices", "0:0", "--slices", "0:1", "--slices", "0:2")
+    assert run("status", store, "--fail-below", 0.1).exit_code == 6
+    assert run("status", store, tmp_path / "absent", "--fail-below", 0.1).exit_code == 2
+    (outcome,) = outcomes("status", store)
+    assert outcome["result"]["life"]["uniform"]["until_first_dead"]["mean"] == 0
+
+
+def test_a_life_without_end_is_told_without_a_number(store: Path) -> None:
+    (outcome,) = outcomes("status", store, "--prior", "1,0,0")
+    assert outcome["result"]["life"]["given"]["until_all_dead"] == {"mean": None, "standard_deviation": None}
+    assert "about any number until a shard is dead" in run("status", store, "--prior", "1,0,0").stdout
+
+
+@pytest.mark.parametrize("prior", ["0.5,0.5", "0.5,0.5,0.5", "-1,1,1", "a,b,c", "nan,0.5,0.5"])
+def test_a_prior_that_does_not_fit_is_refused(store: Path, prior: str) -> None:
+    result = run("status", store, f"--prior={prior}")
+    assert result.exit_code == 2 and "prior" in result.stderr
 
 
 def test_status_without_the_state_says_so(store: Path) -> None:
@@ -284,7 +326,7 @@ def test_gravest_exit_code_of_several_stores(store: Path, trained: Path, tmp_pat
     [(IsolationError("x"), 5), (StoreLockedError("x"), 2), (OSError("disk full"), 2), (KeyError("fault"), 1)],
 )
 def test_exit_codes_of_errors(store: Path, error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: S3TStore) -> None:
+    def fail(self: S3TStore, prior: object) -> None:
         raise error
 
     monkeypatch.setattr(S3TStore, "status", fail)

@@ -2,8 +2,9 @@
 
 Exit codes: 0 done; 2 bad input, or something to be put right first; 3 done here, but pending elsewhere: in exports
 that were made before, or in the history of a repository; 4 something asked for is not known, nothing was changed; 5 a
-promise is broken or a file is damaged. Of several stores the gravest code counts (5, 2, 4, 3), and one store's fault
-does not stop the others. What a person sees is laid out in `display.py`, what a person names is read in `reading.py`.
+promise is broken or a file is damaged; 6 fewer requests are left than `status --fail-below` asks for. Of several
+stores the gravest code counts (5, 2, 4, 3, 6), and one store's fault does not stop the others. What a person sees is
+laid out in `display.py`, what a person names is read in `reading.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .hub import HubRepo, hides_repo
 from .manifest import merged
 from .probing import recheck as ask_again
 from .purge import SECONDS
-from .reading import digests_not_in, load_factory, parse_slice, read_dataset, wanted_names
+from .reading import digests_not_in, load_factory, parse_prior, parse_slice, read_dataset, wanted_names
 from .report import PurgeReport, covered, file_name, uncovered
 from .sources import RepoSource
 from .store import S3TStore, as_stage
@@ -40,8 +41,8 @@ from .verify import Check, VerifyReport, verify
 
 logger = logging.getLogger(__name__)
 
-DONE, BAD_INPUT, PENDING, UNKNOWN, BROKEN = 0, 2, 3, 4, 5
-GRAVITY = (DONE, PENDING, UNKNOWN, BAD_INPUT, BROKEN, 1)
+DONE, BAD_INPUT, PENDING, UNKNOWN, BROKEN, LOW = 0, 2, 3, 4, 5, 6
+GRAVITY = (DONE, LOW, PENDING, UNKNOWN, BAD_INPUT, BROKEN, 1)
 """Exit codes, the gravest last; 1 is a fault of this program."""
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -64,6 +65,9 @@ KeepRefs = Annotated[
     typer.Option("--keep-ref", help="A branch, tag or pull request to keep; all others are removed. Repeatable."),
 ]
 DropRefs = Annotated[bool, typer.Option("--drop-refs", help="Remove every ref but the main branch.")]
+Prior = Annotated[
+    str | None, typer.Option(help="Chance that a request hits each slice, 0.4,0.3,0.3. Default: the plan's own.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document: a list with an outcome per store.")]
 
 
@@ -90,21 +94,46 @@ def main() -> None:
     """Look after stores of stages that S3T trained: find examples, delete them, check what is there.
 
     Exit codes: 0 done; 2 bad input; 3 done here, but pending elsewhere (exports, a repository's history); 4 not known,
-    nothing changed; 5 a promise is broken or a file is damaged. Of several stores the gravest counts: 5, 2, 4, 3.
+    nothing changed; 5 a promise is broken or a file is damaged; 6 fewer requests are left than --fail-below asks for.
+    Of several stores the gravest counts: 5, 2, 4, 3, 6.
     """
 
 
 @app.command()
-def status(stores: Stores, state: StateFolder = None, as_json: AsJson = False) -> None:
-    """What is trained, served, missing and deleted. Ends with 3 while a deletion is pending."""
+def status(
+    stores: Stores,
+    prior: Prior = None,
+    fail_below: Annotated[
+        float | None,
+        typer.Option(help="End with 6 if fewer requests than this are expected until a shard is dead."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the tree of stages of one store (.png, .svg, .pdf).")] = None,
+    state: StateFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is trained, served, missing and deleted, and how many requests are left. 3 while a deletion is pending."""
+    if plot is not None and len(stores) > 1:
+        raise typer.BadParameter("--plot draws one store. Give one store, or leave it out.")
+    chances = parse_prior(prior)
 
     def verb(store: S3TStore) -> Outcome:
-        found, unpurged = store.status(), _unpurged(store)
+        found, unpurged = store.status(chances), _unpurged(store)
+        if plot is not None:
+            _draw(store, plot)
         shown = display.show_status(found, unpurged)
         code = PENDING if unpurged or found.interrupted_deletions else DONE
+        if code == DONE and fail_below is not None and found.requests_left < fail_below:
+            code = LOW
         return Outcome(found.path, code, {**found.to_json(), "unpurged": _names(unpurged)}, shown)
 
     _run(stores, None, as_json, verb, state)
+
+
+def _draw(store: S3TStore, file: Path) -> None:
+    from .pictures import draw_store
+
+    manifest = store.live()
+    draw_store(manifest.plan, manifest.stages, file)
 
 
 @app.command()

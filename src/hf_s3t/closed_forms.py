@@ -142,6 +142,25 @@ def life_until_first_dead(chances: Sequence[Sequence[float]]) -> Life:
     return _life(none_dead, max(map(max, mortal)), min(map(min, mortal)))
 
 
+class LifeLeft(NamedTuple):
+    """How many requests a store is expected to take from now on, without a repair."""
+
+    until_first_dead: Life
+    until_all_dead: Life
+
+
+def life_left(plan: Plan, prior: Prior | None = None, trained: Iterable[Stage] | None = None) -> LifeLeft:
+    """What [`life_until_first_dead`] and [`life_until_all_dead`] say of what survives now.
+
+    Args, also for errors: see [`first_slice_chances`].
+
+    >>> round(life_left(Plan.make(1, 2, [(0, 1), (1, 0)]), trained=[Stage(0, (1,))]).until_all_dead.mean, 6)
+    2.0
+    """
+    chances = first_slice_chances(plan, prior, trained)
+    return LifeLeft(life_until_first_dead(chances), life_until_all_dead(chances))
+
+
 def _check_chances(chances: Sequence[Sequence[float]]) -> None:
     for number, shard in enumerate(chances):
         if not all(0 <= chance <= 1 for chance in shard):

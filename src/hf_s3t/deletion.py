@@ -24,11 +24,12 @@ from .errors import StateError, StoreError, UnknownExampleError
 from .exports import carrying, settle
 from .files import json_bytes, read_json, remove, sync_folder, write_atomic
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
-from .manifest import NOT_KNOWN, Event, Log, Manifest, State, Tombstone, merged, places_beyond, united
+from .manifest import NOT_KNOWN, Event, Log, Manifest, merged, places_beyond
 from .partition import Index, count_by_place
 from .plan import Stage
 from .requests import Place, Request
 from .sources import TOMBSTONES, FolderSource, RepoSource, on_top
+from .state import State, Tombstone, united
 
 logger = logging.getLogger(__name__)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from .closed_forms import LifeLeft
 from .deletion import Receipt
 from .exports import Export
 from .store import Location, Status
@@ -27,7 +29,8 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
         ("repair", f"{status.repair_slice_passes} slice passes for {len(status.missing)} missing stages"),
         ("examples", UNKNOWN if status.examples is None else status.examples),
         ("deleted examples", UNKNOWN if status.deleted_examples is None else status.deleted_examples),
-        ("deletions", status.requests),
+        ("requests received", status.requests),
+        *((f"requests left, {under}", _life_line(left)) for under, left in status.life.items()),
     ]
     if status.dead_shards:
         rows.insert(3, ("shards without a stage", ", ".join(map(str, status.dead_shards))))
@@ -40,6 +43,11 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
     if unpurged:
         rows.append(("history", still_serves(unpurged)))
     return Group(status.path, _pairs(rows))
+
+
+def _life_line(left: LifeLeft) -> str:
+    first, last = (f"{life.mean:.1f}" if math.isfinite(life.mean) else "any number" for life in left)
+    return f"about {first} until a shard is dead, {last} until all are"
 
 
 def still_serves(unpurged: Mapping[str, Sequence[str]]) -> str:

@@ -24,8 +24,9 @@ from .bases import HAND_IN, check_base, check_unquantised, load_base
 from .errors import StateError, StoreError
 from .files import install_folder, json_bytes, read_json, remove, sync_folder, write_atomic
 from .folder import StoreFolder
-from .manifest import Manifest, Tombstone
+from .manifest import Manifest
 from .plan import Stage
+from .state import Tombstone
 
 logger = logging.getLogger(__name__)
 

@@ -42,10 +42,11 @@ from .files import (
     write_durable,
 )
 from .hub import HubRepo, is_repo_id
-from .manifest import DAMAGED, Manifest, State, key_check_value
+from .manifest import DAMAGED, Manifest
 from .partition import Entry, Index
 from .plan import Order, Stage
 from .sources import MANIFEST, FolderSource, RepoSource, default_state
+from .state import State, key_check_value
 
 KEY_VARIABLE = "HF_S3T_KEY"
 STATE_VARIABLE = "HF_S3T_STATE"

@@ -1,23 +1,22 @@
-"""What the store writes down: the manifest `s3t.json`, which may be published, and the state, which never is.
+"""What the store publishes about itself: the manifest `s3t.json`, and in it the log of deletions and readmissions.
 
-Both are plain data with strict readers: a manifest may come from a hostile repository. Which file holds which, and
-when it is written, is for `folder.py`.
+It is plain data with a strict reader: a manifest may come from a hostile repository. Which file holds what, and when
+it is written, is for `folder.py`.
 """
 
 from __future__ import annotations
 
-import hmac
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE
-from .errors import StateError, StoreError
-from .partition import canonical, keyed_digest
+from .errors import StoreError
 from .plan import Plan, Stage
+from .survival import checked_prior
 
 FORMAT = 1
 """Version of the folder format; a store of another version is refused."""
@@ -66,6 +65,19 @@ def merged(first: Log, second: Log) -> Log:
 
 
 @dataclass(frozen=True)
+class RepairBudget:
+    """For which repair the plan was made: `train(repair="best")`, called again after a kill, goes on with it.
+
+    Args:
+        cost_budget (`int`): slice passes that it may cost, over all shards.
+        generation (`int`): of the store when it began.
+    """
+
+    cost_budget: int
+    generation: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Content of `s3t.json`.
 
@@ -78,6 +90,9 @@ class Manifest:
         stages (`dict[Stage, dict[str, str]]`): sha256 per file of each trained stage.
         root (`dict`, *optional*): sha256 per file of the root adapter, or `None` while there is none.
         log (`dict[str, Event]`): what its stages have obeyed, by name.
+        deletion_prior (`tuple[float, ...]`, *optional*): chance that a request hits each slice, that the plan was
+            made for; `None`: all alike.
+        repair ([`RepairBudget`], *optional*): `None` where the plan is the one of the config.
     """
 
     generation: int
@@ -88,6 +103,8 @@ class Manifest:
     stages: dict[Stage, dict[str, str]] = field(default_factory=dict)
     root: dict[str, str] | None = None
     log: Log = field(default_factory=dict)
+    deletion_prior: tuple[float, ...] | None = None
+    repair: RepairBudget | None = None
 
     @property
     def weights(self) -> set[str]:
@@ -110,13 +127,15 @@ class Manifest:
             "key_check": self.key_check,
             "recipe": self.recipe,
             "plan": self.plan.to_json(),
+            "deletion_prior": None if self.deletion_prior is None else list(self.deletion_prior),
+            "repair": None if self.repair is None else asdict(self.repair),
             "stages": {
                 stage.name: {"parent": stage.parent.name if stage.parent else None, "sha256": files}
                 for stage, files in sorted(self.stages.items())
             },
             "served": {Stage(shard, prefix).name: list(prefix) for shard, prefix in sorted(served.items())},
             "root": self.root,
-            "log": _log_json(self.log),
+            "log": log_json(self.log),
         }
 
     @classmethod
@@ -134,7 +153,7 @@ class Manifest:
                 "Use the version that wrote it, or a newer one."
             )
         try:
-            plan, root, log = Plan.from_json(data["plan"]), data["root"], _log(data["log"])
+            plan, root, log = Plan.from_json(data["plan"]), data["root"], read_log(data["log"])
             return cls(
                 _generation(data["generation"], log),
                 _digest(data["tombstones"], 64),
@@ -144,20 +163,23 @@ class Manifest:
                 {_stage(name, plan): _files(record["sha256"]) for name, record in data["stages"].items()},
                 None if root is None else _files(root),
                 log,
+                _prior(data.get("deletion_prior"), plan),
+                _repair(data.get("repair")),
             )
         except DAMAGED as error:
             what = f"{type(error).__name__} {error}"
             raise StoreError(f"The manifest is damaged: {what}. Restore it from a backup.") from None
 
 
-def _count(value: Any) -> int:
+def read_count(value: Any) -> int:
+    """A number from 0 on; a `ValueError` for anything else."""
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r:.80} is no number of deletions")
+        raise ValueError(f"{value!r:.80} is no number from 0 on")
     return value
 
 
 def _generation(value: Any, log: Log) -> int:
-    if _count(value) != len(log):
+    if read_count(value) != len(log):
         raise ValueError(f"generation {value} does not fit {len(log)} events")
     return value
 
@@ -166,6 +188,22 @@ def _digest(value: Any, length: int) -> str:
     if not re.fullmatch(f"[0-9a-f]{{{length}}}", value):
         raise ValueError(f"{value!r:.80} is no digest of {length} hexadecimal digits")
     return value
+
+
+def _prior(value: Any, plan: Plan) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(type(chance) in (int, float) for chance in value):
+        raise ValueError(f"{value!r:.80} is no list of chances")
+    return tuple(checked_prior(value, plan.num_slices).tolist())
+
+
+def _repair(value: Any) -> RepairBudget | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"cost_budget", "generation"}:
+        raise ValueError(f"{value!r:.80} is no budget of a repair")
+    return RepairBudget(read_count(value["cost_budget"]), read_count(value["generation"]))
 
 
 def _recipe(value: Any) -> dict[str, Any]:
@@ -190,177 +228,18 @@ def _files(record: Any) -> dict[str, str]:
     return {name: _digest(digest, 64) for name, digest in record.items()}
 
 
-@dataclass(frozen=True)
-class Tombstone:
-    """Where a deleted example was, and since when it must not be trained on.
-
-    Args:
-        deletions (`dict[str, tuple[tuple[int, int], ...]]`): by the names of the deletions that made it, the places
-            that each found. A readmission lifts those that it knew of; the tombstone stands while one is left.
-        generation (`int`): of the state that learned of the newest of them.
-    """
-
-    deletions: dict[str, tuple[tuple[int, int], ...]]
-    generation: int
-
-    @property
-    def places(self) -> set[tuple[int, int]]:
-        """`(shard, slice)`s where the example was."""
-        return {place for places in self.deletions.values() for place in places}
-
-
-@dataclass(frozen=True)
-class State:
-    """The part of the store that is never published, apart from key, index, intents and receipts.
-
-    Args:
-        generation (`int`): the manifest's generation that this state belongs to.
-        ids, groups (`dict[str, Tombstone]`): tombstones by keyed digest.
-        stages (`dict[str, dict]`): per trained stage its generation, number of examples, steps, seconds and versions.
-        caches (`tuple[str, ...]`): files of the datasets cache outside the store that may hold the examples' text.
-        log (`dict[str, Event]`): every deletion and readmission that this state knows, by name. It only grows.
-        key_check (`str`): of the store that it belongs to, as in its manifest.
-    """
-
-    generation: int = 0
-    ids: dict[str, Tombstone] = field(default_factory=dict)
-    groups: dict[str, Tombstone] = field(default_factory=dict)
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    caches: tuple[str, ...] = ()
-    log: Log = field(default_factory=dict)
-    key_check: str = ""
-
-    def buries(self, digest: str, group: str | None) -> bool:
-        """Whether a tombstone stands for an example, or for its group."""
-        return digest in self.ids or (group is not None and group in self.groups)
-
-    def digest(self, key: bytes) -> str:
-        """HMAC over the events and the tombstones, which the manifest carries."""
-        stones = {
-            kind: {digest: _deletions_json(stone) for digest, stone in all_.items()}
-            for kind, all_ in (("ids", self.ids), ("groups", self.groups))
-        }
-        return hmac.new(key, b"tombstones\0" + canonical({"log": _log_json(self.log), **stones}), "sha256").hexdigest()
-
-    def knows(self, manifest: Manifest) -> bool:
-        """Whether this state has every event that a manifest has obeyed."""
-        return manifest.log.keys() <= self.log.keys()
-
-    def only(self, stages: Iterable[Stage]) -> State:
-        """The state with the training records of some stages alone."""
-        names = {stage.name for stage in stages}
-        return replace(self, stages={name: record for name, record in self.stages.items() if name in names})
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `.s3t/state.json`."""
-        return {
-            "format": FORMAT,
-            "generation": self.generation,
-            "ids": {digest: _tombstone_json(stone) for digest, stone in self.ids.items()},
-            "groups": {digest: _tombstone_json(stone) for digest, stone in self.groups.items()},
-            "stages": self.stages,
-            "caches": list(self.caches),
-            "log": _log_json(self.log),
-            "key_check": self.key_check,
-        }
-
-    def tombstones_json(self, key: bytes) -> dict[str, Any]:
-        """What may travel in a private repository: events and tombstones, nothing of what is live, and their HMAC."""
-        kept = ("format", "generation", "ids", "groups", "log", "key_check")
-        return {**{name: value for name, value in self.to_json().items() if name in kept}, "hmac": self.digest(key)}
-
-    @classmethod
-    def from_tombstones_json(cls, data: Any, key: bytes) -> State:
-        """Reads what travelled.
-
-        Raises:
-            StateError: it is not of the right form, or was not written by somebody with the key.
-        """
-        state = cls.from_json(data)
-        if not hmac.compare_digest(str(data.get("hmac")).encode(), state.digest(key).encode()):
-            raise StateError("The tombstones were not written by somebody who has the partition key.")
-        return state
-
-    @classmethod
-    def from_json(cls, data: Any) -> State:
-        """Reads a state strictly.
-
-        Raises:
-            StateError: it is of another format version, or not a state.
-        """
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise StateError(f"The state is not of format {FORMAT}. Use the version of hf_s3t that wrote it.")
-        try:
-            return cls(
-                _count(data["generation"]),
-                {digest: _tombstone(stone) for digest, stone in data["ids"].items()},
-                {digest: _tombstone(stone) for digest, stone in data["groups"].items()},
-                dict(data.get("stages", {})),
-                tuple(data.get("caches", ())),
-                _log(data["log"]),
-                str(data["key_check"]),
-            )
-        except DAMAGED as error:
-            what = f"{type(error).__name__} {error}"
-            raise StateError(f"The state is damaged: {what}. Restore it from a backup.") from None
-
-
-def united(ours: State, theirs: State) -> State:
-    """Our state with the events and tombstones of another one of the same store; in any order, the same comes out.
-
-    A deletion that one side has not in a tombstone was lifted there if that side knows it, and is new to it if not.
-    """
-    log = merged(ours.log, theirs.log)
-    ids = _joined(ours.ids, theirs.ids, ours.log, theirs.log, len(log))
-    groups = _joined(ours.groups, theirs.groups, ours.log, theirs.log, len(log))
-    return replace(ours, generation=len(log), ids=ids, groups=groups, log=log)
-
-
-Stones = Mapping[str, Tombstone]
-
-
-def _joined(ours: Stones, theirs: Stones, our_log: Log, their_log: Log, generation: int) -> dict[str, Tombstone]:
-    none, joined = Tombstone({}, 0), {}
-    for digest in {**ours, **theirs}:
-        here, there = ours.get(digest, none), theirs.get(digest, none)
-        kept = {n: at for n, at in here.deletions.items() if n in there.deletions or n not in their_log}
-        new = {n: at for n, at in there.deletions.items() if n not in here.deletions and n not in our_log}
-        if kept or new:
-            joined[digest] = Tombstone({**kept, **new}, here.generation if kept else generation)
-    return joined
-
-
-def _log_json(log: Mapping[str, Event]) -> dict[str, Any]:
+def log_json(log: Mapping[str, Event]) -> dict[str, Any]:
+    """Plain data."""
     return {name: {"places": [list(place) for place in e.places], "named": e.named} for name, e in log.items()}
 
 
-def _log(data: Any) -> Log:
+def read_log(data: Any) -> Log:
+    """Reads what [`log_json`] gave; one of [`DAMAGED`] for anything else."""
     return {str(name): _event(event) for name, event in data.items()}
 
 
 def _event(data: Any) -> Event:
-    places = tuple((_count(shard), _count(slice_id)) for shard, slice_id in data["places"])
+    places = tuple((read_count(shard), read_count(slice_id)) for shard, slice_id in data["places"])
     if type(data["named"]) is not bool:
         raise ValueError(f"{data['named']!r:.80} is neither true nor false")
     return Event(places, data["named"])
-
-
-def _deletions_json(stone: Tombstone) -> dict[str, Any]:
-    return {name: [list(place) for place in places] for name, places in stone.deletions.items()}
-
-
-def _tombstone_json(stone: Tombstone) -> dict[str, Any]:
-    return {"deletions": _deletions_json(stone), "generation": stone.generation}
-
-
-def _tombstone(data: Any) -> Tombstone:
-    deletions = {
-        str(name): tuple((int(shard), int(slice_id)) for shard, slice_id in places)
-        for name, places in data["deletions"].items()
-    }
-    return Tombstone(deletions, int(data["generation"]))
-
-
-def key_check_value(key: bytes) -> str:
-    """A value by which a partition key is recognised without being told."""
-    return keyed_digest(key, "key check", "hf_s3t")

@@ -18,10 +18,11 @@ from huggingface_hub import CommitInfo
 from . import deletion
 from .errors import StateError, StoreError
 from .folder import StoreFolder, digests, stage_files
-from .manifest import NOT_KNOWN, Manifest, State, merged, places_beyond
+from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
 from .plan import Stage
 from .recipe import check_same
 from .sources import TOMBSTONES, RepoSource, on_top
+from .state import State
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,12 @@ from typing import Any, Literal
 from . import deletion
 from .config import S3TConfig
 from .errors import DatasetError, StateError
-from .manifest import Manifest, State, key_check_value
+from .manifest import Manifest, RepairBudget
 from .partition import Comparison, Entry, Index, compare, examples_digest, warn_of_empty_slices
 from .plan import Plan, Stage
 from .recipe import check_same
 from .rows import TrainRows
+from .state import State, key_check_value
 from .store import S3TStore
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ class Wanted:
     Args:
         recipe (`dict`): every setting that changes bits.
         plan ([`Plan`]): may differ from the store's; live stages are kept.
+        prior (`list[float]`, *optional*): chance that a request hits each slice.
+        cost_budget (`int`, *optional*): not `plan`, but the stages that add most to what lives, for that many slice
+            passes over all shards.
         rows ([`TrainRows`]): the train set.
         missing (`"error"`, `"delete"` or `"ignore"`): for rows that are gone or changed.
         extend (`bool`): train stages again that saw other rows than the train set has for them now.
@@ -39,6 +43,8 @@ class Wanted:
 
     recipe: dict[str, Any]
     plan: Plan
+    prior: list[float] | None
+    cost_budget: int | None
     rows: TrainRows
     missing: Missing
     extend: bool
@@ -51,8 +57,14 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
         RecipeError: the settings differ.
         StateError: the state is absent, or older than the manifest.
         DatasetError: rows are gone or changed and `missing="error"`.
+        ValueError: a repair by cost is asked for, and nothing was trained yet.
     """
     if not store.exists:
+        if wanted.cost_budget is not None:
+            raise ValueError(
+                f"There is no store in {store.path} to repair. Train one first; for a plan of a given cost use "
+                "S3TConfig(sequence_selection='optimal', cost_budget=...)."
+            )
         return _create(store, config, wanted)
     manifest, state = store.manifest(), store.state()
     check_same(manifest.recipe, wanted.recipe)
@@ -61,11 +73,31 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
     comparison = compare(index, rows)
     if manifest.stages and (comparison.missing or comparison.changed):
         manifest, index = _settle_differences(store, comparison, wanted, manifest, index)
-    manifest = replace(manifest, plan=wanted.plan)
-    if manifest.stages and wanted.extend:
-        manifest = store.write_root(manifest.without(_outdated(manifest, store.state(), wanted.rows)))
+    outdated = _outdated(manifest, store.state(), wanted.rows) if wanted.extend else []
+    manifest = _planned(manifest.without(outdated), wanted)
+    if outdated:
+        manifest = store.write_root(manifest)
     _write(store, manifest, {**rows, **index} if manifest.stages else rows, wanted)
     return manifest
+
+
+def _planned(manifest: Manifest, wanted: Wanted) -> Manifest:
+    """The manifest with the plan to train: the one of the config, or the best one for what still lives."""
+    if wanted.cost_budget is None:
+        return replace(manifest, plan=wanted.plan, deletion_prior=_chances(wanted), repair=None)
+    repair = RepairBudget(wanted.cost_budget, manifest.generation)
+    if manifest.repair == repair:  # a repair that was stopped goes on: its own stages must not count as alive
+        return manifest
+    num_shards, num_slices = manifest.plan.num_shards, manifest.plan.num_slices
+    surviving = manifest.plan.surviving(manifest.stages)
+    alive = [surviving.get(shard, ()) for shard in range(num_shards)]
+    orders = best_repair(num_slices, alive, wanted.cost_budget, wanted.prior)
+    plan = Plan(num_shards, num_slices, tuple(orders))
+    return replace(manifest, plan=plan, deletion_prior=_chances(wanted), repair=repair)
+
+
+def _chances(wanted: Wanted) -> tuple[float, ...] | None:
+    return None if wanted.prior is None else tuple(wanted.prior)
 
 
 def _create(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
@@ -82,8 +114,9 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
         store.private,
     )
     manifest = Manifest(
-        len(state.log), state.digest(key), key_check_value(key), wanted.recipe, wanted.plan, log=state.log
-    )
+        len(state.log), state.digest(key), key_check_value(key), wanted.recipe, wanted.plan, log=state.log,
+        deletion_prior=_chances(wanted),
+    )  # fmt: skip
     store.write_state(state)
     _write(store, manifest, index, wanted)
     return manifest

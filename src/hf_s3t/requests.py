@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from .errors import StoreError
 from .folder import StoreFolder
-from .manifest import Manifest, State, Tombstone
+from .manifest import Manifest
 from .partition import Index, keyed_digest, row_digest
+from .state import State, Tombstone
 
 Place = tuple[int, int]
 """`(shard, slice)`: where an example lies."""

@@ -14,9 +14,9 @@ from typing import Any
 from torch.utils.data import Subset
 
 from .config import S3TConfig
-from .manifest import State
 from .partition import Entry, id_source, raw_rows, read_rows
 from .plan import Stage
+from .state import State
 
 logger = logging.getLogger(__name__)
 

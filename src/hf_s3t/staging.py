@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import HFValidationError
@@ -20,8 +21,13 @@ from .config import S3TConfig
 from .layout import find_heads
 from .optimal import optimal
 from .plan import Plan, Stage
-from .sequences import select_sequences
+from .search import MAX_COST
+from .sequences import check_count, select_sequences
 from .tuner import draw_heads
+
+logger = logging.getLogger(__name__)
+
+Repair = Literal["all", "best"]
 
 
 def on_main_process(args: TrainingArguments, function: Callable[[], Any]) -> Any:
@@ -67,6 +73,19 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
             f"`hub_strategy={args.hub_strategy.value!r}` would push running checkpoints, whose optimizer states are "
             "computed from the examples. Use `hub_strategy='every_save'`: the store is pushed when `train()` ends."
         )
+
+
+def check_repair(repair: Repair, cost_budget: int | None) -> None:
+    """Raises `ValueError` unless a cost budget is given for the best repair, and for nothing else."""
+    if repair not in ("all", "best"):
+        raise ValueError(f"`repair` must be 'all' or 'best', got {repair!r}.")
+    if (repair == "best") != (cost_budget is not None):
+        raise ValueError(
+            f"`repair={repair!r}` with `cost_budget={cost_budget}`: the best repair needs a number of slice passes to "
+            "spend, and a repair of everything has none. Pass both `repair='best'` and `cost_budget`, or neither."
+        )
+    if cost_budget is not None:
+        check_count("cost_budget, in slice passes per epoch over all shards,", cost_budget, 1, MAX_COST)
 
 
 def check_processes(args: TrainingArguments) -> None:
@@ -123,6 +142,11 @@ def make_plan(config: S3TConfig, seed: int) -> Plan:
     num_slices, budget, prior = config.num_slices, config.budget, config.deletion_prior
     if config.sequence_selection == "optimal":
         best = optimal(num_slices, budget, config.cost_budget, prior)
+        bound = "" if best.bound is None else f"; no plan of this budget is worth more than {best.bound:.4g}"
+        logger.info(
+            "the best plan found is worth %.4g, every order %.4g, in requests x surviving slices over the whole life of "
+            "a shard%s; it costs %d slice passes per epoch and shard", best.value, best.every_order, bound, best.cost,
+        )  # fmt: skip
         return Plan.make(config.num_shards, num_slices, best.orders, prune=config.prune)
     numbers = [_number(f"orders of shard {shard}, seed {seed}") for shard in range(config.num_shards)]
     if config.sequence_selection == "bms":

@@ -6,8 +6,9 @@ and first finishes what an interrupted writer left (`deletion.py`). Files and fo
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from huggingface_hub import CommitInfo
 from . import deletion, publishing
 from . import purge as purging
 from .bases import load_base
+from .closed_forms import LifeLeft, life_left
 from .deletion import Receipt
 from .errors import S3TError, StateError, StoreError, UnknownExampleError
 from .exports import (
@@ -32,12 +34,12 @@ from .exports import (
 )
 from .files import PRIVATE, json_bytes, read_json, write_atomic
 from .folder import LOCK_SECONDS, StoreFolder, as_key
-from .manifest import State, key_check_value, united
 from .partition import Entry, keyed_digest
 from .plan import Order, Stage
 from .report import PurgeReport
 from .requests import Place, resolve
 from .sources import RepoSource
+from .state import State, key_check_value, united
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +64,11 @@ class Location:
 
 @dataclass(frozen=True)
 class Status:
-    """A store at a glance; see [`S3TStore.status`]."""
+    """A store at a glance; see [`S3TStore.status`].
+
+    `requests` are the deletions received. `life` says how many more requests, each for one example, the store is
+    expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under the prior.
+    """
 
     path: str
     generation: int
@@ -78,10 +84,27 @@ class Status:
     interrupted_deletions: int
     exports: tuple[str, ...]
     stale_exports: tuple[str, ...]
+    life: dict[str, LifeLeft]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data. A life that does not end, because the prior rules its end out, is `None`."""
+        life = {
+            under: {
+                until: {"mean": _finite(life.mean), "standard_deviation": _finite(life.standard_deviation)}
+                for until, life in left._asdict().items()
+            }
+            for under, left in self.life.items()
+        }
+        return {**asdict(self), "life": life}
+
+    @property
+    def requests_left(self) -> float:
+        """Expected requests until the first shard is dead, under the prior that leaves fewer."""
+        return min(left.until_first_dead.mean for left in self.life.values())
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 class S3TStore(StoreFolder):
@@ -114,10 +137,21 @@ class S3TStore(StoreFolder):
 
     # ---- looking ----
 
-    def status(self) -> Status:
-        """What is trained, served, missing and deleted. Needs no key; without the state, counts are `None`."""
+    def status(self, prior: Sequence[float] | None = None) -> Status:
+        """What is trained, served, missing and deleted, and how long what lives may last.
+
+        Needs no key; without the state, counts are `None`.
+
+        Args:
+            prior (`Sequence[float]`, *optional*): chance that a request hits each slice; `None`: the one that the plan
+                was made for, if it was made for one.
+
+        Raises:
+            ValueError: the prior does not fit the store.
+        """
         self.source.look()
         manifest = self.live()
+        priors = {"uniform": None, "given": manifest.deletion_prior if prior is None else prior}
         served = manifest.plan.served(manifest.stages)
         missing = manifest.plan.missing(manifest.stages)
         examples: int | None = None
@@ -144,6 +178,11 @@ class S3TStore(StoreFolder):
             interrupted_deletions=len(self.intents()),
             exports=tuple(read_exports(self)),
             stale_exports=tuple(stale),
+            life={
+                under: life_left(manifest.plan, chances, manifest.stages)
+                for under, chances in priors.items()
+                if under == "uniform" or chances is not None
+            },
         )
 
     def locate(self, ids: Iterable[Any] = (), groups: Iterable[Any] = ()) -> list[Location]:

@@ -39,7 +39,9 @@ from .reconcile import Missing, Wanted, reconcile
 from .rows import TrainRows
 from .serving import ServedModelMixin
 from .staging import (
+    Repair,
     check_processes,
+    check_repair,
     make_plan,
     on_main_process,
     public_id,
@@ -128,15 +130,30 @@ class S3TMixin(ServedModelMixin):
     # ---- training ----
 
     def train(
-        self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+        self,
+        resume_from_checkpoint: Any = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        *,
+        repair: Repair = "all",
+        cost_budget: int | None = None,
     ) -> TrainOutput:
         """Trains every stage that the store lacks: a first run, a resumed run and a repair are the same call.
+
+        `repair="best"` does not come back to the config's plan: it spends at most `cost_budget` slice passes per
+        epoch, over all shards, on the stages that add most given what still lives, and what lives costs nothing.
+        Those stages are the plan from then on. Called again with the same budget before another deletion, it goes on
+        with them (a killed repair), or trains nothing. What a deletion removes of them while they train is trained
+        again on the rest, as of any plan.
 
         Args:
             resume_from_checkpoint (`bool`, *optional*): a killed stage is always resumed; only `None`, `True` and
                 `False` are accepted, and `False` starts a killed stage again.
             trial: not supported, as hyperparameter search needs a store per trial.
             ignore_keys_for_eval (`list[str]`, *optional*): as for the Trainer.
+            repair (`"all"` or `"best"`, *optional*, defaults to `"all"`): every stage of the config's plan that is
+                missing, or the best for the cost.
+            cost_budget (`int`, *optional*): with `repair="best"`, and only then.
 
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: steps and mean loss over the stages trained by this call.
@@ -147,10 +164,11 @@ class S3TMixin(ServedModelMixin):
         """
         if resume_from_checkpoint not in (None, True, False) or trial is not None:
             raise ValueError("`train()` resumes from the store itself; pass no checkpoint path and no trial.")
+        check_repair(repair, cost_budget)
         if self._rows is None:
             raise ValueError("`train()` needs a `train_dataset`.")
         with self._training_lock():
-            logger.info("%s", self._on_main(self._open_store))
+            logger.info("%s", self._on_main(partial(self._open_store, cost_budget)))
             outputs = self._train_missing(resume_from_checkpoint is not False, ignore_keys_for_eval)
             self._on_main(self._close_store)
         self.callback_handler.end_run(self.args, self.state, self.control)
@@ -171,17 +189,18 @@ class S3TMixin(ServedModelMixin):
             if self.is_world_process_zero():
                 self.store.train_lock.release()
 
-    def _open_store(self) -> str:
+    def _open_store(self, cost_budget: int | None) -> str:
         """Brings store, settings and rows into agreement; returns what is about to be trained, in one line."""
         recipe = make_recipe(
             self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
             self.data_collator, self.base_model_id, self._drawn_heads,
             user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func),
         )  # fmt: skip
-        plan = make_plan(self.s3t_config, self.args.seed)
-        wanted = Wanted(recipe, plan, self.rows, self.missing, self.extend)
+        plan, prior = make_plan(self.s3t_config, self.args.seed), self.s3t_config.deletion_prior
+        wanted = Wanted(recipe, plan, prior, cost_budget, self.rows, self.missing, self.extend)
         with self.store.writing():
             manifest = reconcile(self.store, self.s3t_config, wanted)
+        plan = manifest.plan
         missing = plan.missing(manifest.stages)
         cost = sum(stage.depth for stage in missing)
         layout = self.tuner.layout

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from .errors import S3TError, StoreLockedError
 from .folder import StoreFolder
-from .manifest import Manifest, State
+from .manifest import Manifest
 from .partition import Index, examples_digest
 from .published import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
+from .state import State
 
 
 @dataclass(frozen=True)
