@@ -216,19 +216,19 @@ class Retention:
             `dict[str, list[Kept]]`: For each method its points, from the least budget on.
         """
         if points is None:
-            points = 10 if self.num_slices <= 6 else 6 if self.num_slices <= 8 else 4
+            points = 10 if self.num_slices <= 6 else 5 if self.num_slices <= 8 else 3
         check_count("points", points, 2, 100)
         slices, one = self.num_slices, self.num_slices * (self.num_slices + 1) // 2
         budgets = sorted({round(budget) for budget in np.geomspace(1, slices, min(points, slices))})
         costs = sorted({round(cost) for cost in np.geomspace(one, slices * one, points)})
         return {
             "cyclic, as the paper trains it": [self.of(cyclic(slices, b), prune=False) for b in budgets],
-            "cyclic": [self.of(cyclic(slices, b)) for b in budgets],
-            "spaced": [self.of(spaced(slices, b)) for b in budgets],
-            "BMS": [self.of(bms(slices, b, self.prior, self.seed)) for b in budgets],
-            "random": [self._random(b) for b in budgets],
-            "optimal for a budget": [self._optimal(budget=b) for b in budgets],
-            "optimal for a cost budget": list(dict.fromkeys(self._optimal(cost_budget=cost) for cost in costs)),
+            "cyclic, pruned": [self.of(cyclic(slices, b)) for b in budgets],
+            "spaced, pruned": [self.of(spaced(slices, b)) for b in budgets],
+            "BMS, pruned": [self.of(bms(slices, b, self.prior, self.seed)) for b in budgets],
+            f"random, pruned: {RANDOM_SEEDS} seeds": [self._random(b) for b in budgets],
+            "optimal for a number of sequences": [self._optimal(budget=b) for b in budgets],
+            "optimal for a cost": list(dict.fromkeys(self._optimal(cost_budget=cost) for cost in costs)),
         }
 
     def _random(self, budget: int) -> Kept:

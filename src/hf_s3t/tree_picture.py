@@ -26,9 +26,9 @@ NODES: dict[str, dict[str, Any]] = {
     "missing": {"marker": "o", "facecolors": "white", "edgecolors": VERMILLION, "linestyles": ":"},
 }
 EDGES: dict[str, dict[str, Any]] = {
-    "served": {"color": BLUE, "linestyle": "-", "linewidth": 2.5},
-    "live": {"color": BLACK, "linestyle": "-", "linewidth": 0.8},
-    "missing": {"color": VERMILLION, "linestyle": ":", "linewidth": 1.2},
+    "served": {"color": BLUE, "linestyle": "-", "linewidth": 2.5, "zorder": 1.9},
+    "live": {"color": BLACK, "linestyle": "-", "linewidth": 0.8, "zorder": 1.8},
+    "missing": {"color": VERMILLION, "linestyle": ":", "linewidth": 1.2, "zorder": 1.7},
 }
 MEANINGS = {
     "served": "served: the longest live prefix of its shard",
@@ -42,7 +42,8 @@ WIDEST = 30.0  # of one panel
 ROW = 16.0  # a row of panels ends here
 NARROWEST = 1.9  # a panel's heading has to fit
 SLOT, LEVEL, DEEPEST = 0.34, 0.5, 14.0  # of a leaf, of a layer group, of all of these
-MARGIN, HEADING, KEY, LINE = 0.65, 0.35, 1.0, 0.24  # left of the panels, above each; the legend; a line of the title
+MARGIN, HEADING, LINE = 0.65, 0.5, 0.24  # left of the panels; the heading of each; a line of the title
+NARROW_KEY, KEY = 1.2, 0.7  # the legend, one state below the other or side by side
 # In points
 LARGEST_NODE, SMALLEST_LABEL = 16.0, 4.5
 
@@ -123,13 +124,14 @@ class Forest:
         self.depth = depth = max(stage.depth for stage in self.states)
         self.slot, self.level = min(SLOT, WIDEST / leaves), min(LEVEL, DEEPEST / depth)
         self.node = min(LARGEST_NODE, 0.75 * 72 * min(self.slot, self.level))
-        self.panel = max(NARROWEST, self.slot * leaves), self.level * (depth + 1)
+        self.panel = max(NARROWEST, self.slot * (leaves + 1)), self.level * (depth + 1)
         self.columns = min(len(self.trees), max(1, int(ROW // self.panel[0])))
         rows = -(-len(self.trees) // self.columns)
-        width = max(MARGIN + self.columns * self.panel[0] + 0.1, 4.4)
+        width = max(MARGIN + self.columns * self.panel[0], 4.4)
+        self.key = KEY if width > 9 else NARROW_KEY
         self.title = self._title(title, int(12 * width))
         self.top = 0.15 + LINE * len(self.title)
-        self.size = width, self.top + rows * (self.panel[1] + HEADING) + KEY
+        self.size = width, self.top + rows * (self.panel[1] + HEADING) + self.key
 
     @property
     def labelled(self) -> bool:
@@ -162,9 +164,10 @@ class Forest:
     def draw(self, figure: Figure) -> None:
         """Draw at the top of a figure that is at least as large as `size`."""
         width, height = figure.get_size_inches()
+        start = max(MARGIN, (width - self.columns * self.panel[0]) / 2)
         for number, tree in enumerate(self.trees):
             row, column = divmod(number, self.columns)
-            left = MARGIN + column * self.panel[0]
+            left = start + column * self.panel[0]
             bottom = height - self.top - (row + 1) * (self.panel[1] + HEADING)
             box = (left / width, bottom / height, self.panel[0] / width, self.panel[1] / height)
             self._draw_tree(figure.add_axes(box), tree, first=column == 0)
@@ -175,10 +178,12 @@ class Forest:
             [f"{MEANINGS[state]} ({counts[state]})" for state in NODES],
             title="The number in a stage is the slice that it adds." if self.labelled else None,
             loc="upper center",
-            bbox_to_anchor=(0.5, (height - self.size[1] + KEY - 0.02) / height),
-            ncols=3 if width > 9 else 1,
+            bbox_to_anchor=(0.5, (height - self.size[1] + self.key) / height),
+            ncols=3 if self.key == KEY else 1,
             fontsize=8,
             title_fontsize=8,
+            labelspacing=0.9,
+            markerscale=min(1.0, 12 / self.node),
             frameon=False,
         )
 
@@ -187,7 +192,7 @@ class Forest:
         middle = (tree.leaves - 1) / 2
         axes.set_xlim(middle - half, middle + half)
         axes.set_ylim(self.depth + 0.5, -0.5)
-        axes.set_title(self._heading(tree), fontsize=8.5)
+        axes.set_title(self._heading(tree), fontsize=8.5, pad=2)
         axes.spines[:].set_visible(False)
         step = max(1, round(0.25 / self.level + 0.49))
         axes.set_xticks([])
@@ -209,17 +214,17 @@ class Forest:
         axes.text(tree.root, 0, "base model", fontsize=8, ha="center", va="center", bbox=base)
 
     def _draw_edges(self, axes: Axes, tree: Tree, stages: Iterable[Stage], state: str) -> None:
-        """One line with gaps, from each stage up to its parent."""
+        """One line with gaps: from each parent down half a layer group, across, and down to the stage."""
         x: list[float] = []
         y: list[float] = []
         for stage in stages:
-            above = tree.across[stage.parent] if stage.parent else tree.root
-            x += [above, tree.across[stage], float("nan")]
-            y += [stage.depth - 1, stage.depth, float("nan")]
-        axes.plot(x, y, zorder=1, **EDGES[state])
+            above, here = tree.across[stage.parent] if stage.parent else tree.root, tree.across[stage]
+            x += [above, above, here, here, float("nan")]
+            y += [stage.depth - 1, stage.depth - 0.5, stage.depth - 0.5, stage.depth, float("nan")]
+        axes.plot(x, y, **EDGES[state])
 
     def _heading(self, tree: Tree) -> str:
-        shard = tree.shards[0]
-        name = f"shard {shard}" if len(tree.shards) == 1 else f"shard {shard} and {len(tree.shards) - 1} more"
-        served = self.served.get(shard)
-        return f"{name}: {f'{len(served)} of {self.plan.num_slices} slices' if served else 'dead'}"
+        shard, others = tree.shards[0], len(tree.shards) - 1
+        served = len(self.served.get(shard, ()))
+        state = f"serves {served} of {self.plan.num_slices} slices" if served else "dead"
+        return f"shard {shard}{f' and {others} more' if others else ''}\n{state}"
