@@ -133,7 +133,7 @@ def from_now_on(
         `Curve`: Up to [`default_horizon`]. `None` if nothing is live, or a shard has more slices than a simulation
         takes.
 
-    >>> from_now_on(Plan.make(2, 2, [(0, 1)]), [Stage(0, (0,))], streams=2).mean[0]
+    >>> from_now_on(Plan.make(2, 2, [(0, 1)]), [Stage(0, (0,))], streams=2).mean.tolist()[0]
     1.0
     """
     trained, requests = list(trained), requests or DeletionRequests()

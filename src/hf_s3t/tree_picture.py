@@ -42,7 +42,7 @@ WIDEST = 30.0  # of one panel
 ROW = 16.0  # a row of panels ends here
 NARROWEST = 1.9  # a panel's heading has to fit
 SLOT, LEVEL, DEEPEST = 0.34, 0.5, 14.0  # of a leaf, of a layer group, of all of these
-MARGIN, HEADING, LINE = 0.65, 0.5, 0.24  # left of the panels; the heading of each; a line of the title
+MARGIN, HEADING, LINE = 0.65, 0.7, 0.24  # left of the panels; the heading of each; a line of the title
 NARROW_KEY, KEY = 1.2, 0.7  # the legend, one state below the other or side by side
 # In points
 LARGEST_NODE, SMALLEST_LABEL = 16.0, 4.5
@@ -124,12 +124,12 @@ class Forest:
         self.depth = depth = max(stage.depth for stage in self.states)
         self.slot, self.level = min(SLOT, WIDEST / leaves), min(LEVEL, DEEPEST / depth)
         self.node = min(LARGEST_NODE, 0.75 * 72 * min(self.slot, self.level))
-        self.panel = max(NARROWEST, self.slot * (leaves + 1)), self.level * (depth + 1)
+        self.panel = max(NARROWEST, self.slot * (leaves + 1)), self.level * (depth + 0.5)
         self.columns = min(len(self.trees), max(1, int(ROW // self.panel[0])))
         rows = -(-len(self.trees) // self.columns)
         width = max(MARGIN + self.columns * self.panel[0], 4.4)
         self.key = KEY if width > 9 else NARROW_KEY
-        self.title = self._title(title, int(12 * width))
+        self.title = self._title(title, int(11 * width))
         self.top = 0.15 + LINE * len(self.title)
         self.size = width, self.top + rows * (self.panel[1] + HEADING) + self.key
 
@@ -155,8 +155,8 @@ class Forest:
         notes = [title or default]
         shown, shards = sum(len(tree.shards) for tree in self.trees), self.plan.num_shards
         if shards > MOST_PANELS:
-            rest = f"; {shards - shown} look otherwise still" if shown < shards else ""
-            notes.append(f"({shown} of {shards} shards, those that look the same as one{rest})")
+            rest = f"; the other {shards - shown} look different again" if shown < shards else ""
+            notes.append(f"({shown} of {shards} shards, drawn once where they look the same{rest})")
         if not self.labelled:
             notes.append("(too many stages for the numbers of their slices)")
         return [line for note in notes for line in textwrap.wrap(note, characters)]
@@ -191,8 +191,8 @@ class Forest:
         half = self.panel[0] / self.slot / 2
         middle = (tree.leaves - 1) / 2
         axes.set_xlim(middle - half, middle + half)
-        axes.set_ylim(self.depth + 0.5, -0.5)
-        axes.set_title(self._heading(tree), fontsize=8.5, pad=2)
+        axes.set_ylim(self.depth + 0.5, 0)
+        axes.set_title(self._heading(tree), fontsize=8.5, pad=16)  # points, above the base model
         axes.spines[:].set_visible(False)
         step = max(1, round(0.25 / self.level + 0.49))
         axes.set_xticks([])
@@ -203,15 +203,14 @@ class Forest:
             stages = [stage for stage in tree.across if self.states[stage] == state]
             self._draw_edges(axes, tree, stages, state)
             places = [tree.across[stage] for stage in stages], [stage.depth for stage in stages]
-            axes.scatter(*places, s=self.node**2, linewidths=self.node / 13, zorder=2, gid=state, **look)
+            axes.scatter(*places, s=self.node**2, linewidths=max(0.6, self.node / 13), zorder=2, gid=state, **look)
         if self.labelled:
             for stage, x in tree.across.items():
                 colour = "white" if self.states[stage] == "served" else BLACK
                 label = str(stage.prefix[-1])
                 size = self.node / (2 if len(label) < 3 else 2.6)
                 axes.text(x, stage.depth, label, color=colour, fontsize=size, ha="center", va="center_baseline")
-        base = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
-        axes.text(tree.root, 0, "base model", fontsize=8, ha="center", va="center", bbox=base)
+        axes.text(tree.root, 0, "base model", fontsize=8, ha="center", va="bottom")
 
     def _draw_edges(self, axes: Axes, tree: Tree, stages: Iterable[Stage], state: str) -> None:
         """One line with gaps: from each parent down half a layer group, across, and down to the stage."""
@@ -221,7 +220,8 @@ class Forest:
             above, here = tree.across[stage.parent] if stage.parent else tree.root, tree.across[stage]
             x += [above, above, here, here, float("nan")]
             y += [stage.depth - 1, stage.depth - 0.5, stage.depth - 0.5, stage.depth, float("nan")]
-        axes.plot(x, y, **EDGES[state])
+        look = EDGES[state]
+        axes.plot(x, y, **{**look, "linewidth": look["linewidth"] * max(0.4, self.node / LARGEST_NODE)})
 
     def _heading(self, tree: Tree) -> str:
         shard, others = tree.shards[0], len(tree.shards) - 1
