@@ -155,7 +155,7 @@ def test_many_shards_are_drawn_once_where_they_look_the_same(tmp_path):
 
 def test_more_than_twelve_kinds_of_shards(tmp_path):
     plan = Plan.make_per_shard(4, [[order] for order in random_orders(4, 14, seed=0)])
-    figure = draw_tree(plan, None, tmp_path / "tree.png", title="A long title " * 20)
+    figure = draw_tree(plan, None, tmp_path / "tree.png", title="A title that costs $5 or $6, " * 8)
     assert len(figure.axes) == 12
     assert "12 of 14 shards" in figure.texts[0].get_text()
     assert "2 look different again" in figure.texts[0].get_text().replace("\n", " ")
@@ -276,7 +276,7 @@ def test_retention_of_many_slices_is_sampled():
 def test_plan(tmp_path):
     plan = Plan.make_per_shard(3, [spaced(3, 2), cyclic(3, 3)])
     requests = DeletionRequests(prior=[[0.2, 0.2, 0.1]] * 2)
-    figure = draw_plan(plan, requests, tmp_path / "plan.png", points=2, streams=50, title="Two shards")
+    figure = draw_plan(plan, requests, tmp_path / "plan.png", points=2, streams=50, title="Two shards of $5")
     lattice = Lattice([0.4, 0.4, 0.2])
     shares = [lattice.value(orders) / lattice.every_order for orders in plan.sequences]
     assert line(figure.axes[0], "this plan").get_xydata()[0] == pytest.approx([plan.cost / 2, 50 * sum(shares)])

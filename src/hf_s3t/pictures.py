@@ -208,7 +208,7 @@ def draw_plan(
     figure = Figure(figsize=(14, 6.5), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False)[0]
     if title is not None:
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)
     _draw_methods(left, plan.num_slices, retention.by_method(points), retention.of_plan(plan), None)
     _draw_courses(right, plan, ways, "requests" if horizon_days is None else "days", None)
     return _saved(figure, file)
@@ -246,7 +246,7 @@ def _draw_courses(
     for way, look in zip(ways, looks, strict=True):
         _draw_curve(above, np.arange(len(way.in_use.mean)), way.in_use, way.name, look)
         below.plot(way.moments, way.cost, markersize=5, **look)
-    above.set_title(title or "Slices in use: mean, and the middle 90 % of streams", fontsize=10)
+    above.set_title(title or "Slices in use: mean, and the middle 90 % of streams", fontsize=10, parse_math=False)
     _label_in_use(above, plan, "")
     below.set_ylim(0)
     below.set_ylabel("slice passes of training so far")
@@ -292,7 +292,9 @@ def _draw_methods(
         }
         axes.plot([plan.cost], [100 * plan.share], label="this plan", zorder=5, **star)
     axes.axhline(100, color=GREY, linewidth=0.8, label="every order, at any cost")
-    axes.set_title(title or f"What one shard of {num_slices} slices keeps over its life", fontsize=10)
+    axes.set_title(
+        title or f"What one shard of {num_slices} slices keeps over its life", fontsize=10, parse_math=False
+    )
     axes.set_ylabel("retention, % of what training every order keeps")
     axes.set_xlabel("cost, slice passes per shard (and as a multiple of one sequence)")
     _mark_costs(axes, num_slices * (num_slices + 1) // 2)

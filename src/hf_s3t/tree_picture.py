@@ -8,6 +8,7 @@ Each state has a colour of Okabe and Ito's, which the colour-blind tell apart, a
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ class Forest:
             bottom = height - self.top - (row + 1) * (self.panel[1] + HEADING)
             box = (left / width, bottom / height, self.panel[0] / width, self.panel[1] / height)
             self._draw_tree(figure.add_axes(box), tree, first=column == 0)
-        figure.text(0.5, 1 - 0.1 / height, "\n".join(self.title), ha="center", va="top", fontsize=11)
+        figure.text(0.5, 1 - 0.1 / height, "\n".join(self.title), ha="center", va="top", fontsize=11, parse_math=False)
         counts = {state: list(self.states.values()).count(state) for state in NODES}
         figure.legend(
             figure.axes[0].collections,
@@ -183,7 +184,7 @@ class Forest:
             fontsize=8,
             title_fontsize=8,
             labelspacing=0.9,
-            markerscale=min(1.0, 12 / self.node),
+            markerscale=12 / self.node,
             frameon=False,
         )
 
@@ -194,7 +195,7 @@ class Forest:
         axes.set_ylim(self.depth + 0.5, 0)
         axes.set_title(self._heading(tree), fontsize=8.5, pad=16)  # points, above the base model
         axes.spines[:].set_visible(False)
-        step = max(1, round(0.25 / self.level + 0.49))
+        step = math.ceil(0.25 / self.level)  # labels of the axis need a quarter of an inch
         axes.set_xticks([])
         axes.set_yticks(range(1, self.depth + 1, step) if first else [])
         axes.tick_params(length=0, labelsize=8)
@@ -205,12 +206,15 @@ class Forest:
             places = [tree.across[stage] for stage in stages], [stage.depth for stage in stages]
             axes.scatter(*places, s=self.node**2, linewidths=max(0.6, self.node / 13), zorder=2, gid=state, **look)
         if self.labelled:
-            for stage, x in tree.across.items():
-                colour = "white" if self.states[stage] == "served" else BLACK
-                label = str(stage.prefix[-1])
-                size = self.node / (2 if len(label) < 3 else 2.6)
-                axes.text(x, stage.depth, label, color=colour, fontsize=size, ha="center", va="center_baseline")
+            self._draw_numbers(axes, tree)
         axes.text(tree.root, 0, "base model", fontsize=8, ha="center", va="bottom")
+
+    def _draw_numbers(self, axes: Axes, tree: Tree) -> None:
+        """In each stage the slice that it adds."""
+        for stage, x in tree.across.items():
+            number, colour = str(stage.prefix[-1]), "white" if self.states[stage] == "served" else BLACK
+            size = self.node / (2 if len(number) < 3 else 2.6)
+            axes.text(x, stage.depth, number, color=colour, fontsize=size, ha="center", va="center_baseline")
 
     def _draw_edges(self, axes: Axes, tree: Tree, stages: Iterable[Stage], state: str) -> None:
         """One line with gaps: from each parent down half a layer group, across, and down to the stage."""
