@@ -30,3 +30,31 @@ def test_serving_writes_its_figures(tmp_path: Path) -> None:
     assert [one["depth"] for one in figures["by_depth"]] == [4, 8]
     assert figures["by_depth"][-1]["predicted"] == 5
     assert set(figures["live_deletion_by_kind"]) == {"other", "busy", "shorter", "dead"}
+
+
+@pytest.mark.slow
+def test_planning_writes_its_figures(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks/planning.py"), "--quick", "--json", str(file), "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "expected surviving prefix" in done.stdout and "known numbers" in done.stdout
+    assert "MISSED" not in done.stdout
+    record = json.loads(file.read_text())
+    assert set(record) == {"name", "commit", "versions", "hardware", "settings", "figures"}
+    assert record["name"] == "planning" and record["settings"]["seed"] == 3
+    figures = record["figures"]
+    # Costs are whole numbers: 28 of 40 and of 28 slice passes, and at most 69 of 126 and of 96.
+    assert figures["cost_at_cyclic_retention_L4"] == 0.70 and figures["cost_at_pruned_cyclic_retention_L4"] == 1
+    assert figures["cost_at_cyclic_retention_L6"] <= 0.55 and figures["cost_at_pruned_cyclic_retention_L6"] <= 0.72
+    gains = {"uniform": (0.063, 0.117), "zipf": (0.055, 0.147), "two_level": (0.069, 0.203)}
+    for prior, (four, six) in gains.items():
+        assert figures[f"retention_gain_at_equal_cost_{prior}_L4"] > four
+        assert figures[f"retention_gain_at_equal_cost_{prior}_L6"] > six
+        assert figures[f"retention_gain_over_bms_{prior}_L4"] > 0
+    for name in ("plan_seconds_L4", "plan_seconds_L6", "plan_seconds_L12_B24", "simulator_speedup"):
+        assert figures[name] > 0
+    assert figures["known_missed"] == 0 and len(figures["known"]) == 16
+    for one in figures["by_case"]:
+        assert one["pruned_cost"] < one["cost"] and one["best_cost"] <= one["cost"]
+        assert one["cyclic"] < one["best"] <= one["every_order"] * (1 + 1e-12)

@@ -58,6 +58,25 @@ def test_the_page_on_serving(out: Path, capsys: pytest.CaptureFixture) -> None:
     assert not [file for file in Path("pod").rglob("*.new")]
 
 
+def promised_lines(block: str) -> list[str]:
+    """What a block of Python says that it prints: comments after a `print`, and lines that are comments."""
+    lines = (re.fullmatch(r"(?: *print\(.*\)  )?# (.*)", line) for line in block.splitlines())
+    return [line[1] for line in lines if line]
+
+
+def test_the_page_on_planning(capsys: pytest.CaptureFixture) -> None:
+    page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+    names: dict = {}
+    promises = 0
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(compile(block, "docs/planning.md", "exec"), names)
+        promised = promised_lines(block)
+        assert capsys.readouterr().out.splitlines() == promised
+        promises += len(promised)
+    assert promises >= 12
+    assert "erased" not in page
+
+
 def follow(page: str, folder: str) -> list[list]:
     """Runs a page in a folder: each command and each block of Python with its exit code and what it printed."""
     from typer.testing import CliRunner

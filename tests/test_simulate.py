@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import statistics
-import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,57 +176,14 @@ def check_curve(curve, rows):
         assert line.tolist() == [sorted(column)[math.ceil(share * len(rows)) - 1] for column in columns]
 
 
-# A plain loop that does the simulator's arithmetic, to compare times
-
-
-def plain_lives(plan, streams):
-    """First and all dead, and the sums of slices in use and of their squares, for shards that are all alike."""
-    stages = [(sum(1 << j for j in stage.prefix), stage.depth) for stage in plan.stages if stage.shard == 0]
-    num_shards, num_slices = plan.num_shards, plan.num_slices
-    first_dead, all_dead, in_use, squares = [], [], {}, {}
-    for places in streams:
-        hits, lengths, first, total = [0] * num_shards, [num_slices] * num_shards, 0, num_shards * num_slices
-        for number, place in enumerate(places, 1):
-            shard, slice_id = divmod(place, num_slices)
-            hits[shard] |= 1 << slice_id
-            hit = hits[shard]
-            lengths[shard] = max((depth for bits, depth in stages if not bits & hit), default=0)
-            total = sum(lengths)
-            if not lengths[shard] and not first:
-                first = number
-            in_use[number] = in_use.get(number, 0) + total
-            squares[number] = squares.get(number, 0) + total * total
-            if not total:
-                break
-        first_dead.append(first)
-        all_dead.append(number)
-    return first_dead, all_dead, in_use, squares
-
-
-def compare_speed(num_shards=5, num_slices=6, budget=6, streams=2000, seed=0):
-    """Seconds that the simulator takes, seconds that the plain loop takes, and whether they agree on every stream.
-
-    The plain loop is given the drawn requests as lists; the simulator draws them within its time.
-    """
-    plan = Plan.make(num_shards, num_slices, cyclic(num_slices, budget))
-    start = time.perf_counter()
-    found = simulate(plan, streams=streams, seed=seed)
-    fast = time.perf_counter() - start
-    blocks = DeletionRequests().blocks(place_chances(num_shards, num_slices), streams, seed)
-    places = np.concatenate([next(blocks)[0]])
-    while len(places) < found.all_dead.max():
-        places = np.concatenate([places, next(blocks)[0]])
-    lists = places.T.tolist()
-    start = time.perf_counter()
-    first_dead, all_dead, in_use, _ = plain_lives(plan, lists)
-    slow = time.perf_counter() - start
-    mean = [num_shards * num_slices, *(in_use[number] / streams for number in sorted(in_use))]
-    same = found.first_dead.tolist() == first_dead and found.all_dead.tolist() == all_dead
-    return fast, slow, same and found.slices_in_use.mean.tolist() == mean
+# The plain loop that the benchmark takes times with
 
 
 @pytest.mark.parametrize("sizes", [(5, 6, 6, 200), (2, 13, 4, 40), (1, 1, 1, 2)])
-def test_the_loop_to_compare_times_with_gives_the_same_lives(sizes):
+def test_the_loop_to_compare_times_with_gives_the_same_lives(monkeypatch, sizes):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from planning import compare_speed
+
     assert compare_speed(*sizes, seed=3)[2]
 
 
