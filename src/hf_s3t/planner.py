@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -54,7 +54,7 @@ class S3TPlanner:
         gpu_hours_per_epoch (`float`, *optional*): Hours of one epoch over all examples.
         adapter_mb (`float`, *optional*): Size in MB of an adapter over all layer groups, without heads.
         min_in_use (`float`, *optional*, defaults to 0.5): What the recommendation asks of the slices in use.
-        streams (`int`, *optional*, defaults to 500): Streams of requests that are simulated.
+        streams (`int`, *optional*, defaults to 300): Streams of requests that are simulated.
         seed (`int`, *optional*, defaults to 0): The same seed gives the same table.
 
     Raises:
@@ -79,7 +79,7 @@ class S3TPlanner:
     gpu_hours_per_epoch: float | None = None
     adapter_mb: float | None = None
     min_in_use: float = 0.5
-    streams: int = 500
+    streams: int = 300
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -168,7 +168,8 @@ class S3TPlanner:
         for size in self._sizes():
             for number, choice in enumerate(self._choices(size)):
                 yield Setting("s3t", *size, *choice, prior, given=number == 0 and self._is_given(size))
-            yield Setting("sisa", *size, "cyclic", 1, prior=prior)
+            if self._may_be_chosen(size):
+                yield Setting("sisa", *size, "cyclic", 1, prior=prior)
         yield Setting("full retraining", 1, 1, "cyclic", 1)
 
     def _is_given(self, size: tuple[int, int]) -> bool:
@@ -209,16 +210,17 @@ class S3TPlanner:
         return [asked, *rotations, half, ("optimal", None, pruned), ("optimal", None, training_cost(full))]
 
     def _policies(self, setting: Setting, plan: Plan) -> list[RepairPolicy]:
-        """Repair policies; intervals within which the plan would be dead only for what was given."""
+        """Repair policies: for what was given all of them, for the others those that leave something in use."""
         if setting.method != "s3t":
-            return [RepairPolicy(below=1)]
+            return [RepairPolicy(below=setting.num_slices)]
         life = life_until_all_dead(first_slice_chances(plan, setting.prior)).mean
         days = life / self.requests_per_day / self.examples_per_person
-        lengths = [1, math.ceil(setting.num_slices / 2)] + [setting.num_slices] * (len(plan.sequences[0]) > 1)
         every = [number for number in DAYS if number < self.horizon_days]
-        lasting = [number for number in every if number <= days][-2:]
+        intervals = every if setting.given else [number for number in every if number <= days][-1:]
+        lengths = [1] * self._is_given(setting.size) + [math.ceil(setting.num_slices / 2)]
+        if self._may_be_chosen(setting.size) and len(plan.sequences[0]) > 1:  # with one sequence it is SISA
+            lengths.append(setting.num_slices)
         never = [RepairPolicy()] if setting.given or self.horizon_days <= days else []
-        intervals = every if setting.given else lasting
         rules = [RepairPolicy(below=length) for length in lengths] + [RepairPolicy(every_days=n) for n in intervals]
         return list(dict.fromkeys(never + rules))
 
@@ -230,25 +232,37 @@ class S3TPlanner:
     @property
     def recommended(self) -> Candidate:
         """The candidate that the rule chooses; if none obeys it, the one whose shards die least often."""
-        pool = [c for c in self._candidates if c.setting.method == "s3t" and self._may_be_chosen(c.setting)]
+        pool = [c for c in self._candidates if c.setting.method == "s3t" and self._may_be_chosen(c.setting.size)]
         obeying = [candidate for candidate in pool if self._obeys(candidate)]
         if obeying:
             return min(obeying, key=lambda candidate: (candidate.epochs, candidate.setting.num_shards))
         return min(pool, key=lambda candidate: (candidate.dead.mean, -candidate.in_use.mean))
 
-    def _may_be_chosen(self, setting: Setting) -> bool:
-        return self.shards in (None, setting.num_shards) and self.slices in (None, setting.num_slices)
+    def _may_be_chosen(self, size: tuple[int, int]) -> bool:
+        return self.shards in (None, size[0]) and self.slices in (None, size[1])
 
     @property
     def reason(self) -> str:
         """Why it is recommended."""
-        rule = f"the chance of a dead shard is below {MAX_DEAD:.0%} and at least {self.min_in_use:.0%} of the slices"
+        size = "plans of this size" if self.shards and self.slices else "plans"
+        rule = f"the chance of a dead shard is below {MAX_DEAD:.0%} and at least {self.min_in_use:.0%} of the slices are in use"
         if self._obeys(self.recommended):
-            size = " of this size" if self.shards and self.slices else ""
-            return f"It costs least until day {self.horizon_days:g} of all plans{size} where {rule} are in use on average."
-        return (
-            f"There is no plan where {rule} are in use on average; of what was compared, shards die least often here."
-        )
+            return f"Of the {size} where {rule} on average, it costs least until day {self.horizon_days:g}."
+        return f"There are no {size} where {rule} on average. Of those compared its shards are dead least often."
+
+    @property
+    def advice(self) -> str:
+        """When to repair it."""
+        policy, horizon = self.recommended.policy, f"until day {self.horizon_days:g}"
+        if not policy.repairs:
+            return f"Repair nothing {horizon}."
+        if policy.every_days:
+            when = f"every {policy.every_days:g} days"
+        elif policy.below == self.recommended.setting.num_slices:
+            when = "after each deletion"
+        else:
+            when = f"as soon as a served prefix in `hf-s3t status` is shorter than {policy.below}"
+        return f"Repair, by train() again, {when}: about {self.recommended.repairs.mean:.0f} times {horizon}."
 
     @property
     def shortlist(self) -> list[Candidate]:
@@ -278,6 +292,12 @@ class S3TPlanner:
             per_slice = f"{self.examples / places:.3g} examples per slice on average"
             notes.append(f"There are only {per_slice}; {empty:.2g} of {places} slices are expected to be empty.")
         return notes
+
+    def to_json(self) -> dict[str, Any]:
+        """What was asked, every candidate and the recommendation, as plain data."""
+        told = {"reason": self.reason, "advice": self.advice, "notes": self.notes}
+        candidates = [candidate.to_json() for candidate in self._candidates]
+        return {"asked": asdict(self), "recommended": self.recommended.to_json() | told, "candidates": candidates}
 
 
 def _plan(setting: Setting) -> Plan:
