@@ -39,7 +39,9 @@ def plan(
     requests_per_day: Annotated[float, typer.Option(help="Deletion requests per day.")],
     horizon_days: Annotated[float, typer.Option(help="Until when costs and deletions count.")],
     shards: Annotated[int | None, typer.Option(help="m. Without it 1, 2, 5 and 10 are compared.")] = None,
-    slices: Annotated[int | None, typer.Option(help="L. Without it 2, 4 and 8 are compared.")] = None,
+    slices: Annotated[
+        int | None, typer.Option(help="L, at most 16 (about a minute). Without it 2, 4 and 8 are compared.")
+    ] = None,
     budget: Annotated[int | None, typer.Option(help="B, sequences per shard, of --slices.")] = None,
     cost_budget: Annotated[int | None, typer.Option(help="Instead of --budget: slice passes per shard.")] = None,
     prior: Annotated[
@@ -205,9 +207,9 @@ def _legend(planner: S3TPlanner) -> Sequence[str]:
     return [
         "> recommended; * no other row is as good in cost, in use, dead and m, and better in one of these",
         "orders: B sequences per shard, or a cost budget c in slice passes per shard",
-        f"repair: when a served prefix is below a length, after each hit, or every so many days; times: until {day}",
+        f"repair: at a served prefix below a length, after each hit, every so many days; times: until {day}",
         f"costs: in {unit} over all examples (m L slice passes each), at num_train_epochs=1",
         "life: until the first shard / all shards are dead, if nothing is repaired",
-        f"in use: of the slices, mean until {day}; at end: on that day; ± 95 % interval where it is estimated",
+        f"in use: of the slices, mean until {day}; at end: on that day; ±: 95 % interval of an estimate",
         f"dead: the chance that some shard was dead before {day}, be it for the moment until its repair",
     ]

@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from .arrivals import DeletionRequests, RepairPolicy
-from .bitsets import MAX_BITS, TABLE_SLICES
+from .bitsets import TABLE_SLICES
 from .candidates import Candidate, Measure, Setting, marked
 from .closed_forms import first_slice_chances, life_until_all_dead
 from .optimal import optimal
@@ -43,7 +43,7 @@ class S3TPlanner:
         requests_per_day (`float`): Deletion requests per day, at random moments.
         horizon_days (`float`): Until when costs and deletions are counted.
         shards (`int`, *optional*): `m`. Without it 1, 2, 5 and 10 are compared.
-        slices (`int`, *optional*): `L`. Without it 2, 4 and 8 are compared.
+        slices (`int`, *optional*): `L`, at most 16. Without it 2, 4 and 8 are compared.
         budget (`int`, *optional*): `B`, sequences per shard; needs `slices`.
         cost_budget (`int`, *optional*): Instead of `budget`: slice passes per epoch and shard.
         prior (`Sequence[float]`, *optional*): The chance that a request hits each slice, the same in every shard.
@@ -93,9 +93,12 @@ class S3TPlanner:
 
     def _check_numbers(self) -> None:
         check_count("examples", self.examples, 1, 10**12)
-        for name, most in (("shards", 10**4), ("slices", MAX_BITS), ("layers", 10**4)):
+        for name, most in (("shards", 10**4), ("slices", 10**4), ("layers", 10**4)):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1, most)
+        if (self.slices or 0) > TABLE_SLICES:
+            found = f"slices={self.slices}, but more than {TABLE_SLICES} take too long to compare"
+            raise ValueError(f"{found}. Give fewer, or ask `hf_s3t.simulate` about one plan.")
         for name in ("requests_per_day", "horizon_days", "gpu_hours_per_epoch", "adapter_mb"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -160,8 +163,7 @@ class S3TPlanner:
 
     def _position(self, candidate: Candidate) -> tuple[Any, ...]:
         setting = candidate.setting
-        distance = abs(math.log(setting.places / (self.shards or 1) / (self.slices or 1)))
-        return setting.method != "s3t", not setting.given, distance, setting.size, candidate.epochs
+        return setting.method != "s3t", not setting.given, setting.size, candidate.epochs
 
     def _settings(self) -> Iterator[Setting]:
         prior = None if self.prior is None else tuple(map(float, self.prior))
@@ -192,7 +194,7 @@ class S3TPlanner:
     def _fits(self, shards: int, slices: int) -> bool:
         if self.prior is not None and slices != self.slices or slices > (self.layers or slices):
             return False
-        return shards * slices * FEW_EXAMPLES <= self.examples and (slices == self.slices or slices <= TABLE_SLICES)
+        return shards * slices * FEW_EXAMPLES <= self.examples and slices <= TABLE_SLICES
 
     def _choices(self, size: tuple[int, int]) -> list[tuple[str, int | None, int | None]]:
         """Selection, budget and cost budget, what was asked for first."""
@@ -204,7 +206,7 @@ class S3TPlanner:
         full = cyclic(slices, slices)
         pruned = training_cost(prune_orders(full))
         half = ("optimal", None, max(pruned // 2, path_cost(0, slices)))
-        if not self._is_given(size) or slices > TABLE_SLICES:
+        if not self._is_given(size):
             return [asked, half]
         rotations = [("cyclic", slices, None), ("spaced", max(1, slices // 2), None), ("cyclic", 1, None)]
         return [asked, *rotations, half, ("optimal", None, pruned), ("optimal", None, training_cost(full))]
@@ -236,7 +238,7 @@ class S3TPlanner:
         obeying = [candidate for candidate in pool if self._obeys(candidate)]
         if obeying:
             return min(obeying, key=lambda candidate: (candidate.epochs, candidate.setting.num_shards))
-        return min(pool, key=lambda candidate: (candidate.dead.mean, -candidate.in_use.mean))
+        return min(pool, key=lambda c: (c.dead.mean, -c.in_use.mean, c.epochs))
 
     def _may_be_chosen(self, size: tuple[int, int]) -> bool:
         return self.shards in (None, size[0]) and self.slices in (None, size[1])
@@ -245,10 +247,11 @@ class S3TPlanner:
     def reason(self) -> str:
         """Why it is recommended."""
         size = "plans of this size" if self.shards and self.slices else "plans"
-        rule = f"the chance of a dead shard is below {MAX_DEAD:.0%} and at least {self.min_in_use:.0%} of the slices are in use"
+        in_use = f"at least {self.min_in_use:.0%} of the slices are in use on average"
+        rule = f"the chance of a dead shard is below {MAX_DEAD:.0%} and {in_use}"
         if self._obeys(self.recommended):
-            return f"Of the {size} where {rule} on average, it costs least until day {self.horizon_days:g}."
-        return f"There are no {size} where {rule} on average. Of those compared its shards are dead least often."
+            return f"Of the {size} where {rule}, it costs least until day {self.horizon_days:g}."
+        return f"There are no {size} where {rule}. Of those compared its shards are dead least often."
 
     @property
     def advice(self) -> str:
@@ -280,7 +283,8 @@ class S3TPlanner:
         chosen += [c for c in own if c.setting.given or c.setting.method == "sisa"]
         best = sorted((c for c in own if c.pareto), key=lambda c: (not self._obeys(c), c.epochs))
         shown = list(dict.fromkeys(map(id, chosen + best)))[:ROWS]
-        return [candidate for candidate in self._candidates if id(candidate) in shown]
+        rows = [candidate for candidate in self._candidates if id(candidate) in shown]
+        return sorted(rows, key=lambda c: (*self._position(c)[:2], c.setting.size != size))
 
     @property
     def notes(self) -> list[str]:
