@@ -228,8 +228,8 @@ class Measure:
         exact = (life_until_first_dead(chances).mean, life_until_all_dead(chances).mean)
         requests = DeletionRequests(setting.prior, self.requests.examples)
         result = simulate(plan, requests, streams=self.streams, seed=self.seed, max_requests=LIFE_REQUESTS)
-        estimates = (result.requests_until_first_dead, result.requests_until_all_dead)
-        return Lives(*(exact if self.requests.examples == 1 else (None, None)), *estimates)
+        first, last = exact if self.requests.examples == 1 else (None, None)
+        return Lives(first, last, result.requests_until_first_dead, result.requests_until_all_dead)
 
     def _exact_repair_cost(self, setting: Setting, plan: Plan, policy: RepairPolicy) -> float | None:
         if setting.method == "full retraining" and self.one_by_one:

@@ -26,6 +26,10 @@ DAYS = (1, 7, 30, 90)  # between repairs
 FEW_EXAMPLES = 100  # expected in a slice
 MAX_DEAD = 0.05  # the largest chance of a dead shard that is recommended
 ROWS = 25
+MAX_REQUESTS = 10_000  # until the horizon: some minutes
+
+Choice = tuple[str, int | None, int | None]
+"""Selection, budget and cost budget of a plan."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ class S3TPlanner:
             raise ValueError(f"{found} {path_cost(0, self.slices)}. Give that or more.")
         if self.prior is not None and self.slices is not None:
             checked_prior(self.prior, self.slices)
+            object.__setattr__(self, "prior", tuple(map(float, self.prior)))
 
     def _check_requests(self) -> None:
         places = (self.shards or 1) * (self.slices or 1)
@@ -140,6 +145,11 @@ class S3TPlanner:
         if deleted > self.examples:
             found = f"{deleted:.0f} examples would be deleted until the horizon, but there are {self.examples}"
             raise ValueError(f"{found}. Give fewer requests per day or a nearer horizon.")
+        if self.requests_per_day * self.horizon_days > MAX_REQUESTS:
+            found = (
+                f"{self.requests_per_day * self.horizon_days:.0f} requests until the horizon take too long to simulate"
+            )
+            raise ValueError(f"{found}. Give a horizon of at most {MAX_REQUESTS / self.requests_per_day:.3g} days.")
         DeletionRequests(None, self.examples_per_person, self.burst, self.requests_per_day)
 
     # ---- what is compared ----
@@ -166,10 +176,11 @@ class S3TPlanner:
         return setting.method != "s3t", not setting.given, setting.size, candidate.epochs
 
     def _settings(self) -> Iterator[Setting]:
-        prior = None if self.prior is None else tuple(map(float, self.prior))
+        prior = None if self.prior is None else tuple(self.prior)
         for size in self._sizes():
-            for number, choice in enumerate(self._choices(size)):
-                yield Setting("s3t", *size, *choice, prior, given=number == 0 and self._is_given(size))
+            for number, (selection, budget, cost) in enumerate(self._choices(size)):
+                given = number == 0 and self._is_given(size)
+                yield Setting("s3t", *size, selection, budget, cost, prior, given)
             if self._may_be_chosen(size):
                 yield Setting("sisa", *size, "cyclic", 1, prior=prior)
         yield Setting("full retraining", 1, 1, "cyclic", 1)
@@ -196,19 +207,24 @@ class S3TPlanner:
             return False
         return shards * slices * FEW_EXAMPLES <= self.examples and slices <= TABLE_SLICES
 
-    def _choices(self, size: tuple[int, int]) -> list[tuple[str, int | None, int | None]]:
-        """Selection, budget and cost budget, what was asked for first."""
+    def _choices(self, size: tuple[int, int]) -> list[Choice]:
+        """What was asked for first; then, for the given size, rotations and trees of stages of several costs."""
         slices = size[1]
-        budget = min(self.budget or slices, slices) if not self._is_given(size) else self.budget or slices
-        asked = ("spaced" if budget < slices else "cyclic", budget, None)
+        budget = self.budget or slices
+        budget = budget if self._is_given(size) else min(budget, slices)
+        asked: Choice = ("spaced" if budget < slices else "cyclic", budget, None)
         if self.cost_budget is not None and slices == self.slices:
             asked = ("optimal", None, self.cost_budget)
         full = cyclic(slices, slices)
         pruned = training_cost(prune_orders(full))
-        half = ("optimal", None, max(pruned // 2, path_cost(0, slices)))
+        half: Choice = ("optimal", None, max(pruned // 2, path_cost(0, slices)))
         if not self._is_given(size):
             return [asked, half]
-        rotations = [("cyclic", slices, None), ("spaced", max(1, slices // 2), None), ("cyclic", 1, None)]
+        rotations: list[Choice] = [
+            ("cyclic", slices, None),
+            ("spaced", max(1, slices // 2), None),
+            ("cyclic", 1, None),
+        ]
         return [asked, *rotations, half, ("optimal", None, pruned), ("optimal", None, training_cost(full))]
 
     def _policies(self, setting: Setting, plan: Plan) -> list[RepairPolicy]:
@@ -269,8 +285,10 @@ class S3TPlanner:
 
     @property
     def shortlist(self) -> list[Candidate]:
-        """What a table shows, at most 25 rows: what was given and the recommended one; for each other size the
-        cheapest that obeys the rule; the best ones of the recommended size; the baselines.
+        """What a table shows: at most 25 candidates, grouped as the command line does.
+
+        They are what was given and the recommended one; for each other size the cheapest that obeys the rule; the
+        marked ones of the recommended size; the baselines.
         """
         size, chosen = self.recommended.setting.size, [self.recommended]
         others = [
