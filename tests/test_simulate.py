@@ -141,7 +141,7 @@ CASES = [
 @pytest.mark.parametrize("exact", [12, 0], ids=["tables", "masks"])
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_the_simulator_does_what_a_plain_loop_does(monkeypatch, case, exact):
-    monkeypatch.setattr(bitsets, "EXACT_SLICES", exact)
+    monkeypatch.setattr(bitsets, "TABLE_SLICES", exact)
     plan, requests, policy, horizon = CASES[case]
     streams, seed = 25, case
     found = simulate(plan, requests, policy, streams=streams, seed=seed, **horizon)

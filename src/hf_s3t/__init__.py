@@ -14,6 +14,7 @@ from .errors import (
     UnknownExampleError,
 )
 from .plan import Plan, Stage
+from .planner import S3TPlanner
 from .store import S3TStore
 from .trainer import S3TMixin, S3TTrainer
 from .tuner import S3TModel
@@ -31,6 +32,7 @@ __all__ = [
     "S3TError",
     "S3TMixin",
     "S3TModel",
+    "S3TPlanner",
     "S3TStore",
     "S3TTrainer",
     "Stage",

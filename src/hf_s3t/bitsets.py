@@ -9,9 +9,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from .plan import Plan
-from .sequences import EXACT_SLICES, Order
+from .sequences import Order
 
 MAX_BITS = 64
+TABLE_SLICES = 16  # up to here the answers for all 2^L hit sets are computed once
 
 
 class StageSets:
@@ -44,7 +45,7 @@ class StageSets:
         self.kind_of = np.array([kinds.setdefault(shard, len(kinds)) for shard in shards])
         self.kinds = [[(np.uint64(bits), length) for bits, length in kind] for kind in kinds]
         self.full = np.array([max(length for _, length in kind) for kind in self.kinds])[self.kind_of]
-        self.tables = self._tabulate() if num_slices <= EXACT_SLICES else None
+        self.tables = self._tabulate() if num_slices <= TABLE_SLICES else None
 
     @classmethod
     def of(cls, plan: Plan) -> "StageSets":

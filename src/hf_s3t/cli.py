@@ -24,7 +24,7 @@ import httpx2
 import typer
 from rich.console import Console, RenderableType
 
-from . import display
+from . import cli_plan, display
 from .deletion import read_receipts, state_or_none
 from .errors import DatasetError, HubError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
 from .files import PRIVATE, json_bytes, read_json, write_atomic
@@ -48,6 +48,7 @@ GRAVITY = (DONE, LOW, PENDING, UNKNOWN, BAD_INPUT, BROKEN, 1)
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 state_app = typer.Typer(no_args_is_help=True, help="Back up the private state of a store, or put it back.")
 app.add_typer(state_app, name="state")
+app.command()(cli_plan.plan)
 
 Stores = Annotated[list[str], typer.Argument(help="Stores: the output_dir of a training, or a repository.")]
 OneStore = Annotated[str, typer.Argument(help="A store: the output_dir of a training.")]

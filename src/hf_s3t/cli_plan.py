@@ -1,0 +1,215 @@
+"""`hf-s3t plan`: what `S3TPlanner` found, as a table for a person or as one JSON document.
+
+The verb needs no store. Exit codes: 0 done; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+
+from . import display
+from .arrivals import RepairPolicy
+from .candidates import Candidate
+from .planner import S3TPlanner
+
+BAD_INPUT = 2
+ORDERS = 3  # the column that also names the groups of rows
+
+
+class Column(NamedTuple):
+    """A column of the table, left out where a line has fewer characters than `width`."""
+
+    head: str
+    cell: Callable[[Candidate], str]
+    width: int = 0
+
+
+def plan(
+    examples: Annotated[int, typer.Option(help="Rows of the train set.")],
+    requests_per_day: Annotated[float, typer.Option(help="Deletion requests per day.")],
+    horizon_days: Annotated[float, typer.Option(help="Until when costs and deletions count.")],
+    shards: Annotated[int | None, typer.Option(help="m. Without it 1, 2, 5 and 10 are compared.")] = None,
+    slices: Annotated[
+        int | None, typer.Option(help="L, at most 16 (about a minute). Without it 2, 4 and 8 are compared.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="B, sequences per shard, of --slices.")] = None,
+    cost_budget: Annotated[int | None, typer.Option(help="Instead of --budget: slice passes per shard.")] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="Chance that a request hits each slice: 0.4,0.3,0.2,0.1. Default: all alike.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model: at most as many slices.")] = None,
+    examples_per_person: Annotated[
+        int, typer.Option(help="Examples of whoever asks; with a group column leave it at 1.")
+    ] = 1,
+    burst: Annotated[int, typer.Option(help="Requests that come together, answered by one repair.")] = 1,
+    gpu_hours_per_epoch: Annotated[float | None, typer.Option(help="Of one epoch over all examples.")] = None,
+    adapter_mb: Annotated[float | None, typer.Option(help="Size of an adapter over all layer groups.")] = None,
+    min_in_use: Annotated[float, typer.Option(help="Share of the slices that is to be in use on average.")] = 0.5,
+    streams: Annotated[int, typer.Option(help="Streams of requests that are simulated.")] = 300,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same table.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every candidate.")] = False,
+) -> None:
+    """Which plan to train and when to repair it: a table of candidates, and a line for S3TConfig.
+
+    --shards, --slices and --budget say what you have in mind. Those rows come first; other budgets, orders, repair
+    policies, and other numbers of shards and slices are compared with them. What you give as --shards and --slices
+    stays in the recommendation. Without --shards, mind that more shards are always cheaper here: what they cost in
+    quality is not known to the table.
+    """
+    try:
+        asked = S3TPlanner(
+            examples=examples, requests_per_day=requests_per_day, horizon_days=horizon_days, shards=shards,
+            slices=slices, budget=budget, cost_budget=cost_budget, prior=_numbers(prior), layers=layers,
+            examples_per_person=examples_per_person, burst=burst, gpu_hours_per_epoch=gpu_hours_per_epoch,
+            adapter_mb=adapter_mb, min_in_use=min_in_use, streams=streams, seed=seed,
+        )  # fmt: skip
+        found = asked.to_json()
+    except ValueError as error:
+        _end(as_json, None, str(error))
+    else:
+        _end(as_json, found, None, asked)
+
+
+def _end(as_json: bool, result: Any, fault: str | None, planner: S3TPlanner | None = None) -> None:
+    """Shows what came of it, and ends the program."""
+    code = BAD_INPUT if fault else 0
+    if fault:
+        typer.echo(fault, err=True)
+    if as_json:
+        error = {"type": "ValueError", "message": fault} if fault else None
+        typer.echo(json.dumps({"exit_code": code, "result": result, "error": error}, indent=1, ensure_ascii=False))
+    elif planner:
+        width = None if sys.stdout.isatty() else display.WIDTH
+        person = Console(markup=False, highlight=False, emoji=False, width=width)
+        person.print(show_plan(planner, person.width))
+    raise typer.Exit(code)
+
+
+def _numbers(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        message = f"The prior must be numbers with commas between them, such as 0.4,0.3,0.2,0.1, not {text!r:.60}."
+        raise ValueError(message) from None
+
+
+# ---- the table ----
+
+
+def show_plan(planner: S3TPlanner, width: int) -> RenderableType:
+    """The shortlist as a table, what its columns say, and the recommendation."""
+    columns = [column for column in _columns(planner) if width >= column.width]
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column.head, justify="left" if number in (0, ORDERS, ORDERS + 1) else "right", no_wrap=True)
+    for name, group in groupby(planner.shortlist, key=lambda candidate: _section(planner, candidate)):
+        table.add_row(*[""] * ORDERS, ("\n" if table.row_count else "") + name, style="bold")
+        for candidate in group:
+            table.add_row(*(column.cell(candidate) for column in columns))
+    chosen = planner.recommended.setting.config or ""
+    lines = [planner.reason, planner.advice, *planner.notes]
+    return Group(table, "", *_legend(planner), "", "Recommended:", Padding(chosen, (1, 2)), *lines)
+
+
+def _section(planner: S3TPlanner, candidate: Candidate) -> str:
+    setting = candidate.setting
+    if setting.method != "s3t":
+        return "baselines:"
+    if setting.given:
+        return "yours:"
+    return "this m, L:" if setting.size == planner.recommended.setting.size else "other m, L:"
+
+
+def _columns(planner: S3TPlanner) -> list[Column]:
+    """The columns; costs are in epochs, or in GPU hours where an epoch has some."""
+    chosen, hours = planner.recommended, planner.gpu_hours_per_epoch
+
+    def cost(candidate: Candidate, passes: float) -> str:
+        return _short(passes / candidate.setting.places * (hours or 1))
+
+    unit = "hours" if hours else "epochs"
+    return [
+        Column("", lambda c: (">" if c is chosen else " ") + ("*" if c.pareto else "")),
+        Column("m", lambda c: str(c.setting.num_shards)),
+        Column("L", lambda c: str(c.setting.num_slices)),
+        Column("orders", _orders),
+        Column("repair", lambda c: _when(c.policy, c.setting.num_slices)),
+        Column("slice\npasses", lambda c: f"{c.training_cost:,}", 100),
+        Column(f"train\n{unit}", lambda c: cost(c, c.training_cost)),
+        Column(f"repair\n{unit}", lambda c: cost(c, c.repair_cost.mean)),
+        Column("times", lambda c: _short(c.repairs.mean), 100),
+        Column("stages", lambda c: str(c.stages), 110 if planner.adapter_mb else 0),
+        *([Column("MB", lambda c: _short(c.storage_mb or 0))] if planner.adapter_mb else []),
+        Column("life\nreq.", lambda c: _life(c, 1)),
+        Column("life\ndays", lambda c: _life(c, planner.requests_per_day), 100),
+        Column("in\nuse", lambda c: f"{c.in_use.mean:.0%}"),
+        Column("at\nend", _at_the_end, 100),
+        Column("dead", lambda c: f"{c.dead.mean:.0%}"),
+    ]
+
+
+def _orders(candidate: Candidate) -> str:
+    setting = candidate.setting
+    if setting.method != "s3t":
+        return {"sisa": "SISA"}.get(setting.method, "from scratch")
+    return f"{setting.selection} " + (f"B={setting.budget}" if setting.budget else f"c={setting.cost_budget}")
+
+
+def _when(policy: RepairPolicy, num_slices: int) -> str:
+    if policy.every_days:
+        return "1 day" if policy.every_days == 1 else f"{policy.every_days:g} days"
+    if policy.below == num_slices:
+        return "each hit"
+    return f"below {policy.below}" if policy.below else "never"
+
+
+def _life(candidate: Candidate, rate: float) -> str:
+    first, last, *estimates = candidate.lives
+    numbers = [
+        exact if exact is not None else (estimate.mean if estimate else None)
+        for exact, estimate in zip((first, last), estimates, strict=True)
+    ]
+    return "/".join("?" if number is None else _short(number / rate) for number in numbers)
+
+
+def _at_the_end(candidate: Candidate) -> str:
+    if candidate.in_use_at_horizon_exact is not None:
+        return f"{candidate.in_use_at_horizon_exact:.0%}"
+    share = candidate.in_use_at_horizon
+    return f"{share.mean:.0%}±{100 * (share.high - share.low) / 2:.0f}"
+
+
+def _short(number: float) -> str:
+    """At most two digits after the point, and none from 10 on.
+
+    >>> [_short(number) for number in (0.25, 7, 19.29, 1096.9, math.inf)]
+    ['0.25', '7', '19', '1,097', 'never']
+    """
+    return "never" if math.isinf(number) else f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _legend(planner: S3TPlanner) -> Sequence[str]:
+    day = f"day {planner.horizon_days:g}"
+    hours = planner.gpu_hours_per_epoch
+    unit = f"GPU hours, {hours:g} an epoch" if hours else "epochs"
+    return [
+        "> recommended; * no other row is as good in cost, in use, dead and m, and better in one of these",
+        "orders: B sequences per shard, or a cost budget c in slice passes per shard",
+        f"repair: at a served prefix below a length, after each hit, every so many days; times: until {day}",
+        f"costs: in {unit} over all examples (m L slice passes each), at num_train_epochs=1",
+        "life: until the first shard / all shards are dead, if nothing is repaired",
+        f"in use: of the slices, mean until {day}; at end: on that day; ±: 95 % interval of an estimate",
+        f"dead: the chance that some shard was dead before {day}, be it for the moment until its repair",
+    ]

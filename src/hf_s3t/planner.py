@@ -1,0 +1,336 @@
+"""Which plan to train and when to repair it, for so many deletion requests a day: `S3TPlanner`.
+
+Responsible for what is compared, for what may be asked, and for the rule by which one candidate is recommended. What a
+candidate costs and keeps is in `candidates.py`, the table in `cli_plan.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from typing import Any
+
+from .arrivals import DeletionRequests, RepairPolicy
+from .bitsets import TABLE_SLICES
+from .candidates import Candidate, Measure, Setting, marked
+from .closed_forms import first_slice_chances, life_until_all_dead
+from .optimal import optimal
+from .plan import Plan
+from .sequences import Order, check_budget, check_count, cyclic, prune_orders, select_sequences, training_cost
+from .survival import checked_prior, path_cost
+
+SHARDS, SLICES = (1, 2, 5, 10), (2, 4, 8)  # compared where nothing is given
+DAYS = (1, 7, 30, 90)  # between repairs
+FEW_EXAMPLES = 100  # expected in a slice
+MAX_DEAD = 0.05  # the largest chance of a dead shard that is recommended
+ROWS = 25
+MAX_REQUESTS = 10_000  # until the horizon: some minutes
+
+Choice = tuple[str, int | None, int | None]
+"""Selection, budget and cost budget of a plan."""
+
+
+@dataclass(frozen=True)
+class S3TPlanner:
+    """Compares plans and repair policies for a stream of deletion requests, and recommends one.
+
+    Shards and slices that are given stay in the recommendation; other numbers are compared beside them. The budget is
+    compared with others, too. The recommendation is, of the candidates where the chance that some shard is dead before
+    the horizon is below 5 % and the slices in use are at least `min_in_use` on average, the one that costs least until
+    the horizon. Without `shards`, mind that more shards are always cheaper here: what they cost in quality is not
+    known.
+
+    Args:
+        examples (`int`): Rows of the train set.
+        requests_per_day (`float`): Deletion requests per day, at random moments.
+        horizon_days (`float`): Until when costs and deletions are counted.
+        shards (`int`, *optional*): `m`. Without it 1, 2, 5 and 10 are compared.
+        slices (`int`, *optional*): `L`, at most 16. Without it 2, 4 and 8 are compared.
+        budget (`int`, *optional*): `B`, sequences per shard; needs `slices`.
+        cost_budget (`int`, *optional*): Instead of `budget`: slice passes per epoch and shard.
+        prior (`Sequence[float]`, *optional*): The chance that a request hits each slice, the same in every shard.
+        layers (`int`, *optional*): Layers of the model: there are at most as many slices.
+        examples_per_person (`int`, *optional*, defaults to 1): Of whoever asks, each in a place of its own. With a
+            group column leave it at 1.
+        burst (`int`, *optional*, defaults to 1): Requests that come together and are answered by one repair.
+        gpu_hours_per_epoch (`float`, *optional*): Hours of one epoch over all examples.
+        adapter_mb (`float`, *optional*): Size in MB of an adapter over all layer groups, without heads.
+        min_in_use (`float`, *optional*, defaults to 0.5): What the recommendation asks of the slices in use.
+        streams (`int`, *optional*, defaults to 300): Streams of requests that are simulated.
+        seed (`int`, *optional*, defaults to 0): The same seed gives the same table.
+
+    Raises:
+        ValueError: If a number is out of range, or two do not fit together.
+
+    >>> planner = S3TPlanner(1000, requests_per_day=0.1, horizon_days=60, shards=1, slices=2, budget=2, streams=50)
+    >>> planner.recommended.setting.config
+    'S3TConfig(num_shards=1, num_slices=2, budget=2, sequence_selection="cyclic")'
+    """
+
+    examples: int
+    requests_per_day: float
+    horizon_days: float
+    shards: int | None = None
+    slices: int | None = None
+    budget: int | None = None
+    cost_budget: int | None = None
+    prior: Sequence[float] | None = None
+    layers: int | None = None
+    examples_per_person: int = 1
+    burst: int = 1
+    gpu_hours_per_epoch: float | None = None
+    adapter_mb: float | None = None
+    min_in_use: float = 0.5
+    streams: int = 300
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prior is not None:
+            object.__setattr__(self, "slices", len(self.prior) if self.slices is None else self.slices)
+        self._check_numbers()
+        self._check_plan()
+        self._check_requests()
+
+    # ---- what may be asked ----
+
+    def _check_numbers(self) -> None:
+        check_count("examples", self.examples, 1, 10**12)
+        for name, most in (("shards", 10**4), ("slices", 10**4), ("layers", 10**4)):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1, most)
+        if (self.slices or 0) > TABLE_SLICES:
+            found = f"slices={self.slices}, but more than {TABLE_SLICES} take too long to compare"
+            raise ValueError(f"{found}. Give fewer, or ask `hf_s3t.simulate` about one plan.")
+        for name in ("requests_per_day", "horizon_days", "gpu_hours_per_epoch", "adapter_mb"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number above 0, not {value!r:.40}. Correct it.")
+        if self.horizon_days < 1:
+            raise ValueError(f"horizon_days must be 1 or more, not {self.horizon_days!r:.40}. Give a later day.")
+        if not 0 <= self.min_in_use <= 1:
+            raise ValueError(f"min_in_use must be a share from 0 to 1, not {self.min_in_use!r:.40}. Correct it.")
+        check_count("streams", self.streams, 2, 10**5)
+        check_count("seed", self.seed, 0, 2**32 - 1)
+
+    def _check_plan(self) -> None:
+        if self.budget is not None and self.cost_budget is not None:
+            raise ValueError(f"budget={self.budget} and cost_budget={self.cost_budget} are both given. Give one.")
+        if self.slices is None:
+            for name in ("budget", "cost_budget"):
+                if getattr(self, name) is not None:
+                    found = f"{name}={getattr(self, name)} is given, but not of how many slices"
+                    raise ValueError(f"{found}. Give slices, too, or leave {name} out.")
+        elif self.budget is not None:
+            check_budget(self.slices, self.budget)
+        if self.slices and self.layers and self.slices > self.layers:
+            found = (
+                f"slices={self.slices} for a model of {self.layers} layers, but each slice needs a layer of its own"
+            )
+            raise ValueError(f"{found}. Give at most {self.layers} slices.")
+        if self.slices and self.cost_budget is not None and self.cost_budget < path_cost(0, self.slices):
+            found = f"cost_budget={self.cost_budget}, but one whole sequence of {self.slices} slices costs"
+            raise ValueError(f"{found} {path_cost(0, self.slices)}. Give that or more.")
+        if self.prior is not None and self.slices is not None:
+            checked_prior(self.prior, self.slices)
+            object.__setattr__(self, "prior", tuple(map(float, self.prior)))
+
+    def _check_requests(self) -> None:
+        places = (self.shards or 1) * (self.slices or 1)
+        if places > self.examples:
+            found = f"{places} slices in all for {self.examples} examples"
+            raise ValueError(f"{found}: some would be empty. Give fewer shards or slices.")
+        deleted = self.requests_per_day * self.horizon_days * self.examples_per_person
+        if deleted > self.examples:
+            found = f"{deleted:.0f} examples would be deleted until the horizon, but there are {self.examples}"
+            raise ValueError(f"{found}. Give fewer requests per day or a nearer horizon.")
+        if self.requests_per_day * self.horizon_days > MAX_REQUESTS:
+            found = (
+                f"{self.requests_per_day * self.horizon_days:.0f} requests until the horizon take too long to simulate"
+            )
+            raise ValueError(f"{found}. Give a horizon of at most {MAX_REQUESTS / self.requests_per_day:.3g} days.")
+        DeletionRequests(None, self.examples_per_person, self.burst, self.requests_per_day)
+
+    # ---- what is compared ----
+
+    def candidates(self) -> list[Candidate]:
+        """Every candidate: what was given, then by size; the cheapest until the horizon first. Baselines are last."""
+        return list(self._candidates)
+
+    @cached_property
+    def _candidates(self) -> tuple[Candidate, ...]:
+        requests = DeletionRequests(None, self.examples_per_person, self.burst, self.requests_per_day)
+        measure = Measure(requests, self.horizon_days, self.streams, self.seed, self.adapter_mb)
+        found: list[Candidate] = []
+        seen = set()
+        for setting in self._settings():
+            plan = _plan(setting)
+            if (setting.method, plan) not in seen:
+                seen.add((setting.method, plan))
+                found += measure.candidates(setting, plan, self._policies(setting, plan))
+        return tuple(sorted(marked(found), key=self._position))
+
+    def _position(self, candidate: Candidate) -> tuple[Any, ...]:
+        setting = candidate.setting
+        return setting.method != "s3t", not setting.given, setting.size, candidate.epochs
+
+    def _settings(self) -> Iterator[Setting]:
+        prior = None if self.prior is None else tuple(self.prior)
+        for size in self._sizes():
+            for number, (selection, budget, cost) in enumerate(self._choices(size)):
+                given = number == 0 and self._is_given(size)
+                yield Setting("s3t", *size, selection, budget, cost, prior, given)
+            if self._may_be_chosen(size):
+                yield Setting("sisa", *size, "cyclic", 1, prior=prior)
+        yield Setting("full retraining", 1, 1, "cyclic", 1)
+
+    def _is_given(self, size: tuple[int, int]) -> bool:
+        return size == (self.shards, self.slices)
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Numbers of shards and slices to compare: what was given and its neighbours, or what fits it."""
+        if self.shards and self.slices:
+            halves = [(max(1, self.shards // 2), self.slices), (self.shards, max(1, self.slices // 2))]
+            doubles = [(2 * self.shards, self.slices), (self.shards, 2 * self.slices)]
+            sizes = [(self.shards, self.slices), *halves, *doubles]
+        else:
+            shards, slices = (
+                (number,) if number else most for number, most in ((self.shards, SHARDS), (self.slices, SLICES))
+            )
+            sizes = [(m, n) for m in shards for n in slices]
+        fit = [size for size in sizes if self._is_given(size) or self._fits(*size)]
+        return list(dict.fromkeys(fit or sizes[:1]))
+
+    def _fits(self, shards: int, slices: int) -> bool:
+        if self.prior is not None and slices != self.slices or slices > (self.layers or slices):
+            return False
+        return shards * slices * FEW_EXAMPLES <= self.examples and slices <= TABLE_SLICES
+
+    def _choices(self, size: tuple[int, int]) -> list[Choice]:
+        """What was asked for first; then, for the given size, rotations and trees of stages of several costs."""
+        slices = size[1]
+        budget = self.budget or slices
+        budget = budget if self._is_given(size) else min(budget, slices)
+        asked: Choice = ("spaced" if budget < slices else "cyclic", budget, None)
+        if self.cost_budget is not None and slices == self.slices:
+            asked = ("optimal", None, self.cost_budget)
+        full = cyclic(slices, slices)
+        pruned = training_cost(prune_orders(full))
+        half: Choice = ("optimal", None, max(pruned // 2, path_cost(0, slices)))
+        if not self._is_given(size):
+            return [asked, half]
+        rotations: list[Choice] = [
+            ("cyclic", slices, None),
+            ("spaced", max(1, slices // 2), None),
+            ("cyclic", 1, None),
+        ]
+        return [asked, *rotations, half, ("optimal", None, pruned), ("optimal", None, training_cost(full))]
+
+    def _policies(self, setting: Setting, plan: Plan) -> list[RepairPolicy]:
+        """Repair policies: for what was given all of them, for the others those that leave something in use."""
+        if setting.method != "s3t":
+            return [RepairPolicy(below=setting.num_slices)]
+        life = life_until_all_dead(first_slice_chances(plan, setting.prior)).mean
+        days = life / self.requests_per_day / self.examples_per_person
+        every = [number for number in DAYS if number < self.horizon_days]
+        intervals = every if setting.given else [number for number in every if number <= days][-1:]
+        lengths = [1] * self._is_given(setting.size) + [math.ceil(setting.num_slices / 2)]
+        if self._may_be_chosen(setting.size) and len(plan.sequences[0]) > 1:  # with one sequence it is SISA
+            lengths.append(setting.num_slices)
+        never = [RepairPolicy()] if setting.given or self.horizon_days <= days else []
+        rules = [RepairPolicy(below=length) for length in lengths] + [RepairPolicy(every_days=n) for n in intervals]
+        return list(dict.fromkeys(never + rules))
+
+    # ---- what is recommended ----
+
+    def _obeys(self, candidate: Candidate) -> bool:
+        return candidate.dead.mean < MAX_DEAD and candidate.in_use.mean >= self.min_in_use
+
+    @property
+    def recommended(self) -> Candidate:
+        """The candidate that the rule chooses; if none obeys it, the one whose shards die least often."""
+        pool = [c for c in self._candidates if c.setting.method == "s3t" and self._may_be_chosen(c.setting.size)]
+        obeying = [candidate for candidate in pool if self._obeys(candidate)]
+        if obeying:
+            return min(obeying, key=lambda candidate: (candidate.epochs, candidate.setting.num_shards))
+        return min(pool, key=lambda c: (c.dead.mean, -c.in_use.mean, c.epochs))
+
+    def _may_be_chosen(self, size: tuple[int, int]) -> bool:
+        return self.shards in (None, size[0]) and self.slices in (None, size[1])
+
+    @property
+    def reason(self) -> str:
+        """Why it is recommended."""
+        size = "plans of this size" if self.shards and self.slices else "plans"
+        in_use = f"at least {self.min_in_use:.0%} of the slices are in use on average"
+        rule = f"the chance of a dead shard is below {MAX_DEAD:.0%} and {in_use}"
+        if self._obeys(self.recommended):
+            return f"Of the {size} where {rule}, it costs least until day {self.horizon_days:g}."
+        return f"There are no {size} where {rule}. Of those compared its shards are dead least often."
+
+    @property
+    def advice(self) -> str:
+        """When to repair it."""
+        policy, horizon = self.recommended.policy, f"until day {self.horizon_days:g}"
+        if not policy.repairs:
+            return f"Repair nothing {horizon}."
+        if policy.every_days:
+            when = f"every {policy.every_days:g} days"
+        elif policy.below == self.recommended.setting.num_slices:
+            when = "after each deletion"
+        else:
+            when = f"as soon as a served prefix in `hf-s3t status` is shorter than {policy.below}"
+        return f"Repair, by train() again, {when}: about {self.recommended.repairs.mean:.0f} times {horizon}."
+
+    @property
+    def shortlist(self) -> list[Candidate]:
+        """What a table shows: at most 25 candidates, grouped as the command line does.
+
+        They are what was given and the recommended one; for each other size the cheapest that obeys the rule; the
+        marked ones of the recommended size; the baselines.
+        """
+        size, chosen = self.recommended.setting.size, [self.recommended]
+        others = [
+            c for c in self._candidates if c.setting.method == "s3t" and c.setting.size != size and self._obeys(c)
+        ]
+        for other in dict.fromkeys(candidate.setting.size for candidate in others):
+            chosen.append(min((c for c in others if c.setting.size == other), key=lambda c: c.epochs))
+        own = [c for c in self._candidates if c.setting.size == size]
+        chosen += [c for c in self._candidates if c.setting.method == "full retraining"]
+        chosen += [c for c in own if c.setting.given or c.setting.method == "sisa"]
+        best = sorted((c for c in own if c.pareto), key=lambda c: (not self._obeys(c), c.epochs))
+        shown = list(dict.fromkeys(map(id, chosen + best)))[:ROWS]
+        rows = [candidate for candidate in self._candidates if id(candidate) in shown]
+        return sorted(rows, key=lambda c: (*self._position(c)[:2], c.setting.size != size))
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be known of the recommended plan beside its numbers."""
+        places = self.recommended.setting.places
+        notes = []
+        if self.examples < FEW_EXAMPLES * places:
+            empty = places * (1 - 1 / places) ** self.examples
+            per_slice = f"{self.examples / places:.3g} examples per slice on average"
+            notes.append(f"There are only {per_slice}; {empty:.2g} of {places} slices are expected to be empty.")
+        return notes
+
+    def to_json(self) -> dict[str, Any]:
+        """What was asked, every candidate and the recommendation, as plain data."""
+        told = {"reason": self.reason, "advice": self.advice, "notes": self.notes}
+        candidates = [candidate.to_json() for candidate in self._candidates]
+        return {"asked": asdict(self), "recommended": self.recommended.to_json() | told, "candidates": candidates}
+
+
+def _plan(setting: Setting) -> Plan:
+    """The plan that a trainer makes of these settings."""
+    if setting.selection == "optimal":
+        orders = _optimal(setting.num_slices, setting.cost_budget, setting.prior)
+    else:
+        orders = tuple(select_sequences(setting.selection, setting.num_slices, setting.budget))
+    return Plan.make(setting.num_shards, setting.num_slices, orders)
+
+
+@cache
+def _optimal(num_slices: int, cost_budget: int, prior: tuple[float, ...] | None) -> tuple[Order, ...]:
+    return optimal(num_slices, cost_budget=cost_budget, prior=prior).orders
