@@ -115,10 +115,9 @@ def status(
     """What is trained, served, missing and deleted, and how many requests are left. 3 while a deletion is pending."""
     if plot is not None and len(stores) > 1:
         raise typer.BadParameter("--plot draws one store. Give one store, or leave it out.")
-    chances = parse_prior(prior)
 
     def verb(store: S3TStore) -> Outcome:
-        found, unpurged = store.status(chances), _unpurged(store)
+        found, unpurged = store.status(parse_prior(prior)), _unpurged(store)
         if plot is not None:
             _draw(store, plot)
         shown = display.show_status(found, unpurged)

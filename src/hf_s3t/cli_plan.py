@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -21,6 +22,7 @@ from . import display
 from .arrivals import RepairPolicy
 from .candidates import Candidate
 from .planner import S3TPlanner
+from .reading import parse_prior
 
 BAD_INPUT = 2
 ORDERS = 3  # the column that also names the groups of rows
@@ -57,6 +59,9 @@ def plan(
     min_in_use: Annotated[float, typer.Option(help="Share of the slices that is to be in use on average.")] = 0.5,
     streams: Annotated[int, typer.Option(help="Streams of requests that are simulated.")] = 300,
     seed: Annotated[int, typer.Option(help="The same seed gives the same table.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the recommended plan among its alternatives (.png, .svg, .pdf).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every candidate.")] = False,
 ) -> None:
     """Which plan to train and when to repair it: a table of candidates, and a line for S3TConfig.
@@ -69,40 +74,43 @@ def plan(
     try:
         asked = S3TPlanner(
             examples=examples, requests_per_day=requests_per_day, horizon_days=horizon_days, shards=shards,
-            slices=slices, budget=budget, cost_budget=cost_budget, prior=_numbers(prior), layers=layers,
+            slices=slices, budget=budget, cost_budget=cost_budget, prior=parse_prior(prior), layers=layers,
             examples_per_person=examples_per_person, burst=burst, gpu_hours_per_epoch=gpu_hours_per_epoch,
             adapter_mb=adapter_mb, min_in_use=min_in_use, streams=streams, seed=seed,
         )  # fmt: skip
         found = asked.to_json()
-    except ValueError as error:
-        _end(as_json, None, str(error))
+        if plot is not None:
+            _draw(asked, plot)
+    except (ValueError, OSError, ImportError) as error:
+        _end(as_json, None, error)
     else:
         _end(as_json, found, None, asked)
 
 
-def _end(as_json: bool, result: Any, fault: str | None, planner: S3TPlanner | None = None) -> None:
+def _draw(planner: S3TPlanner, file: Path) -> None:
+    from .pictures import draw_plan
+
+    chosen = planner.recommended
+    draw_plan(
+        planner.recommended_plan, planner.requests, file, policy=chosen.policy,
+        streams=planner.streams, seed=planner.seed, horizon_days=planner.horizon_days,
+        title=f"recommended: {chosen.setting.config}",
+    )  # fmt: skip
+
+
+def _end(as_json: bool, result: Any, fault: Exception | None, planner: S3TPlanner | None = None) -> None:
     """Shows what came of it, and ends the program."""
     code = BAD_INPUT if fault else 0
     if fault:
-        typer.echo(fault, err=True)
+        typer.echo(str(fault), err=True)
     if as_json:
-        error = {"type": "ValueError", "message": fault} if fault else None
+        error = {"type": type(fault).__name__, "message": str(fault)} if fault else None
         typer.echo(json.dumps({"exit_code": code, "result": result, "error": error}, indent=1, ensure_ascii=False))
     elif planner:
         width = None if sys.stdout.isatty() else display.WIDTH
         person = Console(markup=False, highlight=False, emoji=False, width=width)
         person.print(show_plan(planner, person.width))
     raise typer.Exit(code)
-
-
-def _numbers(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        message = f"The prior must be numbers with commas between them, such as 0.4,0.3,0.2,0.1, not {text!r:.60}."
-        raise ValueError(message) from None
 
 
 # ---- the table ----

@@ -152,6 +152,11 @@ class S3TPlanner:
             raise ValueError(f"{found}. Give a horizon of at most {MAX_REQUESTS / self.requests_per_day:.3g} days.")
         DeletionRequests(None, self.examples_per_person, self.burst, self.requests_per_day)
 
+    @property
+    def requests(self) -> DeletionRequests:
+        """How deletion requests come."""
+        return DeletionRequests(self.prior, self.examples_per_person, self.burst, self.requests_per_day)
+
     # ---- what is compared ----
 
     def candidates(self) -> list[Candidate]:
@@ -160,8 +165,7 @@ class S3TPlanner:
 
     @cached_property
     def _candidates(self) -> tuple[Candidate, ...]:
-        requests = DeletionRequests(None, self.examples_per_person, self.burst, self.requests_per_day)
-        measure = Measure(requests, self.horizon_days, self.streams, self.seed, self.adapter_mb)
+        measure = Measure(self.requests, self.horizon_days, self.streams, self.seed, self.adapter_mb)
         found: list[Candidate] = []
         seen = set()
         for setting in self._settings():
@@ -255,6 +259,11 @@ class S3TPlanner:
         if obeying:
             return min(obeying, key=lambda candidate: (candidate.epochs, candidate.setting.num_shards))
         return min(pool, key=lambda c: (c.dead.mean, -c.in_use.mean, c.epochs))
+
+    @property
+    def recommended_plan(self) -> Plan:
+        """The plan that a trainer makes of it."""
+        return _plan(self.recommended.setting)
 
     def _may_be_chosen(self, size: tuple[int, int]) -> bool:
         return self.shards in (None, size[0]) and self.slices in (None, size[1])

@@ -44,14 +44,15 @@ def parse_slice(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_prior(text: str | None) -> list[float] | None:
+def parse_prior(text: str | None) -> tuple[float, ...] | None:
     """Chances from `"0.4,0.3,0.2,0.1"`."""
     if text is None:
         return None
     try:
-        return [float(chance) for chance in text.split(",")]
+        return tuple(float(chance) for chance in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no prior. Write one chance per slice, such as 0.4,0.3,0.3.") from None
+        message = f"The prior must be numbers with commas between them, such as 0.4,0.3,0.2,0.1, not {text!r:.60}."
+        raise ValueError(message) from None
 
 
 def digests_not_in(store: S3TStore, file: Path) -> list[str]:

@@ -17,6 +17,7 @@ from .manifest import Manifest, RepairBudget
 from .partition import Comparison, Entry, Index, compare, examples_digest, warn_of_empty_slices
 from .plan import Plan, Stage
 from .recipe import check_same
+from .replanning import best_repair
 from .rows import TrainRows
 from .state import State, key_check_value
 from .store import S3TStore
