@@ -216,7 +216,7 @@ class Retention:
             `dict[str, list[Kept]]`: For each method its points, from the least budget on.
         """
         if points is None:
-            points = 10 if self.num_slices <= 6 else 5 if self.num_slices <= 8 else 3
+            points = 10 if self.num_slices <= 6 else 5 if self.num_slices <= 12 else 3
         check_count("points", points, 2, 100)
         slices, one = self.num_slices, self.num_slices * (self.num_slices + 1) // 2
         budgets = sorted({round(budget) for budget in np.geomspace(1, slices, min(points, slices))})
