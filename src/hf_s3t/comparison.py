@@ -210,13 +210,13 @@ class Retention:
 
         Args:
             points (`int`, *optional*): How many budgets; by default fewer for more slices, because each of the optimal
-                plans is searched for.
+                plans is searched for: for half a minute in all, above 16 slices for several minutes.
 
         Returns:
             `dict[str, list[Kept]]`: For each method its points, from the least budget on.
         """
         if points is None:
-            points = 10 if self.num_slices <= 6 else 5 if self.num_slices <= 8 else 3
+            points = 10 if self.num_slices <= 6 else 5 if self.num_slices <= 12 else 3
         check_count("points", points, 2, 100)
         slices, one = self.num_slices, self.num_slices * (self.num_slices + 1) // 2
         budgets = sorted({round(budget) for budget in np.geomspace(1, slices, min(points, slices))})
