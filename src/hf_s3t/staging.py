@@ -21,8 +21,8 @@ from .config import S3TConfig
 from .layout import find_heads
 from .optimal import optimal
 from .plan import Plan, Stage
-from .search import MAX_COST
 from .sequences import check_count, select_sequences
+from .trees import MAX_COST
 from .tuner import draw_heads
 
 logger = logging.getLogger(__name__)
@@ -144,8 +144,9 @@ def make_plan(config: S3TConfig, seed: int) -> Plan:
         best = optimal(num_slices, budget, config.cost_budget, prior)
         bound = "" if best.bound is None else f"; no plan of this budget is worth more than {best.bound:.4g}"
         logger.info(
-            "the best plan found is worth %.4g, every order %.4g, in requests x surviving slices over the whole life of "
-            "a shard%s; it costs %d slice passes per epoch and shard", best.value, best.every_order, bound, best.cost,
+            "the best plan found is worth %.4g, every order %.4g, in requests x surviving slices over the whole life "
+            "of a shard%s; it costs %d slice passes per epoch and shard",
+            best.value, best.every_order, bound, best.cost,
         )  # fmt: skip
         return Plan.make(config.num_shards, num_slices, best.orders, prune=config.prune)
     numbers = [_number(f"orders of shard {shard}, seed {seed}") for shard in range(config.num_shards)]
