@@ -19,6 +19,7 @@ from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
+from .activations import sweep_activations
 from .adapter import CONFIG_FILE, WEIGHTS_FILE
 from .errors import StateError, StoreError, UnknownExampleError
 from .exports import carrying, settle
@@ -362,9 +363,10 @@ def _rewrite(folder: StoreFolder, manifest: Manifest, state: State | None) -> Ma
 
 
 def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ()) -> None:
-    """Removes every file that the manifest does not account for, and running checkpoints of stages that were hit."""
+    """Removes every file that the manifest does not account for, and all scratch that was computed from `places`."""
     hit = set(places)
     _sweep_running(folder, hit)
+    sweep_activations(folder.private, hit, folder.index if folder.has_index else None)
     if not isinstance(folder.source, FolderSource):  # a commit has what its manifest says
         return
     for shard in folder.path.glob("shard-*"):

@@ -46,12 +46,14 @@ def make_recipe(
     base_id: str | None,
     heads: Mapping[str, str],
     user_code: Any = (),
+    cached_trunk: bool = False,
 ) -> dict[str, Any]:
     """The recipe of a run.
 
     Args:
         heads (`dict[str, str]`): digests of the heads that the base lacked and that were drawn.
         user_code (`tuple`): what else of the user's changes bits: the optimizer with its settings, the loss function.
+        cached_trunk (`bool`): whether what enters a stage is computed row by row, as an activation cache needs it.
     """
     lora = {name: getattr(config, name) for name in LORA_FIELDS if name != "exclude_modules"}
     recipe = {
@@ -89,6 +91,8 @@ def make_recipe(
     }
     recipe["collator_settings"] = described(collator)
     recipe["user_code"] = described(user_code)
+    if cached_trunk:
+        recipe["cached_trunk"] = True
     return json.loads(json.dumps(recipe, default=str, sort_keys=True))
 
 

@@ -38,6 +38,7 @@ class TrainRows:
             raise ValueError("The train set has no rows.")
         self.entries: dict[str, Entry] = dict(pairs)
         self.id_column = id_source(config, list(next(iter(raw_rows(dataset)))))
+        self.key = key
         self._digests = [digest for digest, _ in pairs]
         self._positions: dict[str, list[int]] = {}
         self.dataset: Any = None
@@ -80,9 +81,13 @@ class TrainRows:
                     by_slice[entry.slice].append(digest)
         return tuple(digest for slice_id in stage.prefix for digest in sorted(by_slice[slice_id]))
 
+    def numbered(self, examples: Sequence[str]) -> list[tuple[str, int]]:
+        """Some examples with the numbers of their prepared rows, which may be several, in their order."""
+        return [(digest, position) for digest in examples for position in self._positions.get(digest, ())]
+
     def select(self, examples: Sequence[str]) -> Any:
         """The prepared rows of some examples, in their order."""
-        positions = [position for digest in examples for position in self._positions[digest]]
+        positions = [position for _, position in self.numbered(examples)]
         return self.dataset.select(positions) if hasattr(self.dataset, "select") else Subset(self.dataset, positions)
 
     @property

@@ -25,11 +25,13 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .adapter import Adapter
+from .alone import ActivationCache, check_cache
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
 from .checkpoints import collates_the_same, latest_checkpoint, mark_complete
 from .config import S3TConfig
 from .deletion import versions
 from .errors import IsolationError
+from .feeding import FedTrainerMixin, TrunkCache
 from .files import remove
 from .folder import LOCK_SECONDS
 from .orders import StageDropped, StageOrder, commit, is_hit, next_order, running_folder
@@ -56,7 +58,7 @@ from .tuner import StageTuner, Tensors, owned_layers, plain_lora_config, tensor_
 logger = get_logger(__name__)
 
 
-class S3TMixin(ServedModelMixin):
+class S3TMixin(FedTrainerMixin, ServedModelMixin):
     """Makes a subclass of [`~transformers.Trainer`] train slice by slice. Put it first among the base classes.
 
     Args:
@@ -72,6 +74,11 @@ class S3TMixin(ServedModelMixin):
         extend (`bool`): train stages again that saw other rows than the train set has for them now. By default only
             stages trained from now on see new rows.
         base_model_id (`str`, *optional*): the base's id on the Hub, where it was loaded from a local folder.
+        activation_cache (`"off"`, `"memory"` or `"disk"`): keep what enters the layers of a stage, computed once for
+            each example, so that stages run from there up. Part of the recipe, wherever it is kept: states of a row
+            alone may differ in their last bits from those in a batch.
+        activation_cache_gb (`float`, *optional*): how much to keep, in 10^9 bytes. `None`: all that is of use.
+        eval_trunk (`bool`): with a cache, whether layers that drop out in training may run without, below a stage.
         kwargs: everything else that the Trainer takes.
 
     Example:
@@ -93,14 +100,19 @@ class S3TMixin(ServedModelMixin):
         missing: Missing = "error",
         extend: bool = False,
         base_model_id: str | None = None,
+        activation_cache: ActivationCache = "off",
+        activation_cache_gb: float | None = None,
+        eval_trunk: bool = False,
         **kwargs: Any,
     ):
         self.train_dataset: Any
         self.callback_handler: Any
         refuse_arguments(model, args, kwargs, missing)
+        check_cache(activation_cache, activation_cache_gb, eval_trunk, peft_config, args, model)
         if base_model_id is not None:
             validate_repo_id(base_model_id)
         set_stage_defaults(args)
+        self.trunk_cache = TrunkCache(self, activation_cache, activation_cache_gb, eval_trunk)
         self.missing, self.extend = missing, extend
         self.store = S3TStore(Path(args.output_dir), partition_key)  # a `str` might be the id of a repository
         model, self.s3t_config, self._drawn_heads = wrap_model(model, peft_config, args.seed)
@@ -169,7 +181,10 @@ class S3TMixin(ServedModelMixin):
             raise ValueError("`train()` needs a `train_dataset`.")
         with self._training_lock():
             logger.info("%s", self._on_main(partial(self._open_store, cost_budget)))
-            outputs = self._train_missing(resume_from_checkpoint is not False, ignore_keys_for_eval)
+            try:
+                outputs = self._train_missing(resume_from_checkpoint is not False, ignore_keys_for_eval)
+            finally:
+                self.trunk_cache.close()
             self._on_main(self._close_store)
         self.callback_handler.end_run(self.args, self.state, self.control)
         self.progress.close()
@@ -194,7 +209,7 @@ class S3TMixin(ServedModelMixin):
         recipe = make_recipe(
             self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
             self.data_collator, self.base_model_id, self._drawn_heads,
-            user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func),
+            user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.on,
         )  # fmt: skip
         plan, prior = make_plan(self.s3t_config, self.args.seed), self.s3t_config.deletion_prior
         wanted = Wanted(recipe, plan, prior, cost_budget, self.rows, self.missing, self.extend)
@@ -246,11 +261,12 @@ class S3TMixin(ServedModelMixin):
             output = TrainOutput(0, 0.0, {})
             if order.examples:
                 self.train_dataset = self.rows.select(order.examples)
-                checkpoint = self._on_main(partial(self._resumable_checkpoint, resume))
-                frozen = self.tuner.frozen_digests()
-                set_seed(seed)
-                output = super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
-                self.tuner.check_frozen(frozen)
+                with self.trunk_cache.stage(order):
+                    checkpoint = self._on_main(partial(self._resumable_checkpoint, resume))
+                    frozen = self.tuner.frozen_digests()
+                    set_seed(seed)
+                    output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+                    self.tuner.check_frozen(frozen)
             else:
                 self.tuner.zero_stage()
             self._store_stage(order, output, started)

@@ -1,0 +1,175 @@
+"""Rows one at a time: what enters a layer for a row alone, and whether that may stand for the row in a batch.
+
+A batch of one, without padding, in eval mode: then the states depend on the row and the base model, and on nothing
+else that a deletion could take away. What a cache of them can not serve is refused here, by name and with the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from .numbered import NumberingCollator
+from .trunk import Trunk
+
+ActivationCache = Literal["off", "memory", "disk"]
+
+
+def check_cache(
+    cache: ActivationCache, limit_gb: float | None, eval_trunk: bool, config: Any, args: TrainingArguments, model: Any
+) -> None:
+    """Raises `ValueError` for what an activation cache can not serve, as far as it is known before the first row."""
+    if cache not in ("off", "memory", "disk"):
+        raise ValueError(f"`activation_cache` must be 'off', 'memory' or 'disk', got {cache!r}.")
+    if cache == "off":
+        if limit_gb is not None or eval_trunk:
+            raise ValueError(
+                "`activation_cache_gb` and `eval_trunk` are about the activation cache, which is off. Pass "
+                "activation_cache='disk' or 'memory', too, or leave them out."
+            )
+        return
+    if limit_gb is not None and not limit_gb > 0:
+        raise ValueError(f"`activation_cache_gb` must be above 0, got {limit_gb!r}. `None` sets no limit.")
+    if getattr(config, "stage_parameters", None) == "all":
+        raise ValueError(
+            "An activation cache needs layers without adapters, and with stage_parameters='all' every layer has one. "
+            "Use stage_parameters='layer_group', or activation_cache='off'."
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError("An encoder-decoder model has two trunks. It can not be cached: use activation_cache='off'.")
+    refusals = {
+        "neftune_noise_alpha": "it adds noise to the embeddings, below what is cached",
+        "torch_compile": "a compiled model can not be entered at a layer",
+        "padding_free": "it joins the rows of a batch",
+    }
+    for name, reason in refusals.items():
+        if getattr(args, name, None):
+            raise ValueError(
+                f"An activation cache does not work with `{name}={getattr(args, name)!r}`: {reason}. Leave it out, or "
+                "use activation_cache='off'."
+            )
+
+
+class AloneRows:
+    """The rows of a stage, each alone.
+
+    Args:
+        trainer ([`S3TMixin`]): the trainer, with the stage's rows.
+        trunk ([`Trunk`]): its model's trunk.
+        collator ([`NumberingCollator`]): its collator.
+    """
+
+    def __init__(self, trainer: Any, trunk: Trunk, collator: NumberingCollator):
+        self.trainer, self.trunk, self.collator = trainer, trunk, collator
+        self.loader = trainer.get_train_dataloader()
+        self._positions = {number: position for position, number in enumerate(trainer.train_dataset.numbers)}
+
+    def batch(self, *numbers: int) -> Any:
+        """Rows as the collator makes a batch of them: one row, or some together."""
+        return self.loader.collate_fn([self.loader.dataset[self._positions[number]] for number in numbers])
+
+    def digest(self, batch: Any) -> str:
+        """By what the row of a batch of one is known."""
+        return self.collator.digest(batch, 0, 1)
+
+    def inputs(self, batch: Any) -> dict[str, Any]:
+        """A batch where the model is."""
+        return self.trainer._prepare_inputs(dict(batch))
+
+    def states(self, batch: Any, layers: Sequence[int], start: int = 0, given: Any = None) -> dict[int, torch.Tensor]:
+        """What enters some layers of a batch of one, each `(positions, hidden)`; the model has to be in eval mode.
+
+        Args:
+            batch (`dict`): the row, collated alone.
+            layers (`list[int]`): the layers.
+            start (`int`, *optional*, defaults to 0): a layer from which on the states are not known yet.
+            given (`torch.Tensor`, *optional*): what enters that layer.
+        """
+        with self.trainer.accelerator.autocast():
+            seen = self.trunk.states(self.inputs(batch), layers, start, None if given is None else [given])
+        for states in seen.values():
+            if states.ndim != 3 or len(states) != 1:
+                raise ValueError(
+                    f"Of one row, states of shape {tuple(states.shape)} enter a layer; (1, positions, hidden) was "
+                    "expected. Several sequences per row can not be cached: use activation_cache='off'."
+                )
+        return {layer: states[0] for layer, states in seen.items()}
+
+
+def check_model(rows: AloneRows, numbers: Sequence[int], entrance: int, eval_trunk: bool) -> None:
+    """Raises `ValueError` unless some rows have the same states alone, in training and together, and states are all
+    that the layers above depend on.
+
+    Args:
+        rows ([`AloneRows`]): computes them.
+        numbers (`list[int]`): the rows to look at.
+        entrance (`int`): the layer that the states enter.
+        eval_trunk (`bool`): whether they may differ in training.
+    """
+    trunk, trainer = rows.trunk, rows.trainer
+    batches = [rows.batch(number) for number in numbers]
+    rows.collator.expected = dict(zip(numbers, map(rows.digest, batches), strict=True))
+    together = rows.inputs(rows.batch(*numbers))
+    _check_heads(rows, batches[0], entrance)
+    with trunk.evaluating():
+        alone = [rows.states(batch, [entrance])[entrance] for batch in batches]
+    if not eval_trunk:
+        _check_not_random(rows, batches, entrance, alone)
+    one = trunk.taken(rows.inputs(batches[0]))
+    with trunk.evaluating(), torch.no_grad(), trainer.accelerator.autocast():
+        company = trunk.states(together, [entrance])[entrance]
+        unfed = trainer.model(**one)
+        with trunk.fed(entrance, alone[:1], one[trunk.main_input]):
+            fed = trainer.model(**one)
+    same = all(_close(found[: len(states)], states) for found, states in zip(company, alone, strict=True))
+    outputs = zip(_tensors(unfed), _tensors(fed), strict=True)
+    if not same or not all(_close(found, expected) for found, expected in outputs):
+        raise ValueError(
+            "What enters a layer depends on the company that a row has in its batch, or is not all that the layers "
+            "above depend on, so it can not be cached. A collator without attention mask may be the reason; "
+            "otherwise use activation_cache='off'."
+        )
+
+
+def _check_heads(rows: AloneRows, batch: Any, entrance: int) -> None:
+    base = rows.trunk.base
+    heads = [base.get_submodule(head) for head in rows.trainer.tuner.layout.heads]
+    hooks = [head.register_forward_pre_hook(_refuse_head) for head in heads]
+    try:
+        with rows.trunk.evaluating():
+            rows.states(batch, [entrance])
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_not_random(rows: AloneRows, batches: list[Any], entrance: int, alone: list[torch.Tensor]) -> None:
+    with rows.trunk.evaluating(random=True), torch.random.fork_rng():
+        again = [rows.states(batch, [entrance])[entrance] for batch in batches]
+    if not all(torch.equal(found, expected) for found, expected in zip(again, alone, strict=True)):
+        raise ValueError(
+            "The trunk is random in training (dropout, layer drop or augmentation), so its states differ from epoch "
+            "to epoch. Pass `eval_trunk=True` to train on a trunk that runs in eval mode, set its dropout to 0 in the "
+            "model's config, or use activation_cache='off'."
+        )
+
+
+def _refuse_head(module: Any, args: Any) -> None:
+    raise ValueError(
+        f"`modules_to_save` names {type(module).__name__}, which lies below the layers: what enters them is then a "
+        "stage's own. Leave it out, or use activation_cache='off'."
+    )
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors differ by no more than low precision explains."""
+    found, expected = found.float(), expected.float()
+    return found.shape == expected.shape and bool((found - expected).norm() <= 0.03 * expected.norm())
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    values = output.values() if isinstance(output, Mapping) else output
+    return [value for value in values if isinstance(value, torch.Tensor)]

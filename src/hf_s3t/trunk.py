@@ -1,0 +1,227 @@
+"""Running a model's frozen trunk up to a layer, and running the model from that layer up.
+
+```
+  layer 7  ●  ↑                  ● LoRA of the stage and of its parent
+  layer 6  ●  ↑                  ○ the trunk: frozen, without adapters
+  layer 5  ○  ← states           a stage that trains layers 6 and 7 may enter at layer 6 or, from a lower block, at 5
+  layer 4  ○  handed through
+  ...
+```
+
+The model's own forward does everything but the layers: embeddings, masks, positions, heads. Layers below the entrance
+hand their input through, the entrance gets the given states in place of it, and a run that only wants states ends
+where the last of them is seen. So it works for every model whose layers follow one another.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+States = list[torch.Tensor]
+
+
+class _Seen(Exception):
+    """Every state that a run was for has been seen: the rest of the model need not run."""
+
+
+@dataclass
+class _Pass:
+    """One run of the model.
+
+    Args:
+        entrance (`int`): layers below hand their input through.
+        given (`list[torch.Tensor]`, *optional*): what enters there, of each row `(length, hidden)`.
+        wanted (`tuple[int, ...]`): layers whose input is noted; the run ends at the last. Empty: it runs to its end.
+    """
+
+    entrance: int = 0
+    given: States | None = None
+    wanted: tuple[int, ...] = ()
+    seen: dict[int, torch.Tensor] = field(default_factory=dict)
+    calls: list[int] = field(default_factory=list)
+
+
+class Trunk:
+    """The numbered layers of a PEFT model, any of which may be entered with given states.
+
+    Args:
+        model ([`~peft.PeftModel`]): the model.
+        container (`str`): path of the list of layers in the base model.
+    """
+
+    def __init__(self, model: Any, container: str):
+        self.model, self.base = model, model.get_base_model()
+        self.layers: list[nn.Module] = list(self.base.get_submodule(container).children())
+        self.main_input: str = self.base.main_input_name
+        self.gives_tuple = False
+        parameters = inspect.signature(self.base.forward).parameters
+        self._takes = {name for name in parameters if name not in ("labels", "kwargs")}
+        self._pass: _Pass | None = None
+        self._awaited: tuple[_Pass, torch.Tensor] | None = None
+        self._forwards: dict[int, Any] = {}
+        self._hooks: list[Any] = []
+
+    # ---- the layers' forward, replaced ----
+
+    def attach(self, layer: int) -> None:
+        """Makes the layers up to `layer` listen."""
+        for number in range(layer + 1):
+            module = self.layers[number]
+            self._forwards[number] = vars(module).get("forward")
+            module.forward = partial(self._run_layer, number, module.forward)  # type: ignore[method-assign]
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Gives the layers their own forward back."""
+        for number, forward in self._forwards.items():
+            if forward is None:
+                del self.layers[number].forward
+            else:
+                self.layers[number].forward = forward
+        for hook in self._hooks:
+            hook.remove()
+        self._forwards, self._hooks = {}, []
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._awaited is not None:
+            run, batch = self._awaited
+            value = kwargs.get(self.main_input)
+            if isinstance(value, torch.Tensor) and (value.data_ptr(), value.shape) == (batch.data_ptr(), batch.shape):
+                self._pass = run
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._pass = None
+
+    def _run_layer(self, number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        run = self._pass
+        if run is None:
+            return forward(*args, **kwargs)
+        run.calls.append(number)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if number < run.entrance:
+            return (hidden,) if self.gives_tuple else hidden
+        if number == run.entrance and run.given is not None:
+            hidden = _padded(run.given, hidden)
+        if number in run.wanted:
+            run.seen[number] = hidden
+            if len(run.seen) == len(run.wanted):
+                raise _Seen
+        output = forward(hidden, *args[1:], **kwargs)
+        self.gives_tuple = isinstance(output, tuple)
+        if self.gives_tuple and len(output) != 1:
+            raise ValueError(
+                f"{type(self.layers[number]).__name__} gives {len(output)} values, and only hidden states could be "
+                "cached. Use activation_cache='off'."
+            )
+        return output
+
+    # ---- runs ----
+
+    def states(
+        self, inputs: Mapping[str, Any], layers: Sequence[int], entrance: int = 0, given: States | None = None
+    ) -> dict[int, torch.Tensor]:
+        """What enters some layers, without gradients; the model has to be in eval mode.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): a batch; what the model does not take is left out.
+            layers (`list[int]`): the layers.
+            entrance (`int`, *optional*, defaults to 0): where to start.
+            given (`list[torch.Tensor]`, *optional*): what enters there.
+
+        Returns:
+            `dict[int, torch.Tensor]`: per layer, `(batch, positions, hidden)`.
+
+        Raises:
+            ValueError: the layers do not follow one another.
+        """
+        run = self._pass = _Pass(entrance, given, tuple(layers))
+        try:
+            with torch.no_grad():
+                self.base(**self.taken(inputs))
+        except _Seen:
+            pass
+        finally:
+            self._pass = None
+        if run.calls != list(range(max(layers) + 1)):
+            raise ValueError(
+                f"The model calls its layers in the order {run.calls[:20]}, where 0, 1, 2, ... was expected: what "
+                "enters one of them is not all that it depends on. Use activation_cache='off'."
+            )
+        return run.seen
+
+    def taken(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a batch that the base model takes by name, less its labels."""
+        inputs = {name: value for name, value in inputs.items() if name in self._takes}
+        return inputs | ({"use_cache": False} if "use_cache" in self._takes else {})
+
+    @contextmanager
+    def fed(self, entrance: int, given: States, batch: torch.Tensor) -> Iterator[None]:
+        """The model starts at a layer whenever it is asked about this very batch.
+
+        Args:
+            entrance (`int`): the layer.
+            given (`list[torch.Tensor]`): what enters it, of each row of the batch.
+            batch (`torch.Tensor`): the batch's main input, by which its forward is known.
+
+        Raises:
+            ValueError: the batch did not reach the model.
+        """
+        run = _Pass(entrance, given)
+        self._awaited = (run, batch)
+        try:
+            yield
+        finally:
+            self._awaited = None
+        if not run.calls:
+            raise ValueError(
+                f"The loss changes {self.main_input!r} on its way to the model, so that cached states of the batch are"
+                " not what enters it. Use activation_cache='off', or pass the batch on as it was collated."
+            )
+
+    @contextmanager
+    def evaluating(self, random: bool = False) -> Iterator[None]:
+        """The model is in eval mode; with `random` in training mode, but for running statistics, which stay."""
+        before = [(module, module.training) for module in self.model.modules()]
+        for module, _ in before:
+            module.training = random and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        try:
+            yield
+        finally:
+            for module, training in before:
+                module.training = training
+
+    def check_checkpointing(self, layer: int) -> None:
+        """Raises `ValueError` where backward passes run a layer again from outside, and with it what we replaced."""
+        outside = [part for part in self.layers[: layer + 1] if not isinstance(part, GradientCheckpointingLayer)]
+        if outside and getattr(self.base, "is_gradient_checkpointing", False):
+            raise ValueError(
+                f"Activation checkpointing of {type(outside[0]).__name__} runs whole layers again, hooks included: "
+                "cached states can not be fed to it. Use activation_cache='off', or no activation checkpointing: with "
+                "the cache, layers below the stage keep nothing for the backward pass anyway."
+            )
+
+
+def _padded(states: States, hidden: torch.Tensor) -> torch.Tensor:
+    """States of rows as one batch like `hidden`, zeros where a row has none."""
+    if hidden.ndim != 3 or len(states) != len(hidden):
+        raise ValueError(
+            f"Hidden states of shape {tuple(hidden.shape)} came for {len(states)} rows; (rows, positions, hidden) was "
+            "expected. Several sequences per row, and models split over devices by DataParallel, can not be cached: "
+            "use activation_cache='off'."
+        )
+    padded = torch.zeros(hidden.shape, dtype=states[0].dtype, device=hidden.device)
+    for row, value in enumerate(states):
+        padded[row, : len(value)] = value
+    return padded
