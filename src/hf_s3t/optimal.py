@@ -1,7 +1,7 @@
 """The best plan for the money: which orders, or which tree of stages, keep most of the model through deletions.
 
-Responsible for what may be asked, the defaults, and the certificates that come with an answer. The search is in
-`search.py`; what a plan is worth comes from `survival.py`, for more than 16 slices from `streams.py`.
+Responsible for what may be asked, the defaults, and the certificates that come with an answer. The searches are in
+`search.py` and `trees.py`; what a plan is worth comes from `survival.py`, for more than 16 slices from `streams.py`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .search import best_orders, best_tree
+from .bounds import budget_bound, cost_bound
+from .search import best_orders
 from .sequences import Order, check_count, explicit, prune_orders, training_cost
 from .streams import HELD_OUT_STREAMS, Streams
-from .survival import LATTICE_SLICES, MAX_REQUESTS, Lattice, budget_bound, checked_prior, cost_bound
+from .survival import LATTICE_SLICES, MAX_REQUESTS, Lattice, checked_prior
+from .trees import best_tree
 
 
 @dataclass(frozen=True)
