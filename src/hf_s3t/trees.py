@@ -14,6 +14,8 @@ from .sequences import Order, check_count, prune_orders, rotation, training_cost
 from .survival import LATTICE_SLICES, Path, path_cost, set_of
 
 MAX_COST = 10**9
+EXPECTED = (0.9, 0.6, 0.0)  # parts of the last rate that the next one may exceed, tried in turn
+CLOSE = 0.03  # rates that differ by less than this part are as good
 HASTE = 0.25  # how often a branch may be longer than pays best: it may fill the rest of the cost better
 
 
@@ -138,18 +140,28 @@ class Tree(Search):
         return self._tidy(tree)
 
     def _densest(self, gains: np.ndarray, nodes: dict[int, Order], room: int) -> Path | None:
-        """Dinkelbach: the best path beyond a rate, at its own rate the next time, until none is beyond it."""
-        best, rate = None, self.rate  # of the path before: most are nearly as good
-        while True:
-            self.left -= 1
-            path = self.measure.path(gains, nodes, rate, room)
-            if path and path.gain - rate * path.cost > ROUNDING * self.measure.every_order:
+        """Dinkelbach: the best path beyond a rate, at its own rate the next time, until none is much beyond it.
+
+        The first rate is a little less than that of the path before, which most are nearly as good as. Once the
+        searches are used up, the first path will do.
+        """
+        for share in EXPECTED:
+            best, rate = None, share * self.rate
+            while path := self._beyond(rate, gains, nodes, room):
+                last = self.left <= 0 < rate or path.gain <= (1 + CLOSE) * rate * path.cost
                 best, rate = path, path.gain / path.cost
-            elif best or not rate:
-                self.rate = 0.8 * rate if best else 0.0
+                if last:
+                    break
+            if best:
+                self.rate = rate
                 return best
-            else:
-                rate = 0.0
+        return None
+
+    def _beyond(self, rate: float, gains: np.ndarray, nodes: dict[int, Order], room: int) -> Path | None:
+        self.left -= 1
+        path = self.measure.path(gains, nodes, rate, room)
+        surplus = path.gain - rate * path.cost if path else 0.0
+        return path if surplus > ROUNDING * self.measure.every_order else None
 
     def shaken_tree(self, orders: Sequence[Order]) -> list[Order]:
         """Cut some branches back at random and let others grow, while there are searches left. Keeps the best seen."""
