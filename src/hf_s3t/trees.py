@@ -5,7 +5,7 @@ are improved. Measures and the annealing are shared with `search.py`; `optimal.p
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -25,6 +25,7 @@ def best_tree(
     seed: int = 0,
     judge: Measure | None = None,
     alive: Sequence[Order] | None = None,
+    effort: int | None = None,
 ) -> list[Order]:
     """A tree of stages, at most `cost_budget` slice passes, that is worth most.
 
@@ -35,6 +36,7 @@ def best_tree(
         judge ([`Lattice`] or [`Streams`], *optional*): Compares the candidates instead of `measure`.
         alive (`Sequence[Order]`, *optional*): Prefixes that are there and cost nothing. Without it the plan begins
             with one complete order, and a budget too small for that is a `ValueError`.
+        effort (`int`, *optional*): About how many searches for a path; as many as the measure says without.
 
     Returns:
         `list[Order]`: What is alive or the complete order, then the other branches of the tree.
@@ -52,8 +54,10 @@ def best_tree(
     coldest = coldest_first(measure)
     kept = [coldest] if alive is None else list(alive)
     if num_slices <= LATTICE_SLICES and cost_budget >= num_slices << (num_slices - 1):
-        return prune_orders([*kept, *renumbered(every_set(num_slices), coldest)])
+        return pruned_after(kept, renumbered(every_set(num_slices), coldest))
     tree = Tree(measure, seed, kept, 0 if alive is None else training_cost(kept), cost_budget)
+    if effort is not None:
+        tree.left = effort
     starts = [kept] + [tree.widest(renumbered(orders, coldest) for orders in _rotations(num_slices, cost_budget))]
     if tree.left:
         starts += [tree.grown(start) for start in starts if tree.left > 0]
@@ -83,9 +87,38 @@ def _rotations(num_slices: int, cost_budget: int) -> Iterator[list[Order]]:
     yield [rotation(num_slices, number) for number in range(min(math.factorial(min(num_slices, 7)), most))]
 
 
+def pruned_after(kept: Sequence[Order], orders: Iterable[Order]) -> list[Order]:
+    """What is kept as it is, then of the orders what survival needs beside it."""
+    return [*kept, *prune_orders(orders, beside=kept)]
+
+
 def _prefixes(orders: Iterable[Order]) -> dict[int, Order]:
     """The nodes of a tree by their set, the root included."""
     return {set_of(order[:depth]): order[:depth] for order in orders for depth in range(len(order) + 1)} | {0: ()}
+
+
+def tidied(kept: Sequence[Order], orders: Iterable[Order]) -> list[Order]:
+    """What is kept first; the others without those that are the beginning of another."""
+    orders = list(orders)
+    inner = {order[:depth] for order in orders for depth in range(1, len(order))}
+    return pruned_after(kept, (order for order in orders if order not in inner))
+
+
+class Growth:
+    """A tree that grows by paths: its orders, its profile, and its nodes by their sets."""
+
+    def __init__(self, measure: Measure, orders: Iterable[Order]) -> None:
+        self.measure = measure
+        self.orders = list(orders)
+        self.joined = measure.nothing()
+        for order in self.orders:
+            np.maximum(self.joined, measure.profile(order), out=self.joined)
+        self.nodes = _prefixes(self.orders)
+
+    def add(self, path: Path) -> None:
+        self.orders.append(path.order)
+        np.maximum(self.joined, self.measure.profile(path.order), out=self.joined)
+        self.nodes = _prefixes([path.order]) | self.nodes
 
 
 class Tree(Search):
@@ -104,7 +137,7 @@ class Tree(Search):
     def widest(self, plans: Iterable[list[Order]], kept: Sequence[Order] | None = None) -> list[Order]:
         """The best of some plans, joined with what is kept, pruned, and without the orders that do not fit."""
         kept = self.kept if kept is None else kept
-        cut = [self._fitting(prune_orders([*kept, *orders])) for orders in plans]
+        cut = [self._fitting(pruned_after(kept, orders)) for orders in plans]
         return max(filter(None, cut), key=self.measure.value, default=list(self.kept))
 
     def _fitting(self, orders: Iterable[Order]) -> list[Order]:
@@ -123,23 +156,20 @@ class Tree(Search):
 
     def grown(self, orders: Iterable[Order], blur: float = 0.0) -> list[Order]:
         """Add the path with the most gain per slice pass, until none fits or adds anything."""
-        tree = list(orders)
-        joined, nodes = self.joined(self.profiles(tree)), _prefixes(tree)
-        room = self.cost_budget - self.cost(tree)
+        growth = Growth(self.measure, orders)
+        room = self.cost_budget - self.cost(growth.orders)
         while room > 0:
-            gains = self.gains(joined, blur)
-            path = self._densest(gains, nodes, room)
+            gains = self.gains(growth.joined, blur)
+            path = self.densest(gains, growth.nodes, room)
             if path is None:
                 break
             if blur and self.rng.random() < HASTE:
-                path = self.measure.path(gains, nodes, self.rng.random() * path.gain / path.cost, room) or path
-            tree.append(path.order)
-            np.maximum(joined, self.measure.profile(path.order), out=joined)
-            nodes = _prefixes([path.order]) | nodes
+                path = self.measure.path(gains, growth.nodes, self.rng.random() * path.gain / path.cost, room) or path
+            growth.add(path)
             room -= path.cost
-        return self._tidy(tree)
+        return tidied(self.kept, growth.orders)
 
-    def _densest(self, gains: np.ndarray, nodes: dict[int, Order], room: int) -> Path | None:
+    def densest(self, gains: np.ndarray, nodes: Mapping[int, Order], room: int) -> Path | None:
         """Dinkelbach: the best path beyond a rate, at its own rate the next time, until none is much beyond it.
 
         The first rate is a little less than that of the path before, which most are nearly as good as. Once the
@@ -157,7 +187,7 @@ class Tree(Search):
                 return best
         return None
 
-    def _beyond(self, rate: float, gains: np.ndarray, nodes: dict[int, Order], room: int) -> Path | None:
+    def _beyond(self, rate: float, gains: np.ndarray, nodes: Mapping[int, Order], room: int) -> Path | None:
         self.left -= 1
         path = self.measure.path(gains, nodes, rate, room)
         surplus = path.gain - rate * path.cost if path else 0.0
@@ -179,9 +209,3 @@ class Tree(Search):
             if value > highest:
                 best, highest = tree, value
         return best
-
-    def _tidy(self, orders: Iterable[Order]) -> list[Order]:
-        """What is kept first; the others without those that are the beginning of another."""
-        orders = list(orders)
-        inner = {order[:depth] for order in orders for depth in range(1, len(order))}
-        return prune_orders([*self.kept, *(order for order in orders if order not in inner)])
