@@ -8,11 +8,13 @@ import pytest
 
 from hf_s3t import streams
 from hf_s3t.bms import bms
+from hf_s3t.bounds import budget_bound, cost_bound
 from hf_s3t.optimal import Selection, optimal
 from hf_s3t.plan import Plan
-from hf_s3t.search import best_orders, best_tree, coldest_first, every_set, symmetric_chains
+from hf_s3t.search import best_orders, coldest_first, symmetric_chains
 from hf_s3t.sequences import cyclic, explicit, prune_orders, rotation, spaced, training_cost
-from hf_s3t.survival import Lattice, budget_bound, cost_bound, set_of
+from hf_s3t.survival import Lattice, set_of
+from hf_s3t.trees import best_tree, every_set
 
 
 def normal(chances):

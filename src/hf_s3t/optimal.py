@@ -1,7 +1,7 @@
 """The best plan for the money: which orders, or which tree of stages, keep most of the model through deletions.
 
-Responsible for what may be asked, the defaults, and the certificates that come with an answer. The search is in
-`search.py`; what a plan is worth comes from `survival.py`, for more than 16 slices from `streams.py`.
+Responsible for what may be asked, the defaults, and the certificates that come with an answer. The searches are in
+`search.py` and `trees.py`; what a plan is worth comes from `survival.py`, for more than 16 slices from `streams.py`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .search import best_orders, best_tree
+from .bounds import budget_bound, cost_bound
+from .search import Measure, best_orders
 from .sequences import Order, check_count, explicit, prune_orders, training_cost
 from .streams import HELD_OUT_STREAMS, Streams
-from .survival import LATTICE_SLICES, MAX_REQUESTS, Lattice, budget_bound, checked_prior, cost_bound
+from .survival import LATTICE_SLICES, MAX_REQUESTS, Lattice, checked_prior
+from .trees import best_tree
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,8 @@ def optimal(
     check_count("seed", seed, 0, 2**32 - 1)
     if requests is not None:
         check_count("requests", requests, 1, MAX_REQUESTS)
-    chances = (checked_prior(prior, num_slices) + 1 / num_slices) / 2
-    if num_slices <= LATTICE_SLICES:
-        measure: Lattice | Streams = Lattice(chances.tolist(), performance, requests)
-        judge = measure
-    else:
-        measure = Streams(chances.tolist(), performance, requests, seed)
-        judge = Streams(chances.tolist(), performance, requests, seed + 1, HELD_OUT_STREAMS)
+    chances = hedged(prior, num_slices)
+    measure, judge = measures(chances, performance, requests, seed)
     if cost_budget is not None:
         kept = _kept(alive, num_slices)
         orders = best_tree(measure, cost_budget, seed, judge, kept)
@@ -105,6 +102,22 @@ def optimal(
     uniform = np.allclose(chances, 1 / num_slices, rtol=0, atol=1e-12)
     held_out = judge is not measure
     return Selection(tuple(orders), judge.value(orders), bound if uniform else None, judge.every_order, cost, held_out)
+
+
+def hedged(prior: Sequence[float] | None, num_slices: int) -> list[float]:
+    """Half the given prior and half a uniform one, which is what plans are optimised for."""
+    return ((checked_prior(prior, num_slices) + 1 / num_slices) / 2).tolist()
+
+
+def measures(
+    chances: Sequence[float], performance: Sequence[float] | None, requests: int | None, seed: int
+) -> tuple[Measure, Measure]:
+    """What to optimise, and what to judge by: the same where values are exact, else streams that are held out."""
+    if len(chances) <= LATTICE_SLICES:
+        measure = Lattice(chances, performance, requests)
+        return measure, measure
+    held_out = Streams(chances, performance, requests, seed + 1, HELD_OUT_STREAMS)
+    return Streams(chances, performance, requests, seed), held_out
 
 
 def _kept(alive: Iterable[Sequence[int]] | None, num_slices: int) -> list[Order] | None:

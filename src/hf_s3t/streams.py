@@ -8,6 +8,7 @@ length the best prefix's end is a maximum over the orders of a minimum over slic
 sets that it passes through.
 """
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -102,11 +103,13 @@ class Streams:
         """Go down depth by depth, from the nodes and from the best paths found so far."""
         ends: list[Path] = []
         beam: list[Path] = []
+        held: list[list[Order]] = [[] for _ in range(self.num_slices + 1)]
+        for order in nodes.values():
+            held[len(order)].append(order)
         for depth in range(self.num_slices):
-            here = [order for order in nodes.values() if len(order) == depth]
             # A plan that grows makes its nodes less promising, so what was found for one before bounds it now.
-            here.sort(key=lambda order: -self._promises.get(order, np.inf))
-            beam += [Path(order, depth, 0.0) for order in here[:BEAM_WIDTH]]
+            here = heapq.nsmallest(BEAM_WIDTH, held[depth], key=lambda order: -self._promises.get(order, np.inf))
+            beam += [Path(order, depth, 0.0) for order in here]
             longer = [path for path in beam if path_cost(path.start, depth + 1) <= limit]
             offers = [offer for path in longer for offer in self._longer(path, profile[depth])]
             offers.sort(key=lambda path: rate * path.cost - path.gain)
@@ -124,14 +127,19 @@ class Streams:
     def _longer(self, path: Path, served: np.ndarray) -> list[Path]:
         """A path with each other slice added, where `served` is how long the plan has a prefix of the new length."""
         depth = len(path.order)
-        lives = self._lifetimes
-        if path.order:
-            lives = np.minimum(lives, lives[list(path.order)].min(axis=0))
-        gains = path.gain + self._steps[depth] * np.maximum(lives - served, 0).mean(axis=1)
+        others = [j for j in range(self.num_slices) if j not in path.order]
+        lives = self._lifetimes[others]  # of the longer prefixes, and then of the plan with them
+        np.minimum(lives, self._end(path.order), out=lives)
+        np.maximum(lives, served, out=lives)
+        gains = path.gain + self._steps[depth] * (lives.sum(axis=1) - served.sum()) / len(served)
         if path.start == depth:
             self._promises[path.order] = float(gains.max())
-        others = sorted(set(range(self.num_slices)).difference(path.order), key=lambda j: (-gains[j], j))
-        return [Path((*path.order, j), path.start, float(gains[j])) for j in others[:BEAM_WIDTH]]
+        best = np.argsort(-gains, kind="stable")[:BEAM_WIDTH]
+        return [Path((*path.order, others[i]), path.start, float(gains[i])) for i in best]
+
+    def _end(self, order: Order) -> np.ndarray | float:
+        """Per stream, how long a prefix lives, `(streams,)`; the empty one for ever."""
+        return self._lifetimes[list(order)].min(axis=0) if order else np.inf
 
 
 def _lifetimes(chances: np.ndarray, requests: int | None, rng: np.random.Generator, count: int) -> np.ndarray:
