@@ -14,7 +14,7 @@ from .survival import Path
 from .trees import MAX_COST, Growth, Tree, best_tree, tidied
 
 LEAST_EFFORT = 50  # searches for a path that every damage state gets, however many there are
-TRIED = 60  # trees that are tried for shares around the first ones, over all shards
+TRIED = 30  # trees that are tried for shares around the first ones, over all shards
 
 
 def best_repair(
@@ -29,8 +29,8 @@ def best_repair(
 
     Slice passes go where they add most: path after path, to the shard in which the next one adds most per slice pass.
     That gives every shard its share. Whole stages seldom fit, so shares around it are tried as well, and a search for
-    the best tree of each share follows. What is optimised for is the
-    sum over the shards of the performance over the whole life, from the repair until nothing is left.
+    the best tree of each share follows. What is optimised for is the sum over the shards of the performance over the
+    whole life, from the repair until nothing is left.
 
     Args:
         num_slices (`int`): `L`, the number of slices in every shard.
@@ -127,10 +127,12 @@ class _Repair:
         """The best shares around those of some trees, by dynamic programming over the shards."""
         shares = [training_cost(tree) - training_cost(kept) for tree, kept in zip(trees, self.kept, strict=True)]
         cases = {(tuple(kept), share) for kept, share in zip(self.kept, shares, strict=True)}
-        width = TRIED // (2 * len(cases))
+        width = min(TRIED // (2 * len(cases)), self.measure.num_slices)
         plans: dict[int, tuple[float, list[list[Order]]]] = {0: (0.0, [])}  # the best by what it costs so far
         for kept, share, tree in zip(self.kept, shares, trees, strict=True):
-            options = {near: self._tried(tuple(kept), near) for near in range(max(0, share - width), share + width)}
+            options = {
+                near: self._tried(tuple(kept), near) for near in range(max(0, share - width), share + width + 1)
+            }
             options[share] = max(tree, options.get(share, tree), key=self.measure.value)
             plans = self._joined(plans, options, room)
         return max(plans.values(), key=lambda plan: plan[0])[1]
@@ -148,7 +150,8 @@ class _Repair:
     def _tried(self, kept: tuple[Order, ...], share: int) -> list[Order]:
         """A good tree for a share, searched for once."""
         if (kept, share) not in self.tried:
-            tree = best_tree(self.measure, share, self.seed, alive=kept, effort=LEAST_EFFORT) if share else list(kept)
+            effort = max(LEAST_EFFORT, 2048 >> self.measure.num_slices)  # of few slices the best is soon found
+            tree = best_tree(self.measure, share, self.seed, alive=kept, effort=effort) if share else list(kept)
             self.tried[kept, share] = tree
         return self.tried[kept, share]
 
