@@ -302,10 +302,21 @@ def test_a_selection_says_how_good_it_is(quick):
 def test_the_default_prior_is_half_uniform(quick):
     prior = zipf(5)
     selection = optimal(5, budget=3, prior=prior)
-    measure = Lattice([p / 2 + 0.1 for p in prior])
+    given, uniform = Lattice(prior).value(selection.orders), Lattice([1 / 5] * 5).value(selection.orders)
     assert selection.bound is None
-    assert selection.value == measure.value(selection.orders)
-    assert optimal(5, budget=3, prior=[0, 0, 0, 0, 1]).orders  # the uniform half leaves no slice without a chance
+    assert selection.value == pytest.approx((given + uniform) / 2, rel=1e-12)
+    assert optimal(5, budget=3, prior=[0, 0, 0, 0, 1]).orders[0] == (0, 1, 2, 3, 4)  # no slice lives for ever
+
+
+@pytest.mark.slow
+def test_a_reversed_prior_costs_7_instead_of_38_per_cent_and_70_of_the_gain_stay():
+    prior = zipf(8)
+    right, spun = Lattice(prior), Lattice(prior).value(cyclic(8, 8))
+    gain = right.value(best_orders(right, 8)) - spun
+    assert right.value(optimal(8, prior=prior).orders) - spun >= 0.7 * gain
+    assert right.value(optimal(8, prior=prior[::-1]).orders) / spun - 1 == pytest.approx(-0.07, abs=0.005)
+    alone = best_orders(Lattice(prior[::-1]), 8)
+    assert right.value(alone) / spun - 1 == pytest.approx(-0.38, abs=0.01)
 
 
 def test_without_a_budget_there_are_as_many_sequences_as_slices(quick):

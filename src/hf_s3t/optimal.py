@@ -16,6 +16,9 @@ from .streams import HELD_OUT_STREAMS, Streams
 from .survival import LATTICE_SLICES, MAX_REQUESTS, Lattice, checked_prior
 from .trees import best_tree
 
+UNIFORM_SHARE = 0.5  # of the value that is optimised, where a prior is given
+SELDOM = 0.01  # of a uniform chance: no slice counts as hit less often
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -24,7 +27,7 @@ class Selection:
     Args:
         orders (`tuple[Order, ...]`): The orders, possibly truncated, for [`Plan.make`]. The first is a complete one.
         value (`float`): The performance summed over the requests of the whole life, or its mean over the horizon.
-            It is expected under the prior that was optimised for: half the given one, half uniform.
+            With a prior the mean of two values, under the given one and under a uniform one.
         bound (`float`, *optional*): No plan of the same budget is worth more. Only for a uniform prior.
         every_order (`float`): The value of training every order.
         cost (`int`): Slice passes per epoch for this shard, pruned; stages that were alive are not counted.
@@ -60,8 +63,9 @@ def optimal(
         num_slices (`int`): `L`, the number of slices in the shard.
         budget (`int`, *optional*): `B`, the number of sequences; `num_slices` without any budget.
         cost_budget (`int`, *optional*): Instead of `budget`: slice passes per epoch, at least `L (L + 1) / 2`.
-        prior (`Sequence[float]`, *optional*): The chance that a request hits each slice. Optimised for is half of it
-            and half a uniform one: a prior that turns out wrong then costs little.
+        prior (`Sequence[float]`, *optional*): The chance that a request hits each slice; one below a hundredth of
+            `1 / L` counts as that. Optimised for is the mean of a plan's values under this prior and under a uniform
+            one: a prior that turns out wrong then costs little.
         performance (`Sequence[float]`, *optional*): What a model of 1, 2, ..., L surviving slices is worth, not
             falling; their number without.
         seed (`int`, *optional*, defaults to `0`): The same seed gives the same plan.
@@ -87,8 +91,7 @@ def optimal(
     check_count("seed", seed, 0, 2**32 - 1)
     if requests is not None:
         check_count("requests", requests, 1, MAX_REQUESTS)
-    chances = hedged(prior, num_slices)
-    measure, judge = measures(chances, performance, requests, seed)
+    measure, judge = measures(prior, num_slices, performance, requests, seed)
     if cost_budget is not None:
         kept = _kept(alive, num_slices)
         orders = best_tree(measure, cost_budget, seed, judge, kept)
@@ -99,25 +102,27 @@ def optimal(
         orders = best_orders(measure, budget, seed, judge)
         cost = training_cost(prune_orders(orders))
         bound = budget_bound(num_slices, budget, performance, requests)
-    uniform = np.allclose(chances, 1 / num_slices, rtol=0, atol=1e-12)
+    uniform = np.allclose(measure.prior, 1 / num_slices, rtol=0, atol=1e-12)
     held_out = judge is not measure
     return Selection(tuple(orders), judge.value(orders), bound if uniform else None, judge.every_order, cost, held_out)
 
 
-def hedged(prior: Sequence[float] | None, num_slices: int) -> list[float]:
-    """Half the given prior and half a uniform one, which is what plans are optimised for."""
-    return ((checked_prior(prior, num_slices) + 1 / num_slices) / 2).tolist()
-
-
 def measures(
-    chances: Sequence[float], performance: Sequence[float] | None, requests: int | None, seed: int
+    prior: Sequence[float] | None,
+    num_slices: int,
+    performance: Sequence[float] | None,
+    requests: int | None,
+    seed: int,
 ) -> tuple[Measure, Measure]:
     """What to optimise, and what to judge by: the same where values are exact, else streams that are held out."""
-    if len(chances) <= LATTICE_SLICES:
-        measure = Lattice(chances, performance, requests)
+    share = 0.0 if prior is None else UNIFORM_SHARE
+    chances = np.maximum(checked_prior(prior, num_slices), SELDOM / num_slices)  # one of 0 lives for ever
+    chances = (chances / chances.sum()).tolist()
+    if num_slices <= LATTICE_SLICES:
+        measure = Lattice(chances, performance, requests, share)
         return measure, measure
-    held_out = Streams(chances, performance, requests, seed + 1, HELD_OUT_STREAMS)
-    return Streams(chances, performance, requests, seed), held_out
+    held_out = Streams(chances, performance, requests, seed + 1, HELD_OUT_STREAMS, share)
+    return Streams(chances, performance, requests, seed, uniform_share=share), held_out
 
 
 def _kept(alive: Iterable[Sequence[int]] | None, num_slices: int) -> list[Order] | None:

@@ -7,7 +7,7 @@ for by `trees.py`, and the defaults are those of `optimal.py`.
 import itertools
 from collections.abc import Sequence
 
-from .optimal import hedged, measures
+from .optimal import measures
 from .search import Measure, first_best
 from .sequences import Order, check_count, explicit, training_cost
 from .survival import Path
@@ -38,7 +38,7 @@ def best_repair(
             each branch; none of a dead shard. They cost nothing.
         cost_budget (`int`): Slice passes per epoch that may be spent on new stages, over all shards; at least 1.
         prior (`Sequence[float]`, *optional*): The chance that a request to a shard hits each of its slices. Optimised
-            for is half of it and half a uniform one.
+            for as in [`optimal`].
         performance (`Sequence[float]`, *optional*): What a model of 1, 2, ..., L surviving slices is worth, not
             falling; their number without.
         seed (`int`, *optional*, defaults to `0`): The same seed gives the same repair.
@@ -58,7 +58,7 @@ def best_repair(
     """
     check_count("cost_budget, in slice passes over all shards,", cost_budget, 1, MAX_COST)
     check_count("seed", seed, 0, 2**32 - 1)
-    measure, judge = measures(hedged(prior, num_slices), performance, None, seed)
+    measure, judge = measures(prior, num_slices, performance, None, seed)
     kept = _checked(alive, num_slices)
     repair = _Repair(measure, judge, seed, kept)
     if measure.effort:

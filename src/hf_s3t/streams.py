@@ -33,6 +33,8 @@ class Streams:
         requests (`int`, *optional*): Look at the mean over the first so many requests; at the whole life without.
         seed (`int`, *optional*, defaults to `0`): The same seed draws the same streams.
         count (`int`, *optional*, defaults to `1200`): How many streams.
+        uniform_share (`float`, *optional*, defaults to `0.0`): In how many of them all slices are equally likely to be
+            hit; see [`Lattice`].
 
     >>> abs(Streams([0.25] * 4).value([(0, 1, 2, 3)]) - 25 / 3) < 0.5  # 4 (1 + 1/2 + 1/3 + 1/4), sampled
     True
@@ -45,13 +47,16 @@ class Streams:
         requests: int | None = None,
         seed: int = 0,
         count: int = SEARCHED_STREAMS,
+        uniform_share: float = 0.0,
     ) -> None:
         self.num_slices = len(prior)
         self.performance = checked_performance(performance, self.num_slices)
         self.prior = checked_prior(prior, self.num_slices)
         if not (self.prior > 0).all():
             raise ValueError(f"No slice may have the chance 0: it would live for ever, in {prior!r:.100}. Raise it.")
-        self._lifetimes = _lifetimes(self.prior, requests, np.random.default_rng(seed), count)
+        rng, uniform = np.random.default_rng(seed), round(uniform_share * count)
+        under = ((self.prior, count - uniform), (checked_prior(None, self.num_slices), uniform))
+        self._lifetimes = np.concatenate([_lifetimes(chances, requests, rng, number) for chances, number in under], 1)
         self._steps = np.diff(self.performance)
         self._promises: dict[Order, float] = {}  # what one more slice added when last looked at, by node
         # The value of training every order: of each length, those slices together that are hit last.

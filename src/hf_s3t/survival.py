@@ -203,6 +203,10 @@ def set_of(order: Iterable[int]) -> int:
     return sum(1 << slice_id for slice_id in order)
 
 
+def _weights(prior: Sequence[float], requests: int | None) -> np.ndarray:
+    return life_weights(prior) if requests is None else weights_over(prior, requests)
+
+
 class Lattice:
     """Values of plans, over all hit sets of up to 16 slices.
 
@@ -213,17 +217,25 @@ class Lattice:
         prior (`Sequence[float]`): The chance that a request hits each slice.
         performance (`Sequence[float]`, *optional*): What 1 to L surviving slices are worth; their number without.
         requests (`int`, *optional*): Look at the mean over the first so many requests; at the whole life without.
+        uniform_share (`float`, *optional*, defaults to `0.0`): How much of a value is what the plan is worth if all
+            slices are equally likely to be hit; the rest is what it is worth under the prior.
 
     >>> Lattice([0.5, 0.5]).value([(0, 1), (1, 0)])
     4.0
     """
 
     def __init__(
-        self, prior: Sequence[float], performance: Sequence[float] | None = None, requests: int | None = None
+        self,
+        prior: Sequence[float],
+        performance: Sequence[float] | None = None,
+        requests: int | None = None,
+        uniform_share: float = 0.0,
     ) -> None:
         self.num_slices = len(prior)
         self.prior = checked_prior(prior, self.num_slices)
-        weights = life_weights(prior) if requests is None else weights_over(prior, requests)
+        uniform = checked_prior(None, self.num_slices)
+        shares = ((1 - uniform_share, self.prior.tolist()), (uniform_share, uniform.tolist()))
+        weights = np.sum([share * _weights(chances, requests) for share, chances in shares if share], axis=0)
         self.performance = checked_performance(performance, self.num_slices)
         self._weights = weights[::-1].copy()  # by untouched set
         self._sets = np.arange(len(weights))
