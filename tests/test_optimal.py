@@ -305,7 +305,7 @@ def test_the_default_prior_is_half_uniform(quick):
     given, uniform = Lattice(prior).value(selection.orders), Lattice([1 / 5] * 5).value(selection.orders)
     assert selection.bound is None
     assert selection.value == pytest.approx((given + uniform) / 2, rel=1e-12)
-    assert optimal(5, budget=3, prior=[0, 0, 0, 0, 1]).orders[0] == (0, 1, 2, 3, 4)  # no slice lives for ever
+    assert optimal(5, budget=3, prior=[0, 0, 0, 0, 1]).orders[0][-1] == 4  # no slice lives for ever
 
 
 @pytest.mark.slow
@@ -391,8 +391,7 @@ def test_a_large_plan_of_twelve_slices():
 def test_many_slices_are_never_below_rotations_on_held_out_streams(quick, family, num_slices, budget):
     prior = family(num_slices)
     selection = optimal(num_slices, budget, prior=prior)
-    chances = [p / 2 + 0.5 / num_slices for p in prior]
-    judge = streams.Streams(chances, seed=1, count=streams.HELD_OUT_STREAMS)
+    judge = streams.Streams(prior, seed=1, count=streams.HELD_OUT_STREAMS, uniform_share=0.5)
     assert selection.held_out and selection.value == judge.value(selection.orders)
     for other in (spaced(num_slices, budget), cyclic(num_slices, budget)):
         assert selection.value >= judge.value(other) * (1 - 1e-12)
@@ -404,7 +403,7 @@ def test_many_slices_by_cost(quick):
     for prior in (None, zipf(17)):
         selection = optimal(17, cost_budget=220, prior=prior)
         assert training_cost(selection.orders) == selection.cost <= 220
-        judge = streams.Streams([(p + 1 / 17) / 2 for p in prior or [1 / 17] * 17], seed=1, count=5000)
+        judge = streams.Streams(prior or [1 / 17] * 17, seed=1, count=5000, uniform_share=0.5 if prior else 0.0)
         assert selection.value >= judge.value(prune_orders(spaced(17, 1))) * (1 - 1e-12)
         assert len(selection.orders[0]) == 17
         assert Plan.make(1, 17, selection.orders).cost == selection.cost

@@ -116,8 +116,9 @@ def measures(
 ) -> tuple[Measure, Measure]:
     """What to optimise, and what to judge by: the same where values are exact, else streams that are held out."""
     share = 0.0 if prior is None else UNIFORM_SHARE
-    chances = np.maximum(checked_prior(prior, num_slices), SELDOM / num_slices)  # one of 0 lives for ever
-    chances = (chances / chances.sum()).tolist()
+    exact = checked_prior(prior, num_slices)
+    raised = np.maximum(exact, SELDOM / num_slices)  # a slice with the chance 0 would live for ever
+    chances = exact.tolist() if (raised == exact).all() else (raised / raised.sum()).tolist()
     if num_slices <= LATTICE_SLICES:
         measure = Lattice(chances, performance, requests, share)
         return measure, measure
