@@ -8,11 +8,14 @@ import pytest
 
 from hf_s3t import streams
 from hf_s3t.bms import bms
+from hf_s3t.bounds import budget_bound, cost_bound
+from hf_s3t.closed_forms import life_until_all_dead
 from hf_s3t.optimal import Selection, optimal
 from hf_s3t.plan import Plan
-from hf_s3t.search import best_orders, best_tree, coldest_first, every_set, symmetric_chains
+from hf_s3t.search import best_orders, coldest_first, symmetric_chains
 from hf_s3t.sequences import cyclic, explicit, prune_orders, rotation, spaced, training_cost
-from hf_s3t.survival import Lattice, budget_bound, cost_bound, set_of
+from hf_s3t.survival import Lattice, set_of
+from hf_s3t.trees import best_tree, every_set
 
 
 def normal(chances):
@@ -51,14 +54,14 @@ def rotations(num_slices, budget):
 
 
 @pytest.mark.parametrize(
-    "prior, seed, area, known",
-    [([1 / 8] * 8, 0, 52.314, 52.31), (zipf(8), 1, 90.17, 90.17), (two_level(8), 0, 145.939, 145.94)],
+    "prior, area",
+    [([1 / 8] * 8, 52.31), (zipf(8), 90.17), (two_level(8), 145.935)],
     ids=["uniform", "zipf", "two levels"],
 )
-def test_the_known_life_areas_of_eight_sequences(prior, seed, area, known):
+def test_the_known_life_areas_of_eight_sequences(prior, area):
     measure = Lattice(prior)
-    found = measure.value(best_orders(measure, 8, seed))
-    assert found > area - 1e-3 and found == pytest.approx(known, rel=1e-3)
+    found = measure.value(best_orders(measure, 8))
+    assert area <= found < area * 1.001
     assert found > max(measure.value(cyclic(8, 8)), measure.value(bms(8, 8, prior)))
 
 
@@ -128,7 +131,38 @@ def test_the_full_budget_is_few_orders():
     assert selection.every_order == pytest.approx(64.0) and selection.bound >= selection.value - 1e-9
 
 
+@pytest.mark.parametrize(
+    "num_slices, budgets", [(8, [4]), pytest.param(12, range(1, 7), marks=pytest.mark.slow)], ids=["8", "12"]
+)
+def test_spaced_rotations_are_close_to_the_best_for_a_uniform_prior_and_few_sequences(num_slices, budgets):
+    measure = Lattice([1 / num_slices] * num_slices)
+    for budget in budgets:
+        best = measure.value(best_orders(measure, budget))
+        assert best <= 1.014 * measure.value(spaced(num_slices, budget))
+
+
 # A cost
+
+
+EQUAL_COST = [("uniform", 4, 6), ("zipf", 4, 6), ("two levels", 4, 7)]
+EQUAL_COST += [pytest.param(*case, marks=pytest.mark.slow) for case in (("uniform", 12, 21), ("zipf", 12, 30))]
+EQUAL_COST += [pytest.param("two levels", 12, 35, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name, num_slices, percent", EQUAL_COST)
+def test_the_known_gains_at_the_cost_of_cyclic(name, num_slices, percent):
+    prior, orders = FAMILIES[name](num_slices), cyclic(num_slices, num_slices)
+    horizon = math.ceil(life_until_all_dead([prior]).mean)  # until every slice is hit
+    measure = Lattice(prior, None, horizon)
+    found = measure.value(best_tree(measure, training_cost(orders))) / measure.value(orders) - 1
+    assert 100 * found == pytest.approx(percent, abs=1)
+
+
+def test_the_known_numbers_of_stages_for_the_full_budget():
+    every = list(itertools.permutations(range(4)))
+    stages = {order[:depth] for order in every for depth in range(1, 5)}
+    assert (len(stages), training_cost(every)) == (64, 196)
+    assert sum(map(len, every)) == 96  # without sharing
 
 
 @pytest.mark.parametrize(
@@ -268,10 +302,21 @@ def test_a_selection_says_how_good_it_is(quick):
 def test_the_default_prior_is_half_uniform(quick):
     prior = zipf(5)
     selection = optimal(5, budget=3, prior=prior)
-    measure = Lattice([p / 2 + 0.1 for p in prior])
+    given, uniform = Lattice(prior).value(selection.orders), Lattice([1 / 5] * 5).value(selection.orders)
     assert selection.bound is None
-    assert selection.value == measure.value(selection.orders)
-    assert optimal(5, budget=3, prior=[0, 0, 0, 0, 1]).orders  # the uniform half leaves no slice without a chance
+    assert selection.value == pytest.approx((given + uniform) / 2, rel=1e-12)
+    assert optimal(5, budget=3, prior=[0, 0, 0, 0, 1]).orders[0][-1] == 4  # no slice lives for ever
+
+
+@pytest.mark.slow
+def test_a_reversed_prior_costs_7_instead_of_38_per_cent_and_70_of_the_gain_stay():
+    prior = zipf(8)
+    right, spun = Lattice(prior), Lattice(prior).value(cyclic(8, 8))
+    gain = right.value(best_orders(right, 8)) - spun
+    assert right.value(optimal(8, prior=prior).orders) - spun >= 0.7 * gain
+    assert right.value(optimal(8, prior=prior[::-1]).orders) / spun - 1 == pytest.approx(-0.07, abs=0.005)
+    alone = best_orders(Lattice(prior[::-1]), 8)
+    assert right.value(alone) / spun - 1 == pytest.approx(-0.38, abs=0.01)
 
 
 def test_without_a_budget_there_are_as_many_sequences_as_slices(quick):
@@ -346,8 +391,7 @@ def test_a_large_plan_of_twelve_slices():
 def test_many_slices_are_never_below_rotations_on_held_out_streams(quick, family, num_slices, budget):
     prior = family(num_slices)
     selection = optimal(num_slices, budget, prior=prior)
-    chances = [p / 2 + 0.5 / num_slices for p in prior]
-    judge = streams.Streams(chances, seed=1, count=streams.HELD_OUT_STREAMS)
+    judge = streams.Streams(prior, seed=1, count=streams.HELD_OUT_STREAMS, uniform_share=0.5)
     assert selection.held_out and selection.value == judge.value(selection.orders)
     for other in (spaced(num_slices, budget), cyclic(num_slices, budget)):
         assert selection.value >= judge.value(other) * (1 - 1e-12)
@@ -359,7 +403,7 @@ def test_many_slices_by_cost(quick):
     for prior in (None, zipf(17)):
         selection = optimal(17, cost_budget=220, prior=prior)
         assert training_cost(selection.orders) == selection.cost <= 220
-        judge = streams.Streams([(p + 1 / 17) / 2 for p in prior or [1 / 17] * 17], seed=1, count=5000)
+        judge = streams.Streams(prior or [1 / 17] * 17, seed=1, count=5000, uniform_share=0.5 if prior else 0.0)
         assert selection.value >= judge.value(prune_orders(spaced(17, 1))) * (1 - 1e-12)
         assert len(selection.orders[0]) == 17
         assert Plan.make(1, 17, selection.orders).cost == selection.cost
@@ -419,8 +463,8 @@ def test_each_match_has_the_highest_total_score():
 
 def test_the_known_life_areas_of_matching():
     assert Lattice(two_level(8)).value(bms(8, 8, two_level(8))) == pytest.approx(133.06, abs=5e-3)
-    # 78.42 is the paper's own score, whose spurious factor drowns the small differences in rounding.
-    assert Lattice(zipf(8)).value(bms(8, 8, zipf(8))) == pytest.approx(78.42, abs=0.1)
+    # 78.42 was listed for a variant that is not known: neither the paper's factor nor sums over the depths give it.
+    assert Lattice(zipf(8)).value(bms(8, 8, zipf(8))) == pytest.approx(78.334, abs=1e-3)
 
 
 @pytest.mark.parametrize("num_slices, budget", [(4, 24), (4, 5), (5, 40), (8, 30)])

@@ -1,4 +1,4 @@
-"""`train(repair="best", cost_budget=...)`: what it spends and on what, and that the promises hold for what it trains."""
+"""`train(repair="best", cost_budget=...)`: what it spends and on what, and that the promises hold for its stages."""
 
 from __future__ import annotations
 

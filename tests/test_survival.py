@@ -7,14 +7,13 @@ import statistics
 import numpy as np
 import pytest
 
+from hf_s3t.bounds import budget_bound, cost_bound
 from hf_s3t.sequences import cyclic, expected_surviving_prefix, prune_orders, random_orders, surviving_length
 from hf_s3t.streams import Streams
 from hf_s3t.survival import (
     Lattice,
-    budget_bound,
     checked_performance,
     checked_prior,
-    cost_bound,
     life_weights,
     set_of,
     weights_after,

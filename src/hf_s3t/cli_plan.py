@@ -66,10 +66,10 @@ def plan(
 ) -> None:
     """Which plan to train and when to repair it: a table of candidates, and a line for S3TConfig.
 
-    --shards, --slices and --budget say what you have in mind. Those rows come first; other budgets, orders, repair
-    policies, and other numbers of shards and slices are compared with them. What you give as --shards and --slices
-    stays in the recommendation. Without --shards, mind that more shards are always cheaper here: what they cost in
-    quality is not known to the table.
+    --shards, --slices and --budget say what you have in mind. Those rows come first;
+    other budgets, orders, repair policies and sizes are compared with them. What you
+    give as --shards and --slices stays in the recommendation. Without --shards, mind
+    that more shards are always cheaper here: what they cost in quality is not known.
     """
     try:
         asked = S3TPlanner(

@@ -1,7 +1,7 @@
 """The best plan for the money: which orders, or which tree of stages, keep most of the model through deletions.
 
-Responsible for what may be asked, the defaults, and the certificates that come with an answer. The search is in
-`search.py`; what a plan is worth comes from `survival.py`, for more than 16 slices from `streams.py`.
+Responsible for what may be asked, the defaults, and the certificates that come with an answer. The searches are in
+`search.py` and `trees.py`; what a plan is worth comes from `survival.py`, for more than 16 slices from `streams.py`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,10 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .search import best_orders, best_tree
+from .bounds import budget_bound, cost_bound
+from .search import Measure, best_orders
 from .sequences import Order, check_count, explicit, prune_orders, training_cost
 from .streams import HELD_OUT_STREAMS, Streams
-from .survival import LATTICE_SLICES, MAX_REQUESTS, Lattice, budget_bound, checked_prior, cost_bound
+from .survival import LATTICE_SLICES, MAX_REQUESTS, Lattice, checked_prior
+from .trees import best_tree
+
+UNIFORM_SHARE = 0.5  # of the value that is optimised, where a prior is given
+SELDOM = 0.01  # of a uniform chance: no slice counts as hit less often
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Selection:
     Args:
         orders (`tuple[Order, ...]`): The orders, possibly truncated, for [`Plan.make`]. The first is a complete one.
         value (`float`): The performance summed over the requests of the whole life, or its mean over the horizon.
-            It is expected under the prior that was optimised for: half the given one, half uniform.
+            With a prior the mean of two values, under the given one and under a uniform one.
         bound (`float`, *optional*): No plan of the same budget is worth more. Only for a uniform prior.
         every_order (`float`): The value of training every order.
         cost (`int`): Slice passes per epoch for this shard, pruned; stages that were alive are not counted.
@@ -58,8 +63,9 @@ def optimal(
         num_slices (`int`): `L`, the number of slices in the shard.
         budget (`int`, *optional*): `B`, the number of sequences; `num_slices` without any budget.
         cost_budget (`int`, *optional*): Instead of `budget`: slice passes per epoch, at least `L (L + 1) / 2`.
-        prior (`Sequence[float]`, *optional*): The chance that a request hits each slice. Optimised for is half of it
-            and half a uniform one: a prior that turns out wrong then costs little.
+        prior (`Sequence[float]`, *optional*): The chance that a request hits each slice; one below a hundredth of
+            `1 / L` counts as that. Optimised for is the mean of a plan's values under this prior and under a uniform
+            one: a prior that turns out wrong then costs little.
         performance (`Sequence[float]`, *optional*): What a model of 1, 2, ..., L surviving slices is worth, not
             falling; their number without.
         seed (`int`, *optional*, defaults to `0`): The same seed gives the same plan.
@@ -85,13 +91,7 @@ def optimal(
     check_count("seed", seed, 0, 2**32 - 1)
     if requests is not None:
         check_count("requests", requests, 1, MAX_REQUESTS)
-    chances = (checked_prior(prior, num_slices) + 1 / num_slices) / 2
-    if num_slices <= LATTICE_SLICES:
-        measure: Lattice | Streams = Lattice(chances.tolist(), performance, requests)
-        judge = measure
-    else:
-        measure = Streams(chances.tolist(), performance, requests, seed)
-        judge = Streams(chances.tolist(), performance, requests, seed + 1, HELD_OUT_STREAMS)
+    measure, judge = measures(prior, num_slices, performance, requests, seed)
     if cost_budget is not None:
         kept = _kept(alive, num_slices)
         orders = best_tree(measure, cost_budget, seed, judge, kept)
@@ -102,9 +102,28 @@ def optimal(
         orders = best_orders(measure, budget, seed, judge)
         cost = training_cost(prune_orders(orders))
         bound = budget_bound(num_slices, budget, performance, requests)
-    uniform = np.allclose(chances, 1 / num_slices, rtol=0, atol=1e-12)
+    uniform = np.allclose(measure.prior, 1 / num_slices, rtol=0, atol=1e-12)
     held_out = judge is not measure
     return Selection(tuple(orders), judge.value(orders), bound if uniform else None, judge.every_order, cost, held_out)
+
+
+def measures(
+    prior: Sequence[float] | None,
+    num_slices: int,
+    performance: Sequence[float] | None,
+    requests: int | None,
+    seed: int,
+) -> tuple[Measure, Measure]:
+    """What to optimise, and what to judge by: the same where values are exact, else streams that are held out."""
+    share = 0.0 if prior is None else UNIFORM_SHARE
+    exact = checked_prior(prior, num_slices)
+    raised = np.maximum(exact, SELDOM / num_slices)  # a slice with the chance 0 would live for ever
+    chances = exact.tolist() if (raised == exact).all() else (raised / raised.sum()).tolist()
+    if num_slices <= LATTICE_SLICES:
+        measure = Lattice(chances, performance, requests, share)
+        return measure, measure
+    held_out = Streams(chances, performance, requests, seed + 1, HELD_OUT_STREAMS, share)
+    return Streams(chances, performance, requests, seed, uniform_share=share), held_out
 
 
 def _kept(alive: Iterable[Sequence[int]] | None, num_slices: int) -> list[Order] | None:

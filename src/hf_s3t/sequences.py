@@ -189,16 +189,17 @@ def select_sequences(
     raise ValueError(f"Unknown sequence selection {selection!r}. Use 'cyclic', 'spaced', 'random' or explicit orders.")
 
 
-def prune_orders(orders: Iterable[Order]) -> list[Order]:
+def prune_orders(orders: Iterable[Order], beside: Iterable[Order] = ()) -> list[Order]:
     """Cut the tails that survival does not need.
 
     A last slice is cut while the order's slices are, as a set, also a prefix of an order kept before: whatever is
-    deleted, both survive or neither does. An order of which nothing is left is dropped.
+    deleted, both survive or neither does. An order of which nothing is left is dropped. Orders in `beside` count as
+    kept before, whatever they share, and do not come back.
 
     >>> prune_orders([(0, 1, 2), (1, 2, 0), (2, 1, 0)])
     [(0, 1, 2), (1, 2), (2,)]
     """
-    covered: set[frozenset[int]] = set()
+    covered = {frozenset(order[:depth]) for order in beside for depth in range(1, len(order) + 1)}
     kept = []
     for order in orders:
         while order and frozenset(order) in covered:

@@ -8,6 +8,7 @@ length the best prefix's end is a maximum over the orders of a minimum over slic
 sets that it passes through.
 """
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -32,6 +33,8 @@ class Streams:
         requests (`int`, *optional*): Look at the mean over the first so many requests; at the whole life without.
         seed (`int`, *optional*, defaults to `0`): The same seed draws the same streams.
         count (`int`, *optional*, defaults to `1200`): How many streams.
+        uniform_share (`float`, *optional*, defaults to `0.0`): In how many of them all slices are equally likely to be
+            hit; see [`Lattice`].
 
     >>> abs(Streams([0.25] * 4).value([(0, 1, 2, 3)]) - 25 / 3) < 0.5  # 4 (1 + 1/2 + 1/3 + 1/4), sampled
     True
@@ -44,13 +47,16 @@ class Streams:
         requests: int | None = None,
         seed: int = 0,
         count: int = SEARCHED_STREAMS,
+        uniform_share: float = 0.0,
     ) -> None:
         self.num_slices = len(prior)
         self.performance = checked_performance(performance, self.num_slices)
         self.prior = checked_prior(prior, self.num_slices)
         if not (self.prior > 0).all():
             raise ValueError(f"No slice may have the chance 0: it would live for ever, in {prior!r:.100}. Raise it.")
-        self._lifetimes = _lifetimes(self.prior, requests, np.random.default_rng(seed), count)
+        rng, uniform = np.random.default_rng(seed), round(uniform_share * count)
+        under = ((self.prior, count - uniform), (checked_prior(None, self.num_slices), uniform))
+        self._lifetimes = np.concatenate([_lifetimes(chances, requests, rng, number) for chances, number in under], 1)
         self._steps = np.diff(self.performance)
         self._promises: dict[Order, float] = {}  # what one more slice added when last looked at, by node
         # The value of training every order: of each length, those slices together that are hit last.
@@ -102,11 +108,13 @@ class Streams:
         """Go down depth by depth, from the nodes and from the best paths found so far."""
         ends: list[Path] = []
         beam: list[Path] = []
+        held: list[list[Order]] = [[] for _ in range(self.num_slices + 1)]
+        for order in nodes.values():
+            held[len(order)].append(order)
         for depth in range(self.num_slices):
-            here = [order for order in nodes.values() if len(order) == depth]
             # A plan that grows makes its nodes less promising, so what was found for one before bounds it now.
-            here.sort(key=lambda order: -self._promises.get(order, np.inf))
-            beam += [Path(order, depth, 0.0) for order in here[:BEAM_WIDTH]]
+            here = heapq.nsmallest(BEAM_WIDTH, held[depth], key=lambda order: -self._promises.get(order, np.inf))
+            beam += [Path(order, depth, 0.0) for order in here]
             longer = [path for path in beam if path_cost(path.start, depth + 1) <= limit]
             offers = [offer for path in longer for offer in self._longer(path, profile[depth])]
             offers.sort(key=lambda path: rate * path.cost - path.gain)
@@ -124,14 +132,19 @@ class Streams:
     def _longer(self, path: Path, served: np.ndarray) -> list[Path]:
         """A path with each other slice added, where `served` is how long the plan has a prefix of the new length."""
         depth = len(path.order)
-        lives = self._lifetimes
-        if path.order:
-            lives = np.minimum(lives, lives[list(path.order)].min(axis=0))
-        gains = path.gain + self._steps[depth] * np.maximum(lives - served, 0).mean(axis=1)
+        others = [j for j in range(self.num_slices) if j not in path.order]
+        lives = self._lifetimes[others]  # of the longer prefixes, and then of the plan with them
+        np.minimum(lives, self._end(path.order), out=lives)
+        np.maximum(lives, served, out=lives)
+        gains = path.gain + self._steps[depth] * (lives.sum(axis=1) - served.sum()) / len(served)
         if path.start == depth:
             self._promises[path.order] = float(gains.max())
-        others = sorted(set(range(self.num_slices)).difference(path.order), key=lambda j: (-gains[j], j))
-        return [Path((*path.order, j), path.start, float(gains[j])) for j in others[:BEAM_WIDTH]]
+        best = np.argsort(-gains, kind="stable")[:BEAM_WIDTH]
+        return [Path((*path.order, others[i]), path.start, float(gains[i])) for i in best]
+
+    def _end(self, order: Order) -> np.ndarray | float:
+        """Per stream, how long a prefix lives, `(streams,)`; the empty one for ever."""
+        return self._lifetimes[list(order)].min(axis=0) if order else np.inf
 
 
 def _lifetimes(chances: np.ndarray, requests: int | None, rng: np.random.Generator, count: int) -> np.ndarray:

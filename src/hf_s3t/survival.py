@@ -1,8 +1,8 @@
 """What a plan is worth: the performance that deletions are expected to leave, exactly.
 
-Responsible for how likely each set of hit slices is, for the value of orders over all of those sets, for the best next
-path of stages, and for bounds that no plan exceeds. It leaves more than 16 slices to `streams.py` and the search for
-plans to `optimal.py`.
+Responsible for how likely each set of hit slices is, for the value of orders over all of those sets, and for the best
+next path of stages. It leaves more than 16 slices to `streams.py`, bounds to `bounds.py`, and the search for plans to
+`optimal.py`.
 
 An order survives as long as its prefixes do, and a prefix survives a hit set `D` while it has no slice in common with
 it. So everything here is indexed by sets, written as bits: slice `j` is in set `U` if `U >> j & 1`.
@@ -16,7 +16,6 @@ it. So everything here is indexed by sets, written as bits: slice `j` is in set 
                 {}
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -204,6 +203,10 @@ def set_of(order: Iterable[int]) -> int:
     return sum(1 << slice_id for slice_id in order)
 
 
+def _weights(prior: Sequence[float], requests: int | None) -> np.ndarray:
+    return life_weights(prior) if requests is None else weights_over(prior, requests)
+
+
 class Lattice:
     """Values of plans, over all hit sets of up to 16 slices.
 
@@ -214,17 +217,25 @@ class Lattice:
         prior (`Sequence[float]`): The chance that a request hits each slice.
         performance (`Sequence[float]`, *optional*): What 1 to L surviving slices are worth; their number without.
         requests (`int`, *optional*): Look at the mean over the first so many requests; at the whole life without.
+        uniform_share (`float`, *optional*, defaults to `0.0`): How much of a value is what the plan is worth if all
+            slices are equally likely to be hit; the rest is what it is worth under the prior.
 
     >>> Lattice([0.5, 0.5]).value([(0, 1), (1, 0)])
     4.0
     """
 
     def __init__(
-        self, prior: Sequence[float], performance: Sequence[float] | None = None, requests: int | None = None
+        self,
+        prior: Sequence[float],
+        performance: Sequence[float] | None = None,
+        requests: int | None = None,
+        uniform_share: float = 0.0,
     ) -> None:
         self.num_slices = len(prior)
         self.prior = checked_prior(prior, self.num_slices)
-        weights = life_weights(prior) if requests is None else weights_over(prior, requests)
+        uniform = checked_prior(None, self.num_slices)
+        shares = ((1 - uniform_share, self.prior.tolist()), (uniform_share, uniform.tolist()))
+        weights = np.sum([share * _weights(chances, requests) for share, chances in shares if share], axis=0)
         self.performance = checked_performance(performance, self.num_slices)
         self._weights = weights[::-1].copy()  # by untouched set
         self._sets = np.arange(len(weights))
@@ -234,8 +245,8 @@ class Lattice:
 
     @property
     def effort(self) -> int:
-        """How many searches for a path take a few seconds."""
-        return int(min(4000, 6e8 / (self.num_slices**2 << self.num_slices)))
+        """How many searches for a path take a few seconds; fewer where there are few sets to choose from."""
+        return int(min(8000, 64 << self.num_slices, 6e8 / (self.num_slices**2 << self.num_slices)))
 
     def profile(self, order: Order) -> np.ndarray:
         """Per untouched set, how many slices of one order survive, `(2^L,)`."""
@@ -340,72 +351,3 @@ class Lattice:
             slices.append(j)
             here ^= 1 << j
         return Path((*nodes[here], *reversed(slices)), len(nodes[here]), float(gain))
-
-
-# Bounds
-
-
-def _distinct_weights(num_slices: int, requests: int | None) -> np.ndarray:
-    """Uniform prior: the weight of `d` distinct hit slices, for `d` from 0 to L - 1."""
-    hit = np.arange(num_slices)
-    if requests is None:
-        return num_slices / (num_slices - hit)
-    current, total = np.zeros(num_slices + 1), np.zeros(num_slices + 1)
-    current[0] = 1.0
-    missed = (num_slices - np.arange(num_slices)) / num_slices
-    for _ in range(requests):
-        current = np.append(current[:-1] * (1 - missed), 0) + np.insert(current[:-1] * missed, 0, 0)
-        total += current
-    return total[:-1] / requests
-
-
-def _survival_chances(num_slices: int) -> np.ndarray:
-    """`q = C(L - d, k) / C(L, k)`: a given set of `k` slices survives `d` distinct hits. `(k from 1, d from 0)`."""
-    return np.array(
-        [
-            [math.comb(num_slices - d, k) / math.comb(num_slices, k) for d in range(num_slices)]
-            for k in range(1, num_slices + 1)
-        ]
-    )
-
-
-def budget_bound(
-    num_slices: int, budget: int, performance: Sequence[float] | None = None, requests: int | None = None
-) -> float:
-    """No plan of `budget` sequences is worth more, if all slices are equally likely to be hit.
-
-    At each length at most `min(1, B q)` of the streams find a surviving prefix (SEQUENCES.md, 5).
-
-    >>> round(budget_bound(8, 8), 2)
-    52.65
-    """
-    steps = np.diff(checked_performance(performance, num_slices))
-    chances = np.minimum(1.0, budget * _survival_chances(num_slices))
-    return float(steps @ (chances @ _distinct_weights(num_slices, requests)))
-
-
-def cost_bound(
-    num_slices: int, cost_budget: int, performance: Sequence[float] | None = None, requests: int | None = None
-) -> float:
-    """No tree that costs at most `cost_budget`, with a complete order in it, is worth more under a uniform prior.
-
-    `n` prefixes of length `k` cost at least `k n` and survive in at most `min(1, n q)` of the streams. So the best
-    numbers of prefixes, whether or not a tree has them, come from a fractional knapsack.
-
-    >>> round(cost_bound(4, 32), 9)
-    16.0
-    """
-    steps = np.diff(checked_performance(performance, num_slices))
-    weights, chances = _distinct_weights(num_slices, requests), _survival_chances(num_slices)
-    value, left = float(steps @ (chances @ weights)), cost_budget - path_cost(0, num_slices)
-    offers = []  # (gain per slice pass, depth) of the second, third, ... prefix of each length
-    for depth in range(1, num_slices + 1):
-        count = min(math.comb(num_slices, depth), 1 + max(left, 0) // depth + 1)
-        covered = np.minimum(1.0, np.arange(1, count + 1)[:, None] * chances[depth - 1]) @ weights
-        offers += [(gain / depth, depth) for gain in steps[depth - 1] * np.diff(covered)]
-    for density, depth in sorted(offers, reverse=True):
-        taken = min(depth, left)
-        if taken <= 0:
-            break
-        value, left = value + density * taken, left - taken
-    return float(value)
