@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mutations_hub import ON_THE_HUB
 from mutations_serving import SERVING
+from mutations_speed import SPEED
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = Path("src/hf_s3t")
@@ -194,7 +195,7 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB))
+MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB, *SPEED))
 
 
 def check_anchors(mutation: Mutation) -> list[str]:

@@ -296,7 +296,10 @@ def _knows_only(path: Path, index: Container[str] | None) -> bool:
 
 
 def choose_blocks(
-    passes: Mapping[Place, Mapping[int, float]], sizes: Mapping[Place, int], limit: float | None = None
+    passes: Mapping[Place, Mapping[int, float]],
+    sizes: Mapping[Place, int],
+    limit: float | None = None,
+    there: Iterable[BlockName] = (),
 ) -> list[BlockName]:
     """The blocks worth keeping, those that save most layer forwards per byte first, while they fit.
 
@@ -307,6 +310,7 @@ def choose_blocks(
         passes (`dict[Place, dict[int, float]]`): per slice, how often its rows are to enter each layer.
         sizes (`dict[Place, int]`): bytes of one block of each slice.
         limit (`float`, *optional*): bytes of all blocks together.
+        there (`list[BlockName]`, *optional*): blocks that need no filling; of them, those that are of use come first.
 
     >>> choose_blocks({(0, 0): {12: 4, 8: 2, 4: 1}}, {(0, 0): 100}, limit=250)
     [BlockName(shard=0, slice=0, layer=8), BlockName(shard=0, slice=0, layer=12)]
@@ -316,6 +320,11 @@ def choose_blocks(
     kept: dict[Place, list[int]] = {place: [] for place in passes}
     chosen: list[BlockName] = []
     left = float("inf") if limit is None else limit
+    for name in sorted(there):
+        if name.layer in passes.get(name.place, ()) and sizes[name.place] <= left:
+            kept[name.place].append(name.layer)
+            chosen.append(name)
+            left -= sizes[name.place]
     while True:
         gains = [
             (layer_passes(wanted, kept[place]) - layer_passes(wanted, [*kept[place], layer]), BlockName(*place, layer))

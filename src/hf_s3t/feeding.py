@@ -150,6 +150,11 @@ class TrunkCache:
         start, source = below[-1] if below else (0, None)
         writers: list[Any] = []
         others = sum(size for name, size in self.blocks.sizes().items() if name not in names)
+
+        def check_room() -> None:
+            if self.limit is not None and others + sum(writer.bytes for writer in writers) > self.limit:
+                raise OSError(f"more than the {self.limit / 1e9:.3g} GB of activation_cache_gb")
+
         try:
             writers.extend(map(self.blocks.writer, names))
             with self.trunk.evaluating():
@@ -160,10 +165,10 @@ class TrunkCache:
                     for writer in writers:
                         states = seen[writer.name.layer]
                         writer.add(Row(example, content, inputs, len(states)), states)
-                    if self.limit is not None and others + sum(writer.bytes for writer in writers) > self.limit:
-                        raise OSError(f"more than the {self.limit / 1e9:.3g} GB of activation_cache_gb")
+                    check_room()
             for writer in writers:
                 writer.end()
+            check_room()
             self._install(order, writers)
         except OSError as error:
             self.kept = [name for name in self.kept if name not in names]
@@ -237,7 +242,7 @@ class TrunkCache:
             for place in stage.slices & counts.keys() if entrance else ():
                 wanted = passes.setdefault(place, {})
                 wanted[entrance] = wanted.get(entrance, 0.0) + self._epochs(stage, counts)
-        self.kept = choose_blocks(passes, sizes, self.limit)
+        self.kept = choose_blocks(passes, sizes, self.limit, self._on_main(self.blocks.sizes))
         self._on_main(partial(self._make_room, sizes))
         whole = sum(counts[place] * layer_passes(passes[place], []) for place in passes)
         cut = sum(

@@ -1,0 +1,693 @@
+"""The activation cache: the same losses, the same bytes wherever it lies, every promise, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import struct
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+import models
+from hf_s3t import RecipeError, S3TConfig, S3TMixin, S3TStore, S3TTrainer
+from hf_s3t.activations import BlockName, FileBlocks, FileWriter, Row, choose_blocks, layer_passes
+from killing import in_child
+from scanner import find
+from test_promises_crash import Run, check_kill
+from trainings import (
+    CASES,
+    KEY,
+    VICTIM_SLICE,
+    World,
+    assert_same_stores,
+    make_trainer,
+    place,
+    published,
+    rows_of,
+    tensor_bytes,
+    without,
+)
+
+STEADY = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
+"""Fields of a model's config that take dropout out of its trunk."""
+
+
+class CachedWorld(World):
+    """As a `World`, with states on the disk unless told otherwise."""
+
+    def trainer(self, path: Path, rows: Dataset | None = None, **options: Any) -> Any:
+        options = {"activation_cache": "disk", "model": self.model()} | options
+        return super().trainer(path, rows, **options)
+
+    def model(self, **config: Any) -> Any:
+        return self.case.make_model(**STEADY.get(self.case.name, {}) | config)
+
+    @cached_property
+    def uncached(self) -> list[float]:
+        """Losses without a cache."""
+        return losses_of(self.trainer(self.folder / "uncached", activation_cache="off"))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def world(request, tmp_path_factory):
+    return CachedWorld(CASES[request.param], "layer_group", tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return CachedWorld(CASES["llama"], "layer_group", tmp_path_factory.mktemp("llama"))
+
+
+def losses_of(trainer: Any) -> list[float]:
+    """Loss of every step of a training."""
+    losses, compute = [], trainer.compute_loss
+
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        loss = compute(*args, **kwargs)
+        losses.append(float(loss.detach()))
+        return loss
+
+    trainer.compute_loss = computed
+    trainer.train()
+    return losses
+
+
+def blocks_of(path: Path) -> dict[str, Path]:
+    """Files of the cache, by `slice-layer`."""
+    files = {file: BlockName.from_file(file.name) for file in (path / ".s3t/activations").glob("*")}
+    return {f"{name.slice}-{name.layer}": file for file, name in files.items()}
+
+
+def ragged(count: int = 24) -> Dataset:
+    """Rows of 4 to 12 tokens, not padded."""
+    rows = rows_of(CASES["llama"], count).to_list()
+    for position, row in enumerate(rows):
+        for name in ("input_ids", "attention_mask", "labels"):
+            row[name] = row[name][: 4 + position % 9]
+    return Dataset.from_list(rows)
+
+
+def pad(rows: list[dict[str, Any]], left: bool = False) -> dict[str, torch.Tensor]:
+    """A batch as long as its longest row."""
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, values: list[int]) -> list[int]:
+        padding = [fill[name]] * (width - len(values))
+        return [*padding, *values] if left else [*values, *padding]
+
+    return {name: torch.tensor([padded(name, row[name]) for row in rows]) for name in fill}
+
+
+# ---- the same training ----
+
+
+def test_losses_are_those_without_a_cache(world, tmp_path):
+    losses = losses_of(world.trainer(tmp_path / "out"))
+    assert len(losses) == len(world.uncached) > 20
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(world.uncached), rtol=0, atol=1e-5)
+
+
+def test_losses_of_rows_of_different_lengths(tmp_path):
+    common = {"rows": ragged(), "data_collator": pad}
+    cached = losses_of(make_trainer(tmp_path / "cached", CASES["llama"], activation_cache="disk", **common))
+    plain = losses_of(make_trainer(tmp_path / "plain", CASES["llama"], **common))
+    torch.testing.assert_close(torch.tensor(cached), torch.tensor(plain), rtol=0, atol=1e-5)
+    lengths = {row.length for file in blocks_of(tmp_path / "cached").values() for row in block(file).rows}
+    assert lengths == set(range(4, 13))
+
+
+def block(path: Path) -> Any:
+    """A block, whatever it was made for."""
+    return BlockReader(path).read(BlockName.from_file(path.name))
+
+
+class BlockReader(FileBlocks):
+    """Reads a file of whatever settings."""
+
+    def __init__(self, path: Path):
+        text = path.read_bytes()
+        (length,) = struct.unpack("<Q", text[-40:-32])
+        super().__init__(path.parent.parent, re.search(rb'"tie": "(\w+)"', text[-40 - length :])[1].decode())
+
+
+def test_where_and_how_much_is_kept_changes_no_bit(world, tmp_path):
+    whole = sum(path.stat().st_size for path in blocks_of(world.trained).values())
+    settings = {
+        "memory": {"activation_cache": "memory"},
+        "tight": {"activation_cache_gb": 0.6 * whole / 1e9},
+        "nothing": {"activation_cache_gb": 1e-9},
+    }
+    for name, options in settings.items():
+        world.trainer(tmp_path / name, **options).train()
+        assert_same_stores(tmp_path / name, world.trained)
+    assert blocks_of(tmp_path / "memory") == blocks_of(tmp_path / "nothing") == {}
+    assert 0 < len(blocks_of(tmp_path / "tight")) < len(blocks_of(world.trained))
+    assert sum(path.stat().st_size for path in blocks_of(tmp_path / "tight").values()) <= 0.6 * whole
+
+
+def test_the_cache_is_part_of_the_recipe_and_where_it_lies_is_not(world, tmp_path):
+    store = world.copy(tmp_path)
+    world.trainer(store.path, activation_cache="memory").train()
+    with pytest.raises(RecipeError, match="cached_trunk: the store has True, this run None"):
+        world.trainer(store.path, activation_cache="off").train()
+
+
+class LowerLayers(TrainerCallback):
+    """Counts how often each layer computes, while steps are taken and otherwise."""
+
+    def __init__(self, case: Any, model: Any):
+        self.stage, self.training, self.counts = None, False, Counter()
+        for number, layer in enumerate(model.get_submodule(case.layer_path)):
+            inner = next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
+            inner.register_forward_pre_hook(lambda *_, number=number: self.count(number))
+
+    def count(self, number):
+        self.counts[self.stage, number] += 1
+
+    def on_step_begin(self, args, state, control, stage=None, **kwargs):
+        self.stage = stage.depth
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stage = None
+
+
+def test_layers_below_the_stage_do_not_run(world, tmp_path):
+    model = world.model()
+    counter = LowerLayers(world.case, model)
+    trainer = world.trainer(tmp_path / "out", model=model, callbacks=[counter], args={"num_train_epochs": 2})
+    trainer.train()
+    size = world.case.layers // 3
+    ran = {(depth, layer) for depth, layer in counter.counts if depth}
+    tops = {depth: world.case.layers - size * depth for depth in (1, 2, 3)}
+    lowest_kept = {depth: tops[depth] for depth in tops}
+    assert {depth: min(layer for at, layer in ran if at == depth) for depth in tops} == lowest_kept
+    # Outside of steps: every row once, and some rows to see whether they can be cached at all.
+    assert counter.counts[None, 0] < 24 + 3 * 16
+
+
+def test_an_evaluation_while_a_stage_trains_runs_the_whole_model(world, tmp_path):
+    held_out = rows_of(world.case, 30).select(range(24, 30))
+    seen: dict[str, list[float]] = {"disk": [], "off": []}
+
+    class Evaluations(TrainerCallback):
+        def __init__(self, found):
+            self.found = found
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            self.found.append(metrics["eval_loss"])
+
+    for cache, found in seen.items():
+        args = {"eval_strategy": "steps", "eval_steps": 2}
+        options = {"activation_cache": cache, "eval_dataset": held_out, "callbacks": [Evaluations(found)]}
+        world.trainer(tmp_path / cache, args=args, sequence_selection=[[0, 1]], **options).train()
+    assert len(seen["disk"]) == len(seen["off"]) > 2
+    torch.testing.assert_close(torch.tensor(seen["disk"]), torch.tensor(seen["off"]), rtol=0, atol=1e-5)
+
+
+def test_layers_that_belong_to_no_stage_are_trunk(tmp_path):
+    """12 layers in 3 groups of 3: of every stage the lowest 3 are cached; 4 in 4 of 1: the last has nothing below."""
+    options = {"activation_cache": "disk", "layers_per_slice": 3, "sequence_selection": [[0, 1, 2], [1, 0]]}
+    make_trainer(tmp_path / "left", CASES["llama"], args={"num_train_epochs": 3}, **options).train()
+    assert {name.split("-")[1] for name in blocks_of(tmp_path / "left")} == {"9", "6", "3"}
+    options = {"activation_cache": "disk", "num_slices": 4, "sequence_selection": [[0, 1, 2, 3], [1, 0]]}
+    model = CASES["llama"].make_model(num_hidden_layers=4)
+    make_trainer(tmp_path / "all", CASES["llama"], model=model, args={"num_train_epochs": 3}, **options).train()
+    assert {name.split("-")[1] for name in blocks_of(tmp_path / "all")} == {"3", "2", "1"}
+
+
+def test_blocks_are_filled_from_the_block_below(llama, tmp_path):
+    """A first training keeps the lowest layer alone; one that shares more keeps the upper one, too."""
+    path, args = tmp_path / "out", {"num_train_epochs": 2}
+    whole = sum(file.stat().st_size for file in blocks_of(llama.trained).values()) / 1e9
+    llama.trainer(path, args=args, activation_cache_gb=1.1 * whole).train()
+    assert {name.split("-")[1] for name in blocks_of(path)} == {"4"}
+    S3TStore(path).delete(slices=[(0, 0)])
+    llama.trainer(path, llama.rows, args=args, sequence_selection=[[1, 2], [2, 1]]).train()
+    rows = without(llama.rows, {name for name in llama.rows["id"] if place(name) == (0, 0)})
+    plan = {"args": args, "sequence_selection": [[1, 2], [2, 1]]}
+    llama.trainer(tmp_path / "scratch", rows, activation_cache_gb=1e-9, **plan).train()
+    llama.assert_stages(path, tmp_path / "scratch", "1", "2", "1-2", "2-1")
+
+
+def test_rows_that_came_later_make_a_block_anew(llama, tmp_path):
+    """Stages that were there keep what they saw; later ones see more."""
+    some = llama.rows.select(range(16))
+    llama.trainer(tmp_path / "out", some, sequence_selection=[[0, 1]]).train()
+    llama.trainer(tmp_path / "out", sequence_selection=[[0, 1], [1, 0]]).train()
+    llama.assert_stages(tmp_path / "out", llama.trained, "1")
+
+
+def test_an_example_of_several_rows(tmp_path):
+    """The preparation cuts every row in two."""
+
+    class Cutting(Trainer):
+        def __init__(self, *args: Any, train_dataset: Any = None, **kwargs: Any):
+            halves = [
+                {name: value[part * 6 :][:6] if isinstance(value, list) else value for name, value in row.items()}
+                for row in train_dataset
+                for part in (0, 1)
+            ]
+            super().__init__(*args, train_dataset=Dataset.from_list(halves), **kwargs)
+
+    class S3TCutting(S3TMixin, Cutting): ...
+
+    found = {}
+    for cache in ("off", "disk"):
+        trainer = S3TCutting(
+            models.tiny_llama(), TrainingArguments(str(tmp_path / cache), report_to=[], use_cpu=True, max_steps=4),
+            train_dataset=models.llama_rows(12), data_collator=default_data_collator, partition_key=KEY,
+            peft_config=S3TConfig(num_slices=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+            activation_cache=cache,
+        )  # fmt: skip
+        found[cache] = torch.tensor(losses_of(trainer))
+    torch.testing.assert_close(found["disk"], found["off"], rtol=0, atol=1e-5)
+    whole = block(next(iter(blocks_of(tmp_path / "disk").values())))
+    assert set(Counter(row.example for row in whole.rows).values()) == {2}
+
+
+def test_activation_checkpointing_changes_nothing(llama, tmp_path):
+    plan = {"sequence_selection": [[0, 1]]}
+    args = {"activation_checkpointing": True}
+    llama.trainer(tmp_path / "with", args=args, **plan).train()
+    llama.assert_stages(tmp_path / "with", llama.trained, "0", "0-1")
+
+
+# ---- the promises ----
+
+
+def test_deleted_and_repaired_is_training_from_scratch_without_the_example(world, tmp_path):
+    store = world.copy(tmp_path)
+    hit = {name for name in blocks_of(store.path) if name.startswith(f"{VICTIM_SLICE}-")}
+    others = blocks_of(store.path).keys() - hit
+    assert hit and others
+    store.delete(ids=[world.victim])
+    assert blocks_of(store.path).keys() == others
+    untouched = {name: path.stat().st_mtime_ns for name, path in blocks_of(store.path).items()}
+    world.trainer(store.path, without(world.rows, {world.victim})).train()
+    assert_same_stores(store.path, world.never_had)
+    assert {name: blocks_of(store.path)[name].stat().st_mtime_ns for name in others} == untouched
+
+
+def test_after_delete_no_file_holds_a_state_of_the_example(world, tmp_path):
+    store = world.copy(tmp_path)
+    needles = {}
+    for name, path in blocks_of(store.path).items():
+        if name.startswith(f"{VICTIM_SLICE}-"):
+            for number, states in enumerate(block(path).states):  # the last position has seen all others
+                needles[f"{name} {number}"] = tensor_bytes(states[-1])[:64]
+    assert needles and {name for name, _ in find(store.path, needles)} == needles.keys()
+    store.delete(ids=[world.victim])
+    assert find(store.path, needles) == set()
+
+
+def test_a_slice_deleted_with_the_state_lost_takes_its_states_along(llama, tmp_path):
+    store = llama.copy(tmp_path)
+    for name in ("state.json", "index.json", "partition.key"):
+        (store.private / name).unlink()
+    store.delete(slices=[(0, VICTIM_SLICE)])
+    assert {name.split("-")[0] for name in blocks_of(store.path)} == {"0", "2"}
+
+
+def test_states_of_an_example_that_left_the_index_elsewhere_are_removed(llama, tmp_path):
+    """The deletion was made on another machine, and only its state came here."""
+    here, there = llama.copy(tmp_path, "here"), llama.copy(tmp_path, "there")
+    there.delete(ids=[llama.victim])
+    there.export_state(tmp_path / "state.json")
+    here.import_state(tmp_path / "state.json")
+    with here.writing():
+        pass
+    assert {name.split("-")[0] for name in blocks_of(here.path)} == {"0", "2"}
+
+
+def test_a_deletion_while_a_stage_trains_takes_its_states_along(llama, tmp_path):
+    path = tmp_path / "out"
+    seen = []
+
+    class Delete(TrainerCallback):
+        def on_step_end(self, args, state, control, stage=None, **kwargs):
+            if stage.depth == 2 and state.global_step == 2 and not seen:
+                before = set(blocks_of(path))
+                assert in_child(lambda: S3TStore(path).delete(ids=[llama.victim])) == 0
+                seen.extend([before, set(blocks_of(path))])
+
+    for cache in ("disk", "memory"):
+        path = tmp_path / cache
+        seen.clear()
+        llama.trainer(path, callbacks=[Delete()], activation_cache=cache).train()
+        assert_same_stores(path, llama.never_had)
+        if cache == "disk":
+            assert {name.split("-")[0] for name in seen[0] - seen[1]} == {str(VICTIM_SLICE)}
+
+
+def test_a_deletion_while_states_are_written_leaves_none_of_them(llama, tmp_path, monkeypatch):
+    path, end, removed = tmp_path / "out", FileWriter.end, []
+
+    def ended(writer):
+        end(writer)
+        if writer.name.slice == VICTIM_SLICE and not removed:
+            assert in_child(lambda: S3TStore(path).delete(ids=[llama.victim])) == 0
+            removed.append(writer.path.exists())
+
+    monkeypatch.setattr(FileWriter, "end", ended)
+    llama.trainer(path).train()
+    assert removed == [False]
+    assert_same_stores(path, llama.never_had)
+    rows = {row.example for file in blocks_of(path).values() for row in block(file).rows}
+    assert rows == S3TStore(path).index().keys() and len(rows) == 23
+
+
+def test_what_is_in_memory_is_dropped_with_its_example(llama, tmp_path):
+    path, kept = tmp_path / "out", []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, stage=None, **kwargs):
+            blocks = trainer.trunk_cache.blocks.blocks
+            kept.append((stage.name, {row.example for found in blocks.values() for row in found.rows}))
+
+        def on_step_end(self, args, state, control, stage=None, **kwargs):
+            if stage.name == "shard-00/2":  # slice 2 trains; the example of slice 1 is of no stage that is under way
+                S3TStore(path).locate(ids=[llama.victim])[0].found == "live" and S3TStore(path).delete(
+                    ids=[llama.victim]
+                )
+
+    trainer = llama.trainer(path, callbacks=[Watch()], activation_cache="memory")
+    trainer.train()
+    digests = [len(rows) for name, rows in kept]
+    before = [name for name, _ in kept].index("shard-00/2")
+    assert digests[before] == 24 and digests[before + 1] < 24
+    assert trainer.trunk_cache.blocks is None
+    assert_same_stores(path, llama.never_had)
+
+
+class CachedRun(Run):
+    """The run that is killed, of 3 layers: one is below every stage."""
+
+    def train(self, path, rows=None, callbacks=(), **options):
+        args = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "save_steps": 2}
+        model = self.case.make_model(num_hidden_layers=3, **STEADY.get(self.case.name, {}))
+        options |= {"num_slices": 2, "layers_per_slice": 1, "model": model, "args": args, "activation_cache": "disk"}
+        rows = self.rows if rows is None else rows
+        make_trainer(path, self.case, self.kind, rows, callbacks=list(callbacks), **options).train()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return {case: CachedRun(case, "layer_group", tmp_path_factory.mktemp(case)) for case in CASES}
+
+
+@pytest.mark.parametrize(("case", "category"), [("llama", "other"), ("llama", "rename"), ("bert", "deletion")])
+@pytest.mark.parametrize("number", range(2))
+def test_killed_at_an_instant_and_run_again_is_never_killed(runs, tmp_path, case, category, number):
+    check_kill(runs[case], tmp_path / "out", category, 200 + number)
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("category", ["step", "checkpoint", "rename", "manifest", "deletion", "other"])
+@pytest.mark.parametrize("number", range(2))
+def test_killed_at_many_instants(runs, tmp_path, case, category, number):
+    check_kill(runs[case], tmp_path / "out", category, 300 + number)
+
+
+# ---- files ----
+
+
+def written(path: Path) -> FileBlocks:
+    """A folder with one block of two rows."""
+    blocks = FileBlocks(path, "tie")
+    writer = blocks.writer(BlockName(0, 1, 4))
+    for length in (3, 5):
+        writer.add(Row("example", "content", "inputs", length), torch.randn(length, 8))
+    writer.end()
+    blocks.install(writer)
+    return blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_block_comes_back_bit_by_bit(tmp_path, dtype):
+    states = [torch.randn(length, 8).to(dtype) for length in (3, 5, 1)]
+    blocks, name = FileBlocks(tmp_path, "tie"), BlockName(12, 3, 40)
+    writer = blocks.writer(name)
+    for number, value in enumerate(states):
+        writer.add(Row(f"example {number}", "content", "inputs", len(value)), value)
+    assert blocks.read(name) is None
+    writer.end()
+    blocks.install(writer)
+    found = blocks.read(name)
+    assert [tensor_bytes(value) for value in found.states] == [tensor_bytes(value) for value in states]
+    assert [value.dtype for value in found.states] == [dtype] * 3
+    assert [row.length for row in found.rows] == [3, 5, 1]
+    assert blocks.sizes().keys() == {name}
+
+
+def damaged(data: bytes) -> bytes:
+    return data[:20] + bytes([data[20] ^ 1]) + data[21:]
+
+
+BREAKS = {
+    "damaged": damaged,
+    "torn": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "a few bytes": lambda data: data[:7],
+    "foreign": lambda data: b"a file of somebody else's, which is long enough to have an end",
+    "longer": lambda data: data + b"x",
+}
+
+
+@pytest.mark.parametrize("breaking", BREAKS)
+def test_a_broken_file_is_removed(tmp_path, breaking, caplog):
+    blocks, name = written(tmp_path), BlockName(0, 1, 4)
+    path = tmp_path / "activations" / name.file
+    path.write_bytes(BREAKS[breaking](path.read_bytes()))
+    assert blocks.read(name) is None and not path.exists()
+    assert "is removed and made anew" in caplog.text
+
+
+def test_a_file_of_other_settings_is_removed(tmp_path, caplog):
+    written(tmp_path)
+    assert FileBlocks(tmp_path, "other tie").read(BlockName(0, 1, 4)) is None
+    assert not list(tmp_path.glob("activations/*")) and "another base model" in caplog.text
+
+
+@pytest.mark.parametrize("breaking", ["damaged", "torn"])
+def test_a_broken_file_is_made_anew(llama, tmp_path, breaking):
+    store = llama.copy(tmp_path)
+    store.delete(ids=[llama.victim])
+    (path, *_) = (path for name, path in blocks_of(store.path).items() if name.startswith("0-"))
+    whole = path.read_bytes()
+    path.write_bytes(BREAKS[breaking](whole))
+    llama.trainer(store.path, without(llama.rows, {llama.victim})).train()
+    # A torn one is not worth being made again for what is left to train, and is computed for its batches.
+    assert breaking == "torn" or path.read_bytes() == whole
+    assert not path.exists() or path.read_bytes() == whole
+    assert_same_stores(store.path, llama.never_had)
+
+
+def test_other_names_in_the_folder_are_removed(llama, tmp_path):
+    store = llama.copy(tmp_path)
+    names = {path.name for path in (store.path / ".s3t/activations").iterdir()}
+    for name in ("notes.txt", "shard-0_slice-1_layer-4.states", "shard-00_slice-01_layer-4.states"):
+        (store.path / ".s3t/activations" / name).write_text("x")
+    with store.writing():
+        pass
+    assert {path.name for path in (store.path / ".s3t/activations").iterdir()} == names
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_changes_no_bit(llama, tmp_path, monkeypatch, caplog):
+    def full(writer):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(FileWriter, "end", full)
+    llama.trainer(tmp_path / "out").train()
+    assert not list((tmp_path / "out/.s3t/activations").iterdir())
+    assert "could not be written" in caplog.text and "Make room" in caplog.text
+    assert_same_stores(tmp_path / "out", llama.trained)
+
+
+def test_what_the_cache_takes_is_said_before_it_is_written(llama, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "hf_s3t")
+    llama.trainer(tmp_path / "out").train()
+    found = re.search(r"activation cache \(disk\): what enters layers (\[.*\]), of 24 rows of 3 slices, about (\d+)"
+                      r" positions, (\S+) GB", caplog.text)  # fmt: skip
+    assert found and int(found[2]) == 24 * 12
+    written = sum(states.nbytes for path in blocks_of(tmp_path / "out").values() for states in block(path).states)
+    assert float(found[3]) * 1e9 == pytest.approx(written, rel=0.01)
+    assert caplog.text.index("activation cache") < caplog.text.index("stage shard-00/0:")
+
+
+# ---- which blocks are kept ----
+
+
+def test_without_a_limit_all_that_saves_is_kept():
+    passes = {(0, 0): {12: 4, 8: 2, 4: 1}, (0, 1): {12: 1}, (0, 2): {8: 3}}
+    found = choose_blocks(passes, dict.fromkeys(passes, 10))
+    assert set(found) == {BlockName(0, 0, 12), BlockName(0, 0, 8), BlockName(0, 0, 4), BlockName(0, 2, 8)}
+    assert layer_passes(passes[0, 0], [4, 8, 12]) == 12
+    assert layer_passes(passes[0, 0], []) == 68
+
+
+def test_a_tight_limit_keeps_what_saves_most():
+    passes = {(0, 0): {12: 4, 8: 4}, (0, 1): {12: 8}}
+    sizes = dict.fromkeys(passes, 10)
+    assert choose_blocks(passes, sizes, 10) == [BlockName(0, 1, 12)]
+    assert choose_blocks(passes, sizes, 20) == [BlockName(0, 1, 12), BlockName(0, 0, 8)]
+    assert choose_blocks(passes, sizes, 9) == []
+    assert choose_blocks(passes, sizes, 20, [BlockName(0, 0, 12)]) == [BlockName(0, 0, 12), BlockName(0, 1, 12)]
+    assert choose_blocks(passes, {(0, 0): 10, (0, 1): 30}, 25) == [BlockName(0, 0, 8), BlockName(0, 0, 12)]
+
+
+def test_greedy_finds_the_best_blocks_of_one_slice():
+    from itertools import combinations
+
+    passes = {8: 5, 6: 3, 3: 2, 1: 7}
+    for count in range(1, 5):
+        found = [name.layer for name in choose_blocks({(0, 0): passes}, {(0, 0): 1}, count)]
+        best = min(layer_passes(passes, chosen) for chosen in combinations(passes, count))
+        assert layer_passes(passes, found) <= 1.25 * best
+
+
+# ---- refusals ----
+
+
+def tiny_t5() -> Any:
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation_cache": "gpu"}, "must be 'off', 'memory' or 'disk', got 'gpu'"),
+        ({"activation_cache": "off", "activation_cache_gb": 1}, "activation cache, which is off"),
+        ({"activation_cache": "off", "eval_trunk": True}, "activation cache, which is off"),
+        ({"activation_cache_gb": 0}, "must be above 0, got 0"),
+        ({"stage_parameters": "all"}, "with stage_parameters='all' every layer has one"),
+        ({"model": tiny_t5()}, "encoder-decoder"),
+        ({"args": {"neftune_noise_alpha": 5.0}}, "`neftune_noise_alpha=5.0`: it adds noise to the embeddings"),
+        ({"args": {"torch_compile": True}}, "`torch_compile=True`: a compiled model"),
+    ],
+)
+def test_what_is_refused_before_anything_is_written(tmp_path, options, message):
+    options = {"activation_cache": "disk"} | options
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "out", CASES["llama"], **options)
+    assert not (tmp_path / "out").exists()
+
+
+def shuffled(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch = pad(rows)
+    return batch | {"input_ids": torch.where(torch.rand(batch["input_ids"].shape) < 0.3, 5, batch["input_ids"])}
+
+
+def joined(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    names = ("input_ids", "labels")
+    return {name: torch.tensor([[token for row in rows for token in row[name]]]) for name in names}
+
+
+def maskless(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in pad(rows).items() if name != "attention_mask"}
+
+
+def left_padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return pad(rows, left=True)
+
+
+@pytest.mark.parametrize(
+    ("collator", "message"),
+    [
+        (shuffled, "random batches can not be cached"),
+        (left_padded, "padding on the left, packing and random batches"),
+        (joined, "gives 'input_ids' of shape .* for 4 rows"),
+    ],
+)
+def test_a_batch_that_is_not_its_rows_is_refused(tmp_path, collator, message):
+    trainer = make_trainer(
+        tmp_path / "out", CASES["llama"], rows=ragged(), data_collator=collator, activation_cache="disk"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not blocks_of(tmp_path / "out")
+
+
+def test_rows_that_see_each_others_padding_are_refused(tmp_path):
+    rows = ragged().remove_columns("labels").add_column("labels", [i % 3 for i in range(24)])
+
+    def collate(found):
+        batch = pad([{**row, "labels": row["input_ids"]} for row in found])
+        return {"input_ids": batch["input_ids"], "labels": torch.tensor([row["labels"] for row in found])}
+
+    options = {"data_collator": collate, "activation_cache": "disk", "model": models.tiny_bert(**STEADY["bert"])}
+    trainer = make_trainer(tmp_path / "out", CASES["bert"], rows=rows, **options)
+    with pytest.raises(ValueError, match="depends on the company .* without attention mask"):
+        trainer.train()
+
+
+def test_a_random_trunk_is_refused_unless_it_may_run_in_eval_mode(tmp_path):
+    options = {"activation_cache": "disk", "sequence_selection": [[0, 1]]}
+    with pytest.raises(ValueError, match="The trunk is random in training.*eval_trunk=True"):
+        make_trainer(tmp_path / "no", CASES["bert"], **options).train()
+    trainer = make_trainer(tmp_path / "yes", CASES["bert"], eval_trunk=True, **options)
+    trainer.train()
+    assert len(trainer.store.manifest().stages) == 2
+
+
+def test_embeddings_of_a_stages_own_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path / "out", CASES["llama"], modules_to_save=["embed_tokens"], activation_cache="disk")
+    with pytest.raises(ValueError, match="`modules_to_save` names .*, which lies below the layers"):
+        trainer.train()
+
+
+def test_several_sequences_per_row_are_refused(tmp_path):
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    rows = [{"id": str(row), "input_ids": [[row + 3, 5, 7], [row + 4, 8, 9]], "labels": row % 2} for row in range(24)]
+    trainer = make_trainer(
+        tmp_path / "out", CASES["bert"], rows=Dataset.from_list(rows), model=BertForMultipleChoice(config),
+        task_type=None, modules_to_save=["classifier"], activation_cache="disk",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="Several sequences per row can not be cached"):
+        trainer.train()
+
+
+def test_a_loss_that_changes_its_batch_is_refused(tmp_path):
+    class Noisy(S3TTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, {**inputs, "input_ids": inputs["input_ids"].flip(0)}, *args, **kwargs)
+
+    trainer = make_trainer(tmp_path / "out", CASES["llama"], activation_cache="disk")
+    trainer.__class__ = Noisy
+    with pytest.raises(ValueError, match="The loss changes 'input_ids' on its way to the model"):
+        trainer.train()
+
+
+def test_a_training_leaves_the_model_as_it_was(llama, tmp_path):
+    trainer = llama.trainer(tmp_path / "out", sequence_selection=[[0, 1]])
+    collator = trainer.data_collator
+    trainer.train()
+    assert trainer.data_collator is collator
+    layers = trainer.model.get_base_model().get_submodule("model.layers")
+    assert not any("forward" in vars(layer) or layer._forward_pre_hooks for layer in layers)
+    assert not trainer.model._forward_pre_hooks
+    assert published(tmp_path / "out")["shard-00/0/adapter_config.json"]
+    assert place(llama.victim) == (0, VICTIM_SLICE)
