@@ -235,19 +235,15 @@ def test_layers_that_belong_to_no_stage_are_trunk(tmp_path):
 
 
 def test_blocks_are_filled_from_the_block_below(llama, tmp_path):
-    """A first training keeps the lowest layer alone; one that shares more keeps the upper one, too."""
-    path, args = tmp_path / "out", {"num_train_epochs": 2}
-    whole = sum(file.stat().st_size for file in blocks_of(llama.trained).values()) / 1e9
-    llama.trainer(path, args=args, activation_cache_gb=1.1 * whole).train()
-    assert {name.split("-")[1] for name in blocks_of(path)} == {"4"}
-    S3TStore(path).delete(slices=[(0, 0)])
-    llama.trainer(path, llama.rows, args=args, sequence_selection=[[1, 2], [2, 1]]).train()
-    rows = without(llama.rows, {name for name in llama.rows["id"] if place(name) == (0, 0)})
-    plan = {"args": args, "sequence_selection": [[1, 2], [2, 1]]}
-    with pytest.warns(UserWarning, match="1 of 3 slices are empty"):
-        llama.trainer(tmp_path / "scratch", rows, activation_cache_gb=1e-9, **plan).train()
-    assert {name.split("-")[1] for name in blocks_of(path)} == {"8", "4"}
-    llama.assert_stages(path, tmp_path / "scratch", "1", "2", "1-2")
+    """Slice 1 comes second at first, and only what enters layer 4 is kept of it; then it comes first, too."""
+    path, options = tmp_path / "out", {"args": {"num_train_epochs": 2}}
+    llama.trainer(path, sequence_selection=[[0, 1, 2]], **options).train()
+    assert blocks_of(path).keys() == {"0-8", "0-4", "1-4"}
+    options["sequence_selection"] = [[1, 0]]
+    llama.trainer(path, **options).train()
+    assert blocks_of(path).keys() == {"0-8", "0-4", "1-8", "1-4"}
+    llama.trainer(tmp_path / "scratch", activation_cache_gb=1e-9, **options).train()
+    llama.assert_stages(path, tmp_path / "scratch", "1", "1-0")
 
 
 def test_rows_that_came_later_make_a_block_anew(llama, tmp_path):
