@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, default_data_collator
 
 import models
 from hf_s3t import S3TError, S3TStore, S3TTrainer, Stage
@@ -126,6 +126,34 @@ def eight_bit(folder: Path) -> dict[str, Any]:
     trainer.train()
     base = trainer.model.get_base_model()
     return {"before": before, "after": quantised(), "trained": digests.seen}
+
+
+def cached(folder: Path) -> dict[str, Any]:
+    """Trains with states on the disk, deletes and repairs, and again with states in memory."""
+    seen = {}
+    for cache in ("disk", "memory"):
+        digests = StageDigests()
+        trainer = two_process_trainer(folder / cache, callbacks=[digests], activation_cache=cache)
+        digests.trainer = trainer
+        trainer.train()
+        blocks = sorted(path.name for path in (folder / cache / ".s3t/activations").glob("*"))
+        trainer.delete(ids=[train_rows()["id"][1]])
+        trainer.train()
+        seen[cache] = {"trained": digests.seen, "blocks": blocks}
+    refusal = None
+    try:
+        two_process_trainer(folder / "refused", data_collator=shuffling, activation_cache="disk").train()
+    except ValueError as error:
+        refusal = str(error)
+    return {**seen, "refusal": refusal}
+
+
+def shuffling(rows: list[Any]) -> Any:
+    """Random batches on the second process alone."""
+    batch = default_data_collator(rows)
+    if os.environ["RANK"] == "1":
+        batch["input_ids"] = batch["input_ids"][:, torch.randperm(batch["input_ids"].shape[1])]
+    return batch
 
 
 def killed(folder: Path) -> dict[str, Any]:

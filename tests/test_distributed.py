@@ -64,7 +64,7 @@ def seen_by(folder: Path, scenario: str) -> list[dict[str, Any]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes ran every scenario that ends by itself, one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
-    scenarios = ["train", "deletion_while_training"]
+    scenarios = ["train", "deletion_while_training", "cached"]
     if importlib.util.find_spec("bitsandbytes"):
         models.tiny_llama(num_hidden_layers=4).save_pretrained(folder / "base")
         scenarios.append("eight_bit")
@@ -130,6 +130,19 @@ def test_a_deletion_from_outside_drops_the_running_stage_on_both(folder: Path) -
     assert first["steps"] == second["steps"]
     assert artefacts(folder / "deleting") == artefacts(folder / "store")  # which lost the same row, and was repaired
     assert S3TStore(folder / "deleting").status().deleted_examples == 1
+
+
+def test_two_processes_share_an_activation_cache(folder: Path) -> None:
+    first, second = seen_by(folder, "cached")
+    assert first == second
+    # Stage 0-1 goes down to the lowest layer; the others start at layer 2, in slice 0 and slice 1.
+    assert first["disk"]["blocks"] == [f"shard-00_slice-{number}_layer-2.states" for number in (0, 1)]
+    assert first["memory"]["blocks"] == [] and first["disk"]["trained"] == first["memory"]["trained"]
+    assert artefacts(folder / "disk") == artefacts(folder / "memory")
+    assert "random batches can not be cached" in first["refusal"]
+    uncached = S3TStore(folder / "store").read_stage(Stage(0, (1,))).tensors
+    cached = S3TStore(folder / "disk").read_stage(Stage(0, (1,))).tensors
+    torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-5)
 
 
 def test_quantised_weights_and_scales_stay_as_they_are(folder: Path) -> None:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_s3t import S3TConfig, S3TMixin, S3TStore
+from hf_s3t import S3TConfig, S3TMixin, S3TStore, Stage
 from trainers import KEY, Recorder, artefacts
 
 trl = pytest.importorskip("trl")
@@ -76,6 +76,20 @@ def test_raw_text_is_trained_deleted_and_repaired(tmp_path: Path, make: Any) -> 
     assert artefacts(tmp_path / "scratch") == repaired
     make(tmp_path / "store").train()  # handed in again, and not trained on
     assert artefacts(tmp_path / "store") == repaired
+
+
+def test_the_trunk_is_run_once(tmp_path: Path, make: Any) -> None:
+    """Rows of several lengths, padded by TRL's collator."""
+    rows = texts().map(lambda row, at: {"text": row["text"][: 20 + 2 * at]}, with_indices=True, keep_in_memory=True)
+    stages = {}
+    for cache in ("off", "disk"):
+        trainer = make(tmp_path / cache, rows, activation_cache=cache)
+        trainer.train()
+        stages[cache] = trainer.store.read_stage(Stage(0, (0,))).tensors
+    torch.testing.assert_close(stages["disk"], stages["off"], rtol=1e-3, atol=1e-4)
+    assert len(list((tmp_path / "disk/.s3t/activations").iterdir())) > 0
+    with pytest.raises(ValueError, match="`padding_free=True`: it joins the rows of a batch"):
+        make(tmp_path / "free", rows, activation_cache="disk", args={"padding_free": True})
 
 
 def test_the_card_is_the_stores_own(tmp_path: Path, make: Any) -> None:

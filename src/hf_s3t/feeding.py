@@ -68,6 +68,7 @@ class TrunkCache:
     @contextmanager
     def stage(self, order: StageOrder) -> Iterator[None]:
         """The trainer's rows and collator carry row numbers, and every state that the stage wants is known."""
+        self._forget_deleted()
         entrance = self._entrance_of(order.stage)
         if not self.on or entrance == 0:
             yield
@@ -101,7 +102,6 @@ class TrunkCache:
             self._checked.add(self._entrance)
         if self.blocks is None:
             self._settle(rows)
-        self._forget_deleted()
         by_place: dict[Place, list[tuple[str, int]]] = {}
         for example, number in rows:
             entry = self.trainer.rows.entries[example]

@@ -1,0 +1,435 @@
+"""What a stage costs: the paper's schedule, stock PEFT, and ours without and with the activation cache.
+
+One sequence of four stages with cumulative data, in four ways, each with the Trainer's own loop:
+
+* (a) the paper's schedule: LoRA in all layers, of which the stage's train, with reentrant checkpointing and gradients
+  of the inputs, so that every layer runs forwards twice and backwards once;
+* (b) stock Trainer and PEFT with LoRA in the layers of the stage and of its parents, of which the stage's train;
+* (c) `S3TTrainer`;
+* (d) `S3TTrainer(activation_cache="disk")`, once the cache is filled.
+
+A way's time is that of its training steps, from `on_step_begin` to `on_step_end`: loading data and setting up stages
+are not in it. One thread computes, and its CPU time is taken: on an idle machine that is the time that passes. The
+ways take turns; a figure is the median of the repeats after a warm-up, `_p10` and `_p90` its 10 to 90 % range.
+
+* `paper_over_cached`, `paper_over_uncached`, `stock_over_uncached`: (a)/(d), (a)/(c) and (b)/(c), of a Llama-shaped
+  model.
+* `cached_over_predicted`: (d)/(c) over the ratio that counting operations gives: forwards of the layers that run,
+  backwards of those down to the stage's lowest, and the head.
+* `fill_over_pass`: filling the cache, row by row, over one forward pass of the trunk in batches, which is what
+  counting operations gives it of (c).
+* `bert_stock_over_cached`: (b)/(d) on a BERT-shaped classifier of which half of the layers are trained.
+* `full_budget_paper_over_ours`: every order's retention for four slices. The paper's way trains the 24 orders one by
+  one, 240 slice passes; ours the cheapest tree that keeps as much, 32, with a cache. Whole trainings, set-up and
+  filling included, of a small model. `full_budget_passes` is 240/32, `full_budget_per_pass` the rest of the factor.
+
+```bash
+python benchmarks/training.py --json training.json
+python benchmarks/training.py --quick
+```
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from hf_s3t import S3TConfig, S3TTrainer, Stage
+from hf_s3t.feeding import TrunkCache
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+KEY = "benchmarks/training.py"
+SLICES = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, its batches, and the layers that a stage trains."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    length: int
+    per_stage: int
+    vocabulary: int = 2048
+    batch: int = 8
+    epochs: int = 2
+    r: int = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is made of; written to the JSON file as it is."""
+
+    llama: Shape = field(default_factory=lambda: Shape(16, 384, 1024, 6, 96, 4))
+    bert: Shape = field(default_factory=lambda: Shape(24, 256, 1024, 4, 96, 3))
+    small: Shape = field(default_factory=lambda: Shape(8, 128, 352, 4, 64, 2))
+    repeats: int = 7
+    full_repeats: int = 3
+    threads: int = 1
+
+
+QUICK = Settings(
+    llama=Shape(8, 64, 160, 4, 16, 2), bert=Shape(12, 64, 128, 4, 16, 2), small=Shape(4, 32, 64, 4, 8, 1),
+    repeats=2, full_repeats=1,
+)  # fmt: skip
+
+Ways = dict[str, Callable[[], float]]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny models: checks the machinery, not the figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
+    parser.add_argument("--seed", type=int, default=0, help="draws the rows and the models")
+    return parser
+
+
+# ---- models and rows ----
+
+
+class Bench:
+    """One model, its rows by slice, and the ways to train it."""
+
+    kind = "CAUSAL_LM"
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    pattern = "layers"
+
+    def __init__(self, shape: Shape, seed: int):
+        self.shape = shape
+        torch.manual_seed(seed)
+        self.base = self.make()
+        self.rows = self.make_rows(np.random.default_rng(seed), SLICES * shape.batch)
+        self.fills: list[float] = []
+
+    def make(self) -> Any:
+        shape = self.shape
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+                num_hidden_layers=shape.layers, num_attention_heads=shape.heads, use_cache=False,
+            )
+        )  # fmt: skip
+
+    def make_rows(self, draw: Any, count: int) -> Dataset:
+        tokens = draw.integers(3, self.shape.vocabulary, (count, self.shape.length)).tolist()
+        return Dataset.from_list(
+            [
+                {"id": str(row), "shard": 0, "slice": row // self.shape.batch} | self.inputs(row, tokens[row])
+                for row in range(count)
+            ]
+        )
+
+    def inputs(self, row: int, tokens: list[int]) -> dict[str, Any]:
+        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
+
+    def arguments(self, folder: str, **more: Any) -> TrainingArguments:
+        return TrainingArguments(
+            folder, num_train_epochs=self.shape.epochs, per_device_train_batch_size=self.shape.batch, report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, **more,
+        )  # fmt: skip
+
+    def group(self, depth: int) -> list[int]:
+        """Layers that the stage at `depth` trains."""
+        top = self.shape.layers - self.shape.per_stage * (depth - 1)
+        return list(range(top - self.shape.per_stage, top))
+
+    def stock_stage(self, prefix: Sequence[int], everywhere: bool) -> float:
+        """Seconds of the steps of one stage by stock Trainer and PEFT; `everywhere` is the paper's way."""
+        depth = len(prefix)
+        layers = list(range(self.shape.layers)) if everywhere else [
+            layer for above in range(1, depth + 1) for layer in self.group(above)
+        ]  # fmt: skip
+        config = LoraConfig(
+            r=self.shape.r, target_modules=list(self.targets), layers_to_transform=layers,
+            layers_pattern=self.pattern, task_type=self.kind,
+        )  # fmt: skip
+        model = get_peft_model(self.base, config)
+        own = tuple(f".{self.pattern}.{layer}." for layer in self.group(depth))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = parameter.requires_grad and ("lora_" not in name or any(o in name for o in own))
+        more: dict[str, Any] = {}
+        if everywhere:
+            model.enable_input_require_grads()
+            more = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+        timer = StepTimer()
+        rows = self.rows.filter(lambda row: row["slice"] in prefix, keep_in_memory=True)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(model, self.arguments(folder, **more), default_data_collator, rows, callbacks=[timer])
+            trainer.train()
+        if everywhere:
+            model.disable_input_require_grads()
+            model.disable_activation_checkpointing()
+        self.base = model.unload()
+        self.base.requires_grad_(True)
+        return timer.seconds
+
+    def stock(self, everywhere: bool) -> float:
+        """Seconds of the steps of one sequence by stock Trainer and PEFT."""
+        return sum(self.stock_stage(range(depth), everywhere) for depth in range(1, SLICES + 1))
+
+    def trainer(self, folder: str, cache: str, **config: Any) -> Any:
+        """Ours, with a timer of its steps and of filling its cache."""
+        plan = config or {"budget": 1}
+        trainer = S3TTrainer(
+            self.base, self.arguments(folder), default_data_collator, self.rows, partition_key=KEY,
+            activation_cache=cache, callbacks=[StepTimer()],
+            peft_config=S3TConfig(
+                num_slices=SLICES, layers_per_slice=self.shape.per_stage, r=self.shape.r, task_type=self.kind,
+                target_modules=list(self.targets), slice_columns=("shard", "slice"), **plan,
+            ),
+        )  # fmt: skip
+        return trainer
+
+    def ours(self, cache: str) -> float:
+        """Seconds of the steps of one sequence by `S3TTrainer`."""
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self.trainer(folder, cache)
+            fill, seconds = TrunkCache._fill_absent, []
+
+            def timed(*args: Any) -> None:
+                started = time.process_time()
+                fill(*args)
+                seconds.append(time.process_time() - started)
+
+            TrunkCache._fill_absent = timed  # type: ignore[method-assign]
+            try:
+                trainer.train()
+            finally:
+                TrunkCache._fill_absent = fill  # type: ignore[method-assign]
+            self.base = trainer.model.unload()
+            self.base.requires_grad_(True)
+            if cache != "off":
+                self.fills.append(sum(seconds))
+            return next(found.seconds for found in trainer.callback_handler.callbacks if type(found) is StepTimer)
+
+    # ---- counting ----
+
+    def layer_operations(self) -> tuple[float, float]:
+        """Multiplications and additions of one layer's forward and backward pass over a batch, LoRA apart."""
+        shape, tokens = self.shape, self.shape.batch * self.shape.length
+        linear = 2 * tokens * self.matrix_elements()
+        attention = 4 * tokens * shape.length * shape.hidden
+        return linear + attention, linear + 2 * attention
+
+    def matrix_elements(self) -> int:
+        return 4 * self.shape.hidden**2 + 3 * self.shape.hidden * self.shape.intermediate
+
+    def step_operations(self, depth: int, cached: bool) -> float:
+        """Of one step of a stage."""
+        shape = self.shape
+        forward, backward = self.layer_operations()
+        with_lora = depth * shape.per_stage
+        tokens = shape.batch * shape.length
+        lora = 2 * tokens * shape.r * self.lora_widths()
+        head = 2 * 2 * tokens * shape.hidden * shape.vocabulary
+        layers = with_lora if cached else shape.layers
+        return layers * forward + with_lora * (backward + 2 * lora) + shape.per_stage * lora + head
+
+    def lora_widths(self) -> int:
+        return 2 * 4 * self.shape.hidden + 3 * (self.shape.hidden + self.shape.intermediate)
+
+    def operations(self, cached: bool) -> float:
+        """Of a sequence: a stage at depth d takes d steps an epoch."""
+        steps = {depth: depth * self.shape.epochs for depth in range(1, SLICES + 1)}
+        return sum(count * self.step_operations(depth, cached) for depth, count in steps.items())
+
+
+class BertBench(Bench):
+    """The same over a BERT-shaped classifier without dropout."""
+
+    kind = "SEQ_CLS"
+    targets = ("query", "key", "value", "intermediate.dense", "attention.output.dense")
+    pattern = "layer"
+
+    def make(self) -> Any:
+        shape = self.shape
+        return BertForSequenceClassification(
+            BertConfig(
+                vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+                num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_labels=2,
+                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            )
+        )  # fmt: skip
+
+    def inputs(self, row: int, tokens: list[int]) -> dict[str, Any]:
+        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": row % 2}
+
+
+class StepTimer(TrainerCallback):
+    """CPU seconds of the training steps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds -= time.process_time()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds += time.process_time()
+
+
+# ---- measuring ----
+
+
+def in_turn(ways: Ways, repeats: int) -> dict[str, list[float]]:
+    """Times of each way, which take turns; the first turn of all is a warm-up."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            seconds = way()
+            if turn:
+                found[name].append(seconds)
+            print(f"  turn {turn}  {name:<10} {seconds:8.2f} s", flush=True)
+    return found
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Median, 10-90 % range and deviation."""
+    low, high = np.percentile(values, [10, 90])
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {name: statistics.median(values), f"{name}_p10": low, f"{name}_p90": high, f"{name}_std": deviation}
+
+
+def over(name: str, above: Sequence[float], below: Sequence[float], by: float = 1.0) -> dict[str, float]:
+    """Ratios of what was measured in the same turn."""
+    return spread(name, [one / other / by for one, other in zip(above, below, strict=True)])
+
+
+def measure_llama(settings: Settings, seed: int) -> dict[str, Any]:
+    """The four ways on the Llama-shaped model."""
+    bench = Bench(settings.llama, seed)
+    ways: Ways = {
+        "paper": lambda: bench.stock(True),
+        "stock": lambda: bench.stock(False),
+        "uncached": lambda: bench.ours("off"),
+        "cached": lambda: bench.ours("disk"),
+    }
+    found = in_turn(ways, settings.repeats)
+    cached, uncached = found["cached"], found["uncached"]
+    predicted = bench.operations(True) / bench.operations(False)
+    trunk = SLICES * (bench.shape.layers - bench.shape.per_stage) * bench.layer_operations()[0]
+    pass_seconds = [seconds * trunk / bench.operations(False) for seconds in uncached]
+    figures = over("paper_over_cached", found["paper"], cached) | over("paper_over_uncached", found["paper"], uncached)
+    figures |= over("stock_over_uncached", found["stock"], uncached)
+    figures |= over("cached_over_predicted", cached, uncached, predicted)
+    figures |= over("fill_over_pass", bench.fills[1:], pass_seconds)
+    return figures | {f"{name}_seconds": statistics.median(times) for name, times in found.items()}
+
+
+def measure_bert(settings: Settings, seed: int) -> dict[str, Any]:
+    """Stock and cached on the BERT-shaped model."""
+    bench = BertBench(settings.bert, seed)
+    found = in_turn({"stock": lambda: bench.stock(False), "cached": lambda: bench.ours("disk")}, settings.repeats)
+    return over("bert_stock_over_cached", found["stock"], found["cached"])
+
+
+def measure_full_budget(settings: Settings, seed: int) -> dict[str, Any]:
+    """Every order's retention: whole trainings."""
+    bench = Bench(settings.small, seed)
+    passes = {"paper": 0, "ours": 0}
+
+    def paper() -> float:
+        started = time.process_time()
+        orders = list(itertools.permutations(range(SLICES)))
+        for order in orders:
+            for depth in range(1, SLICES + 1):
+                bench.stock_stage(order[:depth], True)
+        passes["paper"] = len(orders) * sum(range(1, SLICES + 1))
+        return time.process_time() - started
+
+    def ours() -> float:
+        started = time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = bench.trainer(folder, "disk", sequence_selection="optimal", cost_budget=32)
+            trainer.train()
+            passes["ours"] = sum(Stage.depth.fget(stage) for stage in trainer.store.manifest().stages)  # type: ignore
+            bench.base = trainer.model.unload()
+            bench.base.requires_grad_(True)
+        return time.process_time() - started
+
+    found = in_turn({"paper": paper, "ours": ours}, settings.full_repeats)
+    by_passes = passes["paper"] / passes["ours"]
+    figures = over("full_budget_paper_over_ours", found["paper"], found["ours"])
+    figures |= over("full_budget_per_pass", found["paper"], found["ours"], by_passes)
+    return figures | {"full_budget_passes": by_passes}
+
+
+def run(settings: Settings, seed: int) -> dict[str, Any]:
+    """All figures by name."""
+    figures = {}
+    for title, measure in (("Llama", measure_llama), ("BERT", measure_bert), ("full budget", measure_full_budget)):
+        print(title)
+        figures |= measure(settings, seed)
+    return figures
+
+
+def record(settings: Settings, seed: int, figures: dict[str, Any]) -> dict[str, Any]:
+    """What the JSON file holds."""
+    describe = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True)
+    libraries = ("hf_s3t", "torch", "transformers", "peft", "accelerate")
+    return {
+        "name": "training",
+        "commit": commit.stdout.strip() or None,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "settings": {**asdict(settings), "seed": seed},
+        "figures": figures,
+    }
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """Figures with their ranges."""
+    print()
+    for name, value in figures.items():
+        if name.endswith(("_p10", "_p90", "_std")):
+            continue
+        ends = f"  ({figures[f'{name}_p10']:.3g} to {figures[f'{name}_p90']:.3g})" if f"{name}_p10" in figures else ""
+        print(f"{name:<30} {value:>7.3g}{ends}")
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    options = make_parser().parse_args()
+    settings = QUICK if options.quick else Settings()
+    torch.set_num_threads(settings.threads)
+    logging.getLogger("hf_s3t").setLevel(logging.ERROR)
+    figures = run(settings, options.seed)
+    print_table(figures)
+    if options.json:
+        options.json.write_text(json.dumps(record(settings, options.seed, figures), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
