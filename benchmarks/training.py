@@ -32,6 +32,7 @@ python benchmarks/training.py --quick
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import logging
@@ -62,7 +63,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_s3t import S3TConfig, S3TTrainer, Stage
+from hf_s3t import S3TConfig, S3TTrainer
 from hf_s3t.feeding import TrunkCache
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -95,12 +96,13 @@ class Settings:
     small: Shape = field(default_factory=lambda: Shape(8, 128, 352, 4, 64, 2))
     repeats: int = 7
     full_repeats: int = 3
+    full_orders: int = 24
     threads: int = 1
 
 
 QUICK = Settings(
     llama=Shape(8, 64, 160, 4, 16, 2), bert=Shape(12, 64, 128, 4, 16, 2), small=Shape(4, 32, 64, 4, 8, 1),
-    repeats=2, full_repeats=1,
+    repeats=1, full_repeats=1, full_orders=2,
 )  # fmt: skip
 
 Ways = dict[str, Callable[[], float]]
@@ -174,7 +176,7 @@ class Bench:
             r=self.shape.r, target_modules=list(self.targets), layers_to_transform=layers,
             layers_pattern=self.pattern, task_type=self.kind,
         )  # fmt: skip
-        model = get_peft_model(self.base, config)
+        model = get_peft_model(copy.deepcopy(self.base), config)
         own = tuple(f".{self.pattern}.{layer}." for layer in self.group(depth))
         for name, parameter in model.named_parameters():
             parameter.requires_grad = parameter.requires_grad and ("lora_" not in name or any(o in name for o in own))
@@ -183,15 +185,16 @@ class Bench:
             model.enable_input_require_grads()
             more = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
         timer = StepTimer()
-        rows = self.rows.filter(lambda row: row["slice"] in prefix, keep_in_memory=True)
+        positions = [row for row in range(len(self.rows)) if row // self.shape.batch in prefix]
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(model, self.arguments(folder, **more), default_data_collator, rows, callbacks=[timer])
+            trainer = Trainer(
+                model,
+                self.arguments(folder, **more),
+                default_data_collator,
+                self.rows.select(positions),
+                callbacks=[timer],
+            )
             trainer.train()
-        if everywhere:
-            model.disable_input_require_grads()
-            model.disable_activation_checkpointing()
-        self.base = model.unload()
-        self.base.requires_grad_(True)
         return timer.seconds
 
     def stock(self, everywhere: bool) -> float:
@@ -202,7 +205,7 @@ class Bench:
         """Ours, with a timer of its steps and of filling its cache."""
         plan = config or {"budget": 1}
         trainer = S3TTrainer(
-            self.base, self.arguments(folder), default_data_collator, self.rows, partition_key=KEY,
+            copy.deepcopy(self.base), self.arguments(folder), default_data_collator, self.rows, partition_key=KEY,
             activation_cache=cache, callbacks=[StepTimer()],
             peft_config=S3TConfig(
                 num_slices=SLICES, layers_per_slice=self.shape.per_stage, r=self.shape.r, task_type=self.kind,
@@ -227,8 +230,6 @@ class Bench:
                 trainer.train()
             finally:
                 TrunkCache._fill_absent = fill  # type: ignore[method-assign]
-            self.base = trainer.model.unload()
-            self.base.requires_grad_(True)
             if cache != "off":
                 self.fills.append(sum(seconds))
             return next(found.seconds for found in trainer.callback_handler.callbacks if type(found) is StepTimer)
@@ -361,7 +362,7 @@ def measure_full_budget(settings: Settings, seed: int) -> dict[str, Any]:
 
     def paper() -> float:
         started = time.process_time()
-        orders = list(itertools.permutations(range(SLICES)))
+        orders = list(itertools.permutations(range(SLICES)))[: settings.full_orders]
         for order in orders:
             for depth in range(1, SLICES + 1):
                 bench.stock_stage(order[:depth], True)
@@ -373,9 +374,7 @@ def measure_full_budget(settings: Settings, seed: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             trainer = bench.trainer(folder, "disk", sequence_selection="optimal", cost_budget=32)
             trainer.train()
-            passes["ours"] = sum(Stage.depth.fget(stage) for stage in trainer.store.manifest().stages)  # type: ignore
-            bench.base = trainer.model.unload()
-            bench.base.requires_grad_(True)
+            passes["ours"] = sum(stage.depth for stage in trainer.store.manifest().stages)
         return time.process_time() - started
 
     found = in_turn({"paper": paper, "ours": ours}, settings.full_repeats)
