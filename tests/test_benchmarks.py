@@ -58,3 +58,23 @@ def test_planning_writes_its_figures(tmp_path: Path) -> None:
     for one in figures["by_case"]:
         assert one["pruned_cost"] < one["cost"] and one["best_cost"] <= one["cost"]
         assert one["cyclic"] < one["best"] <= one["every_order"] * (1 + 1e-12)
+
+
+@pytest.mark.slow
+def test_training_writes_its_figures(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks/training.py"), "--quick", "--json", str(file), "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "paper_over_cached" in done.stdout
+    record = json.loads(file.read_text())
+    assert set(record) == {"name", "commit", "versions", "hardware", "settings", "figures"}
+    assert record["name"] == "training" and record["settings"]["seed"] == 3
+    figures = record["figures"]
+    ratios = (
+        "paper_over_cached", "paper_over_uncached", "stock_over_uncached", "cached_over_predicted", "fill_over_pass",
+        "bert_stock_over_cached", "full_budget_paper_over_ours", "full_budget_per_pass",
+    )  # fmt: skip
+    for name in ratios:
+        assert figures[f"{name}_p10"] <= figures[name] <= figures[f"{name}_p90"] and figures[name] > 0
+    assert figures["full_budget_passes"] == 2 * 10 / 32

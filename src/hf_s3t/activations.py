@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .files import remove, sync_folder
+from .files import DTYPES, remove, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class FileWriter:
     def add(self, row: Row, states: torch.Tensor) -> None:
         """Appends a row's states."""
         self._rows.append(row)
-        self._about = {"dtype": str(states.dtype).removeprefix("torch."), "hidden": states.shape[-1]}
+        self._about = {"dtype": str(states.dtype), "hidden": states.shape[-1]}
         self._write(states.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def end(self) -> None:
@@ -262,7 +262,7 @@ def _is_whole(data: torch.Tensor) -> bool:
 
 def _block(data: torch.Tensor, about: Mapping[str, Any]) -> Block:
     rows = tuple(Row(*row) for row in about["rows"])
-    dtype, hidden = getattr(torch, about["dtype"]), about["hidden"]
+    dtype, hidden = {str(known): known for known in DTYPES}[about["dtype"]], about["hidden"]
     states, position = [], 0
     for row in rows:
         end = position + row.length * hidden * dtype.itemsize

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
 
+from .config import S3TConfig
 from .numbered import NumberingCollator
 from .trunk import Trunk
 
@@ -19,7 +19,7 @@ ActivationCache = Literal["off", "memory", "disk"]
 
 
 def check_cache(
-    cache: ActivationCache, limit_gb: float | None, eval_trunk: bool, config: Any, args: TrainingArguments, model: Any
+    cache: ActivationCache, limit_gb: float | None, eval_trunk: bool, config: S3TConfig, args: Any, model: Any
 ) -> None:
     """Raises `ValueError` for what an activation cache can not serve, as far as it is known before the first row."""
     if cache not in ("off", "memory", "disk"):
@@ -33,7 +33,7 @@ def check_cache(
         return
     if limit_gb is not None and not limit_gb > 0:
         raise ValueError(f"`activation_cache_gb` must be above 0, got {limit_gb!r}. `None` sets no limit.")
-    if getattr(config, "stage_parameters", None) == "all":
+    if config.stage_parameters == "all":
         raise ValueError(
             "An activation cache needs layers without adapters, and with stage_parameters='all' every layer has one. "
             "Use stage_parameters='layer_group', or activation_cache='off'."

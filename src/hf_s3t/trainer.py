@@ -108,7 +108,6 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         self.train_dataset: Any
         self.callback_handler: Any
         refuse_arguments(model, args, kwargs, missing)
-        check_cache(activation_cache, activation_cache_gb, eval_trunk, peft_config, args, model)
         if base_model_id is not None:
             validate_repo_id(base_model_id)
         set_stage_defaults(args)
@@ -116,6 +115,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         self.missing, self.extend = missing, extend
         self.store = S3TStore(Path(args.output_dir), partition_key)  # a `str` might be the id of a repository
         model, self.s3t_config, self._drawn_heads = wrap_model(model, peft_config, args.seed)
+        check_cache(activation_cache, activation_cache_gb, eval_trunk, self.s3t_config, args, model)
         self.base_model_id = base_model_id or public_id(model)
         self.s3t_config.base_model_name_or_path = self.base_model_id
         self._rows: TrainRows | None = None

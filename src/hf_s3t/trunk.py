@@ -205,7 +205,7 @@ class Trunk:
     def check_checkpointing(self, layer: int) -> None:
         """Raises `ValueError` where backward passes run a layer again from outside, and with it what we replaced."""
         outside = [part for part in self.layers[: layer + 1] if not isinstance(part, GradientCheckpointingLayer)]
-        if outside and getattr(self.base, "is_gradient_checkpointing", False):
+        if outside and getattr(self.base, "is_activation_checkpointing", False):
             raise ValueError(
                 f"Activation checkpointing of {type(outside[0]).__name__} runs whole layers again, hooks included: "
                 "cached states can not be fed to it. Use activation_cache='off', or no activation checkpointing: with "
