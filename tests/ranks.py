@@ -129,11 +129,12 @@ def eight_bit(folder: Path) -> dict[str, Any]:
 
 
 def cached(folder: Path) -> dict[str, Any]:
-    """Trains with states on the disk, deletes and repairs, and again with states in memory."""
+    """Trains with states on the disk, deletes and repairs; again with states in memory, and without a cache."""
     seen = {}
-    for cache in ("disk", "memory"):
+    for cache in ("disk", "memory", "off"):
         digests = StageDigests()
-        trainer = two_process_trainer(folder / cache, callbacks=[digests], activation_cache=cache)
+        options = {"callbacks": [digests], "activation_cache": cache, "args": {"num_train_epochs": 2}}
+        trainer = two_process_trainer(folder / cache, **options)
         digests.trainer = trainer
         trainer.train()
         blocks = sorted(path.name for path in (folder / cache / ".s3t/activations").glob("*"))

@@ -83,7 +83,7 @@ def test_the_trunk_is_run_once(tmp_path: Path, make: Any) -> None:
     rows = texts().map(lambda row, at: {"text": row["text"][: 20 + 2 * at]}, with_indices=True, keep_in_memory=True)
     stages = {}
     for cache in ("off", "disk"):
-        trainer = make(tmp_path / cache, rows, activation_cache=cache)
+        trainer = make(tmp_path / cache, rows, activation_cache=cache, args={"bf16": False})
         trainer.train()
         stages[cache] = trainer.store.read_stage(Stage(0, (0,))).tensors
     torch.testing.assert_close(stages["disk"], stages["off"], rtol=1e-3, atol=1e-4)
