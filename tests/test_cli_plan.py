@@ -26,7 +26,9 @@ def run(arguments: str) -> Result:
 
 @pytest.fixture(scope="module")
 def planner() -> S3TPlanner:
-    return S3TPlanner(52_002, 1, 40, shards=2, slices=4, budget=4, streams=50, gpu_hours_per_epoch=6, adapter_mb=40)
+    return S3TPlanner(
+        52_002, 1, 40, shards=2, slices=4, budget=4, streams=50, gpu_hours_per_epoch=6, adapter_mb=40
+    )
 
 
 def printed(planner: S3TPlanner, width: int) -> list[str]:

@@ -204,7 +204,9 @@ def test_costs_grow_as_the_closed_forms_say():
 
 def test_days(tmp_path):
     requests, policy = DeletionRequests(per_day=0.5), RepairPolicy(every_days=30)
-    figure = draw_slices_in_use(FIVE, requests, tmp_path / "use.png", policy=policy, streams=50, horizon_days=90)
+    figure = draw_slices_in_use(
+        FIVE, requests, tmp_path / "use.png", policy=policy, streams=50, horizon_days=90
+    )
     run = simulate(FIVE, requests, policy, streams=50, horizon_days=90)
     drawn = line(figure.axes[0], "S3T, repaired every 30 days")
     assert drawn.get_ydata() == pytest.approx(run.slices_in_use_by_day.mean)

@@ -37,7 +37,9 @@ def saved(tmp_path_factory):
 def world(request, saved, tmp_path_factory):
     def load():
         quantization = BitsAndBytesConfig(load_in_8bit=True)
-        model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=quantization, device_map={"": "cpu"})
+        model = AutoModelForCausalLM.from_pretrained(
+            saved, quantization_config=quantization, device_map={"": "cpu"}
+        )
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
     case = replace(CASES["llama"], make_model=load, layers=3)

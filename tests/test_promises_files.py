@@ -194,7 +194,7 @@ def test_the_scanner_finds_tokens_in_tables_and_json(tmp_path):
 
 # ---- 8. plain artefacts ----
 
-READER = """
+READER = '''
 import importlib.abc, json, re, sys
 from pathlib import Path
 
@@ -225,7 +225,7 @@ for job in json.loads(Path("jobs.json").read_text()):
             answers[name] = model(**probe).logits
     torch.save(answers, job["answers"])
 assert "hf_s3t" not in sys.modules
-"""
+'''
 
 
 def test_stock_peft_loads_root_and_prefix_by_the_lines_of_the_card(tmp_path):
