@@ -75,7 +75,9 @@ def test_what_is_alive_comes_first_and_stays_whole(alive, budget):
         assert Plan.make_per_shard(3, repair, prune=False).cost == sum(map(training_cost, repair))
 
 
-@pytest.mark.parametrize("num_slices, prior", [(4, None), (5, [0.4, 0.3, 0.1, 0.1, 0.1])])
+@pytest.mark.parametrize(
+    "num_slices, prior", [(4, [0.4, 0.3, 0.2, 0.1]), pytest.param(5, None, marks=pytest.mark.slow)], ids=["4", "5"]
+)
 @pytest.mark.parametrize("hits", [[(0, 1)], [(0, 0), (1, 2), (1, 3)], [(0, j) for j in range(4)] + [(2, 1)]])
 def test_never_below_repairing_the_shards_in_plan_order(num_slices, prior, hits):
     plan = Plan.make(3, num_slices, prune_orders(spaced(num_slices, num_slices)))
@@ -84,7 +86,7 @@ def test_never_below_repairing_the_shards_in_plan_order(num_slices, prior, hits)
     alive = [left.get(shard, ()) for shard in range(3)]
     missing = plan.missing(trained)
     measure = measured(prior, num_slices)
-    for budget in (1, num_slices, 3 * num_slices, sum(stage.depth for stage in missing)):
+    for budget in (num_slices, sum(stage.depth for stage in missing)):
         room, done = budget, set(trained)
         for stage in missing:
             if stage.depth <= room and (stage.parent is None or stage.parent in done):
@@ -131,7 +133,7 @@ def test_a_performance_that_saturates_prefers_more_short_orders():
 @pytest.mark.parametrize("num_slices, cost_budget", [(18, 120), (45, 3500)])
 def test_many_slices(monkeypatch, num_slices, cost_budget):
     effort = Streams.effort.fget
-    monkeypatch.setattr(Streams, "effort", property(lambda self: effort(self) // 20))
+    monkeypatch.setattr(Streams, "effort", property(lambda self: effort(self) // 60))
     alive = [[], [tuple(range(6))]]
     repair = best_repair(num_slices, alive, cost_budget)
     assert repair[1][0] == tuple(range(6)) and 0 < new_cost(alive, repair) <= cost_budget
