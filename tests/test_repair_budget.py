@@ -10,7 +10,9 @@ import pytest
 
 from hf_s3t import S3TStore, Stage
 from hf_s3t.sequences import training_cost
+from hf_s3t.simulate import simulate
 from hf_s3t.survival import Lattice
+from hf_s3t.verify import verify
 from killing import kill, train_struck
 from trainings import CASES, World, place, published, without
 
@@ -132,6 +134,17 @@ def test_a_shard_of_which_nothing_is_left(world, hit):
     after = repaired(world, hit, repair="best", cost_budget=6)
     new = [stage for stage in after.stages if stage.shard == 0]
     assert new and training_cost({stage.prefix for stage in new}) <= 6 and 0 in S3TStore(hit).served()
+
+
+def test_a_dead_shard_for_which_no_money_is_left_stays_dead(world, hit):
+    store = S3TStore(hit)
+    store.delete(slices=[(shard, slice_id) for shard in (0, 1) for slice_id in (0, 1, 2)])
+    after = repaired(world, hit, repair="best", cost_budget=1)
+    assert len(after.stages) == 1 and sorted(map(len, after.plan.sequences)) == [0, 1]
+    assert len(store.served()) == 1 and len(store.status().dead_shards) == 1
+    assert store.status().life["uniform"].until_first_dead.mean == 0 and verify(store).ok
+    assert len(simulate(after.plan, streams=2).requests) == 2
+    assert len(repaired(world, hit).stages) == 14
 
 
 def test_the_served_model_is_there_at_once(world, hit):
