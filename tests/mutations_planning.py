@@ -1,0 +1,51 @@
+"""Wrong changes to planning; see `mutations.py`. Number 11 stands for what docs/planning.md says."""
+
+# ruff: noqa: E501
+
+REPAIR, STATUS = "test_repair_budget.py::test_", "test_cli.py::test_status_"
+SPENT = REPAIR + "the_budget_is_kept_and_what_lives_stays[5]"
+
+PLANNING = (
+    (4, "a repair by cost forgets what lives", "reconcile.py",
+     (("alive = [surviving.get(shard, ()) for", "alive = [() for"),), (SPENT,)),
+    (4, "a repair of everything keeps the plan of a repair by cost", "reconcile.py",
+     (("        return replace(manifest, plan=wanted.plan, deletion_prior=_chances(wanted), repair=None)",
+       "        return manifest if manifest.repair else replace(manifest, plan=wanted.plan)"),),
+     (REPAIR + "a_repair_of_everything_comes_back_to_the_plan_of_the_config",)),
+    (5, "a repair that was stopped is planned anew", "reconcile.py",
+     (("    if manifest.repair == repair:", "    if False:"),),
+     (REPAIR + "a_killed_repair_goes_on_with_the_same_stages",)),
+    (5, "a repair is taken for one from before another deletion", "reconcile.py",
+     (("repair = RepairBudget(wanted.cost_budget, manifest.generation)",
+       "repair = RepairBudget(wanted.cost_budget, 0)"),),
+     (REPAIR + "called_again_it_trains_nothing_and_after_a_deletion_it_plans_anew",)),
+    (11, "the life that is left counts stages that are gone", "closed_forms.py",
+     (("    chances = first_slice_chances(plan, prior, trained)\n    return LifeLeft",
+       "    chances = first_slice_chances(plan, prior)\n    return LifeLeft"),),
+     (STATUS + "says_how_many_requests_are_left",)),
+    (11, "the prior that is given to status is not looked at", "store.py",
+     (('"given": manifest.deletion_prior if prior is None else prior}', '"given": manifest.deletion_prior}'),),
+     (STATUS + "says_how_many_requests_are_left",)),
+    (11, "a monitor is told that all is well", "cli.py",
+     (("found.requests_left < fail_below", "found.requests_left < 0"),),
+     (STATUS + "fails_below_a_number_of_requests",)),
+    (11, "a prior is trusted wholly", "optimal.py",
+     (("UNIFORM_SHARE = 0.5", "UNIFORM_SHARE = 0.0"),),
+     ("test_optimal.py::test_the_default_prior_is_half_uniform",)),
+    (11, "a prior and a uniform one are mixed before and not after the value is taken", "survival.py",
+     (("        weights = np.sum([share * _weights(chances, requests) for share, chances in shares if share], axis=0)",
+       "        weights = _weights(np.sum([share * np.array(chances) for share, chances in shares], axis=0).tolist(), requests)"),),
+     ("test_optimal.py::test_the_default_prior_is_half_uniform",)),
+    (11, "the rotations are no candidates", "search.py",
+     (("return first_best(judge or measure, [*rotations, *starts, best])", "return first_best(judge or measure, [best or starts[-1]])"),),
+     ("test_optimal.py::test_never_below_the_rotations_nor_above_the_bounds",)),
+    (11, "a tree costs more than it may", "trees.py",
+     (("        room = self.cost_budget - self.cost(growth.orders)", "        room = 2 * self.cost_budget"),),
+     ("test_optimal.py::test_trees_are_never_below_pruned_rotations_of_the_same_cost",)),
+    (11, "a shard is dead one request late", "simulate.py",
+     (("self.start + rows // self.examples + 1)", "self.start + rows // self.examples + 2)"),),
+     ("test_simulate.py::test_a_hit_on_the_first_slice_leaves_nothing",)),
+    (11, "a star for a row that another one beats", "candidates.py",
+     (("pareto=not b)", "pareto=True)"),),
+     ("test_planner.py::test_the_marked_rows_are_those_that_no_row_beats",)),
+)  # fmt: skip
