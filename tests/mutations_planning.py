@@ -7,7 +7,7 @@ REPAIR, STATUS = "test_repair_budget.py::test_", "test_cli.py::test_status_"
 PLANNING = (
     (4, "a repair by cost forgets what lives", "reconcile.py",
      (("alive = [surviving.get(shard, ()) for", "alive = [() for"),),
-     (REPAIR + "what_is_trained_adds_more_than_the_plan_in_its_order",)),
+     (REPAIR + "the_budget_is_kept_and_what_lives_stays[5]",)),
     (4, "a repair of everything keeps the plan of a repair by cost", "reconcile.py",
      (("        return replace(manifest, plan=wanted.plan, deletion_prior=_chances(wanted), repair=None)",
        "        return manifest if manifest.repair else replace(manifest, plan=wanted.plan)"),),

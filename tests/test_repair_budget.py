@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from hf_s3t import S3TStore, Stage
+from hf_s3t.replanning import best_repair
 from hf_s3t.sequences import training_cost
 from hf_s3t.simulate import simulate
 from hf_s3t.survival import Lattice
@@ -56,6 +57,8 @@ def test_the_budget_is_kept_and_what_lives_stays(world, hit, cost_budget):
     new = after.stages.keys() - before.stages.keys()
     assert new and sum(stage.depth for stage in new) <= cost_budget
     assert before.stages.items() <= after.stages.items() and not after.plan.missing(after.stages)
+    alive = before.plan.surviving(before.stages)
+    assert list(after.plan.sequences) == best_repair(3, [alive[0], alive[1]], cost_budget)
     kept = {name for name in bytes_before if name.startswith("shard-")}
     assert kept and all(published(hit)[name] == bytes_before[name] for name in kept)
 
