@@ -19,7 +19,15 @@ def stages(orders):
 
 
 def measured(prior, num_slices):
-    return Lattice([(p + 1 / num_slices) / 2 for p in prior or [1 / num_slices] * num_slices])
+    return Lattice(prior or [1 / num_slices] * num_slices, uniform_share=0.5 if prior else 0.0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A part of the searches, which suffices for so few slices."""
+    for measure in (Lattice, Streams):
+        effort = measure.effort.fget
+        monkeypatch.setattr(measure, "effort", property(lambda self, effort=effort: effort(self) // 60))
 
 
 def worth(measure, repair):
@@ -107,7 +115,7 @@ def test_dead_shards_come_back_before_whole_ones_grow():
 
 def test_a_budget_for_everything_reaches_the_value_of_every_order():
     alive = [[], [(2, 1, 0), (1, 2)], [(3,)]]
-    measure = Lattice([0.25] * 4)
+    measure = measured(None, 4)
     for budget in (3 * 32, 10**6):
         repair = best_repair(4, alive, budget)
         assert new_cost(alive, repair) <= 3 * 32
@@ -131,9 +139,7 @@ def test_a_performance_that_saturates_prefers_more_short_orders():
 
 
 @pytest.mark.parametrize("num_slices, cost_budget", [(18, 120), (45, 3500)])
-def test_many_slices(monkeypatch, num_slices, cost_budget):
-    effort = Streams.effort.fget
-    monkeypatch.setattr(Streams, "effort", property(lambda self: effort(self) // 60))
+def test_many_slices(num_slices, cost_budget):
     alive = [[], [tuple(range(6))]]
     repair = best_repair(num_slices, alive, cost_budget)
     assert repair[1][0] == tuple(range(6)) and 0 < new_cost(alive, repair) <= cost_budget
