@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import httpx2
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 
 from . import cli_plan, display
 from .deletion import read_receipts, state_or_none
@@ -106,7 +106,7 @@ def status(
     prior: Prior = None,
     fail_below: Annotated[
         float | None,
-        typer.Option(help="End with 6 if fewer requests than this are expected until a shard is dead."),
+        typer.Option(min=0, help="End with 6 if fewer requests are expected until a shard is dead (either prior)."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the tree of stages of one store (.png, .svg, .pdf).")] = None,
     state: StateFolder = None,
@@ -122,8 +122,9 @@ def status(
             _draw(store, plot)
         shown = display.show_status(found, unpurged)
         code = PENDING if unpurged or found.interrupted_deletions else DONE
-        if code == DONE and fail_below is not None and found.requests_left < fail_below:
-            code = LOW
+        if fail_below is not None and found.requests_left < fail_below:
+            code = code or LOW
+            shown = Group(shown, f"{found.requests_left:.1f} requests are left, fewer than {fail_below:g}.")
         return Outcome(found.path, code, {**found.to_json(), "unpurged": _names(unpurged)}, shown)
 
     _run(stores, None, as_json, verb, state)
