@@ -138,7 +138,7 @@ def test_a_performance_that_saturates_prefers_more_short_orders():
     assert sorted(map(len, flat)) == [2, 2] and all(len(order) == 1 for orders in flat for order in orders)
 
 
-@pytest.mark.parametrize("num_slices, cost_budget", [(18, 120), (45, 3500)])
+@pytest.mark.parametrize("num_slices, cost_budget", [pytest.param(18, 120, marks=pytest.mark.slow), (45, 3500)])
 def test_many_slices(num_slices, cost_budget):
     alive = [[], [tuple(range(6))]]
     repair = best_repair(num_slices, alive, cost_budget)
