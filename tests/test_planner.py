@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hf_s3t import Plan, S3TConfig, S3TPlanner
-from hf_s3t.arrivals import RepairPolicy
-from hf_s3t.candidates import Candidate, Setting, expected_in_use, marked
+from hf_s3t.arrivals import DeletionRequests, RepairPolicy
+from hf_s3t.candidates import Candidate, Measure, Setting, expected_in_use, marked
 from hf_s3t.closed_forms import cyclic_slices_in_use, sisa_cost_per_request
 from hf_s3t.sequences import cyclic
 from hf_s3t.staging import make_plan
@@ -102,6 +102,55 @@ def test_units(rows):
     assert row.epochs == pytest.approx((140 + row.repair_cost.mean) / 20)
     (sisa,) = [row for row in rows if row.setting.method == "sisa"]
     assert sisa.storage_mb == sisa.stages * 40, "its stages hold all layers"
+
+
+@pytest.mark.parametrize(
+    ("size", "days", "expected"),
+    [
+        ((1, 1), 1, -math.expm1(-3) / 3),
+        ((5, 4), 1, 0.926),
+        ((5, 4), None, None),
+    ],
+)
+def test_slices_in_use_are_a_mean_over_time(size, days, expected):
+    requests, period = DeletionRequests(per_day=3), days or 30
+    setting, plan = Setting("s3t", *size, "cyclic", size[1]), Plan.make(*size, cyclic(size[1], size[1]))
+    (row,) = Measure(requests, 30, 20, 0).candidates(setting, plan, [RepairPolicy(every_days=days)])
+    moments = [expected_in_use(plan, 3 * period * (n + 0.5) / 2000) for n in range(2000)]
+    assert row.in_use_exact == row.mean_in_use == pytest.approx(sum(moments) / 2000, abs=1e-4)
+    if days:
+        assert row.in_use_exact == pytest.approx(expected, abs=5e-4)
+
+
+def test_the_last_period_counts_for_what_it_is():
+    setting, plan = Setting("s3t", 1, 1, "cyclic", 1), Plan.make(1, 1, [(0,)])
+    (row,) = Measure(DeletionRequests(per_day=0.5), 10, 20, 0).candidates(setting, plan, [RepairPolicy(every_days=7)])
+    assert row.in_use_exact == pytest.approx((2 - math.exp(-3.5) - math.exp(-1.5)) / 0.5 / 10)
+
+
+@pytest.mark.parametrize("policy", [RepairPolicy(), RepairPolicy(every_days=7), RepairPolicy(every_days=30)])
+@pytest.mark.parametrize("more", [{}, {"examples": 3}, {"burst": 2, "examples": 2}])
+def test_daily_means_agree_with_the_mean_over_time(policy, more):
+    requests, setting = DeletionRequests(per_day=0.2, **more), Setting("s3t", 2, 4, "cyclic", 4)
+    (row,) = Measure(requests, 65, 2000, 0).candidates(setting, setting.plan(), [policy])
+    assert within(row.in_use, row.in_use_exact) and within(row.in_use_at_horizon, row.in_use_at_horizon_exact)
+
+
+def test_what_is_repaired_at_a_length_is_seen_at_the_middle_of_the_days():
+    setting = Setting("s3t", 1, 1, "cyclic", 1)
+    (row,) = Measure(DeletionRequests(per_day=1), 1, 2000, 0).candidates(setting, setting.plan(), [RepairPolicy()])
+    assert row.in_use.mean == pytest.approx((1 + math.exp(-1)) / 2, abs=0.03), "not at its end"
+    (row,) = Measure(DeletionRequests(per_day=3), 9, 500, 0).candidates(
+        setting, setting.plan(), [RepairPolicy(every_days=1)]
+    )
+    assert row.in_use.mean == pytest.approx((1 + math.exp(-3)) / 2, abs=0.02) and row.in_use.standard_error < 0.02
+
+
+def test_shards_may_differ():
+    plan = Plan.make_per_shard(2, [[(0, 1)], [(0, 1), (1, 0)]])
+    alone = [Plan.make(2, 2, orders) for orders in plan.sequences]
+    both = sum(expected_in_use(one, 1.5, [0.7, 0.3]) for one in alone) / 2
+    assert expected_in_use(plan, 1.5, [0.7, 0.3]) == pytest.approx(both)
 
 
 def test_the_mean_over_the_days_lies_between_the_whole_and_the_end(rows):
@@ -233,10 +282,12 @@ def test_without_shards_and_slices_several_are_compared():
     assert planner.recommended in planner.shortlist
 
 
-def test_bursts_and_people_have_no_closed_forms():
+def test_lives_and_costs_with_bursts_and_people_have_no_closed_forms():
     rows = S3TPlanner(52_002, 1, 20, shards=2, slices=2, budget=2, examples_per_person=2, burst=2, streams=20)
     row = given(rows.candidates(), NEVER)
-    assert row.in_use_at_horizon_exact is None and row.lives.all_dead is None and row.lives.all_dead_estimate
+    assert row.lives.all_dead is None and row.lives.all_dead_estimate
+    daily = given(rows.candidates(), RepairPolicy(every_days=1))
+    assert daily.repair_cost_exact is None and within(daily.in_use_at_horizon, daily.in_use_at_horizon_exact)
 
 
 def test_small_slices_are_noted():

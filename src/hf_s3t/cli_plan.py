@@ -162,7 +162,7 @@ def _columns(planner: S3TPlanner) -> list[Column]:
         *([Column("MB", lambda c: _short(c.storage_mb or 0))] if planner.adapter_mb else []),
         Column("life\nreq.", lambda c: _life(c, 1)),
         Column("life\ndays", lambda c: _life(c, planner.requests_per_day), 100),
-        Column("in\nuse", lambda c: f"{c.in_use.mean:.0%}"),
+        Column("in\nuse", lambda c: f"{c.mean_in_use:.0%}"),
         Column("at\nend", _at_the_end, 100),
         Column("dead", lambda c: f"{c.dead.mean:.0%}"),
     ]

@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 from .arrivals import DeletionRequests, RepairPolicy
 from .bitsets import TABLE_SLICES
 from .candidates import Candidate, Measure, Setting, marked
 from .closed_forms import first_slice_chances, life_until_all_dead
-from .optimal import optimal
 from .plan import Plan
-from .sequences import Order, check_budget, check_count, cyclic, prune_orders, select_sequences, training_cost
+from .sequences import check_budget, check_count, cyclic, prune_orders, training_cost
 from .survival import checked_prior, path_cost
 
 SHARDS, SLICES = (1, 2, 5, 10), (2, 4, 8)  # compared where nothing is given
@@ -169,7 +168,7 @@ class S3TPlanner:
         found: list[Candidate] = []
         seen = set()
         for setting in self._settings():
-            plan = _plan(setting)
+            plan = setting.plan()
             if (setting.method, plan) not in seen:
                 seen.add((setting.method, plan))
                 found += measure.candidates(setting, plan, self._policies(setting, plan))
@@ -249,7 +248,7 @@ class S3TPlanner:
     # ---- what is recommended ----
 
     def _obeys(self, candidate: Candidate) -> bool:
-        return candidate.dead.mean < MAX_DEAD and candidate.in_use.mean >= self.min_in_use
+        return candidate.dead.mean < MAX_DEAD and candidate.mean_in_use >= self.min_in_use
 
     @property
     def recommended(self) -> Candidate:
@@ -258,12 +257,12 @@ class S3TPlanner:
         obeying = [candidate for candidate in pool if self._obeys(candidate)]
         if obeying:
             return min(obeying, key=lambda candidate: (candidate.epochs, candidate.setting.num_shards))
-        return min(pool, key=lambda c: (c.dead.mean, -c.in_use.mean, c.epochs))
+        return min(pool, key=lambda c: (c.dead.mean, -c.mean_in_use, c.epochs))
 
     @property
     def recommended_plan(self) -> Plan:
         """The plan that a trainer makes of it."""
-        return _plan(self.recommended.setting)
+        return self.recommended.setting.plan()
 
     def _may_be_chosen(self, size: tuple[int, int]) -> bool:
         return self.shards in (None, size[0]) and self.slices in (None, size[1])
@@ -329,17 +328,3 @@ class S3TPlanner:
         told = {"reason": self.reason, "advice": self.advice, "notes": self.notes}
         candidates = [candidate.to_json() for candidate in self._candidates]
         return {"asked": asdict(self), "recommended": self.recommended.to_json() | told, "candidates": candidates}
-
-
-def _plan(setting: Setting) -> Plan:
-    """The plan that a trainer makes of these settings."""
-    if setting.selection == "optimal":
-        orders = _optimal(setting.num_slices, setting.cost_budget, setting.prior)
-    else:
-        orders = tuple(select_sequences(setting.selection, setting.num_slices, setting.budget))
-    return Plan.make(setting.num_shards, setting.num_slices, orders)
-
-
-@cache
-def _optimal(num_slices: int, cost_budget: int, prior: tuple[float, ...] | None) -> tuple[Order, ...]:
-    return optimal(num_slices, cost_budget=cost_budget, prior=prior).orders
