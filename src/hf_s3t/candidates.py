@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .arrivals import DeletionRequests, RepairPolicy
-from .bitsets import TABLE_SLICES, StageSets
+from .bitsets import StageSets
 from .closed_forms import (
     first_slice_chances,
     life_until_all_dead,
@@ -31,6 +31,7 @@ from .plan import Plan
 from .sequences import Order, select_sequences
 from .simulate import simulate
 
+BASELINES = {"sisa": "SISA", "shards alone": "shards alone", "full retraining": "from scratch"}
 LIFE_REQUESTS = 20_000  # a life that is longer in some stream is not estimated
 
 
@@ -39,7 +40,7 @@ class Setting:
     """How a plan is chosen: the fields of [`S3TConfig`] that decide it.
 
     Args:
-        method (`str`): `"s3t"`, `"sisa"` or `"full retraining"`.
+        method (`str`): `"s3t"`, `"sisa"`, `"shards alone"` (of one slice) or `"full retraining"`.
         num_shards (`int`): `m`.
         num_slices (`int`): `L`.
         selection (`str`): `"cyclic"`, `"spaced"` or `"optimal"`.
@@ -49,7 +50,7 @@ class Setting:
         given (`bool`): Whether this is what was asked for.
     """
 
-    method: Literal["s3t", "sisa", "full retraining"]
+    method: Literal["s3t", "sisa", "shards alone", "full retraining"]
     num_shards: int
     num_slices: int
     selection: str = "spaced"
@@ -223,7 +224,7 @@ class Measure:
         return self.requests.examples == self.requests.burst == 1
 
     def candidates(self, setting: Setting, plan: Plan, policies: Iterable[RepairPolicy]) -> list[Candidate]:
-        """A plan under several policies. SISA and retraining from scratch are plans of one sequence per shard."""
+        """A plan under several policies. That of another method than S3T has one sequence per shard."""
         requests, lives = dataclasses.replace(self.requests, prior=setting.prior), self.lives(plan, setting)
         run: dict[str, Any] = {"streams": self.streams, "seed": self.seed, "horizon_days": self.horizon_days}
         return [
@@ -236,6 +237,7 @@ class Measure:
     ) -> Candidate:
         assert result.slices_in_use_by_day is not None
         days, places = result.slices_in_use_by_day, setting.places
+        in_use_exact, at_horizon_exact = self._exact_in_use(setting, plan, policy)
         whole = setting.num_slices if setting.method == "s3t" else 1  # stages that make up the size of an adapter
         return Candidate(
             setting=setting,
@@ -248,9 +250,9 @@ class Measure:
             storage_mb=None if self.adapter_mb is None else len(plan.stages) * self.adapter_mb / whole,
             lives=lives,
             in_use=_mean_share(days, places, policy),
-            in_use_exact=self._exact_mean_in_use(setting, plan, policy),
+            in_use_exact=in_use_exact,
             in_use_at_horizon=_estimate(days, places, lambda curve, _: float(curve[-1])),
-            in_use_at_horizon_exact=self._exact_in_use(setting, plan, policy),
+            in_use_at_horizon_exact=at_horizon_exact,
             dead=result.first_dead_share,
         )
 
@@ -271,31 +273,19 @@ class Measure:
             return repair_cost(plan, requests, setting.prior) * (self.horizon_days // policy.every_days)
         return None if policy.repairs else 0.0
 
-    def _exact_in_use(self, setting: Setting, plan: Plan, policy: RepairPolicy) -> float | None:
-        day = int(self.horizon_days)
-        since = day - policy.every_days * (math.ceil(day / policy.every_days) - 1) if policy.every_days else day
-        return self._known_in_use(setting, plan, policy, since, average=False)
-
-    def _exact_mean_in_use(self, setting: Setting, plan: Plan, policy: RepairPolicy) -> float | None:
-        """Over the whole periods between repairs, and the shorter one that is left."""
-        period = min(policy.every_days or math.inf, self.horizon_days)
-        left = self.horizon_days % period
-        whole, last = (self._known_in_use(setting, plan, policy, days, average=True) for days in (period, left))
-        if whole is None or last is None:
-            return None
-        return whole + (last - whole) * left / self.horizon_days
-
-    def _known_in_use(
-        self, setting: Setting, plan: Plan, policy: RepairPolicy, days: float, average: bool
-    ) -> float | None:
-        """So many days after a repair, or on average until then."""
-        if policy.below == setting.num_slices:  # nothing stays missing
-            return 1.0
+    def _exact_in_use(self, setting: Setting, plan: Plan, policy: RepairPolicy) -> tuple[float | None, float | None]:
+        """On average until the horizon, and at the end of the last day."""
         if policy.below:
-            return None
-        bursts = self.expected_requests / self.horizon_days * days / self.requests.burst
-        together = self.requests.burst * self.requests.examples
-        return expected_in_use(plan, bursts, setting.prior, together, average)
+            return (1.0, 1.0) if policy.below == setting.num_slices else (None, None)
+
+        def after(days: float, average: bool) -> float:
+            bursts = self.expected_requests / self.horizon_days * days / self.requests.burst
+            return expected_in_use(plan, bursts, setting.prior, self.requests.burst * self.requests.examples, average)
+
+        day, period = int(self.horizon_days), min(policy.every_days or math.inf, self.horizon_days)
+        left = self.horizon_days % period
+        mean = after(period, True) * (1 - left / self.horizon_days) + after(left, True) * left / self.horizon_days
+        return mean, after(day - period * max(0, math.ceil(day / period) - 1), False)
 
 
 def expected_in_use(
@@ -323,7 +313,7 @@ def expected_in_use(
     expected = requests * (1 - (1 - outside) ** together)  # requests that hit a slice outside each set
     weights = np.exp(-expected)
     if average:
-        weights = np.where(expected > 0, -np.expm1(-expected) / np.where(expected > 0, expected, 1), 1)
+        weights = np.divide(-np.expm1(-expected), expected, out=np.ones_like(expected), where=expected > 0)
     for bit in range(plan.num_slices):
         pairs = weights.reshape(-1, 2, 1 << bit)
         pairs[:, 1] -= pairs[:, 0]
