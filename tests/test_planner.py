@@ -42,6 +42,13 @@ def within(estimate, expected: float, errors: float = 4) -> bool:
     return abs(estimate.mean - expected) <= reach + 1e-9
 
 
+def with_same_rows(planner: S3TPlanner, **changes: float) -> S3TPlanner:
+    """Another rule or unit, without simulating again."""
+    other = dataclasses.replace(planner, **changes)
+    vars(other)["_candidates"] = tuple(planner.candidates())
+    return other
+
+
 # ---- the numbers ----
 
 
@@ -401,7 +408,7 @@ def test_baselines_are_what_people_think_of_first(rows, planner):
 
 
 def test_a_cheaper_baseline_is_told():
-    planner = S3TPlanner(52_002, 0.2, 365, shards=5, slices=4, budget=4, streams=50, min_in_use=0.99)
+    planner = S3TPlanner(52_002, 0.2, 365, shards=5, slices=4, budget=4, streams=10, min_in_use=0.99)
     (note,) = planner.notes
     chosen = planner.recommended
     assert note.startswith(f"Training and repairs cost {chosen.epochs / 73:.2g} epochs per request.")
@@ -409,7 +416,7 @@ def test_a_cheaper_baseline_is_told():
     assert "shards alone after each deletion (" in note
     assert "from scratch every 30 days (" in note and "epochs, 17% in use" in note
     assert "What S3T buys is that a request waits for no training while no shard is dead." in note
-    hours = dataclasses.replace(planner, gpu_hours_per_epoch=6).notes[0]
+    hours = with_same_rows(planner, gpu_hours_per_epoch=6).notes[0]
     assert f"cost {6 * chosen.epochs / 73:.2g} GPU hours per request." in hours and "GPU hours, 17% in use" in hours
 
 
@@ -421,17 +428,17 @@ def test_where_no_baseline_is_cheaper_only_the_cost_per_request_is_told():
 
 
 def test_the_chance_of_a_dead_shard_can_be_chosen(planner, rows):
-    loose = dataclasses.replace(planner, max_dead=1, streams=20)
+    loose = with_same_rows(planner, max_dead=1)
     assert 0.05 < loose.recommended.dead.mean and loose.recommended.epochs < planner.recommended.epochs
     assert "the chance of a dead shard is at most 100% and" in loose.reason
-    strict = dataclasses.replace(planner, max_dead=0.005, streams=20)
+    strict = with_same_rows(planner, max_dead=0.005)
     assert strict.recommended.dead.mean == 0 and "at most 0.5%" in strict.reason
 
 
 def test_without_shards_it_says_what_the_table_does_not_know():
-    free = S3TPlanner(3_000, 0.2, 60, slices=2, streams=20)
+    free = S3TPlanner(3_000, 0.2, 20, slices=2, streams=10)
     assert "More shards are always cheaper here: what they cost in quality is not known to the table." in free.notes
-    assert len(dataclasses.replace(free, shards=2).notes) == 1
+    assert "More shards" not in str(S3TPlanner(3_000, 0.2, 20, shards=1, slices=2, streams=5).notes)
 
 
 def test_dead_least_often_is_not_said_where_all_are_alike():
