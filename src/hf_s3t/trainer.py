@@ -190,7 +190,7 @@ class S3TMixin(ServedModelMixin):
             if self.is_world_process_zero():
                 self.store.train_lock.release()
 
-    def _open_store(self, cost_budget: int | None) -> str:
+    def _open_store(self, cost_budget: int | None = None) -> str:
         """Brings store, settings and rows into agreement; returns what is about to be trained, in one line."""
         recipe = make_recipe(
             self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
