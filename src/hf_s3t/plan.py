@@ -186,10 +186,6 @@ class Plan:
         """What the whole plan costs, in slice passes per epoch."""
         return sum(map(training_cost, self.sequences))
 
-    def stage_cost(self, stage: Stage) -> int:
-        """What one stage costs, in slice passes per epoch: it trains on every slice of its prefix."""
-        return stage.depth
-
     def affected(self, slices: Iterable[tuple[int, int]]) -> tuple[Stage, ...]:
         """The plan's stages that a deletion hits. Of stages of an older plan, ask [`Stage.slices`].
 
