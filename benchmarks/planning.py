@@ -5,8 +5,8 @@ its first R requests, R being the expected number of requests until every slice 
 16 slices. With more it is a mean over sampled deletion streams that no plan was searched on, the same for all plans.
 
 Three deletion priors: `uniform`; `zipf`, p_j ~ 1 / j; `two_level`, a quarter of the slices is 10 times likelier than
-the others. `hf_s3t.optimal.optimal` is told the prior and R. It optimises for half that prior and half a uniform one,
-its default; judged is under the prior itself.
+the others. `hf_s3t.optimal.optimal` is told the prior and R. It optimises the mean of the values under it and under a
+uniform one, its default; judged is under the prior itself.
 
 Compared with the paper (S3T, arXiv 2406.16257), re-implemented from its description: the cyclic rotation with B = L,
 as the paper trains it (unpruned) and without the tails that survival does not need (pruned), and BMS with B = L. The
@@ -55,15 +55,17 @@ from serving import REPOSITORY, ratios, shown, spread
 
 from hf_s3t.arrivals import DeletionRequests
 from hf_s3t.bms import bms
+from hf_s3t.bounds import budget_bound, cost_bound
 from hf_s3t.closed_forms import distinct_hits, lemma_2, life_until_all_dead, place_chances, random_survival
 from hf_s3t.estimates import Simulation
 from hf_s3t.optimal import optimal
 from hf_s3t.plan import Plan
-from hf_s3t.search import best_orders, best_tree
+from hf_s3t.search import best_orders
 from hf_s3t.sequences import Order, prune_orders, rotation, training_cost
 from hf_s3t.simulate import simulate
 from hf_s3t.streams import Streams
-from hf_s3t.survival import LATTICE_SLICES, Lattice, budget_bound, cost_bound, set_of, weights_after
+from hf_s3t.survival import LATTICE_SLICES, Lattice, set_of, weights_after
+from hf_s3t.trees import best_tree
 
 ROUNDING = 1e-12  # as much of a retention counts as none
 SEARCHED_SLICES = 12  # up to here the least cost is searched for

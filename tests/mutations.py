@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutations_hub import ON_THE_HUB
+from mutations_planning import PLANNING
 from mutations_serving import SERVING
 from mutations_speed import SPEED
 
@@ -195,7 +196,7 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB, *SPEED))
+MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB, *PLANNING, *SPEED))
 
 
 def check_anchors(mutation: Mutation) -> list[str]:
@@ -267,7 +268,7 @@ HEADER = """\
 Each row is a small wrong change to the library and the test that turned red with it, as `python tests/mutations.py`
 found it. The changes themselves are in `tests/mutations.py` and beside it. Number 9 is what `docs/serving.md` says of
 answers: they are the served members' average, wholly before or wholly after a change. Number 10 is what `docs/hub.md`
-says.
+says, number 11 what `docs/planning.md` says.
 
 | promise | what is wrong | file | caught by |
 |---|---|---|---|

@@ -130,7 +130,7 @@ ON_THE_HUB = (
     (10, 'what was removed before is not to be purged', 'report.py',
      ((' or (receipt.get("still_served_at") and receipt.get("repository") == repo_id))', ')'),),
      (MEET + 'what_the_head_had_lost_already_is_still_to_be_purged',)),
-    (10, 'status does not look for what others deleted', 'cli.py',
+    (10, 'status does not look for what others deleted', 'cli_hub.py',
      (('        names += [n for n, at in others.items()', '        names += [n for n, at in dict[str, set]().items()'),),
      (CLI + 'status_tells_of_the_history_whoever_asks',)),
     (10, 'a purge that was stopped passes for one that removed', 'probing.py',

@@ -88,6 +88,7 @@ def test_status_says_how_many_requests_are_left(store: Path) -> None:
 def test_status_fails_below_a_number_of_requests(store: Path, tmp_path: Path) -> None:
     assert run("status", store, "--fail-below", 5).exit_code == 0
     (outcome,) = outcomes("status", store, "--fail-below", 500, code=6)
+    assert "requests are left, fewer than 500" in run("status", store, "--fail-below", 500).stdout
     assert outcome["exit_code"] == 6 and outcome["error"] is None
     assert run("status", store, "--fail-below", 5, "--prior", "1,0,0").exit_code == 0  # slices 1 and 2 live for ever
     run("delete", store, "--slices", "0:0", "--slices", "0:1", "--slices", "0:2")
@@ -101,6 +102,16 @@ def test_a_life_without_end_is_told_without_a_number(store: Path) -> None:
     (outcome,) = outcomes("status", store, "--prior", "1,0,0")
     assert outcome["result"]["life"]["given"]["until_all_dead"] == {"mean": None, "standard_deviation": None}
     assert "about any number until a shard is dead" in run("status", store, "--prior", "1,0,0").stdout
+
+
+def test_a_chance_too_small_to_compute_with_is_none(store: Path) -> None:
+    (outcome,) = outcomes("status", store, "--prior", "1e-300,0.5,0.5")
+    assert outcome["result"]["life"]["given"]["until_all_dead"] == {"mean": None, "standard_deviation": None}
+
+
+@pytest.mark.parametrize("limit", ["-1", "nan"])
+def test_a_limit_that_never_fails_is_refused(store: Path, limit: str) -> None:
+    assert run("status", store, f"--fail-below={limit}").exit_code == 2
 
 
 @pytest.mark.parametrize("prior", ["0.5,0.5", "0.5,0.5,0.5", "-1,1,1", "a,b,c", "nan,0.5,0.5"])
@@ -119,7 +130,8 @@ def test_status_tells_dead_shards_exports_and_interrupted_deletions(store: Path,
     run("delete", store, "--slices", "0:0", "--slices", "0:1", "--slices", "0:2")
     (store / ".s3t/intents").mkdir(exist_ok=True)
     text = run("status", store).stdout
-    assert "shards without a stage  0" in text and str(tmp_path / "out") in plain(text).replace(" ", "")
+    assert "shard 0: nothing of it can be served" in plain(text) and "slices in use" in text
+    assert str(tmp_path / "out") in plain(text).replace(" ", "")
 
 
 def test_locate(store: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -56,6 +57,24 @@ def test_nothing_in_the_table_is_cut(planner: S3TPlanner, width: int) -> None:
     assert len(rows) > 5
 
 
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_head_is_not_cut_where_other_columns_are_wide(planner: S3TPlanner, width: int) -> None:
+    costly = dataclasses.replace(planner, gpu_hours_per_epoch=6e6, adapter_mb=4e6, streams=5)
+    assert any("dead" in line.split() for line in printed(costly, width)[:3])
+
+
+def test_the_legend_says_what_is_taken_for_granted(planner: S3TPlanner) -> None:
+    text = " ".join(" ".join(printed(planner, 120)).split())
+    assert "nothing of some shard could be served until it was trained again" in text
+    assert "repairs are taken to need no time" in text and "the same whatever the stage trains" in text
+    assert "per request." in text
+
+
+def test_the_help_says_what_the_rule_is() -> None:
+    text = " ".join(run("--help").stdout.replace("│", " ").split())
+    assert "at least --min-in-use of the slices" in text and "is at most --max-dead" in text
+
+
 def test_hours_and_megabytes_take_the_place_of_epochs_and_stages(planner: S3TPlanner) -> None:
     text = "\n".join(printed(planner, 100))
     assert "hours" in text and "epochs" not in text.split("\n\n")[0] and " MB " in text
@@ -85,10 +104,10 @@ def test_every_option_reaches_the_planner(monkeypatch: pytest.MonkeyPatch) -> No
     options = (
         "--examples 9 --requests-per-day 2 --horizon-days 3 --shards 4 --slices 5 --budget 6 --cost-budget 7 "
         "--prior 0.4,0.6 --layers 8 --examples-per-person 9 --burst 10 --gpu-hours-per-epoch 11 --adapter-mb 12 "
-        "--min-in-use 0.13 --streams 14 --seed 15"
+        "--min-in-use 0.13 --max-dead 0.2 --streams 14 --seed 15"
     )
     assert run(options).exit_code == 2
-    assert list(seen.values()) == [9, 2, 3, 4, 5, 6, 7, (0.4, 0.6), 8, 9, 10, 11, 12, 0.13, 14, 15]
+    assert list(seen.values()) == [9, 2, 3, 4, 5, 6, 7, (0.4, 0.6), 8, 9, 10, 11, 12, 0.13, 0.2, 14, 15]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_s3t import Plan, S3TStore, Stage, cli
+from hf_s3t import Plan, S3TStore, Stage, cli_hub
 from hf_s3t.partition import keyed_digest
 from hf_s3t.verify import verify
 from machines import Died, Failed
@@ -460,7 +460,7 @@ def test_what_the_head_had_lost_already_is_still_to_be_purged(server, stores):
 
 
 def unpurged(state):
-    return cli._unpurged(S3TStore("owner/m", state=state))
+    return cli_hub.unpurged_of(S3TStore("owner/m", state=state))
 
 
 # What is lost on the way

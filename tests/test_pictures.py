@@ -322,6 +322,7 @@ def test_a_failure_leaves_the_old_picture(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.slow
 def test_the_package_does_without_matplotlib_and_pictures_without_pyplot(tmp_path):
     script = f"""
         import sys

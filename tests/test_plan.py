@@ -170,12 +170,12 @@ def test_size_and_cost_are_the_known_ones(num_slices, budget, prune, count, cost
     assert sorted(orders) == sorted(permutations(range(4))) or budget < 24
     plan = Plan.make(3, num_slices, orders, prune)
     assert (len(plan.stages), plan.cost) == (3 * count, 3 * cost)
-    assert plan.cost == sum(plan.stage_cost(stage) for stage in plan.stages)
+    assert plan.cost == sum(stage.depth for stage in plan.stages)
 
 
 def test_a_stage_costs_one_pass_over_each_of_its_slices():
     plan = Plan.make(1, 3, [(2, 0, 1)])
-    assert [plan.stage_cost(stage) for stage in plan.stages] == [1, 2, 3]
+    assert [stage.depth for stage in plan.stages] == [1, 2, 3]
 
 
 def test_shards_may_have_orders_of_their_own():

@@ -34,7 +34,7 @@ def test_the_python_example_is_short():
     assert sum(1 for line in code.splitlines() if line and not line.startswith(("from ", "import "))) <= 12
 
 
-@pytest.mark.parametrize("verb", ["locate", "delete", "status", "verify", "export", "state"])
+@pytest.mark.parametrize("verb", ["plan", "locate", "delete", "status", "verify", "export", "state"])
 def test_every_verb_that_it_names_exists(verb):
     from typer.main import get_command
 

@@ -7,10 +7,14 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
-from hf_s3t import S3TStore, Stage
+from hf_s3t import S3TStore, cli, reconcile
+from hf_s3t.replanning import best_repair
 from hf_s3t.sequences import training_cost
+from hf_s3t.simulate import simulate
 from hf_s3t.survival import Lattice
+from hf_s3t.verify import verify
 from killing import kill, train_struck
 from trainings import CASES, World, place, published, without
 
@@ -41,6 +45,11 @@ def hit(world, tmp_path):
     return shutil.copytree(world.folder / "hit", tmp_path / "out")
 
 
+def shown(store) -> str:
+    """What `hf-s3t status` prints, without its line breaks."""
+    return " ".join(CliRunner().invoke(cli.app, ["status", str(store.path)]).stdout.split())
+
+
 def value(manifest) -> float:
     """Of the stages that are there, all shards together."""
     lattice, surviving = Lattice([1 / 3] * 3), manifest.plan.surviving(manifest.stages)
@@ -54,6 +63,8 @@ def test_the_budget_is_kept_and_what_lives_stays(world, hit, cost_budget):
     new = after.stages.keys() - before.stages.keys()
     assert new and sum(stage.depth for stage in new) <= cost_budget
     assert before.stages.items() <= after.stages.items() and not after.plan.missing(after.stages)
+    alive = before.plan.surviving(before.stages)
+    assert list(after.plan.sequences) == best_repair(3, [alive[0], alive[1]], cost_budget)
     kept = {name for name in bytes_before if name.startswith("shard-")}
     assert kept and all(published(hit)[name] == bytes_before[name] for name in kept)
 
@@ -90,9 +101,35 @@ def test_called_again_it_trains_nothing_and_after_a_deletion_it_plans_anew(world
     assert repaired(world, hit, repair="best", cost_budget=4) == first
     S3TStore(hit).delete(slices=[(0, 0)])
     again = repaired(world, hit, repair="best", cost_budget=4)
-    assert again.repair.generation == first.repair.generation + 1
+    assert again.repair.deletions == first.repair.deletions + 1
     assert again.stages.keys() - {stage for stage in first.stages if (0, 0) not in stage.slices}
     assert not again.plan.missing(again.stages)
+
+
+def test_a_readmission_is_no_reason_to_plan_anew_but_another_prior_is(world, hit):
+    first = repaired(world, hit, repair="best", cost_budget=4)
+    S3TStore(hit).readmit(ids=victims(world)[:1])
+    assert repaired(world, hit, repair="best", cost_budget=4).stages == first.stages
+    prior = {"sequence_selection": "optimal", "deletion_prior": [0.8, 0.1, 0.1]}
+    rows = without(world.rows, {*victims(world)})
+    world.trainer(hit, rows, **OPTIONS | prior).train(repair="best", cost_budget=4)
+    after = S3TStore(hit).manifest()
+    assert after.deletion_prior == (0.8, 0.1, 0.1) and len(after.stages) > len(first.stages)
+
+
+def test_a_deletion_does_not_wait_for_the_search_and_begins_it_again(world, hit, monkeypatch):
+    searched = []
+
+    def delete_meanwhile(num_slices, alive, *rest):
+        searched.append(alive)
+        if len(searched) == 1:
+            S3TStore(hit).delete(slices=[(0, 2)])  # with the lock held, it would wait for ever
+        return best_repair(num_slices, alive, *rest)
+
+    monkeypatch.setattr(reconcile, "best_repair", delete_meanwhile)
+    after = repaired(world, hit, repair="best", cost_budget=4)
+    assert len(searched) == 2 and searched[0] != searched[1]
+    assert after.repair.deletions == after.deletions == 2 and not after.plan.missing(after.stages)
 
 
 def test_another_budget_is_spent_on_top(world, hit):
@@ -134,6 +171,20 @@ def test_a_shard_of_which_nothing_is_left(world, hit):
     assert new and training_cost({stage.prefix for stage in new}) <= 6 and 0 in S3TStore(hit).served()
 
 
+def test_a_dead_shard_for_which_no_money_is_left_stays_dead(world, hit):
+    store = S3TStore(hit)
+    store.delete(slices=[(shard, slice_id) for shard in (0, 1) for slice_id in (0, 1, 2)])
+    after = repaired(world, hit, repair="best", cost_budget=1)
+    assert len(after.stages) == 1 and sorted(map(len, after.plan.sequences)) == [0, 1]
+    assert len(store.served()) == 1 and len(store.status().dead_shards) == 1
+    assert store.status().life["uniform"].until_first_dead.mean == 0 and verify(store).ok
+    assert len(simulate(after.plan, streams=2).requests) == 2
+    assert "of a repair by cost (1); train() comes back to the config's plan" in shown(store)
+    assert "1 of 6; in each shard at least 0" in shown(store)
+    assert len(repaired(world, hit).stages) == 14
+    assert "6 of 6; in each shard at least 3" in shown(store) and "repair by cost" not in shown(store)
+
+
 def test_the_served_model_is_there_at_once(world, hit):
     """The root adapter and the trainer's own model are those of the new plan."""
     trainer = world.trainer(hit, without(world.rows, {*victims(world)}), **OPTIONS)
@@ -145,8 +196,8 @@ def test_the_served_model_is_there_at_once(world, hit):
 @pytest.mark.parametrize(
     ("repair", "message"),
     [
-        ({"repair": "best"}, "needs a number of slice passes"),
-        ({"cost_budget": 3}, "a repair of everything has none"),
+        ({"repair": "best"}, "needs the number of slice passes"),
+        ({"cost_budget": 3}, "`repair='all'` trains whatever is missing"),
         ({"repair": "most"}, "must be 'all' or 'best', got 'most'"),
         ({"repair": "best", "cost_budget": 0}, "cost_budget, in slice passes per epoch over all shards, must be"),
         ({"repair": "best", "cost_budget": 2.5}, "must be an integer"),
@@ -157,6 +208,12 @@ def test_what_makes_no_sense_is_refused(world, hit, repair, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         repaired(world, hit, **repair)
     assert published(hit) == before
+
+
+def test_live_stages_are_not_trained_again_within_a_budget(world, hit):
+    trainer = world.trainer(hit, without(world.rows, {*victims(world)}), extend=True, **OPTIONS)
+    with pytest.raises(ValueError, match="which a cost budget forbids"):
+        trainer.train(repair="best", cost_budget=4)
 
 
 def test_there_must_be_something_to_repair(world, tmp_path):
@@ -170,6 +227,5 @@ def test_rows_that_vanished_are_deleted_before_the_repair_is_planned(world, tmp_
     trainer = world.trainer(path, without(world.rows, {*victims(world)}), missing="delete", **OPTIONS)
     trainer.train(repair="best", cost_budget=4)
     manifest = S3TStore(path).manifest()
-    assert manifest.repair.generation == manifest.generation == 1
-    assert Stage(0, (0, 1)) not in manifest.stages or Stage(0, (0, 1)) in manifest.plan.stages
+    assert manifest.repair.deletions == manifest.generation == 1
     assert not manifest.plan.missing(manifest.stages)

@@ -19,7 +19,15 @@ def stages(orders):
 
 
 def measured(prior, num_slices):
-    return Lattice([(p + 1 / num_slices) / 2 for p in prior or [1 / num_slices] * num_slices])
+    return Lattice(prior or [1 / num_slices] * num_slices, uniform_share=0.5 if prior else 0.0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A part of the searches, which suffices for so few slices."""
+    for measure in (Lattice, Streams):
+        effort = measure.effort.fget
+        monkeypatch.setattr(measure, "effort", property(lambda self, effort=effort: effort(self) // 60))
 
 
 def worth(measure, repair):
@@ -75,7 +83,9 @@ def test_what_is_alive_comes_first_and_stays_whole(alive, budget):
         assert Plan.make_per_shard(3, repair, prune=False).cost == sum(map(training_cost, repair))
 
 
-@pytest.mark.parametrize("num_slices, prior", [(4, None), (5, [0.4, 0.3, 0.1, 0.1, 0.1])])
+@pytest.mark.parametrize(
+    "num_slices, prior", [(4, [0.4, 0.3, 0.2, 0.1]), pytest.param(5, None, marks=pytest.mark.slow)], ids=["4", "5"]
+)
 @pytest.mark.parametrize("hits", [[(0, 1)], [(0, 0), (1, 2), (1, 3)], [(0, j) for j in range(4)] + [(2, 1)]])
 def test_never_below_repairing_the_shards_in_plan_order(num_slices, prior, hits):
     plan = Plan.make(3, num_slices, prune_orders(spaced(num_slices, num_slices)))
@@ -84,7 +94,7 @@ def test_never_below_repairing_the_shards_in_plan_order(num_slices, prior, hits)
     alive = [left.get(shard, ()) for shard in range(3)]
     missing = plan.missing(trained)
     measure = measured(prior, num_slices)
-    for budget in (1, num_slices, 3 * num_slices, sum(stage.depth for stage in missing)):
+    for budget in (num_slices, sum(stage.depth for stage in missing)):
         room, done = budget, set(trained)
         for stage in missing:
             if stage.depth <= room and (stage.parent is None or stage.parent in done):
@@ -105,7 +115,7 @@ def test_dead_shards_come_back_before_whole_ones_grow():
 
 def test_a_budget_for_everything_reaches_the_value_of_every_order():
     alive = [[], [(2, 1, 0), (1, 2)], [(3,)]]
-    measure = Lattice([0.25] * 4)
+    measure = measured(None, 4)
     for budget in (3 * 32, 10**6):
         repair = best_repair(4, alive, budget)
         assert new_cost(alive, repair) <= 3 * 32
@@ -128,10 +138,8 @@ def test_a_performance_that_saturates_prefers_more_short_orders():
     assert sorted(map(len, flat)) == [2, 2] and all(len(order) == 1 for orders in flat for order in orders)
 
 
-@pytest.mark.parametrize("num_slices, cost_budget", [(18, 120), (45, 3500)])
-def test_many_slices(monkeypatch, num_slices, cost_budget):
-    effort = Streams.effort.fget
-    monkeypatch.setattr(Streams, "effort", property(lambda self: effort(self) // 20))
+@pytest.mark.parametrize("num_slices, cost_budget", [pytest.param(18, 120, marks=pytest.mark.slow), (45, 3500)])
+def test_many_slices(num_slices, cost_budget):
     alive = [[], [tuple(range(6))]]
     repair = best_repair(num_slices, alive, cost_budget)
     assert repair[1][0] == tuple(range(6)) and 0 < new_cost(alive, repair) <= cost_budget

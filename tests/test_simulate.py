@@ -442,6 +442,12 @@ def test_impossible_policies_are_refused(arguments, message):
         RepairPolicy(**arguments)
 
 
+@pytest.mark.parametrize("arguments", [(Plan.make(1, 2, [(0, 1)]), RepairPolicy(below=1)), ([(0, 1)],)])
+def test_arguments_in_the_wrong_place_are_named(arguments):
+    with pytest.raises(ValueError, match="takes a Plan and a DeletionRequests, not a "):
+        simulate(*arguments)
+
+
 DAILY = DeletionRequests(per_day=1)
 
 

@@ -44,7 +44,7 @@ class StageSets:
         kinds: dict[tuple[tuple[int, int], ...], int] = {}
         self.kind_of = np.array([kinds.setdefault(shard, len(kinds)) for shard in shards])
         self.kinds = [[(np.uint64(bits), length) for bits, length in kind] for kind in kinds]
-        self.full = np.array([max(length for _, length in kind) for kind in self.kinds])[self.kind_of]
+        self.full = np.array([max((length for _, length in kind), default=0) for kind in self.kinds])[self.kind_of]
         self.tables = self._tabulate() if num_slices <= TABLE_SLICES else None
 
     @classmethod

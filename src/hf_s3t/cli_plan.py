@@ -20,20 +20,21 @@ from rich.table import Table
 
 from . import display
 from .arrivals import RepairPolicy
-from .candidates import Candidate
+from .candidates import BASELINES, Candidate
 from .planner import S3TPlanner
 from .reading import parse_prior
 
 BAD_INPUT = 2
+ROWS = 26
 ORDERS = 3  # the column that also names the groups of rows
 
 
 class Column(NamedTuple):
-    """A column of the table, left out where a line has fewer characters than `width`."""
+    """A column of the table. Where a line is too short, those that can be spared are left out, the highest first."""
 
     head: str
     cell: Callable[[Candidate], str]
-    width: int = 0
+    spare: int = 0
 
 
 def plan(
@@ -56,7 +57,10 @@ def plan(
     burst: Annotated[int, typer.Option(help="Requests that come together, answered by one repair.")] = 1,
     gpu_hours_per_epoch: Annotated[float | None, typer.Option(help="Of one epoch over all examples.")] = None,
     adapter_mb: Annotated[float | None, typer.Option(help="Size of an adapter over all layer groups.")] = None,
-    min_in_use: Annotated[float, typer.Option(help="Share of the slices that is to be in use on average.")] = 0.5,
+    min_in_use: Annotated[
+        float, typer.Option(help="The rule: at least this share of the slices in use on average.")
+    ] = 0.5,
+    max_dead: Annotated[float, typer.Option(help="The rule: at most this chance of a dead shard.")] = 0.05,
     streams: Annotated[int, typer.Option(help="Streams of requests that are simulated.")] = 300,
     seed: Annotated[int, typer.Option(help="The same seed gives the same table.")] = 0,
     plot: Annotated[
@@ -70,13 +74,18 @@ def plan(
     other budgets, orders, repair policies and sizes are compared with them. What you
     give as --shards and --slices stays in the recommendation. Without --shards, mind
     that more shards are always cheaper here: what they cost in quality is not known.
+
+    Recommended is what costs least until the horizon where at least --min-in-use of
+    the slices are in use on average and the chance that a shard is dead, with nothing
+    of it to serve until it is trained again, is at most --max-dead.
     """
     try:
         asked = S3TPlanner(
             examples=examples, requests_per_day=requests_per_day, horizon_days=horizon_days, shards=shards,
             slices=slices, budget=budget, cost_budget=cost_budget, prior=parse_prior(prior), layers=layers,
             examples_per_person=examples_per_person, burst=burst, gpu_hours_per_epoch=gpu_hours_per_epoch,
-            adapter_mb=adapter_mb, min_in_use=min_in_use, streams=streams, seed=seed,
+            adapter_mb=adapter_mb, min_in_use=min_in_use, max_dead=max_dead, streams=streams,
+            seed=seed,
         )  # fmt: skip
         found = asked.to_json()
         if plot is not None:
@@ -118,17 +127,51 @@ def _end(as_json: bool, result: Any, fault: Exception | None, planner: S3TPlanne
 
 def show_plan(planner: S3TPlanner, width: int) -> RenderableType:
     """The shortlist as a table, what its columns say, and the recommendation."""
-    columns = [column for column in _columns(planner) if width >= column.width]
+    rows = shortlist(planner)
+    columns = _fitting(_columns(planner), rows, width)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column.head, justify="left" if number in (0, ORDERS, ORDERS + 1) else "right", no_wrap=True)
-    for name, group in groupby(planner.shortlist, key=lambda candidate: _section(planner, candidate)):
+    for name, group in groupby(rows, key=lambda candidate: _section(planner, candidate)):
         table.add_row(*[""] * ORDERS, ("\n" if table.row_count else "") + name, style="bold")
         for candidate in group:
             table.add_row(*(column.cell(candidate) for column in columns))
     chosen = planner.recommended.setting.config or ""
     lines = [planner.reason, planner.advice, *planner.notes]
     return Group(table, "", *_legend(planner), "", "Recommended:", Padding(chosen, (1, 2)), *lines)
+
+
+def shortlist(planner: S3TPlanner) -> list[Candidate]:
+    """At most 26 candidates in groups: what was given, others of the recommended size, other sizes, baselines.
+
+    They are the recommended one; for each other size the cheapest that obeys the rule; the baselines of the
+    recommended number of shards; what was given; and the marked ones of the recommended size.
+    """
+    rows, best = planner.candidates(), planner.recommended
+    shards, size = best.setting.num_shards, best.setting.size
+    chosen, cheapest = [best], sorted(rows, key=lambda c: c.epochs)
+    others = [c for c in cheapest if c.setting.method == "s3t" and c.setting.size != size and planner.obeys(c)]
+    chosen += {c.setting.size: c for c in reversed(others)}.values()
+    chosen += [c for c in rows if c.setting.method == "full retraining"]
+    chosen += [
+        c for c in rows if c.setting.method in ("sisa", "shards alone") and c.setting.size in (size, (shards, 1))
+    ]
+    chosen += [c for c in rows if c.setting.given]
+    marked = [c for c in cheapest if c.pareto and c.setting.method == "s3t" and c.setting.size == size]
+    chosen += sorted(marked, key=lambda c: not planner.obeys(c))
+    shown = list(dict.fromkeys(map(id, chosen)))[:ROWS]
+    found = [c for c in rows if id(c) in shown]
+    return sorted(found, key=lambda c: (c.setting.method != "s3t", not c.setting.given, c.setting.size != size))
+
+
+def _fitting(columns: list[Column], rows: Sequence[Candidate], width: int) -> list[Column]:
+    """Without as many of the columns that can be spared as do not fit."""
+    texts = {column.head: [column.head, *map(column.cell, rows)] for column in columns}
+    widths = {head: max(len(line) for text in cells for line in text.split("\n")) for head, cells in texts.items()}
+    for spare in sorted((column.spare for column in columns if column.spare), reverse=True):
+        if sum(widths[column.head] + 1 for column in columns) > width:
+            columns = [column for column in columns if column.spare != spare]
+    return columns
 
 
 def _section(planner: S3TPlanner, candidate: Candidate) -> str:
@@ -154,16 +197,16 @@ def _columns(planner: S3TPlanner) -> list[Column]:
         Column("L", lambda c: str(c.setting.num_slices)),
         Column("orders", _orders),
         Column("repair", lambda c: _when(c.policy, c.setting.num_slices)),
-        Column("slice\npasses", lambda c: f"{c.training_cost:,}", 100),
+        Column("slice\npasses", lambda c: f"{c.training_cost:,}", 5),
         Column(f"train\n{unit}", lambda c: cost(c, c.training_cost)),
         Column(f"repair\n{unit}", lambda c: cost(c, c.repair_cost.mean)),
-        Column("times", lambda c: _short(c.repairs.mean), 100),
-        Column("stages", lambda c: str(c.stages), 110 if planner.adapter_mb else 0),
+        Column("times", lambda c: _short(c.repairs.mean), 3),
+        Column("stages", lambda c: str(c.stages), 6 if planner.adapter_mb else 0),
         *([Column("MB", lambda c: _short(c.storage_mb or 0))] if planner.adapter_mb else []),
-        Column("life\nreq.", lambda c: _life(c, 1)),
-        Column("life\ndays", lambda c: _life(c, planner.requests_per_day), 100),
-        Column("in\nuse", lambda c: f"{c.in_use.mean:.0%}"),
-        Column("at\nend", _at_the_end, 100),
+        Column("life\nreq.", lambda c: _life(c, 1), 1),
+        Column("life\ndays", lambda c: _life(c, planner.requests_per_day), 4),
+        Column("in\nuse", lambda c: f"{c.mean_in_use:.0%}"),
+        Column("at\nend", _at_the_end, 2),
         Column("dead", lambda c: f"{c.dead.mean:.0%}"),
     ]
 
@@ -171,7 +214,7 @@ def _columns(planner: S3TPlanner) -> list[Column]:
 def _orders(candidate: Candidate) -> str:
     setting = candidate.setting
     if setting.method != "s3t":
-        return {"sisa": "SISA"}.get(setting.method, "from scratch")
+        return BASELINES[setting.method]
     return f"{setting.selection} " + (f"B={setting.budget}" if setting.budget else f"c={setting.cost_budget}")
 
 
@@ -216,8 +259,11 @@ def _legend(planner: S3TPlanner) -> Sequence[str]:
         "> recommended; * no other row is as good in cost, in use, dead and m, and better in one of these",
         "orders: B sequences per shard, or a cost budget c in slice passes per shard",
         f"repair: at a served prefix below a length, after each hit, every so many days; times: until {day}",
-        f"costs: in {unit} over all examples (m L slice passes each), at num_train_epochs=1",
+        "repairs are taken to need no time",
+        f"costs: in {unit} over all examples (m L slice passes each), at num_train_epochs=1;",
+        "a pass over a slice is taken to cost the same whatever the stage trains",
         "life: until the first shard / all shards are dead, if nothing is repaired",
-        f"in use: of the slices, mean until {day}; at end: on that day; ±: 95 % interval of an estimate",
-        f"dead: the chance that some shard was dead before {day}, be it for the moment until its repair",
+        f"in use: of the slices, mean over time until {day}; at end: on that day; ±: 95 % interval",
+        "dead: the chance that nothing of some shard could be served until it was trained again,",
+        f"be it for a moment, before {day}; shards alone: each is trained again from scratch",
     ]

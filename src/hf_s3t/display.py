@@ -26,14 +26,16 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
         ("generation", status.generation),
         ("stages", f"{status.trained} of {status.planned} trained"),
         ("served", ", ".join(status.served) or "nothing: only the base model can answer"),
-        ("repair", f"{status.repair_slice_passes} slice passes for {len(status.missing)} missing stages"),
+        ("slices in use", _in_use_line(status)),
+        ("repair", _repair_line(status)),
         ("examples", UNKNOWN if status.examples is None else status.examples),
         ("deleted examples", UNKNOWN if status.deleted_examples is None else status.deleted_examples),
         ("requests received", status.requests),
         *((f"requests left, {under}", _life_line(left)) for under, left in status.life.items()),
     ]
     if status.dead_shards:
-        rows.insert(3, ("shards without a stage", ", ".join(map(str, status.dead_shards))))
+        names = ", ".join(f"shard {shard}" for shard in status.dead_shards)
+        rows.insert(4, ("dead", f"{names}: nothing of it can be served until it is trained again"))
     if status.interrupted_deletions:
         rows.append(("interrupted deletions", f"{status.interrupted_deletions}: the next delete or train() ends them"))
     if status.exports:
@@ -43,6 +45,18 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
     if unpurged:
         rows.append(("history", still_serves(unpurged)))
     return Group(status.path, _pairs(rows))
+
+
+def _in_use_line(status: Status) -> str:
+    lengths = [*map(len, status.served.values()), *(0 for _ in status.dead_shards)]
+    return f"{sum(lengths)} of {status.num_shards * status.num_slices}; in each shard at least {min(lengths)}"
+
+
+def _repair_line(status: Status) -> str:
+    line = f"{status.repair_slice_passes} slice passes for {len(status.missing)} missing stages"
+    if status.repair_budget is None:
+        return line
+    return f"{line} of a repair by cost ({status.repair_budget}); train() comes back to the config's plan"
 
 
 def _life_line(left: LifeLeft) -> str:

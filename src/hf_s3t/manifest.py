@@ -70,11 +70,11 @@ class RepairBudget:
 
     Args:
         cost_budget (`int`): slice passes that it may cost, over all shards.
-        generation (`int`): of the store when it began.
+        deletions (`int`): how many there had been when it began.
     """
 
     cost_budget: int
-    generation: int
+    deletions: int
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ class Manifest:
     log: Log = field(default_factory=dict)
     deletion_prior: tuple[float, ...] | None = None
     repair: RepairBudget | None = None
+
+    @property
+    def deletions(self) -> int:
+        """How many deletions its stages have obeyed; readmissions are none."""
+        return sum(1 for event in self.log.values() if event.places)
 
     @property
     def weights(self) -> set[str]:
@@ -201,9 +206,9 @@ def _prior(value: Any, plan: Plan) -> tuple[float, ...] | None:
 def _repair(value: Any) -> RepairBudget | None:
     if value is None:
         return None
-    if not isinstance(value, dict) or set(value) != {"cost_budget", "generation"}:
+    if not isinstance(value, dict) or set(value) != {"cost_budget", "deletions"}:
         raise ValueError(f"{value!r:.80} is no budget of a repair")
-    return RepairBudget(read_count(value["cost_budget"]), read_count(value["generation"]))
+    return RepairBudget(read_count(value["cost_budget"]), read_count(value["deletions"]))
 
 
 def _recipe(value: Any) -> dict[str, Any]:

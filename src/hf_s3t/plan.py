@@ -109,10 +109,11 @@ class Plan:
         num_shards (`int`): `m`.
         num_slices (`int`): `L`.
         sequences (`tuple[tuple[Order, ...], ...]`): The orders of each shard, as they are trained. [`Plan.make`] and
-            [`Plan.make_per_shard`] prune them first.
+            [`Plan.make_per_shard`] prune them first. A shard may have none, for which a repair had no money left.
 
     Raises:
-        ValueError: If a number is out of range, an order is invalid, or there is not one list of orders per shard.
+        ValueError: If a number is out of range, an order is invalid, there is not one list of orders per shard, or no
+            shard has any.
 
     >>> Plan.make(1, 3, [(0, 1, 2), (1, 2, 0), (2, 0, 1)]).cost
     12
@@ -129,7 +130,8 @@ class Plan:
             raise ValueError(f"{found}. Give one list of orders per shard.")
         for shard, orders in enumerate(self.sequences):
             try:
-                explicit(orders, self.num_slices)
+                if orders or not any(self.sequences):
+                    explicit(orders, self.num_slices)
             except ValueError as error:
                 raise ValueError(f"Shard {shard}: {error}") from error
 
@@ -183,10 +185,6 @@ class Plan:
     def cost(self) -> int:
         """What the whole plan costs, in slice passes per epoch."""
         return sum(map(training_cost, self.sequences))
-
-    def stage_cost(self, stage: Stage) -> int:
-        """What one stage costs, in slice passes per epoch: it trains on every slice of its prefix."""
-        return stage.depth
 
     def affected(self, slices: Iterable[tuple[int, int]]) -> tuple[Stage, ...]:
         """The plan's stages that a deletion hits. Of stages of an older plan, ask [`Stage.slices`].

@@ -9,27 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 from .arrivals import DeletionRequests, RepairPolicy
 from .bitsets import TABLE_SLICES
-from .candidates import Candidate, Measure, Setting, marked
+from .candidates import BASELINES, Candidate, Measure, Setting, marked
 from .closed_forms import first_slice_chances, life_until_all_dead
-from .optimal import optimal
 from .plan import Plan
-from .sequences import Order, check_budget, check_count, cyclic, prune_orders, select_sequences, training_cost
+from .sequences import check_budget, check_count, cyclic, prune_orders, training_cost
 from .survival import checked_prior, path_cost
 
 SHARDS, SLICES = (1, 2, 5, 10), (2, 4, 8)  # compared where nothing is given
 DAYS = (1, 7, 30, 90)  # between repairs
 FEW_EXAMPLES = 100  # expected in a slice
-MAX_DEAD = 0.05  # the largest chance of a dead shard that is recommended
-ROWS = 25
+SCRATCH_DAYS = (7, 30)  # between trainings from scratch
 MAX_REQUESTS = 10_000  # until the horizon: some minutes
+MAX_DAYS = 36_525  # a hundred years
 
-Choice = tuple[str, int | None, int | None]
-"""Selection, budget and cost budget of a plan."""
+Choice = tuple[str, int | None, int | None]  # selection, budget and cost budget of a plan
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class S3TPlanner:
 
     Shards and slices that are given stay in the recommendation; other numbers are compared beside them. The budget is
     compared with others, too. The recommendation is, of the candidates where the chance that some shard is dead before
-    the horizon is below 5 % and the slices in use are at least `min_in_use` on average, the one that costs least until
-    the horizon. Without `shards`, mind that more shards are always cheaper here: what they cost in quality is not
-    known.
+    the horizon is at most `max_dead` and the slices in use are at least `min_in_use` on average, the one that costs
+    least until the horizon. Without `shards`, mind that more shards are always cheaper here: what they cost in quality
+    is not known.
 
     Args:
         examples (`int`): Rows of the train set.
@@ -57,7 +55,9 @@ class S3TPlanner:
         burst (`int`, *optional*, defaults to 1): Requests that come together and are answered by one repair.
         gpu_hours_per_epoch (`float`, *optional*): Hours of one epoch over all examples.
         adapter_mb (`float`, *optional*): Size in MB of an adapter over all layer groups, without heads.
-        min_in_use (`float`, *optional*, defaults to 0.5): What the recommendation asks of the slices in use.
+        min_in_use (`float`, *optional*, defaults to 0.5): The rule: at least this share of the slices in use.
+        max_dead (`float`, *optional*, defaults to 0.05): The rule: at most this chance that, at some moment before the
+            horizon, nothing of some shard can be served until it is trained again.
         streams (`int`, *optional*, defaults to 300): Streams of requests that are simulated.
         seed (`int`, *optional*, defaults to 0): The same seed gives the same table.
 
@@ -83,6 +83,7 @@ class S3TPlanner:
     gpu_hours_per_epoch: float | None = None
     adapter_mb: float | None = None
     min_in_use: float = 0.5
+    max_dead: float = 0.05
     streams: int = 300
     seed: int = 0
 
@@ -97,6 +98,8 @@ class S3TPlanner:
 
     def _check_numbers(self) -> None:
         check_count("examples", self.examples, 1, 10**12)
+        check_count("examples_per_person", self.examples_per_person, 1, 10**4)
+        check_count("burst", self.burst, 1, 10**4)
         for name, most in (("shards", 10**4), ("slices", 10**4), ("layers", 10**4)):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1, most)
@@ -107,10 +110,11 @@ class S3TPlanner:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number above 0, not {value!r:.40}. Correct it.")
-        if self.horizon_days < 1:
-            raise ValueError(f"horizon_days must be 1 or more, not {self.horizon_days!r:.40}. Give a later day.")
-        if not 0 <= self.min_in_use <= 1:
-            raise ValueError(f"min_in_use must be a share from 0 to 1, not {self.min_in_use!r:.40}. Correct it.")
+        if not 1 <= self.horizon_days <= MAX_DAYS:
+            raise ValueError(f"horizon_days must be from 1 to {MAX_DAYS}, not {self.horizon_days!r:.40}. Correct it.")
+        for name in ("min_in_use", "max_dead"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)!r:.40}. Correct it.")
         check_count("streams", self.streams, 2, 10**5)
         check_count("seed", self.seed, 0, 2**32 - 1)
 
@@ -145,12 +149,9 @@ class S3TPlanner:
         if deleted > self.examples:
             found = f"{deleted:.0f} examples would be deleted until the horizon, but there are {self.examples}"
             raise ValueError(f"{found}. Give fewer requests per day or a nearer horizon.")
-        if self.requests_per_day * self.horizon_days > MAX_REQUESTS:
-            found = (
-                f"{self.requests_per_day * self.horizon_days:.0f} requests until the horizon take too long to simulate"
-            )
+        if (expected := self.requests_per_day * self.horizon_days) > MAX_REQUESTS:
+            found = f"{expected:.0f} requests until the horizon take too long to simulate"
             raise ValueError(f"{found}. Give a horizon of at most {MAX_REQUESTS / self.requests_per_day:.3g} days.")
-        DeletionRequests(None, self.examples_per_person, self.burst, self.requests_per_day)
 
     @property
     def requests(self) -> DeletionRequests:
@@ -169,7 +170,7 @@ class S3TPlanner:
         found: list[Candidate] = []
         seen = set()
         for setting in self._settings():
-            plan = _plan(setting)
+            plan = setting.plan()
             if (setting.method, plan) not in seen:
                 seen.add((setting.method, plan))
                 found += measure.candidates(setting, plan, self._policies(setting, plan))
@@ -184,9 +185,12 @@ class S3TPlanner:
         for size in self._sizes():
             for number, (selection, budget, cost) in enumerate(self._choices(size)):
                 given = number == 0 and self._is_given(size)
-                yield Setting("s3t", *size, selection, budget, cost, prior, given)
-            if self._may_be_chosen(size):
+                setting = Setting("s3t", *size, selection, budget, cost, prior, given)
+                yield setting if given else setting.with_cost_used()
+            if self._may_be_chosen(size) and size[1] > 1:
                 yield Setting("sisa", *size, "cyclic", 1, prior=prior)
+            if self._may_be_chosen(size) and size[0] > 1:
+                yield Setting("shards alone", size[0], 1, "cyclic", 1)
         yield Setting("full retraining", 1, 1, "cyclic", 1)
 
     def _is_given(self, size: tuple[int, int]) -> bool:
@@ -204,12 +208,13 @@ class S3TPlanner:
             )
             sizes = [(m, n) for m in shards for n in slices]
         fit = [size for size in sizes if self._is_given(size) or self._fits(*size)]
-        return list(dict.fromkeys(fit or sizes[:1]))
+        small = [size for size in sizes[:1] if self._fits(*size, few=1)]
+        return list(dict.fromkeys(fit or small or [(self.shards or 1, self.slices or 1)]))
 
-    def _fits(self, shards: int, slices: int) -> bool:
+    def _fits(self, shards: int, slices: int, few: int = FEW_EXAMPLES) -> bool:
         if self.prior is not None and slices != self.slices or slices > (self.layers or slices):
             return False
-        return shards * slices * FEW_EXAMPLES <= self.examples and slices <= TABLE_SLICES
+        return shards * slices * few <= self.examples and slices <= TABLE_SLICES
 
     def _choices(self, size: tuple[int, int]) -> list[Choice]:
         """What was asked for first; then, for the given size, rotations and trees of stages of several costs."""
@@ -234,7 +239,8 @@ class S3TPlanner:
     def _policies(self, setting: Setting, plan: Plan) -> list[RepairPolicy]:
         """Repair policies: for what was given all of them, for the others those that leave something in use."""
         if setting.method != "s3t":
-            return [RepairPolicy(below=setting.num_slices)]
+            apart = [n for n in SCRATCH_DAYS if n < self.horizon_days and setting.method == "full retraining"]
+            return [RepairPolicy(below=setting.num_slices), *(RepairPolicy(every_days=n) for n in apart)]
         life = life_until_all_dead(first_slice_chances(plan, setting.prior)).mean
         days = life / self.requests_per_day / self.examples_per_person
         every = [number for number in DAYS if number < self.horizon_days]
@@ -248,22 +254,26 @@ class S3TPlanner:
 
     # ---- what is recommended ----
 
-    def _obeys(self, candidate: Candidate) -> bool:
-        return candidate.dead.mean < MAX_DEAD and candidate.in_use.mean >= self.min_in_use
+    def obeys(self, candidate: Candidate) -> bool:
+        """Whether it has enough in use, and dead shards seldom enough."""
+        return candidate.dead.mean <= self.max_dead and candidate.mean_in_use >= self.min_in_use
+
+    @property
+    def _pool(self) -> list[Candidate]:
+        return [c for c in self._candidates if c.setting.method == "s3t" and self._may_be_chosen(c.setting.size)]
 
     @property
     def recommended(self) -> Candidate:
         """The candidate that the rule chooses; if none obeys it, the one whose shards die least often."""
-        pool = [c for c in self._candidates if c.setting.method == "s3t" and self._may_be_chosen(c.setting.size)]
-        obeying = [candidate for candidate in pool if self._obeys(candidate)]
+        obeying = [candidate for candidate in self._pool if self.obeys(candidate)]
         if obeying:
             return min(obeying, key=lambda candidate: (candidate.epochs, candidate.setting.num_shards))
-        return min(pool, key=lambda c: (c.dead.mean, -c.in_use.mean, c.epochs))
+        return min(self._pool, key=lambda c: (c.dead.mean, -c.mean_in_use, c.epochs))
 
     @property
     def recommended_plan(self) -> Plan:
         """The plan that a trainer makes of it."""
-        return _plan(self.recommended.setting)
+        return self.recommended.setting.plan()
 
     def _may_be_chosen(self, size: tuple[int, int]) -> bool:
         return self.shards in (None, size[0]) and self.slices in (None, size[1])
@@ -273,56 +283,56 @@ class S3TPlanner:
         """Why it is recommended."""
         size = "plans of this size" if self.shards and self.slices else "plans"
         in_use = f"at least {self.min_in_use:.0%} of the slices are in use on average"
-        rule = f"the chance of a dead shard is below {MAX_DEAD:.0%} and {in_use}"
-        if self._obeys(self.recommended):
+        rule = f"the chance of a dead shard is at most {100 * self.max_dead:.3g}% and {in_use}"
+        if self.obeys(self.recommended):
             return f"Of the {size} where {rule}, it costs least until day {self.horizon_days:g}."
-        return f"There are no {size} where {rule}. Of those compared its shards are dead least often."
+        why = "Of those compared its shards are dead least often."
+        if len({candidate.dead.mean for candidate in self._pool}) == 1:
+            why = "All have dead shards equally often; of those compared it has most in use."
+        return f"There are no {size} where {rule}. {why}"
 
     @property
     def advice(self) -> str:
         """When to repair it."""
-        policy, horizon = self.recommended.policy, f"until day {self.horizon_days:g}"
-        if not policy.repairs:
+        horizon = f"until day {self.horizon_days:g}"
+        if not self.recommended.policy.repairs:
             return f"Repair nothing {horizon}."
-        if policy.every_days:
-            when = f"every {policy.every_days:g} days"
-        elif policy.below == self.recommended.setting.num_slices:
-            when = "after each deletion"
-        else:
-            when = f"as soon as a served prefix in `hf-s3t status` is shorter than {policy.below}"
-        return f"Repair, by train() again, {when}: about {self.recommended.repairs.mean:.0f} times {horizon}."
-
-    @property
-    def shortlist(self) -> list[Candidate]:
-        """What a table shows: at most 25 candidates, grouped as the command line does.
-
-        They are what was given and the recommended one; for each other size the cheapest that obeys the rule; the
-        marked ones of the recommended size; the baselines.
-        """
-        size, chosen = self.recommended.setting.size, [self.recommended]
-        others = [
-            c for c in self._candidates if c.setting.method == "s3t" and c.setting.size != size and self._obeys(c)
-        ]
-        for other in dict.fromkeys(candidate.setting.size for candidate in others):
-            chosen.append(min((c for c in others if c.setting.size == other), key=lambda c: c.epochs))
-        own = [c for c in self._candidates if c.setting.size == size]
-        chosen += [c for c in self._candidates if c.setting.method == "full retraining"]
-        chosen += [c for c in own if c.setting.given or c.setting.method == "sisa"]
-        best = sorted((c for c in own if c.pareto), key=lambda c: (not self._obeys(c), c.epochs))
-        shown = list(dict.fromkeys(map(id, chosen + best)))[:ROWS]
-        rows = [candidate for candidate in self._candidates if id(candidate) in shown]
-        return sorted(rows, key=lambda c: (*self._position(c)[:2], c.setting.size != size))
+        times = f"about {self.recommended.repairs.mean:.0f} times"
+        return f"Repair, by train() again, {_when(self.recommended)}: {times} {horizon}."
 
     @property
     def notes(self) -> list[str]:
         """What should be known of the recommended plan beside its numbers."""
         places = self.recommended.setting.places
-        notes = []
+        notes = [self._comparison()]
+        if self.shards is None:
+            notes.append("More shards are always cheaper here: what they cost in quality is not known to the table.")
         if self.examples < FEW_EXAMPLES * places:
             empty = places * (1 - 1 / places) ** self.examples
             per_slice = f"{self.examples / places:.3g} examples per slice on average"
             notes.append(f"There are only {per_slice}; {empty:.2g} of {places} slices are expected to be empty.")
         return notes
+
+    def _comparison(self) -> str:
+        """What a request costs, and which baselines are cheaper."""
+        chosen, requests = self.recommended, self.requests_per_day * self.horizon_days
+        told = f"Training and repairs cost {self._cost(chosen.epochs / requests)} per request."
+        cheaper = [
+            f"{BASELINES[c.setting.method]} {_when(c)} ({self._cost(c.epochs)}, {c.mean_in_use:.0%} in use)"
+            for c in self._candidates
+            if c.setting.method != "s3t" and c.setting.num_shards in (1, chosen.setting.num_shards)
+            if c.epochs < chosen.epochs
+        ]
+        if not cheaper:
+            return told
+        own = f"{self._cost(chosen.epochs)} until day {self.horizon_days:g}"
+        buys = "What S3T buys is that a request waits for no training while no shard is dead."
+        return f"{told} Cheaper than its {own}: {'; '.join(cheaper)}. {buys}"
+
+    def _cost(self, epochs: float) -> str:
+        number = epochs * (self.gpu_hours_per_epoch or 1)
+        shown = f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+        return f"{shown} GPU hours" if self.gpu_hours_per_epoch else f"{shown} epochs"
 
     def to_json(self) -> dict[str, Any]:
         """What was asked, every candidate and the recommendation, as plain data."""
@@ -331,15 +341,9 @@ class S3TPlanner:
         return {"asked": asdict(self), "recommended": self.recommended.to_json() | told, "candidates": candidates}
 
 
-def _plan(setting: Setting) -> Plan:
-    """The plan that a trainer makes of these settings."""
-    if setting.selection == "optimal":
-        orders = _optimal(setting.num_slices, setting.cost_budget, setting.prior)
-    else:
-        orders = tuple(select_sequences(setting.selection, setting.num_slices, setting.budget))
-    return Plan.make(setting.num_shards, setting.num_slices, orders)
-
-
-@cache
-def _optimal(num_slices: int, cost_budget: int, prior: tuple[float, ...] | None) -> tuple[Order, ...]:
-    return optimal(num_slices, cost_budget=cost_budget, prior=prior).orders
+def _when(candidate: Candidate) -> str:
+    if candidate.policy.every_days:
+        return f"every {candidate.policy.every_days:g} days"
+    if candidate.policy.below == candidate.setting.num_slices:
+        return "after each deletion"
+    return f"as soon as a served prefix in `hf-s3t status` is shorter than {candidate.policy.below}"

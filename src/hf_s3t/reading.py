@@ -9,12 +9,33 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from .partition import keyed_digest, raw_rows, row_digest
 from .store import S3TStore
+
+Stores = Annotated[list[str], typer.Argument(help="Stores: the output_dir of a training, or a repository.")]
+OneStore = Annotated[str, typer.Argument(help="A store: the output_dir of a training.")]
+Ids = Annotated[list[str] | None, typer.Option("--ids", help="An id; give the option again for another one.")]
+IdsFile = Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line; - is standard input.")]
+Groups = Annotated[list[str] | None, typer.Option("--groups", help="A group; give the option again for another one.")]
+GroupsFile = Annotated[Path | None, typer.Option("--groups-file", help="File with one group per line.")]
+Reference = Annotated[str | None, typer.Option(help="Your name for the request, kept in the private receipt.")]
+KeyFile = Annotated[Path | None, typer.Option(help="File with the partition key, where .s3t/ does not hold it.")]
+StateFolder = Annotated[
+    Path | None, typer.Option("--state", help="Folder of the state of a repository's store; also HF_S3T_STATE.")
+]
+KeepRefs = Annotated[
+    list[str] | None,
+    typer.Option("--keep-ref", help="A branch, tag or pull request to keep; all others are removed. Repeatable."),
+]
+DropRefs = Annotated[bool, typer.Option("--drop-refs", help="Remove every ref but the main branch.")]
+Prior = Annotated[
+    str | None, typer.Option(help="Chance that a request hits each slice, 0.4,0.3,0.3. Default: the plan's own.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document: a list with an outcome per store.")]
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 

@@ -33,19 +33,17 @@ class Wanted:
 
     Args:
         recipe (`dict`): every setting that changes bits.
-        plan ([`Plan`]): may differ from the store's; live stages are kept.
+        plan ([`Plan`], *optional*): may differ from the store's; live stages are kept. `None`: the store's stays, a
+            repair by cost is to come; see [`plan_repair`].
         prior (`list[float]`, *optional*): chance that a request hits each slice.
-        cost_budget (`int`, *optional*): not `plan`, but the stages that add most to what lives, for that many slice
-            passes over all shards.
         rows ([`TrainRows`]): the train set.
         missing (`"error"`, `"delete"` or `"ignore"`): for rows that are gone or changed.
         extend (`bool`): train stages again that saw other rows than the train set has for them now.
     """
 
     recipe: dict[str, Any]
-    plan: Plan
+    plan: Plan | None
     prior: list[float] | None
-    cost_budget: int | None
     rows: TrainRows
     missing: Missing
     extend: bool
@@ -61,12 +59,12 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
         ValueError: a repair by cost is asked for, and nothing was trained yet.
     """
     if not store.exists:
-        if wanted.cost_budget is not None:
+        if wanted.plan is None:
             raise ValueError(
                 f"There is no store in {store.path} to repair. Train one first; for a plan of a given cost use "
                 "S3TConfig(sequence_selection='optimal', cost_budget=...)."
             )
-        return _create(store, config, wanted)
+        return _create(store, config, wanted, wanted.plan)
     manifest, state = store.manifest(), store.state()
     check_same(manifest.recipe, wanted.recipe)
     check_generation(store, manifest, state)
@@ -74,34 +72,49 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
     comparison = compare(index, rows)
     if manifest.stages and (comparison.missing or comparison.changed):
         manifest, index = _settle_differences(store, comparison, wanted, manifest, index)
-    outdated = _outdated(manifest, store.state(), wanted.rows) if wanted.extend else []
-    manifest = _planned(manifest.without(outdated), wanted)
-    if outdated:
-        manifest = store.write_root(manifest)
+    if wanted.plan is not None:
+        manifest = replace(manifest, plan=wanted.plan, deletion_prior=_chances(wanted.prior), repair=None)
+    if manifest.stages and wanted.extend:
+        manifest = store.write_root(manifest.without(_outdated(manifest, store.state(), wanted.rows)))
     _write(store, manifest, {**rows, **index} if manifest.stages else rows, wanted)
     return manifest
 
 
-def _planned(manifest: Manifest, wanted: Wanted) -> Manifest:
-    """The manifest with the plan to train: the one of the config, or the best one for what still lives."""
-    if wanted.cost_budget is None:
-        return replace(manifest, plan=wanted.plan, deletion_prior=_chances(wanted), repair=None)
-    repair = RepairBudget(wanted.cost_budget, manifest.generation)
-    if manifest.repair == repair:  # a repair that was stopped goes on: its own stages must not count as alive
-        return manifest
+def plan_repair(store: S3TStore, cost_budget: int, prior: list[float] | None) -> Manifest:
+    """Makes the stages that add most to what lives the store's plan, after [`reconcile`].
+
+    The search may take minutes, and a deletion must not wait for it: the write lock is taken afterwards, and if
+    something was deleted meanwhile the search begins again.
+
+    Args:
+        cost_budget (`int`): slice passes that they may cost, over all shards.
+        prior (`list[float]`, *optional*): chance that a request hits each slice.
+    """
+    while True:
+        before = store.manifest()
+        repair = RepairBudget(cost_budget, before.deletions)
+        if (before.repair, before.deletion_prior) == (repair, _chances(prior)):
+            return before  # a repair that was stopped goes on: its own stages must not count as alive
+        plan = _best_plan(before, cost_budget, prior)
+        with store.writing():
+            if store.manifest() == before:
+                manifest = replace(before, plan=plan, deletion_prior=_chances(prior), repair=repair)
+                store.write_manifest(manifest)
+                return manifest
+
+
+def _best_plan(manifest: Manifest, cost_budget: int, prior: list[float] | None) -> Plan:
     num_shards, num_slices = manifest.plan.num_shards, manifest.plan.num_slices
     surviving = manifest.plan.surviving(manifest.stages)
     alive = [surviving.get(shard, ()) for shard in range(num_shards)]
-    orders = best_repair(num_slices, alive, wanted.cost_budget, wanted.prior)
-    plan = Plan(num_shards, num_slices, tuple(orders))
-    return replace(manifest, plan=plan, deletion_prior=_chances(wanted), repair=repair)
+    return Plan(num_shards, num_slices, tuple(best_repair(num_slices, alive, cost_budget, prior)))
 
 
-def _chances(wanted: Wanted) -> tuple[float, ...] | None:
-    return None if wanted.prior is None else tuple(wanted.prior)
+def _chances(prior: list[float] | None) -> tuple[float, ...] | None:
+    return None if prior is None else tuple(prior)
 
 
-def _create(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
+def _create(store: S3TStore, config: S3TConfig, wanted: Wanted, plan: Plan) -> Manifest:
     key = store.key
     # A state that was imported, or is left from a store that is gone: what it buries stays buried.
     state = replace(deletion.state_or_none(store) or State(key_check=key_check_value(key)), stages={})
@@ -115,8 +128,8 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
         store.private,
     )
     manifest = Manifest(
-        len(state.log), state.digest(key), key_check_value(key), wanted.recipe, wanted.plan, log=state.log,
-        deletion_prior=_chances(wanted),
+        len(state.log), state.digest(key), key_check_value(key), wanted.recipe, plan, log=state.log,
+        deletion_prior=_chances(wanted.prior),
     )  # fmt: skip
     store.write_state(state)
     _write(store, manifest, index, wanted)

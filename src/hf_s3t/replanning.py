@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from .optimal import measures
 from .search import Measure, first_best
 from .sequences import Order, check_count, explicit, training_cost
-from .survival import Path
+from .survival import LATTICE_SLICES, Path
 from .trees import MAX_COST, Growth, Tree, best_tree, tidied
 
 LEAST_EFFORT = 50  # searches for a path that every damage state gets, however many there are
@@ -61,9 +61,12 @@ def best_repair(
     measure, judge = measures(prior, num_slices, performance, None, seed)
     kept = _checked(alive, num_slices)
     repair = _Repair(measure, judge, seed, kept)
-    if measure.effort:
+    if num_slices <= LATTICE_SLICES and cost_budget >= len(kept) * num_slices << (num_slices - 1):
+        trees = [best_tree(measure, cost_budget, alive=orders) for orders in kept]  # every set of every shard
+    elif measure.effort:
         trees = repair.searched(repair.rounded(repair.shared_out(kept, cost_budget), cost_budget))
-        trees = repair.shared_out(trees, cost_budget - repair.cost(trees))  # what the search has saved
+        trees = repair.topped_up(trees, cost_budget - repair.cost(trees))
+        trees = repair.shared_out(trees, cost_budget - repair.cost(trees))
     else:
         trees = repair.evenly(cost_budget)
     return [tuple(tidied(orders, tree[len(orders) :])) for orders, tree in zip(kept, trees, strict=True)]
@@ -174,3 +177,19 @@ class _Repair:
                 other = best_tree(self.measure, share, self.seed, self.judge, kept, effort)
                 cases[kept, tree] = first_best(self.judge, [list(tree), other])
         return [cases[tuple(kept), tuple(tree)] for kept, tree in zip(self.kept, trees, strict=True)]
+
+    def topped_up(self, trees: Sequence[list[Order]], room: int) -> list[list[Order]]:
+        """What is left over goes to the one shard in which the best tree of so much more adds most."""
+        if not room:
+            return list(trees)
+        cases = {
+            (tuple(kept), tuple(tree)): shard for shard, (kept, tree) in enumerate(zip(self.kept, trees, strict=True))
+        }
+        effort = max(LEAST_EFFORT, self.measure.effort // len(cases))
+        offers = []
+        for (kept, tree), shard in cases.items():
+            share = training_cost(tree) - training_cost(kept) + room
+            other = best_tree(self.measure, share, self.seed, self.judge, kept, effort)
+            offers.append((self.judge.value(other) - (self.judge.value(tree) if tree else 0.0), shard, other))
+        added, chosen, other = max(offers, key=lambda offer: offer[0])
+        return [other if shard == chosen and added > 0 else tree for shard, tree in enumerate(trees)]

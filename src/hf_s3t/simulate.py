@@ -61,6 +61,9 @@ def simulate(
     >>> bool(result.requests_until_all_dead.low < 3 < result.requests_until_all_dead.high)
     True
     """
+    if not isinstance(plan, Plan) or not isinstance(requests, DeletionRequests | None):
+        found = f"a {type(plan).__name__} and a {type(requests).__name__}"
+        raise ValueError(f"simulate() takes a Plan and a DeletionRequests, not {found}. Name the others: policy=...")
     sets = StageSets.of(plan)
     requests, policy = requests or DeletionRequests(), policy or RepairPolicy()
     if policy.below is not None and policy.below > sets.full.min():

@@ -75,14 +75,19 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
         )
 
 
-def check_repair(repair: Repair, cost_budget: int | None) -> None:
+def check_repair(repair: Repair, cost_budget: int | None, extend: bool) -> None:
     """Raises `ValueError` unless a cost budget is given for the best repair, and for nothing else."""
     if repair not in ("all", "best"):
         raise ValueError(f"`repair` must be 'all' or 'best', got {repair!r}.")
     if (repair == "best") != (cost_budget is not None):
         raise ValueError(
-            f"`repair={repair!r}` with `cost_budget={cost_budget}`: the best repair needs a number of slice passes to "
-            "spend, and a repair of everything has none. Pass both `repair='best'` and `cost_budget`, or neither."
+            f"`repair={repair!r}` with `cost_budget={cost_budget}`: `repair='best'` needs the number of slice passes "
+            "to spend, `repair='all'` trains whatever is missing. Pass `repair='best'` and `cost_budget`, or neither."
+        )
+    if cost_budget is not None and extend:
+        raise ValueError(
+            "`extend=True` trains live stages again, whatever they cost, which a cost budget forbids. Run `train()` "
+            "without `repair` for the new rows, or make a trainer without `extend` for the repair."
         )
     if cost_budget is not None:
         check_count("cost_budget, in slice passes per epoch over all shards,", cost_budget, 1, MAX_COST)

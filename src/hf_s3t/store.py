@@ -68,10 +68,14 @@ class Status:
 
     `requests` are the deletions received. `life` says how many more requests, each for one example, the store is
     expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under the prior.
+    `repair_budget` is there where the plan is that of a repair by cost: the config's may lack more.
     """
 
     path: str
     generation: int
+    num_shards: int
+    num_slices: int
+    repair_budget: int | None
     planned: int
     trained: int
     missing: tuple[str, ...]
@@ -166,6 +170,9 @@ class S3TStore(StoreFolder):
         return Status(
             path=str(self.path),
             generation=manifest.generation,
+            num_shards=manifest.plan.num_shards,
+            num_slices=manifest.plan.num_slices,
+            repair_budget=manifest.repair.cost_budget if manifest.repair else None,
             planned=len(manifest.plan.stages),
             trained=len(manifest.stages),
             missing=tuple(stage.name for stage in missing),
@@ -174,7 +181,7 @@ class S3TStore(StoreFolder):
             dead_shards=tuple(shard for shard in range(manifest.plan.num_shards) if shard not in served),
             examples=examples,
             deleted_examples=deleted,
-            requests=sum(1 for event in manifest.log.values() if event.places),
+            requests=manifest.deletions,
             interrupted_deletions=len(self.intents()),
             exports=tuple(read_exports(self)),
             stale_exports=tuple(stale),

@@ -246,7 +246,7 @@ class Lattice:
     @property
     def effort(self) -> int:
         """How many searches for a path take a few seconds; fewer where there are few sets to choose from."""
-        return int(min(8000, 64 << self.num_slices, 6e8 / (self.num_slices**2 << self.num_slices)))
+        return int(min(8000, 250 << self.num_slices, 6e8 / (self.num_slices**2 << self.num_slices)))
 
     def profile(self, order: Order) -> np.ndarray:
         """Per untouched set, how many slices of one order survive, `(2^L,)`."""

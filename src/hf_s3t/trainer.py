@@ -37,7 +37,7 @@ from .folder import LOCK_SECONDS
 from .orders import StageDropped, StageOrder, commit, is_hit, next_order, running_folder
 from .plan import Stage
 from .recipe import make_recipe
-from .reconcile import Missing, Wanted, reconcile
+from .reconcile import Missing, Wanted, plan_repair, reconcile
 from .rows import TrainRows
 from .serving import ServedModelMixin
 from .staging import (
@@ -154,9 +154,10 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
 
         `repair="best"` does not come back to the config's plan: it spends at most `cost_budget` slice passes per
         epoch, over all shards, on the stages that add most given what still lives, and what lives costs nothing.
-        Those stages are the plan from then on. Called again with the same budget before another deletion, it goes on
-        with them (a killed repair), or trains nothing. What a deletion removes of them while they train is trained
-        again on the rest, as of any plan.
+        What is added is served length over the requests to come: where a short stage promises more than a long prefix,
+        the prefix that is served now stays as it is. Those stages are the plan from then on, until `repair="all"`.
+        Called again with the same budget before another deletion, it goes on with them (a killed repair), or trains
+        nothing. What a deletion removes of them while they train is trained again on the rest, as of any plan.
 
         Args:
             resume_from_checkpoint (`bool`, *optional*): a killed stage is always resumed; only `None`, `True` and
@@ -176,7 +177,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         """
         if resume_from_checkpoint not in (None, True, False) or trial is not None:
             raise ValueError("`train()` resumes from the store itself; pass no checkpoint path and no trial.")
-        check_repair(repair, cost_budget)
+        check_repair(repair, cost_budget, self.extend)
         if self._rows is None:
             raise ValueError("`train()` needs a `train_dataset`.")
         with self._training_lock():
@@ -204,17 +205,20 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             if self.is_world_process_zero():
                 self.store.train_lock.release()
 
-    def _open_store(self, cost_budget: int | None) -> str:
+    def _open_store(self, cost_budget: int | None = None) -> str:
         """Brings store, settings and rows into agreement; returns what is about to be trained, in one line."""
         recipe = make_recipe(
             self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
             self.data_collator, self.base_model_id, self._drawn_heads,
             user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.on,
         )  # fmt: skip
-        plan, prior = make_plan(self.s3t_config, self.args.seed), self.s3t_config.deletion_prior
-        wanted = Wanted(recipe, plan, prior, cost_budget, self.rows, self.missing, self.extend)
+        prior = self.s3t_config.deletion_prior
+        wanted_plan = make_plan(self.s3t_config, self.args.seed) if cost_budget is None else None
+        wanted = Wanted(recipe, wanted_plan, prior, self.rows, self.missing, self.extend)
         with self.store.writing():
             manifest = reconcile(self.store, self.s3t_config, wanted)
+        if cost_budget is not None:
+            manifest = plan_repair(self.store, cost_budget, prior)
         plan = manifest.plan
         missing = plan.missing(manifest.stages)
         cost = sum(stage.depth for stage in missing)

@@ -92,7 +92,7 @@ class Tree:
     @property
     def root(self) -> float:
         """Where the base model stands."""
-        first = [x for stage, x in self.across.items() if stage.parent is None]
+        first = [x for stage, x in self.across.items() if stage.parent is None] or [0.0]
         return (min(first) + max(first)) / 2
 
 
