@@ -252,7 +252,8 @@ def count_frames(function: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
     return result, dict(counters["stats"])
 
 
-@pytest.mark.parametrize(("shape", "whole"), [("llama", True), pytest.param("bert", False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("shape", "whole"), [("llama", True), ("bert", False)])
+@pytest.mark.slow
 def test_a_deletion_does_not_recompile(shape: str, whole: bool, tmp_path: Path) -> None:
     torch._dynamo.reset()
     store, inputs = copy(shape, tmp_path), inputs_of(shape)

@@ -272,6 +272,7 @@ def test_another_partition_key(trained: Path) -> None:
 # Heads that the base lacks
 
 
+@pytest.mark.slow
 def test_a_missing_head_is_the_same_in_every_process(tmp_path: Path) -> None:
     config = models.tiny_bert().config
     BertModel(config).save_pretrained(tmp_path / "base")
