@@ -28,7 +28,8 @@ from trainers import logits
 
 LONG = 30.0
 GENERATION = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
-KINDS = pytest.mark.parametrize("shape", ["llama", "llama-all", "bert", "roberta"])
+ROBERTA = pytest.param("roberta", marks=pytest.mark.slow)
+KINDS = pytest.mark.parametrize("shape", ["llama", "llama-all", "bert", ROBERTA])
 
 
 @pytest.fixture

@@ -235,6 +235,7 @@ def test_new_rows_wait_for_the_next_stage_unless_asked_for(tmp_path: Path) -> No
 # Other processes, other versions
 
 
+@pytest.mark.slow
 def test_a_second_training_is_refused_and_the_holder_named(trained: Path) -> None:
     hold = """
         import sys
