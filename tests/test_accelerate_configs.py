@@ -102,6 +102,7 @@ def test_every_key_is_known_and_explained(path: Path) -> None:
     assert keys and not [lines[number] for number in keys if not lines[number - 1].startswith("# ")]
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_machine(tmp_path: Path) -> None:
     assert launch(tmp_path, "cpu_2_processes.yaml", ()) == [expected(0, 0), expected(1, 1)]
 

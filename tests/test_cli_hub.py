@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from hf_s3t import S3TStore, cli
@@ -167,6 +168,7 @@ def empty(name: str) -> None:
     HfApi().create_repo(name)
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_a_message(machine: Machine, new_machine: Any, tmp_path: Path) -> None:
     machine(pushed, folder=str(tmp_path / "out"), name="owner/model")
     machine(command, line=["delete", "owner/model", "--slices", "0:1"], variables={})

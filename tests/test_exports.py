@@ -431,6 +431,7 @@ def influence(path: Path, carried: set[str]) -> bool:
     return any(digest in carried for digest in tree(path).values())
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant_no_copy_carries_the_influence_unreported(made, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_s3t.deletion._receipt_name", lambda: "receipt-1")  # it is in the manifest
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)

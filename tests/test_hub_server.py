@@ -523,7 +523,7 @@ def by_hash(api, xet_hash, size):
         return type(error).__name__
 
 
-@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("together", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_xet_files_are_uploaded_downloaded_and_purged(server, tmp_path, together):
     old = ask(server, tmp_path / "writer", push_apart, xet=True, files=FILES, together=together)
     repository = server.repository("owner/model")

@@ -28,7 +28,8 @@ from trainers import logits
 
 LONG = 30.0
 GENERATION = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
-KINDS = pytest.mark.parametrize("shape", ["llama", "llama-all", "bert", "roberta"])
+ROBERTA = pytest.param("roberta", marks=pytest.mark.slow)
+KINDS = pytest.mark.parametrize("shape", ["llama", "llama-all", "bert", ROBERTA])
 
 
 @pytest.fixture
@@ -252,7 +253,8 @@ def count_frames(function: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
     return result, dict(counters["stats"])
 
 
-@pytest.mark.parametrize(("shape", "whole"), [("llama", True), pytest.param("bert", False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("shape", "whole"), [("llama", True), ("bert", False)])
+@pytest.mark.slow
 def test_a_deletion_does_not_recompile(shape: str, whole: bool, tmp_path: Path) -> None:
     torch._dynamo.reset()
     store, inputs = copy(shape, tmp_path), inputs_of(shape)

@@ -97,7 +97,7 @@ def test_one_sequence_is_the_coldest_first(quick, family):
 
 
 @every_prior
-@pytest.mark.parametrize("num_slices", [3, 4, 5, 6, 8])
+@pytest.mark.parametrize("num_slices", [3, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 6, 8))])
 @pytest.mark.parametrize("requests, performance", [(None, False), (12, True)])
 def test_never_below_the_rotations_nor_above_the_bounds(quick, family, num_slices, requests, performance):
     curve = [0.7 + 0.3 * k / num_slices for k in range(1, num_slices + 1)] if performance else None
@@ -215,7 +215,7 @@ def test_the_best_of_all_trees_is_found(family, num_slices, requests):
 
 
 @every_prior
-@pytest.mark.parametrize("num_slices", [3, 5, 6, 8])
+@pytest.mark.parametrize("num_slices", [3, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8))])
 @pytest.mark.parametrize("requests", [None, 15])
 def test_trees_are_never_below_pruned_rotations_of_the_same_cost(quick, family, num_slices, requests):
     measure = Lattice(family(num_slices), None, requests)

@@ -102,9 +102,10 @@ TREES = {
     "80 leaves": (Plan.make(1, 8, random_orders(8, 80, seed=0)), None),
     "168 leaves": (Plan.make(1, 16, PREFIXES[::20], prune=False), None),
 }
+LARGE = {"16 slices", "40 slices", "168 leaves"}
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in TREES])
 def test_tree_has_every_stage_and_nothing_overlaps(name, tmp_path):
     plan, trained = TREES[name]
     figure = draw_tree(plan, trained, tmp_path / "tree.png")

@@ -353,6 +353,7 @@ def test_this_machines_caches_forget_the_removed_weights(new_case: Any, tmp_path
 # ---- Xet ----
 
 
+@pytest.mark.slow
 def test_with_xet_files_are_gone_and_what_is_not_proven_is_said(server: Server, new_case: Any) -> None:
     case = new_case(xet=True)
     assert not list((case.repository.path / "lfs").iterdir()) and len(server.hub.cas.xorbs()) >= 4

@@ -44,6 +44,7 @@ def short_demo(tmp_path):
     return script
 
 
+@pytest.mark.slow
 def test_the_demo_goes_through_all_its_steps(short_demo, tmp_path):
     text = launch(short_demo, "--output_dir", str(tmp_path / "demo"), cwd=tmp_path)
     names = "the deleted person|others in her slice|the rest of her shard|the other shard|people never trained on"

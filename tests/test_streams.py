@@ -68,8 +68,6 @@ def requests_until_nothing_is_left(store: S3TStore, plan: Plan, hits: list[Place
 @pytest.mark.parametrize(
     "m, num_slices, budget, seeds",
     [
-        (5, 4, 1, range(3)),
-        (5, 4, 4, range(10, 12)),
         (2, 3, 2, range(20, 35)),
         pytest.param(5, 4, 1, range(80, 100), marks=pytest.mark.slow),
         pytest.param(5, 4, 4, range(30, 50), marks=pytest.mark.slow),

@@ -235,6 +235,7 @@ def test_new_rows_wait_for_the_next_stage_unless_asked_for(tmp_path: Path) -> No
 # Other processes, other versions
 
 
+@pytest.mark.slow
 def test_a_second_training_is_refused_and_the_holder_named(trained: Path) -> None:
     hold = """
         import sys
@@ -272,6 +273,7 @@ def test_another_partition_key(trained: Path) -> None:
 # Heads that the base lacks
 
 
+@pytest.mark.slow
 def test_a_missing_head_is_the_same_in_every_process(tmp_path: Path) -> None:
     config = models.tiny_bert().config
     BertModel(config).save_pretrained(tmp_path / "base")
