@@ -92,9 +92,9 @@ class Shape:
 class Settings:
     """What a run is made of; written to the JSON file as it is."""
 
-    llama: Shape = field(default_factory=lambda: Shape(16, 384, 1024, 6, 96, 4))
-    bert: Shape = field(default_factory=lambda: Shape(24, 256, 1024, 4, 96, 3))
-    small: Shape = field(default_factory=lambda: Shape(8, 128, 352, 4, 64, 2))
+    llama: Shape = field(default_factory=lambda: Shape(16, 384, 1024, 6, 96, 4, epochs=1))
+    bert: Shape = field(default_factory=lambda: Shape(24, 384, 1536, 6, 96, 3, epochs=1))
+    small: Shape = field(default_factory=lambda: Shape(8, 160, 432, 5, 96, 2))
     repeats: int = 7
     full_repeats: int = 3
     full_orders: int = 24
@@ -127,6 +127,7 @@ class Bench:
     kind = "CAUSAL_LM"
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     pattern = "layers"
+    eval_trunk = False
 
     def __init__(self, shape: Shape, seed: int):
         self.shape = shape
@@ -210,7 +211,7 @@ class Bench:
         plan = config or {"budget": 1}
         return S3TTrainer(
             self.fresh(), self.arguments(folder), default_data_collator, self.rows, partition_key=KEY,
-            activation_cache=cache, callbacks=[watch],
+            activation_cache=cache, eval_trunk=self.eval_trunk and cache != "off", callbacks=[watch],
             peft_config=S3TConfig(
                 num_slices=SLICES, layers_per_slice=self.shape.per_stage, r=self.shape.r, task_type=self.kind,
                 target_modules=list(self.targets), slice_columns=("shard", "slice"), **plan,
@@ -269,10 +270,10 @@ class Bench:
 
 
 class BertBench(Bench):
-    """The same over a BERT-shaped classifier without dropout."""
+    """The same over a BERT-shaped classifier without dropout, with LoRA where PEFT puts it by default."""
 
     kind = "SEQ_CLS"
-    targets = ("query", "key", "value", "intermediate.dense", "attention.output.dense")
+    targets = ("query", "value")
     pattern = "layer"
 
     def make(self) -> Any:
