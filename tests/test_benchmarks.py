@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,18 @@ def test_training_writes_its_figures(tmp_path: Path) -> None:
     for name in ratios:
         assert figures[f"{name}_p10"] <= figures[name] <= figures[f"{name}_p90"] and figures[name] > 0
     assert figures["full_budget_passes"] == 2 * 10 / 32
+
+
+@pytest.mark.slow
+def test_gpu_writes_its_figures_without_a_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--quick", "--json", str(file)]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(file.read_text())["figures"]
+    for precision in ("8bit", "bf16"):
+        for way in ("paper", "stock", "uncached", "cached"):
+            for stage in (1, 2, 3, 4):
+                assert figures[f"{precision}_{way}_stage{stage}_tokens_per_s"] > 0
+        assert figures[f"{precision}_off_bit_equal"] and figures[f"{precision}_disk_bit_equal"]

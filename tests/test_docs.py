@@ -132,3 +132,28 @@ def test_the_page_on_the_hub(out: Path) -> None:
     assert "still served at" in texts[5] and "still serves what was deleted by" in texts[6]
     assert "no longer served" in texts[7] and "no longer served" in texts[8]
     assert (out.parent / "copy/.s3t/state.json").exists() and "generation 1" in texts[10]
+
+
+def table_rows(page: str, beginning: str) -> list[list[str]]:
+    """Cells of the table that begins so, without its first two lines."""
+    table = page[page.index(f"\n{beginning}") + 1 :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def test_the_tables_on_speed() -> None:
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    counted = [row for row in table_rows(page, "| | paper |") if row[0] != "formula"]
+    assert len(counted) == 5
+    for case, *passes in counted:
+        layers, *trained, stages = [int(number) for number in re.findall(r"\d+", case)]
+        group, depths = (trained or [layers])[0] // stages, range(1, stages + 1)
+        paper = sum(depth * 3 * layers for depth in depths)
+        uncached = sum(depth * (layers + depth * group) for depth in depths)
+        cached = sum(depth * 2 * depth * group for depth in depths)
+        assert [int(cell) for cell in passes] == [paper, uncached, cached]
+    sizes = table_rows(page, "| model |")
+    assert len(sizes) == 3
+    for _, shape, one, four, eight in sizes:
+        entrance = 1e6 * int(shape.split()[1].replace(",", "")) * 2 / 1e9  # a million positions in bf16
+        assert float(one.split()[0]) == round(entrance, 1)
+        assert [float(cell.split()[0]) for cell in (four, eight)] == [round(entrance * count) for count in (3, 7)]
