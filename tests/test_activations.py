@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import re
-import struct
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,8 @@ from datasets import Dataset
 from transformers import (
     BertConfig,
     BertForMultipleChoice,
+    OPTConfig,
+    OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -28,7 +29,7 @@ from transformers import (
 
 import models
 from hf_s3t import RecipeError, S3TConfig, S3TMixin, S3TStore, S3TTrainer
-from hf_s3t.activations import BlockName, FileBlocks, FileWriter, Row, choose_blocks, layer_passes
+from hf_s3t.activations import BlockName, FileBlocks, FileWriter, choose_blocks, layer_passes
 from hf_s3t.alone import check_cache
 from hf_s3t.partition import keyed_digest
 from killing import in_child
@@ -39,6 +40,7 @@ from trainings import (
     CASES,
     KEY,
     VICTIM_SLICE,
+    WEIGHTS,
     World,
     assert_same_stores,
     make_trainer,
@@ -134,7 +136,7 @@ def test_losses_of_rows_of_different_lengths(tmp_path):
     cached = losses_of(make_trainer(tmp_path / "cached", CASES["llama"], activation_cache="disk", **common))
     plain = losses_of(make_trainer(tmp_path / "plain", CASES["llama"], **common))
     torch.testing.assert_close(torch.tensor(cached), torch.tensor(plain), rtol=0, atol=1e-5)
-    lengths = {row.length for file in blocks_of(tmp_path / "cached").values() for row in block(file).rows}
+    lengths = {len(states) for file in blocks_of(tmp_path / "cached").values() for states in block(file).states}
     assert lengths == set(range(4, 13))
 
 
@@ -147,9 +149,7 @@ class BlockReader(FileBlocks):
     """Reads a file of whatever settings."""
 
     def __init__(self, path: Path):
-        text = path.read_bytes()
-        (length,) = struct.unpack("<Q", text[-40:-32])
-        super().__init__(path.parent.parent, re.search(rb'"tie": "(\w+)"', text[-40 - length :])[1].decode())
+        super().__init__(path.parent.parent, re.search(rb'"tie": "(\w+)"', path.read_bytes())[1].decode())
 
 
 def test_where_and_how_much_is_kept_changes_no_bit(world, tmp_path):
@@ -283,7 +283,7 @@ def test_an_example_of_several_rows(tmp_path):
         found[cache] = torch.tensor(losses_of(trainer))
     torch.testing.assert_close(found["disk"], found["off"], rtol=0, atol=1e-5)
     whole = block(next(iter(blocks_of(tmp_path / "disk").values())))
-    assert set(Counter(row.example for row in whole.rows).values()) == {2}
+    assert set(Counter(example for example, _ in whole.examples).values()) == {2}
 
 
 def test_activation_checkpointing_changes_nothing(llama, tmp_path):
@@ -329,16 +329,45 @@ def test_a_slice_deleted_with_the_state_lost_takes_its_states_along(llama, tmp_p
     assert {name.split("-")[0] for name in blocks_of(store.path)} == {"0", "2"}
 
 
+def test_a_slice_deleted_with_a_torn_index_takes_all_states_along(llama, tmp_path, caplog):
+    store = llama.copy(tmp_path)
+    (store.private / "state.json").unlink()
+    (store.private / "index.json").write_text('{"torn')
+    store.delete(slices=[(0, VICTIM_SLICE)])
+    assert set(published(store.path)) & {f"shard-00/{VICTIM_SLICE}/{WEIGHTS}", f"shard-00/0/{WEIGHTS}"} == {
+        f"shard-00/0/{WEIGHTS}"
+    }
+    assert not blocks_of(store.path) and "not known whose states it holds" in caplog.text
+
+
+def test_a_deletion_with_the_state_elsewhere_takes_its_states_along(llama, tmp_path):
+    """And the running checkpoints of the stages that it hits."""
+    out, elsewhere = llama.copy(tmp_path).path, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("state.json", "index.json", "partition.key"):
+        (out / ".s3t" / name).rename(elsewhere / name)
+    for stage in ("shard-00_0-1", "shard-00_2"):
+        (out / ".s3t/running" / stage / "checkpoint-3").mkdir(parents=True)
+    S3TStore(out, state=elsewhere).delete(ids=[llama.victim])
+    assert {name.split("-")[0] for name in blocks_of(out)} == {"0", "2"}
+    assert [path.name for path in (out / ".s3t/running").iterdir()] == ["shard-00_2"]
+
+
 def test_states_of_an_example_that_left_the_index_elsewhere_are_removed(llama, tmp_path):
-    """The deletion was made on another machine; the published files and the state came here."""
+    """The deletion was made on another machine; the published files and the state came here, after a kill."""
     here, there = llama.copy(tmp_path, "here"), llama.copy(tmp_path, "there")
+    for path in blocks_of(here.path).values():
+        data = path.read_bytes()
+        path.with_name(path.name + ".part").write_bytes(data[: len(data) * 2 // 3])
     there.delete(ids=[llama.victim])
     bring_published_files(there, here)
     there.export_state(tmp_path / "state.json")
     here.import_state(tmp_path / "state.json")
     with here.writing():
         pass
-    assert {name.split("-")[0] for name in blocks_of(here.path)} == {"0", "2"}
+    left = sorted(path.name for path in (here.private / "activations").iterdir())
+    assert {BlockName.from_file(name).slice for name in left} == {0, 2}
+    assert left == sorted(path.name for path in blocks_of(there.path).values() for path in (path, Path(f"{path}.part")))
 
 
 def test_a_deletion_while_a_stage_trains_takes_its_states_along(llama, tmp_path):
@@ -374,7 +403,7 @@ def test_a_deletion_while_states_are_written_leaves_none_of_them(llama, tmp_path
     llama.trainer(path).train()
     assert removed == [False]
     assert_same_stores(path, llama.never_had)
-    rows = {row.example for file in blocks_of(path).values() for row in block(file).rows}
+    rows = {example for file in blocks_of(path).values() for example, _ in block(file).examples}
     assert rows == S3TStore(path).index().keys() and len(rows) == 23
 
 
@@ -386,7 +415,7 @@ def test_what_is_in_memory_is_dropped_with_its_example(llama, tmp_path):
     class Delete(TrainerCallback):
         def on_train_begin(self, args, state, control, stage=None, **kwargs):
             blocks = trainer.trunk_cache.blocks.blocks
-            held.append([name for name, found in blocks.items() if digest in {row.example for row in found.rows}])
+            held.append([name for name, found in blocks.items() if digest in dict(found.examples)])
 
         def on_step_end(self, args, state, control, stage=None, **kwargs):
             if stage.name == "shard-00/2" and S3TStore(path).locate(ids=[llama.victim])[0].found == "live":
@@ -437,9 +466,9 @@ def test_killed_at_many_instants(runs, tmp_path, case, category, number):
 def written(path: Path) -> FileBlocks:
     """A folder with one block of two rows."""
     blocks = FileBlocks(path, "tie")
-    writer = blocks.writer(BlockName(0, 1, 4))
+    writer = blocks.writer(BlockName(0, 1, 4), [("example", "content"), ("another", "content")])
     for length in (3, 5):
-        writer.add(Row("example", "content", "inputs", length), torch.randn(length, 8))
+        writer.add("inputs", torch.randn(length, 8))
     writer.end()
     blocks.install(writer)
     return blocks
@@ -449,16 +478,18 @@ def written(path: Path) -> FileBlocks:
 def test_a_block_comes_back_bit_by_bit(tmp_path, dtype):
     states = [torch.randn(length, 8).to(dtype) for length in (3, 5, 1)]
     blocks, name = FileBlocks(tmp_path, "tie"), BlockName(12, 3, 40)
-    writer = blocks.writer(name)
+    examples = [(f"example {number}", "content") for number in range(len(states))]
+    writer = blocks.writer(name, examples)
     for number, value in enumerate(states):
-        writer.add(Row(f"example {number}", "content", "inputs", len(value)), value)
+        writer.add(f"inputs {number}", value)
     assert blocks.read(name) is None
     writer.end()
     blocks.install(writer)
     found = blocks.read(name)
     assert [tensor_bytes(value) for value in found.states] == [tensor_bytes(value) for value in states]
     assert [value.dtype for value in found.states] == [dtype] * 3
-    assert [row.length for row in found.rows] == [3, 5, 1]
+    assert [value.shape for value in found.states] == [(3, 8), (5, 8), (1, 8)]
+    assert (found.examples, found.inputs) == (examples, ["inputs 0", "inputs 1", "inputs 2"])
     assert blocks.sizes().keys() == {name}
 
 
@@ -503,6 +534,51 @@ def test_a_broken_file_is_made_anew(llama, tmp_path, breaking):
     assert breaking == "torn" or path.read_bytes() == whole
     assert not path.exists() or path.read_bytes() == whole
     assert_same_stores(store.path, llama.never_had)
+
+
+def coarse_norms(model: Any) -> Any:
+    """A change that no config tells."""
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 1e-2
+    return model
+
+
+OTHER_MODELS = {
+    "config": lambda case: case.make_model(rms_norm_eps=1e-2),
+    "attention": lambda case: case.make_model(attn_implementation="eager"),
+    "no config tells": lambda case: coarse_norms(case.make_model()),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_MODELS)
+def test_states_of_another_model_are_made_anew(llama, tmp_path, change):
+    store = llama.copy(tmp_path)
+    store.delete(ids=[llama.victim])
+    before = {name: path.read_bytes() for name, path in blocks_of(store.path).items()}
+    rows, model = without(llama.rows, {llama.victim}), OTHER_MODELS[change](llama.case)
+    llama.trainer(store.path, rows, model=model).train()
+    after = {name: path.read_bytes() for name, path in blocks_of(store.path).items()}
+    assert any(name.startswith("0-") for name in after)
+    assert all(data != before.get(name) for name, data in after.items())
+
+
+def test_states_are_made_anew_after_the_collator_was_edited(llama, tmp_path, caplog):
+    """It has the same name, so that the recipe does not tell."""
+
+    def trainer(rows, ignored):
+        def collate(found):
+            batch = pad(found)
+            batch["labels"][:, -1] = -100 if ignored else batch["labels"][:, -1]
+            return batch
+
+        return make_trainer(tmp_path / "out", llama.case, rows=rows, data_collator=collate, activation_cache="disk")
+
+    trainer(llama.rows, ignored=False).train()
+    S3TStore(tmp_path / "out").delete(ids=[llama.victim])
+    trainer(without(llama.rows, {llama.victim}), ignored=True).train()
+    assert "is made anew: a row of it is not what the collator" in caplog.text
+    assert not S3TStore(tmp_path / "out").status().missing
 
 
 def test_other_names_in_the_folder_are_removed(llama, tmp_path):
@@ -632,8 +708,17 @@ def test_a_batch_that_is_not_its_rows_is_refused(tmp_path, collator, message):
     assert not blocks_of(tmp_path / "out")
 
 
-def test_rows_that_see_each_others_padding_are_refused(tmp_path):
-    rows = ragged().remove_columns("labels").add_column("labels", [i % 3 for i in range(24)])
+def ragged_late() -> Dataset:
+    """Rows of 12 tokens, but for the last of every slice, which has 4."""
+    rows = sorted(rows_of(CASES["llama"]).to_list(), key=lambda row: keyed_digest(bytes.fromhex(KEY), "id", row["id"]))
+    for row in {place(row["id"]): row for row in rows}.values():
+        row |= {name: row[name][:4] for name in ("input_ids", "attention_mask", "labels")}
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("make_rows", [ragged, ragged_late])
+def test_rows_that_see_each_others_padding_are_refused(tmp_path, make_rows):
+    rows = make_rows().remove_columns("labels").add_column("labels", [i % 3 for i in range(24)])
 
     def collate(found):
         batch = pad([{**row, "labels": row["input_ids"]} for row in found])
@@ -641,7 +726,7 @@ def test_rows_that_see_each_others_padding_are_refused(tmp_path):
 
     options = {"data_collator": collate, "activation_cache": "disk", "model": models.tiny_bert(**STEADY["bert"])}
     trainer = make_trainer(tmp_path / "out", CASES["bert"], rows=rows, **options)
-    with pytest.raises(ValueError, match="depends on the company .* without attention mask"):
+    with pytest.raises(ValueError, match="depends on the company .* collator without attention mask"):
         trainer.train()
 
 
@@ -674,14 +759,46 @@ def test_several_sequences_per_row_are_refused(tmp_path):
         trainer.train()
 
 
-def test_a_loss_that_changes_its_batch_is_refused(tmp_path):
+CHANGES = {
+    "tokens": lambda batch: {"input_ids": batch["input_ids"].flip(0)},
+    "mask": lambda batch: {"attention_mask": torch.ones_like(batch["attention_mask"]).tril()},
+    "positions": lambda batch: {"position_ids": torch.zeros_like(batch["input_ids"])},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_loss_that_changes_its_batch_is_refused(tmp_path, change):
     class Noisy(S3TTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
-            return super().compute_loss(model, {**inputs, "input_ids": inputs["input_ids"].flip(0)}, *args, **kwargs)
+            return super().compute_loss(model, {**inputs, **CHANGES[change](inputs)}, *args, **kwargs)
 
     trainer = make_trainer(tmp_path / "out", CASES["llama"], activation_cache="disk")
     trainer.__class__ = Noisy
-    with pytest.raises(ValueError, match="The loss changes 'input_ids' on its way to the model"):
+    with pytest.raises(ValueError, match="changes one of .'attention_mask', 'input_ids'. on its way to the model"):
+        trainer.train()
+
+
+def tiny_opt(layers: int = 4, **config: Any) -> OPTForCausalLM:
+    fields = {
+        "vocab_size": 64, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "word_embed_proj_dim": 32, "dropout": 0.0,
+    }  # fmt: skip
+    return OPTForCausalLM(OPTConfig(**fields | config))
+
+
+def test_layer_drop_is_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="`layerdrop=0.1`: the layer that cached states enter would be left out"):
+        check_cache("disk", None, True, S3TConfig(), args, tiny_opt(layerdrop=0.1))
+
+
+def test_a_model_that_leaves_out_the_entrance_is_refused(tmp_path):
+    """Its config does not tell."""
+    model = tiny_opt(8)
+    model.model.decoder.layerdrop = 0.5
+    options = {"activation_cache": "memory", "eval_trunk": True, "num_slices": 2, "layers_per_slice": 4}
+    trainer = make_trainer(tmp_path / "out", CASES["llama"], model=model, sequence_selection=[[0]], **options)
+    with pytest.raises(ValueError, match="left out layer 4, which cached states enter"):
         trainer.train()
 
 

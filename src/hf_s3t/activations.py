@@ -6,9 +6,10 @@ out/.s3t/activations/shard-00_slice-2_layer-12.states     what enters layer 12, 
 
 Nothing below a stage's layer group has an adapter, so what enters the group is the base model's alone, whatever the
 sequence, the epoch and the stage. A *block* holds it for one slice and one layer. It is computed from the examples, so
-it goes with the first deletion that hits its slice. In a file the states of row after row stand as they are in memory;
-then comes JSON that says whose they are, then the length of that JSON and the sha256 of all before. How states are
-computed is for `trunk.py`, when for `feeding.py`.
+it goes with the first deletion that hits its slice. A file begins with the length of a JSON text, and that text, which
+says whose states it holds: a deletion finds them in a half-written file, too. The states of row after row follow as
+they are in memory, then JSON on how long each is, the length of that JSON, and the sha256 of all before. How states
+are computed is for `trunk.py`, when for `feeding.py`.
 """
 
 from __future__ import annotations
@@ -19,23 +20,31 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from .errors import StoreError
 from .files import DTYPES, remove, sync_folder
+from .requests import Place
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "activations"
+HEAD = struct.Struct("<Q")
 TAIL = struct.Struct("<Q32s")
+ALIGNMENT = 8
+"""States begin at a multiple of so many bytes, as wide numbers have to."""
 PART = ".part"
 """What a file that is being written is called at its end."""
 
-Place = tuple[int, int]
+Examples = Sequence[tuple[str, str]]
+"""Of each row the keyed digest of its example, and the keyed digest of what stands in the example."""
+
+DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError, struct.error)
 
 
 class BlockName(NamedTuple):
@@ -67,46 +76,32 @@ class BlockName(NamedTuple):
         return name if name and name.file == file.removesuffix(PART) else None
 
 
-class Row(NamedTuple):
-    """One prepared row of a block.
-
-    Args:
-        example (`str`): keyed digest of its example.
-        content (`str`): keyed digest of what stands in the example.
-        inputs (`str`): keyed digest of what the collator makes of the row alone.
-        length (`int`): positions that it takes in the model.
-    """
-
-    example: str
-    content: str
-    inputs: str
-    length: int
-
-
 @dataclass(frozen=True)
 class Block:
-    """States of one slice at one layer: of each row a tensor of shape `(length, hidden)`."""
+    """States of one slice at one layer.
 
-    rows: tuple[Row, ...]
+    Args:
+        examples (`list[tuple[str, str]]`): whose rows they are.
+        inputs (`list[str]`): keyed digest of what the collator makes of each row alone.
+        states (`list[torch.Tensor]`): of each row `(length, hidden)`.
+    """
+
+    examples: Examples
+    inputs: list[str]
     states: list[torch.Tensor]
-
-    def is_of(self, examples: Iterable[tuple[str, str]]) -> bool:
-        """Whether its rows are exactly these examples with these contents, in their order."""
-        return [(row.example, row.content) for row in self.rows] == list(examples)
 
 
 class MemoryWriter:
     """Collects a block in memory."""
 
-    def __init__(self, name: BlockName):
+    def __init__(self, name: BlockName, examples: Examples):
         self.name, self.bytes = name, 0
-        self.rows: list[Row] = []
-        self.states: list[torch.Tensor] = []
+        self.block = Block(examples, [], [])
 
-    def add(self, row: Row, states: torch.Tensor) -> None:
-        """Appends a row's states."""
-        self.rows.append(row)
-        self.states.append(states.to("cpu", copy=True))
+    def add(self, inputs: str, states: torch.Tensor) -> None:
+        """Appends the next row's states."""
+        self.block.inputs.append(inputs)
+        self.block.states.append(states.to("cpu", copy=True))
         self.bytes += states.nbytes
 
     def end(self) -> None:
@@ -126,13 +121,13 @@ class MemoryBlocks:
         """A block, if it was written."""
         return self.blocks.get(name)
 
-    def writer(self, name: BlockName) -> MemoryWriter:
-        """Begins a block."""
-        return MemoryWriter(name)
+    def writer(self, name: BlockName, examples: Examples) -> MemoryWriter:
+        """Begins a block of the rows of some examples."""
+        return MemoryWriter(name, examples)
 
     def install(self, writer: MemoryWriter) -> None:
         """Makes a block count."""
-        self.blocks[writer.name] = Block(tuple(writer.rows), writer.states)
+        self.blocks[writer.name] = writer.block
 
     def sizes(self) -> dict[BlockName, int]:
         """Bytes per block."""
@@ -146,23 +141,26 @@ class MemoryBlocks:
 class FileWriter:
     """Writes a block to a file that does not count yet; nothing of it but the row at hand is in memory."""
 
-    def __init__(self, path: Path, name: BlockName, tie: str):
-        self.path, self.name, self.tie, self.bytes = path, name, tie, 0
+    def __init__(self, path: Path, name: BlockName, tie: str, examples: Examples):
+        self.path, self.name, self.bytes = path, name, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "wb")  # noqa: SIM115  # it stays open from row to row
         self._sha = hashlib.sha256()
-        self._rows: list[Row] = []
-        self._about: dict[str, Any] = {}
+        self._about: dict[str, Any] = {"rows": []}
+        text = json.dumps({"tie": tie, "examples": examples}).encode()
+        text += b" " * (-(HEAD.size + len(text)) % ALIGNMENT)
+        self._write(HEAD.pack(len(text)) + text)
+        self._file.flush()  # before the first state: from now on a deletion finds its examples
 
-    def add(self, row: Row, states: torch.Tensor) -> None:
-        """Appends a row's states."""
-        self._rows.append(row)
-        self._about = {"dtype": str(states.dtype), "hidden": states.shape[-1]}
+    def add(self, inputs: str, states: torch.Tensor) -> None:
+        """Appends the next row's states."""
+        self._about["rows"].append((inputs, len(states)))
+        self._about |= {"dtype": str(states.dtype), "hidden": states.shape[-1]}
         self._write(states.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def end(self) -> None:
-        """Adds whose the states are and the checksum, and waits until the disk has everything."""
-        text = json.dumps({"tie": self.tie, **self._about, "rows": self._rows}).encode()
+        """Adds how long each row is and the checksum, and waits until the disk has everything."""
+        text = json.dumps(self._about).encode()
         self._write(text)
         self._file.write(TAIL.pack(len(text), self._sha.digest()))
         self._file.flush()
@@ -201,22 +199,22 @@ class FileBlocks:
             return None
         mark = (found.st_ino, found.st_mtime_ns, found.st_size)
         try:
-            data, about = _map(path)
-            if self._checked.get(name) != mark and not _is_whole(data):
-                raise ValueError("its sha256 is not the one at its end")
-            if about["tie"] != self.tie:
+            data = torch.from_file(str(path), shared=False, size=found.st_size, dtype=torch.uint8)
+            if self._checked.get(name) != mark:
+                _check_whole(data)
+            if _head(path)["tie"] != self.tie:
                 raise ValueError("it was made with other settings, another base model or other versions")
-            block = _block(data, about)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            block = _block(data, _head(path)["examples"])
+        except DAMAGED as error:
             logger.warning("%s is removed and made anew: %s", path, error)
             remove(path)
             return None
         self._checked[name] = mark
         return block
 
-    def writer(self, name: BlockName) -> FileWriter:
-        """Begins a block."""
-        return FileWriter(self.folder / (name.file + PART), name, self.tie)
+    def writer(self, name: BlockName, examples: Examples) -> FileWriter:
+        """Begins a block of the rows of some examples."""
+        return FileWriter(self.folder / (name.file + PART), name, self.tie, examples)
 
     def install(self, writer: FileWriter) -> None:
         """Makes a block count, durably."""
@@ -241,57 +239,68 @@ class FileBlocks:
 Blocks = MemoryBlocks | FileBlocks
 
 
-def _map(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
-    """A file's bytes, mapped, and what its JSON says."""
-    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+def _head(path: Path) -> dict[str, Any]:
+    """What the beginning of a file says: whose states follow, and what they depend on."""
+    with open(path, "rb") as file:
+        (length,) = HEAD.unpack(file.read(HEAD.size))
+        if length > path.stat().st_size:
+            raise ValueError("its beginning is not that of a block")
+        return dict(json.loads(file.read(length)))
+
+
+def _check_whole(data: torch.Tensor) -> None:
     if len(data) < TAIL.size:
         raise ValueError("it is too short")
-    length, _ = TAIL.unpack(data[-TAIL.size :].numpy().tobytes())
-    if length > len(data) - TAIL.size:
-        raise ValueError("its end is not that of a block")
-    about = json.loads(data[len(data) - TAIL.size - length : -TAIL.size].numpy().tobytes())
-    if not isinstance(about, dict):
-        raise ValueError("its end is not that of a block")
-    return data, about
-
-
-def _is_whole(data: torch.Tensor) -> bool:
     _, digest = TAIL.unpack(data[-TAIL.size :].numpy().tobytes())
-    return hashlib.sha256(data[: -TAIL.size].numpy().data).digest() == digest
+    if hashlib.sha256(data[: -TAIL.size].numpy().data).digest() != digest:
+        raise ValueError("its sha256 is not the one at its end")
 
 
-def _block(data: torch.Tensor, about: Mapping[str, Any]) -> Block:
-    rows = tuple(Row(*row) for row in about["rows"])
+def _block(data: torch.Tensor, examples: list[Any]) -> Block:
+    (position,) = HEAD.unpack(data[: HEAD.size].numpy().tobytes())
+    length, _ = TAIL.unpack(data[-TAIL.size :].numpy().tobytes())
+    about = json.loads(data[len(data) - TAIL.size - length : -TAIL.size].numpy().tobytes())
     dtype, hidden = {str(known): known for known in DTYPES}[about["dtype"]], about["hidden"]
-    states, position = [], 0
-    for row in rows:
-        end = position + row.length * hidden * dtype.itemsize
-        states.append(data[position:end].view(dtype).view(row.length, hidden))
+    inputs, states, position = [], [], position + HEAD.size
+    for digest, rows in about["rows"]:
+        end = position + rows * hidden * dtype.itemsize
+        inputs.append(digest)
+        states.append(data[position:end].view(dtype).view(rows, hidden))
         position = end
-    return Block(rows, states)
+    return Block([(example, content) for example, content in examples], inputs, states)
 
 
 def sweep_activations(private: Path, hit: Container[Place], read_index: Callable[[], Container[str]] | None) -> None:
     """Removes the blocks of slices that a deletion hits, and of examples that the index does not know (any more).
 
     Args:
-        private (`Path`): the store's `.s3t/`.
+        private (`Path`): a folder of scratch, `.s3t/`.
         hit (`set[Place]`): slices that were deleted from.
         read_index (`Callable`, *optional*): gives the keyed digests of the live examples; `None`: the state is lost.
     """
-    paths = list((private / FOLDER).glob("*"))
-    index = read_index() if paths and read_index else None
-    for path in paths:
+    left = []
+    for path in (private / FOLDER).glob("*"):
         name = BlockName.from_file(path.name)
-        if name is None or name.place in hit or not (path.name.endswith(PART) or _knows_only(path, index)):
+        if name is None or name.place in hit:
+            remove(path)
+        else:
+            left.append(path)
+    if not left or read_index is None:
+        return
+    try:
+        index = read_index()
+    except StoreError as error:
+        logger.warning("the activation cache is removed, because it is not known whose states it holds: %s", error)
+        index = ()
+    for path in left:
+        if not _knows_only(path, index):
             remove(path)
 
 
-def _knows_only(path: Path, index: Container[str] | None) -> bool:
+def _knows_only(path: Path, index: Container[str]) -> bool:
     try:
-        _, about = _map(path)
-        return index is None or all(row[0] in index for row in about["rows"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        return all(example in index for example, _ in _head(path)["examples"])
+    except DAMAGED:
         return False
 
 

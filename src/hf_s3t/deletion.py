@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from .activations import sweep_activations
@@ -365,8 +366,12 @@ def _rewrite(folder: StoreFolder, manifest: Manifest, state: State | None) -> Ma
 def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ()) -> None:
     """Removes every file that the manifest does not account for, and all scratch that was computed from `places`."""
     hit = set(places)
-    _sweep_running(folder, hit)
-    sweep_activations(folder.private, hit, folder.index if folder.has_index else None)
+    privates = {folder.private}
+    if isinstance(folder.source, FolderSource):  # its trainings left their scratch there, wherever the state is now
+        privates.add(folder.path / ".s3t")
+    for private in privates:
+        _sweep_running(private, hit)
+        sweep_activations(private, hit, folder.index if folder.has_index else None)
     if not isinstance(folder.source, FolderSource):  # a commit has what its manifest says
         return
     for shard in folder.path.glob("shard-*"):
@@ -382,12 +387,13 @@ def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ())
     for shard in folder.path.glob("shard-*"):
         if shard.is_dir() and not any(shard.iterdir()):
             shard.rmdir()
-    for scrap in [*folder.path.glob(".*.tmp"), *folder.path.glob(".s3t/**/.*.tmp"), folder.private / "scratch"]:
+    scratch = (private / "scratch" for private in privates)
+    for scrap in [*folder.path.glob(".*.tmp"), *folder.path.glob(".s3t/**/.*.tmp"), *scratch]:
         remove(scrap)
 
 
-def _sweep_running(folder: StoreFolder, hit: set[Place]) -> None:
-    for running in (folder.private / "running").glob("*"):
+def _sweep_running(private: Path, hit: set[Place]) -> None:
+    for running in (private / "running").glob("*"):
         try:
             stage = Stage.from_name(running.name.replace("_", "/"))
         except ValueError:

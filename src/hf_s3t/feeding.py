@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +18,14 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers import Trainer
 
-from .activations import Block, BlockName, Blocks, FileBlocks, MemoryBlocks, Place, Row, choose_blocks, layer_passes
+from .activations import Block, BlockName, Blocks, FileBlocks, MemoryBlocks, choose_blocks, layer_passes
 from .alone import ActivationCache, AloneRows, check_model
 from .deletion import versions
 from .numbered import ROW_NUMBER, NumberedRows, NumberingCollator
 from .orders import StageDropped, StageOrder, is_hit
 from .partition import canonical
 from .plan import Stage
+from .requests import Place
 from .staging import on_main_process
 from .trunk import Trunk
 from .tuner import owned_layers
@@ -33,10 +34,10 @@ logger = get_logger(__name__)
 
 TrainerBase: Any = Trainer if TYPE_CHECKING else object
 
+Rows = list[tuple[str, int]]
+"""Keyed digests of examples, with the numbers of their prepared rows."""
 SAMPLE = 32
-"""Rows that are looked at to estimate sizes."""
-COMPANY = 4
-"""Rows that are computed together, once, to see that it makes no difference."""
+"""Rows that are looked at to estimate sizes, and to see how long rows are."""
 
 
 class TrunkCache:
@@ -56,6 +57,7 @@ class TrunkCache:
         self.kept: list[BlockName] = []
         self._entrance = 0
         self._checked: set[int] = set()
+        self._verified: set[BlockName] = set()
         self._sources: dict[int, tuple[int, torch.Tensor | None]] = {}
 
     @property
@@ -94,15 +96,15 @@ class TrunkCache:
         """The lowest layer that the stage trains: nothing below has an adapter."""
         return min(owned_layers(self.trainer.s3t_config, self.trainer.tuner.layout, stage.depth))
 
-    def _prepare(self, order: StageOrder, rows: list[tuple[str, int]]) -> None:
+    def _prepare(self, order: StageOrder, rows: Rows) -> None:
         """Computes what no block holds yet, and finds out where the states of every row are."""
         if self._entrance not in self._checked:
-            some = [number for _, number in rows[:COMPANY]]
+            some = self._rows.company(_sample([number for _, number in rows]))
             self._together(partial(check_model, self._rows, some, self._entrance, self.eval_trunk))
             self._checked.add(self._entrance)
         if self.blocks is None:
             self._settle(rows)
-        by_place: dict[Place, list[tuple[str, int]]] = {}
+        by_place: dict[Place, Rows] = {}
         for example, number in rows:
             entry = self.trainer.rows.entries[example]
             by_place.setdefault((entry.shard, entry.slice), []).append((example, number))
@@ -114,41 +116,64 @@ class TrunkCache:
         """Blocks of a slice that the running stage can start from, the lowest first."""
         return sorted(name for name in self.kept if name.place == place and name.layer <= self._entrance)
 
-    def _read(self, name: BlockName, rows: list[tuple[str, int]]) -> Block | None:
+    def _examples(self, rows: Rows) -> list[tuple[str, str]]:
+        return [(example, self.trainer.rows.entries[example].content) for example, _ in rows]
+
+    def _read(self, name: BlockName, rows: Rows) -> Block | None:
         assert self.blocks is not None
         block = self.blocks.read(name)
-        entries = self.trainer.rows.entries
-        return block if block and block.is_of((example, entries[example].content) for example, _ in rows) else None
+        return block if block and block.examples == self._examples(rows) else None
 
-    def _locate(self, place: Place, rows: list[tuple[str, int]]) -> None:
+    def _is_good(self, name: BlockName, rows: Rows) -> bool:
+        """Whether a block is there, of these very rows, and what this run computes; a look at one row tells, once."""
+        block = self._read(name, rows)
+        if block is None or name in self._verified:
+            return block is not None
+        position = max(range(len(rows)), key=lambda row: len(block.states[row]))
+        batch = self._rows.batch(rows[position][1])
+        with self.trunk.evaluating():
+            states, kept = self._rows.states(batch, [name.layer])[name.layer].cpu(), block.states[position]
+        same = states.dtype == kept.dtype and torch.equal(states, kept)
+        if not same or block.inputs[position] != self._rows.digest(batch):
+            logger.warning(
+                "%s is made anew: a row of it is not what the collator and the model give now", name.file,
+                main_process_only=False,
+            )  # fmt: skip
+            return False
+        self._verified.add(name)
+        return True
+
+    def _locate(self, place: Place, rows: Rows) -> None:
         """Notes where the states of a slice's rows start, and what the collator has to make of them."""
         found = [(name, block) for name in self._usable(place) if (block := self._read(name, rows)) is not None]
         for position, (_, number) in enumerate(rows):
             if found:
                 name, block = found[-1]
                 self._sources[number] = name.layer, block.states[position]
-                self.collator.expected[number] = block.rows[position].inputs
+                self.collator.expected[number] = block.inputs[position]
             else:
                 self._sources[number] = 0, None
                 self.collator.expected[number] = self._rows.digest(self._rows.batch(number))
 
     # ---- computing states ----
 
-    def _fill_absent(self, order: StageOrder, by_place: Mapping[Place, list[tuple[str, int]]]) -> None:
+    def _fill_absent(self, order: StageOrder, by_place: Mapping[Place, Rows]) -> None:
         """Fills what the stage lacks; files are written by one process each, memory by every process."""
         args = self.trainer.args
         for place, rows in sorted(by_place.items()):
             if self.cache == "memory" or place[1] % args.world_size == args.process_index:
-                absent = [name for name in self._usable(place) if self._read(name, rows) is None]
+                absent = [name for name in self._usable(place) if not self._is_good(name, rows)]
                 if absent:
                     self._fill(order, absent, rows)
 
-    def _fill(self, order: StageOrder, names: list[BlockName], rows: list[tuple[str, int]]) -> None:
+    def _fill(self, order: StageOrder, names: list[BlockName], rows: Rows) -> None:
         """Computes blocks of one slice, row by row, from the highest block below them."""
         assert self.blocks is not None
         below = [(name.layer, self._read(name, rows)) for name in self._usable(names[0].place) if name < names[0]]
         start, source = below[-1] if below else (0, None)
         writers: list[Any] = []
+        for name in names:  # what is there of other rows would take room beside the new one
+            self.blocks.drop(name)
         others = sum(size for name, size in self.blocks.sizes().items() if name not in names)
 
         def check_room() -> None:
@@ -156,15 +181,14 @@ class TrunkCache:
                 raise OSError(f"more than the {self.limit / 1e9:.3g} GB of activation_cache_gb")
 
         try:
-            writers.extend(map(self.blocks.writer, names))
+            writers.extend(self.blocks.writer(name, self._examples(rows)) for name in names)
             with self.trunk.evaluating():
-                for position, (example, number) in enumerate(rows):
+                for position, (_, number) in enumerate(rows):
                     batch, given = self._rows.batch(number), source.states[position] if source else None
                     seen = self._rows.states(batch, [name.layer for name in names], start, given)
-                    content, inputs = self.trainer.rows.entries[example].content, self._rows.digest(batch)
+                    inputs = self._rows.digest(batch)
                     for writer in writers:
-                        states = seen[writer.name.layer]
-                        writer.add(Row(example, content, inputs, len(states)), states)
+                        writer.add(inputs, seen[writer.name.layer])
                     check_room()
             for writer in writers:
                 writer.end()
@@ -190,6 +214,7 @@ class TrunkCache:
                 raise StageDropped
             for writer in writers:
                 blocks.install(writer)
+        self._verified.update(writer.name for writer in writers)
 
     # ---- a batch ----
 
@@ -207,7 +232,7 @@ class TrunkCache:
                 if layer < self._entrance:
                     found = self._rows.states(self._rows.batch(number), [self._entrance], layer, found)[self._entrance]
                 states.append(found)
-        with self.trunk.fed(self._entrance, states, inputs[self.trunk.main_input]):
+        with self.trunk.fed(self._entrance, states, inputs):
             yield
 
     @property
@@ -216,11 +241,19 @@ class TrunkCache:
 
     # ---- once per training ----
 
-    def _settle(self, rows: list[tuple[str, int]]) -> None:
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        """What of the base model's config may change a state, as it was before the first training."""
+        config = self.trunk.base.config
+        loaded = {"_name_or_path", "transformers_version"}
+        about = {name: value for name, value in config.to_dict().items() if name not in loaded}
+        return about | {"attention": config._attn_implementation}
+
+    def _settle(self, rows: Rows) -> None:
         """Chooses what to keep, and says how large that is before anything is written."""
         trainer = self.trainer
         manifest = self._on_main(trainer.store.manifest)
-        tie = canonical([manifest.recipe, versions(), trainer.args.device.type])
+        tie = canonical([manifest.recipe, versions(), trainer.args.device.type, self._model])
         if self.cache == "memory":
             self.blocks = MemoryBlocks()
         else:
@@ -284,14 +317,14 @@ class TrunkCache:
 
         def deleted() -> list[BlockName]:
             index = self.trainer.store.index()
-            return [name for name, block in blocks.items() if any(row.example not in index for row in block.rows)]
+            return [name for name, block in blocks.items() if any(row not in index for row, _ in block.examples)]
 
         for name in self._on_main(deleted):
             self.blocks.drop(name)
 
     def close(self) -> None:
         """Forgets everything that is in memory."""
-        self.blocks, self.kept, self._checked = None, [], set()
+        self.blocks, self.kept, self._checked, self._verified = None, [], set(), set()
 
     # ---- processes ----
 
@@ -331,3 +364,7 @@ class FedTrainerMixin(TrainerBase):
         inputs = self._prepare_inputs(inputs)
         with self.trunk_cache.feeding(inputs):
             return super().training_step(model, inputs, *args, **kwargs)
+
+
+def _sample(numbers: Sequence[int]) -> Sequence[int]:
+    return numbers[:: max(len(numbers) // SAMPLE, 1)]

@@ -18,7 +18,7 @@ ROW_NUMBER = "hf_s3t_row"
 
 
 class NumberedRows(Dataset):
-    """Prepared rows that know their numbers."""
+    """Prepared rows that know their numbers; all else is asked of the rows themselves."""
 
     def __init__(self, rows: Any, numbers: Sequence[int]):
         self.rows, self.numbers = rows, numbers
@@ -26,8 +26,15 @@ class NumberedRows(Dataset):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, str):  # a column, of a `datasets.Dataset`
+            return self.rows[position]
         return {**self.rows[position], ROW_NUMBER: self.numbers[position]}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "rows" not in vars(self):  # `__getitems__` would give rows without their numbers
+            raise AttributeError(name)
+        return getattr(self.rows, name)
 
 
 class NumberingCollator:
@@ -51,7 +58,7 @@ class NumberingCollator:
         batch = self.collate([{name: row[name] for name in row if name != ROW_NUMBER} for row in rows])
         for position, number in enumerate(numbers):
             expected = self.expected.get(number)
-            if expected is not None and self.digest(batch, position, len(rows), int(expected[:8])) != expected:
+            if expected is not None and self.digest(batch, position, len(rows), expected) != expected:
                 raise ValueError(
                     f"The collator makes something else of row {number} in a batch than of the row alone, padded on "
                     "the right: padding on the left, packing and random batches can not be cached. Use "
@@ -60,27 +67,39 @@ class NumberingCollator:
         batch[ROW_NUMBER] = torch.tensor(numbers)
         return batch
 
-    def digest(self, batch: Mapping[str, Any], position: int, rows: int, length: int | None = None) -> str:
-        """Keyed digest of one row of a batch, cut to `length`; 8 digits of that length come first."""
+    def digest(self, batch: Mapping[str, Any], position: int, rows: int, alone: str | None = None) -> str:
+        """Keyed digest of one row of a batch, after the row's length and which of the columns, by name, are as long.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`): what the collator gave.
+            position (`int`): which row.
+            rows (`int`): how many there are.
+            alone (`str`, *optional*): digest of the row alone, which says how much of it is padding here.
+        """
         main = batch.get(self.main_input)
         if not isinstance(main, torch.Tensor) or main.ndim < 2:
             raise ValueError(
                 f"The collator gives no tensor {self.main_input!r} of at least two dimensions, which the model's "
                 f"trunk starts from (it gives {sorted(batch)}). Use activation_cache='off'."
             )
-        padded, length = main.shape[1], main.shape[1] if length is None else length
+        tensors = {name: batch[name] for name in sorted(batch) if isinstance(batch[name], torch.Tensor)}
+        tensors.pop(ROW_NUMBER, None)
+        long = "".join("01"[value.ndim > 1 and value.shape[1] == main.shape[1]] for value in tensors.values())
+        length = main.shape[1] if alone is None else row_length(alone)
+        long = long if alone is None else alone.split(":")[1].ljust(len(tensors), "0")
         digest = hashlib.blake2b(digest_size=16, key=self.key)
-        for name in sorted(batch):
-            value = batch[name]
-            if name == ROW_NUMBER or not isinstance(value, torch.Tensor):
-                continue
+        for (name, value), is_long in zip(tensors.items(), long, strict=False):
             if not value.ndim or len(value) != rows:
                 raise ValueError(
                     f"The collator gives {name!r} of shape {tuple(value.shape)} for {rows} rows: without a row per "
                     "example it is not known whose states depend on it. Use activation_cache='off'."
                 )
-            own = value[position]
-            own = own[:length] if own.ndim and len(own) == padded else own
+            own = value[position][:length] if is_long == "1" and value.ndim > 1 else value[position]
             digest.update(f"{name} {own.dtype} {tuple(own.shape)} ".encode())
             digest.update(own.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return f"{length:08d}:{digest.hexdigest()}"
+        return f"{length}:{long}:{digest.hexdigest()}"
+
+
+def row_length(digest: str) -> int:
+    """Length of the row that a digest is of."""
+    return int(digest.split(":")[0])

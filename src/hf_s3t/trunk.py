@@ -35,17 +35,19 @@ class _Seen(Exception):
 
 @dataclass
 class _Pass:
-    """One run of the model.
+    """One run of the model, or several of the same batch.
 
     Args:
         entrance (`int`): layers below hand their input through.
         given (`list[torch.Tensor]`, *optional*): what enters there, of each row `(length, hidden)`.
         wanted (`tuple[int, ...]`): layers whose input is noted; the run ends at the last. Empty: it runs to its end.
+        times (`int`): how often the model began.
     """
 
     entrance: int = 0
     given: States | None = None
     wanted: tuple[int, ...] = ()
+    times: int = 0
     seen: dict[int, torch.Tensor] = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)
 
@@ -62,11 +64,11 @@ class Trunk:
         self.model, self.base = model, model.get_base_model()
         self.layers: list[nn.Module] = list(self.base.get_submodule(container).children())
         self.main_input: str = self.base.main_input_name
-        self.gives_tuple = False
+        self._extra: int | None = None
         parameters = inspect.signature(self.base.forward).parameters
-        self._takes = {name for name in parameters if name not in ("labels", "kwargs")}
+        self._takes = {name for name in parameters if name not in ("labels", "num_items_in_batch", "kwargs")}
         self._pass: _Pass | None = None
-        self._awaited: tuple[_Pass, torch.Tensor] | None = None
+        self._awaited: tuple[_Pass, dict[str, torch.Tensor]] | None = None
         self._forwards: dict[int, Any] = {}
         self._hooks: list[Any] = []
 
@@ -97,9 +99,10 @@ class Trunk:
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._awaited is not None:
             run, batch = self._awaited
-            value = kwargs.get(self.main_input)
-            if value is batch or (isinstance(value, torch.Tensor) and torch.equal(value, batch)):
+            found = _tensors(self.taken(kwargs))
+            if found.keys() == batch.keys() and all(_same(found[name], batch[name]) for name in batch):
                 self._pass = run
+                run.times += 1
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._pass = None
@@ -111,7 +114,7 @@ class Trunk:
         run.calls.append(number)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if number < run.entrance:
-            return (hidden,) if self.gives_tuple else hidden
+            return hidden if self._extra is None else (hidden, *[None] * self._extra)
         if number == run.entrance and run.given is not None:
             hidden = _padded(run.given, hidden)
         if number in run.wanted:
@@ -119,8 +122,9 @@ class Trunk:
             if len(run.seen) == len(run.wanted):
                 raise _Seen
         output = forward(hidden, *args[1:], **kwargs)
-        self.gives_tuple = isinstance(output, tuple)
-        if self.gives_tuple and len(output) != 1:
+        extra = output[1:] if isinstance(output, tuple) else ()
+        self._extra = len(extra) if isinstance(output, tuple) else None
+        if any(value is not None for value in extra):
             raise ValueError(
                 f"{type(self.layers[number]).__name__} gives {len(output)} values, and only hidden states could be "
                 "cached. Use activation_cache='off'."
@@ -167,27 +171,33 @@ class Trunk:
         return inputs | ({"use_cache": False} if "use_cache" in self._takes else {})
 
     @contextmanager
-    def fed(self, entrance: int, given: States, batch: torch.Tensor) -> Iterator[None]:
+    def fed(self, entrance: int, given: States, batch: Mapping[str, Any]) -> Iterator[None]:
         """The model starts at a layer whenever it is asked about this very batch.
 
         Args:
             entrance (`int`): the layer.
             given (`list[torch.Tensor]`): what enters it, of each row of the batch.
-            batch (`torch.Tensor`): the batch's main input, by which its forward is known.
+            batch (`dict[str, torch.Tensor]`): the batch, by whose tensors its forward is known.
 
         Raises:
-            ValueError: the batch did not reach the model.
+            ValueError: the batch did not reach the model, or went past the layer.
         """
-        run = _Pass(entrance, given)
-        self._awaited = (run, batch)
+        run, tensors = _Pass(entrance, given), _tensors(self.taken(batch))
+        self._awaited = (run, tensors)
         try:
             yield
         finally:
             self._awaited = None
-        if not run.calls:
+        if not run.times:
             raise ValueError(
-                f"The loss changes {self.main_input!r} on its way to the model, so that cached states of the batch are"
-                " not what enters it. Use activation_cache='off', or pass the batch on as it was collated."
+                f"The loss changes one of {sorted(tensors)} on its way to the model, or adds to them, so that "
+                "cached states of the batch are not what enters it. Use activation_cache='off', or pass the batch on "
+                "as it was collated."
+            )
+        if run.calls.count(entrance) < run.times:
+            raise ValueError(
+                f"The model left out layer {entrance}, which cached states enter. Load it without layer drop, or use "
+                "activation_cache='off'."
             )
 
     @contextmanager
@@ -211,6 +221,14 @@ class Trunk:
                 "cached states can not be fed to it. Use activation_cache='off', or no activation checkpointing: with "
                 "the cache, layers below the stage keep nothing for the backward pass anyway."
             )
+
+
+def _tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found is expected or torch.equal(found, expected)
 
 
 def _padded(states: States, hidden: torch.Tensor) -> torch.Tensor:
