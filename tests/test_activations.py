@@ -207,7 +207,7 @@ def test_a_limit_holds_beside_blocks_that_are_larger_than_rows_are_on_average(tm
     victim = next(name for name in rows["id"] if place(name)[1] == 0)
     S3TStore(path).delete(ids=[victim])
     there = sum(file.stat().st_size for file in blocks_of(path).values())
-    limit = there + 2000
+    limit = 0.8 * there
     options["activation_cache_gb"] = limit / 1e9
     with watched(path) as seen:
         make_trainer(path, CASES["llama"], rows=without(rows, {victim}), **options).train()
