@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from datasets import Dataset
 from transformers import (
     BertConfig,
     BertForMultipleChoice,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
@@ -29,8 +32,9 @@ from transformers import (
 
 import models
 from hf_s3t import RecipeError, S3TConfig, S3TMixin, S3TStore, S3TTrainer
-from hf_s3t.activations import BlockName, FileBlocks, FileWriter, choose_blocks, layer_passes
+from hf_s3t.activations import BlockName, FileBlocks, FileWriter
 from hf_s3t.alone import check_cache
+from hf_s3t.keeping import choose_blocks, layer_passes
 from hf_s3t.partition import keyed_digest
 from killing import in_child
 from scanner import find
@@ -152,6 +156,21 @@ class BlockReader(FileBlocks):
         super().__init__(path.parent.parent, re.search(rb'"tie": "(\w+)"', path.read_bytes())[1].decode())
 
 
+@contextmanager
+def watched(path: Path) -> Iterator[list[int]]:
+    """Notes how many bytes the cache has, after whatever is written to it."""
+    seen, write = [], FileWriter._write
+
+    def writing(writer, data):
+        write(writer, data)
+        writer._file.flush()
+        seen.append(sum(file.stat().st_size for file in (path / ".s3t/activations").iterdir()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileWriter, "_write", writing)
+        yield seen
+
+
 def test_where_and_how_much_is_kept_changes_no_bit(world, tmp_path):
     whole = sum(path.stat().st_size for path in blocks_of(world.trained).values())
     settings = {
@@ -160,11 +179,58 @@ def test_where_and_how_much_is_kept_changes_no_bit(world, tmp_path):
         "nothing": {"activation_cache_gb": 1e-9},
     }
     for name, options in settings.items():
-        world.trainer(tmp_path / name, **options).train()
+        with watched(tmp_path / name) as seen:
+            world.trainer(tmp_path / name, **options).train()
         assert_same_stores(tmp_path / name, world.trained)
+        assert max(seen, default=0) <= {"tight": 0.6 * whole, "nothing": 0.02 * whole}.get(name, 0)
     assert blocks_of(tmp_path / "memory") == blocks_of(tmp_path / "nothing") == {}
     assert 0 < len(blocks_of(tmp_path / "tight")) < len(blocks_of(world.trained))
     assert sum(path.stat().st_size for path in blocks_of(tmp_path / "tight").values()) <= 0.6 * whole
+
+
+def by_slice(lengths: dict[int, int]) -> Dataset:
+    """Rows as long as their slice says."""
+    rows = rows_of(CASES["llama"]).to_list()
+    for row in rows:
+        length = lengths[place(row["id"])[1]]
+        row |= {name: (row[name] * 4)[:length] for name in ("input_ids", "attention_mask", "labels")}
+    return Dataset.from_list(rows)
+
+
+def test_a_limit_holds_beside_blocks_that_are_larger_than_rows_are_on_average(tmp_path):
+    """Rows of slice 1 are long, and their block is there; those of slice 0, which comes first, are short."""
+    path, rows = tmp_path / "out", by_slice({0: 4, 1: 48, 2: 4})
+    options = {"data_collator": pad, "activation_cache": "disk", "args": {"num_train_epochs": 3}}
+    options["sequence_selection"] = [[1, 0], [0, 1]]
+    make_trainer(path, CASES["llama"], rows=rows, **options).train()
+    assert {name[0] for name in blocks_of(path)} == {"0", "1"}
+    victim = next(name for name in rows["id"] if place(name)[1] == 0)
+    S3TStore(path).delete(ids=[victim])
+    there = sum(file.stat().st_size for file in blocks_of(path).values())
+    limit = 0.8 * there
+    options["activation_cache_gb"] = limit / 1e9
+    with watched(path) as seen:
+        make_trainer(path, CASES["llama"], rows=without(rows, {victim}), **options).train()
+    assert max(seen, default=0) <= limit
+    assert sum(file.stat().st_size for file in blocks_of(path).values()) <= limit
+
+
+def test_a_block_that_is_made_anew_takes_no_room_twice(llama, tmp_path):
+    path, options = tmp_path / "out", {"sequence_selection": [[0]], "args": {"num_train_epochs": 3}}
+    llama.trainer(path, llama.rows.select(range(20)), **options).train()
+    (file,) = blocks_of(path).values()
+    limit = 1.7 * file.stat().st_size
+    with watched(path) as seen:
+        llama.trainer(path, extend=True, activation_cache_gb=limit / 1e9, **options).train()
+    assert len(blocks_of(path)) == 1 and 0 < max(seen) <= limit
+
+
+def test_a_limit_holds_for_what_is_there_when_no_stage_asks(llama, tmp_path):
+    store = llama.copy(tmp_path)
+    sizes = sorted(path.stat().st_size for path in blocks_of(store.path).values())
+    llama.trainer(store.path, activation_cache_gb=sizes[-1] / 1e9).train()
+    left = [path.stat().st_size for path in blocks_of(store.path).values()]
+    assert 0 < sum(left) <= sizes[-1]
 
 
 def test_the_cache_is_part_of_the_recipe_and_where_it_lies_is_not(world, tmp_path):
@@ -256,6 +322,58 @@ def test_rows_that_came_later_make_a_block_anew(llama, tmp_path):
     for name in ("out", "scratch"):
         llama.trainer(tmp_path / name, sequence_selection=[[1, 0]]).train()
     llama.assert_stages(tmp_path / "out", tmp_path / "scratch", "1", "1-0")
+
+
+def test_columns_as_wide_as_a_batch_by_chance(tmp_path):
+    """Eight labels to a row of 4 to 12 tokens."""
+    config = {"problem_type": "multi_label_classification", "num_labels": 8, **STEADY["bert"]}
+
+    def collate(rows):
+        labels = [[float(row["id"] < str(label)) for label in range(8)] for row in rows]
+        return pad(rows) | {"labels": torch.tensor(labels)}
+
+    losses = {}
+    for cache in ("off", "disk"):
+        options = {"rows": ragged(), "model": models.tiny_bert(**config), "data_collator": collate}
+        options |= {"activation_cache": cache, "args": {"remove_unused_columns": False}}
+        losses[cache] = torch.tensor(losses_of(make_trainer(tmp_path / cache, CASES["bert"], **options)))
+    torch.testing.assert_close(losses["disk"], losses["off"], rtol=0, atol=1e-5)
+
+
+class Weighted(S3TTrainer):
+    def _get_train_sampler(self, *args: Any) -> Any:
+        assert "input_ids" in self.train_dataset.column_names
+        lengths = [len(tokens) for tokens in self.train_dataset["input_ids"]]
+        return torch.utils.data.WeightedRandomSampler(lengths, len(lengths))
+
+
+@pytest.mark.parametrize("sampling", ["own sampler", "length", "length column"])
+def test_a_sampler_that_reads_a_column_draws_as_without_a_cache(tmp_path, sampling):
+    rows = ragged().add_column("length", [7 * row % 5 + 1 for row in range(24)])
+    losses = {}
+    for cache in ("off", "disk"):
+        args = {"train_sampling_strategy": "random" if sampling == "own sampler" else "group_by_length"}
+        args["remove_unused_columns"] = sampling != "length column"
+        options = {"rows": rows, "data_collator": pad, "activation_cache": cache, "args": args}
+        trainer = make_trainer(tmp_path / cache, CASES["llama"], sequence_selection=[[0, 1]], **options)
+        trainer.__class__ = Weighted if sampling == "own sampler" else S3TTrainer
+        losses[cache] = torch.tensor(losses_of(trainer))
+    torch.testing.assert_close(losses["disk"], losses["off"], rtol=0, atol=1e-5)
+
+
+def test_layers_that_give_more_values_all_of_them_none(tmp_path):
+    config = DebertaV2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pooler_dropout=0.0,
+        relative_attention=True, pos_att_type=["p2c", "c2p"], initializer_range=0.2, num_labels=3,
+    )  # fmt: skip
+    losses = {}
+    for cache in ("off", "disk"):
+        torch.manual_seed(0)
+        model = DebertaV2ForSequenceClassification(config)
+        options = {"target_modules": ["query_proj"], "sequence_selection": [[0, 1]], "activation_cache": cache}
+        losses[cache] = torch.tensor(losses_of(make_trainer(tmp_path / cache, CASES["bert"], model=model, **options)))
+    torch.testing.assert_close(losses["disk"], losses["off"], rtol=0, atol=1e-5)
 
 
 def test_an_example_of_several_rows(tmp_path):
@@ -367,7 +485,8 @@ def test_states_of_an_example_that_left_the_index_elsewhere_are_removed(llama, t
         pass
     left = sorted(path.name for path in (here.private / "activations").iterdir())
     assert {BlockName.from_file(name).slice for name in left} == {0, 2}
-    assert left == sorted(path.name for path in blocks_of(there.path).values() for path in (path, Path(f"{path}.part")))
+    whole = [path.name for path in blocks_of(there.path).values()]
+    assert left == sorted([*whole, *(f"{name}.part" for name in whole)])
 
 
 def test_a_deletion_while_a_stage_trains_takes_its_states_along(llama, tmp_path):
@@ -602,15 +721,23 @@ def test_a_full_disk_leaves_nothing_half_written_and_changes_no_bit(llama, tmp_p
     assert_same_stores(tmp_path / "out", llama.trained)
 
 
-def test_what_the_cache_takes_is_said_before_it_is_written(llama, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "hf_s3t")
-    llama.trainer(tmp_path / "out").train()
+def test_what_the_cache_takes_is_said_before_it_is_written(tmp_path, caplog):
+    """To whoever leaves logging as it is. Rows of all slices count, not only those of the slice that comes first."""
+    options = {"rows": by_slice({0: 4, 1: 8, 2: 40}), "data_collator": pad, "activation_cache": "disk"}
+    make_trainer(tmp_path / "out", CASES["llama"], **options).train()
     found = re.search(r"activation cache \(disk\): what enters layers (\[.*\]), of 24 rows of 3 slices, about (\d+)"
                       r" positions, (\S+) GB", caplog.text)  # fmt: skip
-    assert found and int(found[2]) == 24 * 12
+    assert found and int(found[2]) == sum(map(len, options["rows"]["input_ids"]))
+    assert caplog.text.count("activation cache (disk)") == 1
+    written = sum(path.stat().st_size for path in blocks_of(tmp_path / "out").values())
+    assert float(found[3]) * 1e9 == pytest.approx(written, rel=0.5)
+
+
+def test_the_size_of_rows_of_one_length_is_said_exactly(llama, tmp_path, caplog):
+    llama.trainer(tmp_path / "out", sequence_selection=[[0, 1]]).train()
     written = sum(states.nbytes for path in blocks_of(tmp_path / "out").values() for states in block(path).states)
-    assert float(found[3]) * 1e9 == pytest.approx(written, rel=0.01)
-    assert caplog.text.index("activation cache") < caplog.text.index("stage shard-00/0:")
+    found = re.search(r"of (\d+) rows of (\d) slices, about (\d+) positions, (\S+) GB", caplog.text)
+    assert float(found[4]) * 1e9 == pytest.approx(written, rel=0.01)
 
 
 # ---- which blocks are kept ----
@@ -630,7 +757,7 @@ def test_a_tight_limit_keeps_what_saves_most():
     assert choose_blocks(passes, sizes, 10) == [BlockName(0, 1, 12)]
     assert choose_blocks(passes, sizes, 20) == [BlockName(0, 1, 12), BlockName(0, 0, 8)]
     assert choose_blocks(passes, sizes, 9) == []
-    assert choose_blocks(passes, sizes, 20, [BlockName(0, 0, 12)]) == [BlockName(0, 0, 12), BlockName(0, 1, 12)]
+    assert choose_blocks(passes, sizes, 20, {BlockName(0, 0, 12): 10}) == [BlockName(0, 0, 12), BlockName(0, 1, 12)]
     assert choose_blocks(passes, {(0, 0): 10, (0, 1): 30}, 25) == [BlockName(0, 0, 8), BlockName(0, 0, 12)]
 
 
@@ -737,6 +864,24 @@ def test_a_random_trunk_is_refused_unless_it_may_run_in_eval_mode(tmp_path):
     trainer = make_trainer(tmp_path / "yes", CASES["bert"], eval_trunk=True, **options)
     trainer.train()
     assert len(trainer.store.manifest().stages) == 2
+
+
+def test_a_trunk_that_computes_otherwise_in_training_is_told_from_a_random_one(tmp_path):
+    model = CASES["llama"].make_model()
+    model.model.layers[0].mlp.register_forward_hook(lambda mlp, args, output: output * (1 + 1e-3 * mlp.training))
+    trainer = make_trainer(tmp_path / "out", CASES["llama"], model=model, activation_cache="disk")
+    with pytest.raises(ValueError, match="computes otherwise in training than in eval mode, the same each time"):
+        trainer.train()
+
+
+def test_layers_above_that_depend_on_more_than_the_states_are_refused(tmp_path):
+    """The head adds what an embedding gave."""
+    model, seen = CASES["llama"].make_model(), []
+    model.model.layers[0].register_forward_hook(lambda layer, args, output: seen.append(output))
+    model.model.norm.register_forward_hook(lambda norm, args, output: output + seen[-1])
+    trainer = make_trainer(tmp_path / "out", CASES["llama"], model=model, activation_cache="disk")
+    with pytest.raises(ValueError, match="What enters layer 8 is not all that the layers above depend on"):
+        trainer.train()
 
 
 def test_embeddings_of_a_stages_own_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""The states that enter layers of the frozen trunk, kept for the stages to come: which, where, and how large.
+"""The states that enter layers of the frozen trunk, kept for the stages to come: where, and how large.
 
 ```
 out/.s3t/activations/shard-00_slice-2_layer-12.states     what enters layer 12, of every example of slice 2
@@ -9,7 +9,7 @@ sequence, the epoch and the stage. A *block* holds it for one slice and one laye
 it goes with the first deletion that hits its slice. A file begins with the length of a JSON text, and that text, which
 says whose states it holds: a deletion finds them in a half-written file, too. The states of row after row follow as
 they are in memory, then JSON on how long each is, the length of that JSON, and the sha256 of all before. How states
-are computed is for `trunk.py`, when for `feeding.py`.
+are computed is for `trunk.py`, which of them are kept for `keeping.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,9 +223,14 @@ class FileBlocks:
         sync_folder(self.folder)
 
     def sizes(self) -> dict[BlockName, int]:
-        """Bytes per block."""
-        paths = {BlockName.from_file(path.name): path for path in self.folder.glob("*.states")}
-        return {name: path.stat().st_size for name, path in paths.items() if name is not None}
+        """Bytes per block, of one that is being written as far as it is."""
+        sizes: dict[BlockName, int] = {}
+        for path in self.folder.glob("*"):
+            name = BlockName.from_file(path.name)
+            with suppress(FileNotFoundError):  # another process is done with it
+                if name is not None:
+                    sizes[name] = sizes.get(name, 0) + path.stat().st_size
+        return sizes
 
     def drop(self, name: BlockName) -> None:
         """Removes a block."""
@@ -302,58 +308,3 @@ def _knows_only(path: Path, index: Container[str]) -> bool:
         return all(example in index for example, _ in _head(path)["examples"])
     except DAMAGED:
         return False
-
-
-def choose_blocks(
-    passes: Mapping[Place, Mapping[int, float]],
-    sizes: Mapping[Place, int],
-    limit: float | None = None,
-    there: Iterable[BlockName] = (),
-) -> list[BlockName]:
-    """The blocks worth keeping, those that save most layer forwards per byte first, while they fit.
-
-    A block at layer `c` costs a pass through `c` layers to fill, and every later pass of its slice that enters at `c`
-    or above saves as many. From a block below its own layer a stage computes the layers between.
-
-    Args:
-        passes (`dict[Place, dict[int, float]]`): per slice, how often its rows are to enter each layer.
-        sizes (`dict[Place, int]`): bytes of one block of each slice.
-        limit (`float`, *optional*): bytes of all blocks together.
-        there (`list[BlockName]`, *optional*): blocks that need no filling; of them, those that are of use come first.
-
-    >>> choose_blocks({(0, 0): {12: 4, 8: 2, 4: 1}}, {(0, 0): 100}, limit=250)
-    [BlockName(shard=0, slice=0, layer=8), BlockName(shard=0, slice=0, layer=12)]
-    >>> choose_blocks({(0, 0): {12: 1}}, {(0, 0): 100})
-    []
-    """
-    kept: dict[Place, list[int]] = {place: [] for place in passes}
-    chosen: list[BlockName] = []
-    left = float("inf") if limit is None else limit
-    for name in sorted(there):
-        if name.layer in passes.get(name.place, ()) and sizes[name.place] <= left:
-            kept[name.place].append(name.layer)
-            chosen.append(name)
-            left -= sizes[name.place]
-    while True:
-        gains = [
-            (layer_passes(wanted, kept[place]) - layer_passes(wanted, [*kept[place], layer]), BlockName(*place, layer))
-            for place, wanted in passes.items()
-            for layer in wanted
-            if layer not in kept[place] and sizes[place] <= left
-        ]
-        gain, best = max(gains, key=lambda found: (found[0], [-part for part in found[1]]), default=(0, None))
-        if best is None or gain <= 0:
-            return chosen
-        kept[best.place].append(best.layer)
-        chosen.append(best)
-        left -= sizes[best.place]
-
-
-def layer_passes(wanted: Mapping[int, float], kept: Iterable[int]) -> float:
-    """Layers that the rows of a slice pass in the trunk, over all stages, with blocks at the layers `kept`."""
-    blocks = sorted(kept)
-    fill = blocks[-1] if blocks else 0
-    return fill + sum(
-        times * (layer - max((block for block in blocks if block <= layer), default=0))
-        for layer, times in wanted.items()
-    )

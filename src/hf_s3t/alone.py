@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from .config import S3TConfig
 from .numbered import ROW_NUMBER, NumberingCollator, row_length
@@ -200,9 +201,15 @@ def _refuse_head(module: Any, args: Any) -> None:
 
 
 def _is_exact(rows: AloneRows, states: torch.Tensor) -> bool:
-    """Whether all of a trunk computes in 32 bits or more, so that other shapes move the last bits only."""
-    low = rows.trainer.accelerator.mixed_precision != "no" or getattr(rows.trunk.base, "is_quantized", False)
-    return states.itemsize >= 4 and not low and torch.get_float32_matmul_precision() == "highest"
+    """Whether all of a trunk computes in 32 bits or more: then a batch of another shape moves the last bits only."""
+    base, matmul = rows.trunk.base, torch.backends.cuda.matmul
+    if rows.trainer.accelerator.mixed_precision != "no" or getattr(base, "is_quantized", False):
+        return False
+    setting = getattr(matmul, "fp32_precision", None)  # torch 2.9 and later
+    tf32 = matmul.allow_tf32 if setting is None else setting not in ("none", "ieee")
+    if rows.trainer.args.device.type != "cpu":  # cuDNN takes TF32 for convolutions unless told otherwise
+        tf32 |= any(isinstance(module, nn.modules.conv._ConvNd) for module in base.modules())
+    return states.itemsize >= 4 and not tf32
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor, exact: bool) -> bool:

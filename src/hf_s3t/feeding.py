@@ -8,6 +8,7 @@ same way. How a block lies in memory or on the disk is for `activations.py`, how
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -18,12 +19,14 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers import Trainer
 
-from .activations import Block, BlockName, Blocks, FileBlocks, MemoryBlocks, choose_blocks, layer_passes
+from .activations import Block, BlockName, Blocks, FileBlocks, MemoryBlocks
 from .alone import ActivationCache, AloneRows, check_model
 from .deletion import versions
+from .keeping import Demand, choose_blocks, drop_beyond
+from .manifest import Manifest
 from .numbered import ROW_NUMBER, NumberedRows, NumberingCollator
 from .orders import StageDropped, StageOrder, is_hit
-from .partition import canonical
+from .partition import Entry, canonical
 from .plan import Stage
 from .requests import Place
 from .staging import on_main_process
@@ -91,6 +94,8 @@ class TrunkCache:
             self.trunk.detach()
             trainer.data_collator = collate
             self._sources = {}
+            for name in ("trunk", "collator", "_rows"):
+                vars(self).pop(name, None)
 
     def _entrance_of(self, stage: Stage) -> int:
         """The lowest layer that the stage trains: nothing below has an adapter."""
@@ -174,10 +179,10 @@ class TrunkCache:
         writers: list[Any] = []
         for name in names:  # what is there of other rows would take room beside the new one
             self.blocks.drop(name)
-        others = sum(size for name, size in self.blocks.sizes().items() if name not in names)
+        others = self._bytes_beside(names)
 
-        def check_room() -> None:
-            if self.limit is not None and others + sum(writer.bytes for writer in writers) > self.limit:
+        def check_room(more: int = 0) -> None:
+            if self.limit is not None and others + sum(writer.bytes for writer in writers) + more > self.limit:
                 raise OSError(f"more than the {self.limit / 1e9:.3g} GB of activation_cache_gb")
 
         try:
@@ -186,24 +191,30 @@ class TrunkCache:
                 for position, (_, number) in enumerate(rows):
                     batch, given = self._rows.batch(number), source.states[position] if source else None
                     seen = self._rows.states(batch, [name.layer for name in names], start, given)
+                    check_room(sum(states.nbytes for states in seen.values()))
                     inputs = self._rows.digest(batch)
                     for writer in writers:
                         writer.add(inputs, seen[writer.name.layer])
-                    check_room()
             for writer in writers:
                 writer.end()
+            others = self._bytes_beside(names)  # other processes have written, too
             check_room()
             self._install(order, writers)
         except OSError as error:
             self.kept = [name for name in self.kept if name not in names]
             logger.warning(
                 "the activation cache could not be written (%s): states of slice %s are computed anew for every "
-                "batch. Make room, or set activation_cache_gb lower.", error, names[0].place,
+                "batch. %s.", error, names[0].place,
+                "Make room, or set activation_cache_gb lower" if error.errno else "Set it higher to keep them",
                 main_process_only=False,
             )  # fmt: skip
         finally:
             for writer in writers:
                 writer.abandon()
+
+    def _bytes_beside(self, names: Sequence[BlockName]) -> int:
+        assert self.blocks is not None
+        return sum(size for name, size in self.blocks.sizes().items() if name not in names)
 
     def _install(self, order: StageOrder, writers: Sequence[Any]) -> None:
         """Makes blocks count; files, which outlive the stage, under the write lock and unless a deletion came."""
@@ -259,36 +270,37 @@ class TrunkCache:
         else:
             self.blocks = FileBlocks(trainer.store.private, hashlib.sha256(tie).hexdigest())
             self._on_main(self.blocks.drop_unfinished)
-        sample = [number for _, number in rows[:: max(len(rows) // SAMPLE, 1)]]
+        counts = dict(Counter((entry.shard, entry.slice) for entry, _ in self._all_rows()))
+        demand = self._demand(manifest, counts)
         with self.trunk.evaluating():
-            inside = self._rows.states(self._rows.batch(sample[0]), [self._entrance])[self._entrance]
-            lengths = [len(self._rows.states(self._rows.batch(number), [0])[0]) for number in sample]
+            inside = self._rows.states(self._rows.batch(rows[0][1]), [self._entrance])[self._entrance]
+            lengths = self._rows.lengths(_sample([number for _, number in self._all_rows()]))
         mean = sum(lengths) / len(lengths)
-        counts: dict[Place, int] = {}
-        for example, entry in trainer.rows.entries.items():
-            place = entry.shard, entry.slice
-            counts[place] = counts.get(place, 0) + len(trainer.rows.numbered([example]))
         sizes = {place: int(count * mean * inside.shape[-1] * inside.itemsize) for place, count in counts.items()}
+        there = self._on_main(self.blocks.sizes)
+        self.kept = choose_blocks(demand.passes, sizes, self.limit, there)
+        needed = sum(there.get(name, sizes[name.place]) for name in self.kept)
+        if self.limit is not None:
+            self._on_main(partial(drop_beyond, self.blocks, self.limit - needed, self.kept))
+        logger.warning(
+            "activation cache (%s): what enters layers %s, of %d rows of %d slices, about %d positions, %.3g GB; "
+            "%.0f %% of the layer forwards in the trunk are saved",
+            self.cache, sorted({name.layer for name in self.kept}), demand.rows, len(demand.passes),
+            round(mean * demand.rows), needed / 1e9, 100 * demand.saved(self.kept),
+        )  # fmt: skip
+
+    def _all_rows(self) -> list[tuple[Entry, int]]:
+        rows = self.trainer.rows
+        return [(rows.entries[example], number) for example, number in rows.numbered(list(rows.entries))]
+
+    def _demand(self, manifest: Manifest, counts: Mapping[Place, int]) -> Demand:
         passes: dict[Place, dict[int, float]] = {}
         for stage in manifest.plan.missing(manifest.stages):
             entrance = self._entrance_of(stage)
             for place in stage.slices & counts.keys() if entrance else ():
                 wanted = passes.setdefault(place, {})
                 wanted[entrance] = wanted.get(entrance, 0.0) + self._epochs(stage, counts)
-        self.kept = choose_blocks(passes, sizes, self.limit, self._on_main(self.blocks.sizes))
-        self._on_main(partial(self._make_room, sizes))
-        whole = sum(counts[place] * layer_passes(passes[place], []) for place in passes)
-        cut = sum(
-            counts[place] * layer_passes(passes[place], [name.layer for name in self.kept if name.place == place])
-            for place in passes
-        )
-        logger.info(
-            "activation cache (%s): what enters layers %s, of %d rows of %d slices, about %d positions, %.3g GB; "
-            "%.0f %% of the layer forwards in the trunk are saved",
-            self.cache, sorted({name.layer for name in self.kept}), sum(counts[place] for place in passes),
-            len(passes), round(mean * sum(counts[place] for place in passes)),
-            sum(sizes[name.place] for name in self.kept) / 1e9, 100 * (1 - cut / whole) if whole else 0,
-        )  # fmt: skip
+        return Demand(counts, passes)
 
     def _epochs(self, stage: Stage, counts: Mapping[Place, int]) -> float:
         args = self.trainer.args
@@ -296,18 +308,6 @@ class TrunkCache:
             return args.num_train_epochs
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return args.max_steps * batch / max(sum(counts.get(place, 0) for place in stage.slices), 1)
-
-    def _make_room(self, sizes: Mapping[Place, int]) -> None:
-        """Drops blocks of earlier trainings that this one has no use for, where the limit leaves them no room."""
-        assert self.blocks is not None
-        if self.limit is None:
-            return
-        left = self.limit - sum(sizes[name.place] for name in self.kept)
-        for name, size in sorted(self.blocks.sizes().items()):
-            if name not in self.kept:
-                left -= size
-                if left < 0:
-                    self.blocks.drop(name)
 
     def _forget_deleted(self) -> None:
         """Drops what is in memory of examples that are no longer in the index; of files a deletion does it."""
@@ -323,7 +323,10 @@ class TrunkCache:
             self.blocks.drop(name)
 
     def close(self) -> None:
-        """Forgets everything that is in memory."""
+        """Forgets everything that is in memory; where no stage asked for states, the limit holds for what is there."""
+        if self.blocks is None and self.cache == "disk" and self.limit is not None:
+            if self.trainer.args.process_index == 0:
+                drop_beyond(FileBlocks(self.trainer.store.private, ""), self.limit)
         self.blocks, self.kept, self._checked, self._verified = None, [], set(), set()
 
     # ---- processes ----
@@ -351,6 +354,11 @@ class FedTrainerMixin(TrainerBase):
 
     trunk_cache: TrunkCache
     _signature_columns: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if isinstance(train_dataset, NumberedRows) and hasattr(train_dataset.rows, "column_names"):
+            train_dataset = self._remove_unused_columns(train_dataset.rows)  # what it would see without a cache
+        return super()._get_train_sampler(train_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
