@@ -301,10 +301,12 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         )  # fmt: skip
 
     def _auto_mapping(self, stage: Stage) -> dict[str, Any]:
-        """PEFT's field for libraries: the base's class, and which stages this one builds on."""
-        base = self.model.get_base_model()
+        """PEFT's field for libraries: the base's class, which stages this one builds on, and whether by rank."""
+        base, kind = self.model.get_base_model(), self.s3t_config.stage_parameters
         parents = [above.name for above in stage.path[:-1]]
-        return {"base_model_class": type(base).__name__, "parent_library": type(base).__module__, "parents": parents}
+        stacked = {"stage_parameters": kind} if kind == "rank_group" else {}
+        about = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        return {**about, "parents": parents, **stacked}
 
     def _close_store(self) -> None:
         with self.store.writing():
