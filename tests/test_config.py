@@ -134,7 +134,8 @@ def test_numbers_out_of_range_are_refused(field, value):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"stage_parameters": "rank_group"}, "`stage_parameters` must be 'layer_group' or 'all', got 'rank_group'"),
+        ({"stage_parameters": "layer"}, "must be one of .'layer_group', 'rank_group', 'all'., got 'layer'"),
+        ({"stage_parameters": "rank_group", "layers_per_slice": 2}, "`layers_per_slice` is 2, .*Leave it None"),
         ({"cost_budget": 10}, "`cost_budget` takes the place of `budget`, with `sequence_selection='optimal'`"),
         ({"cost_budget": 10, "sequence_selection": "optimal", "budget": 2}, "takes the place of `budget`"),
         ({"cost_budget": 9, "sequence_selection": "optimal"}, "`cost_budget` must be 10 or more, .* got 9"),
