@@ -23,6 +23,7 @@ from mutations_hub import ON_THE_HUB
 from mutations_planning import PLANNING
 from mutations_serving import SERVING
 from mutations_speed import SPEED
+from mutations_systems import SYSTEMS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = Path("src/hf_s3t")
@@ -193,7 +194,7 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB, *PLANNING, *SPEED))
+MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB, *PLANNING, *SPEED, *SYSTEMS))
 
 
 def check_anchors(mutation: Mutation) -> list[str]:

@@ -209,8 +209,9 @@ class Recorder(TrainerCallback):
         for name in model.active_adapters:
             tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
             for key, value in tensors.items():
-                parts = [value, record.tensors[key]] if key in record.tensors else [value]  # ranks: the parents' first
-                record.tensors[key] = torch.cat(parts, dim=0 if ".lora_A." in key else 1).detach().clone()
+                stacked = ".lora_" in key and key in record.tensors  # rank groups: those of the parents come first
+                parts = [value, record.tensors[key]] if stacked else [value]
+                record.tensors[key] = torch.cat(parts, dim=0 if ".lora_A." in key else -1).detach().clone()
 
     def assemble_new(self) -> None:
         manifest = self.store.manifest()

@@ -62,8 +62,8 @@ def scaling_of(config: Mapping[str, Any]) -> float:
 def with_rank(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """A LoRA config with another rank and the same scaling, as plain LoRA without rsLoRA.
 
-    `lora_alpha` is the whole number or the float whose quotient by the rank is the scaling, bit for bit; with rsLoRA
-    there may be none, and it is the closest.
+    `lora_alpha` is the whole number or the float whose quotient by the rank is the scaling, bit for bit. With rsLoRA,
+    or a fraction to begin with, there may be none: then it is the closest.
 
     >>> with_rank({"r": 2, "lora_alpha": 3, "use_rslora": False}, 6)
     {'r': 6, 'lora_alpha': 9, 'use_rslora': False}

@@ -1,0 +1,35 @@
+"""Wrong changes to rank groups; see `mutations.py`, which runs them. The fields are those of `Mutation`."""
+
+from __future__ import annotations
+
+R = "test_rank_groups.py::test_"
+JOINED = "test_adapter.py::test_join_of_rank_groups_adds_what_the_stages_add"
+PROMISES, BERT = "test_promises.py::test_", "[bert-rank_group]"
+
+SYSTEMS = (
+    (1, "a rank group starts at its parent's ranks, which stay frozen beside it", "tuner.py",
+     (("if trained and not frozen else heads", "if trained else heads"),),
+     (PROMISES + "a_stage_begins_where_its_parent_ended" + BERT,)),
+    (2, "ranks are stacked in another order in A than in B", "adapter.py",
+     (("[stage.tensors[name] for stage in stages]",
+       '[stage.tensors[name] for stage in stages][:: -1 if ".lora_A." in name else 1]'),), (JOINED,)),
+    (2, "joined ranks keep the lora_alpha of one stage", "adapter.py",
+     (('"lora_alpha": closest,', '"lora_alpha": config["lora_alpha"],'),), (JOINED,)),
+    (2, "joined ranks of rsLoRA are rsLoRA again", "adapter.py",
+     (('"lora_alpha": closest, "use_rslora": False}', '"lora_alpha": closest}'),), (JOINED,)),
+    (2, "the frozen prefix has the scaling of one stage over more ranks", "tuner.py",
+     (('for field in ("r", "lora_alpha", "use_rslora")', 'for field in ("r",)'),),
+     (R + "a_joined_prefix_is_its_stages_one_beside_the_other",)),
+    (3, "a deletion overwrites copies of a member's ranks", "slots.py",
+     (("view for number, view in", "view.clone() for number, view in"),),
+     (R + "a_deletion_reaches_a_model_that_was_cast_meanwhile",)),
+    (8, "the card's lines give joined ranks the lora_alpha of one stage", "card.py",
+     (('lora_alpha=joined["lora_alpha"]', 'lora_alpha=config["lora_alpha"]'),),
+     (PROMISES + "stock_peft_gives_a_prefix_the_logits_of_that_time" + BERT,)),
+    (8, "a rank group does not say by what it is joined", "trainer.py",
+     (('if kind == "rank_group" else {}', "if False else {}"),),
+     (R + "there_may_be_more_slices_than_layers",)),
+    (9, "a member of rank groups has its last stage alone", "ensemble.py",
+     (('get("stage_parameters") == "all" else stage.path', 'get("stage_parameters") != "layer_group" else stage.path'),),
+     (R + "the_ensemble_is_its_members",)),
+)  # fmt: skip
