@@ -30,6 +30,6 @@ SYSTEMS = (
      (('if kind == "rank_group" else {}', "if False else {}"),),
      (R + "there_may_be_more_slices_than_layers",)),
     (9, "a member of rank groups has its last stage alone", "ensemble.py",
-     (('get("stage_parameters") == "all" else stage.path', 'get("stage_parameters") != "layer_group" else stage.path'),),
+     (('"stage_parameters") == "all" else stage.path', '"stage_parameters") != "layer_group" else stage.path'),),
      (R + "the_ensemble_is_its_members",)),
 )  # fmt: skip
