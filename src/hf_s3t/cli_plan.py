@@ -50,7 +50,9 @@ def plan(
     prior: Annotated[
         str | None, typer.Option(help="Chance that a request hits each slice: 0.4,0.3,0.2,0.1. Default: all alike.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers of the model: at most as many slices; not for rank groups.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of the model: at most as many slices; not for rank groups.")
+    ] = None,
     examples_per_person: Annotated[
         int, typer.Option(help="Examples of whoever asks; with a group column leave it at 1.")
     ] = 1,
