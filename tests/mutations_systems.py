@@ -1,10 +1,12 @@
-"""Wrong changes to rank groups; see `mutations.py`, which runs them. The fields are those of `Mutation`."""
+"""Wrong changes to rank groups and replay; see `mutations.py`, which runs them. The fields are those of `Mutation`."""
 
 from __future__ import annotations
 
 R = "test_rank_groups.py::test_"
 JOINED = "test_adapter.py::test_join_of_rank_groups_adds_what_the_stages_add"
 PROMISES, BERT = "test_promises.py::test_", "[bert-rank_group]"
+
+REPLAY = "test_replay.py::test_"
 
 SYSTEMS = (
     (1, "a rank group starts at its parent's ranks, which stay frozen beside it", "tuner.py",
@@ -32,4 +34,20 @@ SYSTEMS = (
     (9, "a member of rank groups has its last stage alone", "ensemble.py",
      (('"stage_parameters") == "all" else stage.path', '"stage_parameters") != "layer_group" else stage.path'),),
      (R + "the_ensemble_is_its_members",)),
+    (2, "a stage of all layers whose newest slice is empty forgets its parent", "tuner.py",
+     (('if "lora_" in name and not self._goes_on:', 'if "lora_" in name:'),),
+     (REPLAY + "a_stage_whose_newest_slice_is_empty_changes_nothing[all]",)),
+    (4, "which examples are replayed depends on how many there are", "partition.py",
+     (("for digest in sorted(by_slice.get(slice_id, ()))", "for n, digest in enumerate(sorted(by_slice.get(slice_id, ())))"),
+      ("_chance(stage, digest) < replay", "_chance(stage, str(n)) < replay")),
+     (REPLAY + "no_example_moves_another",)),
+    (4, "a repair replays everything", "rows.py",
+     (("return stage_examples(stage, by_slice, self.replay)", "return stage_examples(stage, by_slice)"),),
+     (REPLAY + "stages_see_fewer_examples_and_an_audit_knows_which",)),
+    (4, "the share that is replayed is not part of the recipe", "recipe.py",
+     (("if config.replay != 1:", "if False:"),),
+     (REPLAY + "a_recipe_without_the_field_is_of_stages_that_saw_everything",)),
+    (4, "a stage stays on a parent that is trained again on new rows", "reconcile.py",
+     (("if not other.isdisjoint(stage.path)", "if stage in other"),),
+     (REPLAY + "new_rows_of_an_early_slice_train_every_later_stage_again",)),
 )  # fmt: skip

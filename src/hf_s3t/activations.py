@@ -90,9 +90,20 @@ class Block:
     rows: tuple[Row, ...]
     states: list[torch.Tensor]
 
-    def is_of(self, examples: Iterable[tuple[str, str]]) -> bool:
-        """Whether its rows are exactly these examples with these contents, in their order."""
-        return [(row.example, row.content) for row in self.rows] == list(examples)
+    def find(self, examples: Iterable[tuple[str, str]]) -> list[int] | None:
+        """Where the rows of these examples with these contents are, or `None` unless it has all of them.
+
+        Args:
+            examples (`Iterable[tuple[str, str]]`): keyed digests of an example and of its content, once for each of
+                its rows.
+        """
+        places: dict[tuple[str, str], list[int]] = {}
+        for position in reversed(range(len(self.rows))):
+            places.setdefault((self.rows[position].example, self.rows[position].content), []).append(position)
+        try:
+            return [places[example].pop() for example in examples]
+        except (KeyError, IndexError):
+            return None
 
 
 class MemoryWriter:

@@ -108,6 +108,11 @@ class S3TConfig(LoraConfig):
             What a stage owns: the LoRA of its layer group; a LoRA of its own over all targeted layers, of rank `r`,
             beside those of its parents, which stay as they are (`num_slices` may then exceed the number of layers);
             or the LoRA of all layer groups, started from its parent's weights.
+        replay (`float`, *optional*, defaults to `1.0`):
+            Share of the examples of each earlier slice of its prefix that a stage sees again, beside all of the newest
+            one: 1 is the paper's way, 0 the newest slice alone. Which ones they are follows from each example's keyed
+            digest and the prefix. A stage at depth `d` costs `1 + replay (d - 1)` slice passes; budgets in slice
+            passes take every stage at its depth, the most that it can cost.
         prune (`bool`, *optional*, defaults to `True`):
             Leave out the tails of sequences whose set of slices another sequence covers. Lossless for survival.
         id_column (`str`, *optional*):
@@ -147,6 +152,9 @@ class S3TConfig(LoraConfig):
     stage_parameters: Literal["layer_group", "rank_group", "all"] = field(
         default="layer_group",
         metadata={"help": "What a stage owns: its layer group, a LoRA of its own over all layers, or all of one."},
+    )
+    replay: float = field(
+        default=1.0, metadata={"help": "Share of the examples of each earlier slice that a stage sees again."}
     )
     prune: bool = field(default=True, metadata={"help": "Leave out tails whose set of slices is covered already."})
     id_column: str | None = field(default=None, metadata={"help": "Column that names an example."})
@@ -196,6 +204,8 @@ class S3TConfig(LoraConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        if isinstance(self.replay, bool) or not isinstance(self.replay, int | float) or not 0 <= self.replay <= 1:
+            raise ValueError(f"`replay` must be a number from 0 to 1, got {self.replay!r}.")
         if self.stage_parameters not in STAGE_PARAMETERS:
             raise ValueError(f"`stage_parameters` must be one of {STAGE_PARAMETERS}, got {self.stage_parameters!r}.")
         if self.stage_parameters == "rank_group" and self.layers_per_slice is not None:

@@ -115,10 +115,14 @@ class TrunkCache:
         return sorted(name for name in self.kept if name.place == place and name.layer <= self._entrance)
 
     def _read(self, name: BlockName, rows: list[tuple[str, int]]) -> Block | None:
+        """A block's part for some rows, in their order, if it has all of them."""
         assert self.blocks is not None
         block = self.blocks.read(name)
         entries = self.trainer.rows.entries
-        return block if block and block.is_of((example, entries[example].content) for example, _ in rows) else None
+        places = block.find((example, entries[example].content) for example, _ in rows) if block else None
+        if block is None or places is None:
+            return None
+        return Block(tuple(block.rows[place] for place in places), [block.states[place] for place in places])
 
     def _locate(self, place: Place, rows: list[tuple[str, int]]) -> None:
         """Notes where the states of a slice's rows start, and what the collator has to make of them."""
@@ -238,10 +242,10 @@ class TrunkCache:
         sizes = {place: int(count * mean * inside.shape[-1] * inside.itemsize) for place, count in counts.items()}
         passes: dict[Place, dict[int, float]] = {}
         for stage in manifest.plan.missing(manifest.stages):
-            entrance = self._entrance_of(stage)
-            for place in stage.slices & counts.keys() if entrance else ():
+            entrance, shares = self._entrance_of(stage), self._shares(stage)
+            for place in shares.keys() & counts.keys() if entrance else ():
                 wanted = passes.setdefault(place, {})
-                wanted[entrance] = wanted.get(entrance, 0.0) + self._epochs(stage, counts)
+                wanted[entrance] = wanted.get(entrance, 0.0) + self._epochs(stage, counts) * shares[place]
         self.kept = choose_blocks(passes, sizes, self.limit, self._on_main(self.blocks.sizes))
         self._on_main(partial(self._make_room, sizes))
         whole = sum(counts[place] * layer_passes(passes[place], []) for place in passes)
@@ -257,12 +261,19 @@ class TrunkCache:
             sum(sizes[name.place] for name in self.kept) / 1e9, 100 * (1 - cut / whole) if whole else 0,
         )  # fmt: skip
 
+    def _shares(self, stage: Stage) -> dict[Place, float]:
+        """How much of each of its slices a stage sees."""
+        replay = self.trainer.s3t_config.replay
+        shares = dict.fromkeys(stage.slices, replay) if replay else {}
+        return shares | {(stage.shard, stage.prefix[-1]): 1.0}
+
     def _epochs(self, stage: Stage, counts: Mapping[Place, int]) -> float:
         args = self.trainer.args
         if args.max_steps <= 0:
             return args.num_train_epochs
+        seen = sum(counts.get(place, 0) * share for place, share in self._shares(stage).items())
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return args.max_steps * batch / max(sum(counts.get(place, 0) for place in stage.slices), 1)
+        return args.max_steps * batch / max(seen, 1)
 
     def _make_room(self, sizes: Mapping[Place, int]) -> None:
         """Drops blocks of earlier trainings that this one has no use for, where the limit leaves them no room."""

@@ -132,7 +132,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         self.callback_handler = StageCallbackHandler(self.callback_handler, self.args.report_to)
         self.callback_handler.keep_outside(self.args.output_dir)
         self.add_callback(self.guard)
-        self.progress = PlanProgressCallback()
+        self.progress = PlanProgressCallback(self.s3t_config.replay)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
         self._order: StageOrder | None = None
@@ -221,7 +221,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             manifest = plan_repair(self.store, cost_budget, prior)
         plan = manifest.plan
         missing = plan.missing(manifest.stages)
-        cost = sum(stage.depth for stage in missing)
+        cost = round(sum(stage.passes(self.s3t_config.replay) for stage in missing), 2)
         layout = self.tuner.layout
         numel = sum(self.tuner.stage_numel(owned_layers(self.s3t_config, layout, stage.depth)) for stage in missing)
         self.progress.total = cost
@@ -272,7 +272,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
                     output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
                     self.tuner.check_frozen(frozen)
             else:
-                self.tuner.zero_stage()
+                self.tuner.empty_stage()
             self._store_stage(order, output, started)
         finally:
             self._order = self.callback_handler.stage = self._members = None

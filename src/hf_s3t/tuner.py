@@ -107,6 +107,7 @@ class StageTuner:
         self.layout: Layout = model.base_model.layout
         self.active: list[str] = []
         self.training_owned: frozenset[str] = frozenset()
+        self._goes_on = False  # from its parent's LoRA, which is not frozen beside it
         self._numel = {name: value.numel() for name, value in self.adapter_parameters("default").items()}
 
     def begin(self, depth: int, seed: int, parent: Adapter | None) -> None:
@@ -121,7 +122,7 @@ class StageTuner:
         set_seed(seed)
         owned = owned_layers(self.config, self.layout, depth)
         self._inject("default", owned, heads=True)
-        self.active = ["default"]
+        self.active, self._goes_on = ["default"], False
         if parent is not None:
             lora = {key: value for key, value in parent.tensors.items() if "lora_" in key}
             heads = {key: value for key, value in parent.tensors.items() if "lora_" not in key}
@@ -132,7 +133,8 @@ class StageTuner:
                 self.active.append("prefix")
             # An empty parent stores zeros: no LoRA matrix gets a gradient from there, so the stage's own stay fresh.
             trained = any(bool(value.any()) for value in lora.values())
-            self._load("default", {**heads, **lora} if trained and not frozen else heads)
+            self._goes_on = trained and not frozen
+            self._load("default", {**heads, **lora} if self._goes_on else heads)
         self.arm(training=True)
 
     def serve(self, members: Mapping[str, Adapter]) -> None:
@@ -228,11 +230,11 @@ class StageTuner:
         tensors = get_peft_model_state_dict(self.model, adapter_name="default", save_embedding_layers=False)
         return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in tensors.items()}
 
-    def zero_stage(self) -> None:
-        """Makes the running stage a stage without effect, for a prefix that has no example: its LoRA is all zeros."""
+    def empty_stage(self) -> None:
+        """Makes a stage that has no example one without effect: its LoRA is all zeros, or stays its parent's."""
         with torch.no_grad():
             for name, parameter in self.adapter_parameters("default").items():
-                if "lora_" in name:
+                if "lora_" in name and not self._goes_on:
                     parameter.zero_()
 
     def _clear(self) -> None:
