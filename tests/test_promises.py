@@ -151,7 +151,7 @@ def same_logits(world: World, found: torch.Tensor, expected: torch.Tensor) -> bo
     """Whether logits are the same bits; where ranks are joined, to rounding."""
     if world.kind != "rank_group":
         return torch.equal(found, expected)
-    return torch.allclose(found, expected, rtol=0, atol=JOINED_RANKS)
+    return torch.allclose(found, expected, rtol=0, atol=JOINED_RANKS[world.case.name])
 
 
 # ---- 3. never seen ----
