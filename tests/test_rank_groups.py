@@ -61,7 +61,7 @@ def test_a_stage_says_by_what_it_is_joined(store: S3TStore) -> None:
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2", "bert"])
 def test_a_joined_prefix_is_its_stages_one_beside_the_other(name: str, use_rslora: bool) -> None:
     """In fp64, where rounding is no excuse: as the model stood, which had the last stage apart."""
     tuned = Tuned(name, stage_parameters="rank_group", use_rslora=use_rslora, r=3, lora_alpha=7, num_slices=20)

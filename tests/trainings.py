@@ -25,8 +25,8 @@ from hf_s3t.partition import assign, keyed_digest
 KEY = "5ca1ab1e0ddba11c0ffee00ddeadbeef"
 KINDS = ("layer_group", "rank_group", "all")
 JOINED_RANKS = {"bert": 2e-6, "vit": 2e-6, "llama": 2e-5}
-"""How far logits of fp32 may be apart where ranks are joined; everything else is bit for bit. Twelve layers take either
-some 5e-6 away from what fp64 gives, in which they agree: see `test_rank_groups.py`."""
+"""How far logits of fp32 may be apart where ranks are joined; everything else is bit for bit. Twelve layers take
+either some 5e-6 away from what fp64 gives, in which they agree: see `test_rank_groups.py`."""
 SLICES = 3
 VICTIM_SLICE = 1
 """The deleted example lies here: of the stages 0, 0-1, 0-1-2, 1, 1-2, 2, 2-0 a deletion leaves 0, 2 and 2-0."""
