@@ -23,6 +23,7 @@ from mutations_hub import ON_THE_HUB
 from mutations_planning import PLANNING
 from mutations_serving import SERVING
 from mutations_speed import SPEED
+from mutations_systems import SYSTEMS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = Path("src/hf_s3t")
@@ -96,17 +97,14 @@ MUTATIONS = (
         "copy=True) for name, value in tensors.items()}",
         'copy=True) for name, value in tensors.items() if "lora_" in name}',
     ),), (STORES + BERT, STOOD + BERT)),
-    Mutation(2, "the parent's head is not restored", "tuner.py", ((
-        "start = {key: value for key, value in parent.items() if key in keys}",
-        'start = {key: value for key, value in parent.items() if key in keys and "lora_" in key}',
-    ),), (BEGINS + BERT,)),
+    Mutation(2, "the parent's head is not restored", "tuner.py",
+             (("{**heads, **lora} if self._goes_on else heads", "lora if self._goes_on else {}"),), (BEGINS + BERT,)),
     Mutation(2, "the parent's LoRA is not loaded", "tuner.py",
-             (("if frozen and parent is not None:", "if False:"),), (BEGINS + LLAMA, STOCK + LLAMA)),
+             (('self._load("prefix", lora, whole=True)', "pass"),), (BEGINS + LLAMA, STOCK + LLAMA)),
     Mutation(2, "the first head along a prefix wins, not the last", "adapter.py",
              (("tensors.update(stage.tensors)", "tensors = {**stage.tensors, **tensors}"),), (STOOD + BERT,)),
     Mutation(2, "a stage of all layers starts fresh, not at its parent", "tuner.py",
-             (("if not any(bool(value.any())", "if True or any(bool(value.any())"),),
-             (BEGINS + "[llama-all]",)),
+             (("{**heads, **lora} if self._goes_on else heads", "heads"),), (BEGINS + "[llama-all]",)),
     # 3. never seen
     Mutation(3, "a deletion removes nothing", "deletion.py",
              (("if stage.slices & hit]\n        manifest = _rewrite(", "if False]\n        manifest = _rewrite("),),
@@ -128,15 +126,16 @@ MUTATIONS = (
              ((", stage {stage.name}", ""),), (BEGINS + LLAMA,)),
     Mutation(4, "LoRA is drawn from whatever the random state is", "tuner.py",
              (("        set_seed(seed)\n        owned", "        owned"),), (REPAIR + LLAMA,)),
-    Mutation(4, "examples are ordered by their place in the dataset", "rows.py",
-             (("for digest in sorted(by_slice[slice_id])", "for digest in by_slice[slice_id]"),), (ORDER + LLAMA,)),
+    Mutation(4, "examples are ordered by their place in the dataset", "partition.py",
+             (("for digest in sorted(by_slice.get(slice_id, ()))", "for digest in by_slice.get(slice_id, ())"),),
+             (ORDER + LLAMA,)),
     Mutation(4, "the recipe is not compared", "reconcile.py",
              (("check_same(manifest.recipe, wanted.recipe)", "pass"),), (ROWS + "a_changed_recipe_trains_nothing",)),
     Mutation(4, "a group's rows are spread over the slices", "partition.py",
              (("_place(row, position, group or digest,", "_place(row, position, digest,"),),
              (ROWS + "a_person_is_deleted_with_all_rows",)),
     Mutation(4, "a child of an empty stage starts at zeros", "tuner.py",
-             (("if not any(bool(value.any())", "if False and any(bool(value.any())"),),
+             (("trained = any(bool(value.any()) for value in lora.values())", "trained = True"),),
              (P + "a_whole_slice_deleted_one_by_one_and_repaired[llama-all]",)),
     # 5. resume
     Mutation(5, "requires_grad is not set again after a resume", "trainer.py",
@@ -196,7 +195,7 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB, *PLANNING, *SPEED))
+MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB, *PLANNING, *SPEED, *SYSTEMS))
 
 
 def check_anchors(mutation: Mutation) -> list[str]:

@@ -22,6 +22,7 @@ from transformers import default_data_collator
 
 import models
 from hf_s3t import S3TConfig, S3TEnsemble, S3TStore, S3TTrainer, Stage
+from hf_s3t.card import prefix_lines
 from trainers import batch, make_args
 
 ORDERS = [[0, 1, 2], [2, 0]]
@@ -47,6 +48,9 @@ SHAPES = {
         partial(models.tiny_llama, num_hidden_layers=6), models.llama_rows, _llama | {"stage_parameters": "all"}
     ),
     "gpt2": Shape(models.tiny_gpt2, models.llama_rows, _gpt2),
+    "llama-rank": Shape(  # more slices than layers
+        partial(models.tiny_llama, num_hidden_layers=2), models.llama_rows, _llama | {"stage_parameters": "rank_group"}
+    ),
     "bert": Shape(models.tiny_bert, models.bert_rows, _bert),
     "bert-all": Shape(models.tiny_bert, models.bert_rows, _bert | {"stage_parameters": "all"}),
     "roberta": Shape(models.tiny_roberta, models.bert_rows, _bert),
@@ -110,6 +114,10 @@ def prompts(count: int = 6) -> dict[str, torch.Tensor]:
 
 def member(store: S3TStore, base: Any, shard: int, prefix: tuple[int, ...]) -> PeftModel:
     """A prefix on a fresh base, stage by stage, by the lines that the model card prints."""
+    if store.manifest().recipe["config"]["stage_parameters"] == "rank_group":
+        names = {"base": base, "store": str(store.path)}
+        exec(prefix_lines(Stage(shard, prefix), store.manifest()), names)
+        return names["model"]
     folders = [store.path / stage.name for stage in Stage(shard, prefix).path]
     configs = [LoraConfig.from_pretrained(folder) for folder in folders]
     configs[-1].layers_to_transform = sorted(set(sum((config.layers_to_transform for config in configs), [])))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_s3t.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, is_lora, join
+from hf_s3t.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, is_lora, join, scaling_of, with_rank
 
 IN, OUT = 6, 5
 HEAD = "base_model.model.score.weight"
@@ -123,6 +123,39 @@ def test_join_of_stages_that_own_all_layers_is_the_last_one():
     whole = join(stages)
     assert whole.tensors.keys() == stages[-1].tensors.keys()
     assert all(torch.equal(value, stages[-1].tensors[key]) for key, value in whole.tensors.items())
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_join_of_rank_groups_adds_what_the_stages_add(use_rslora):
+    stages = [adapter(seed, [1, 2, 3], r=3, lora_alpha=7, use_rslora=use_rslora, head=True) for seed in range(4)]
+    whole = join(stages, "rank_group")
+    assert (whole.config["r"], whole.config["use_rslora"], whole.config["auto_mapping"]) == (12, False, None)
+    assert whole.scaling == stages[0].scaling
+    assert {tuple(value.shape) for key, value in whole.tensors.items() if key != HEAD} == {(12, IN), (OUT, 12)}
+    for layer in range(5):
+        expected = sum(dense(stage, layer) for stage in stages)
+        assert torch.allclose(dense(whole, layer), expected, rtol=0, atol=1e-12)
+    assert torch.equal(whole.tensors[HEAD], stages[-1].tensors[HEAD])
+    assert stages[0].tensors[name(1, "A")].shape == (3, IN), "the stages stay as they are"
+
+
+def test_the_scaling_stays_when_ranks_add_up():
+    """Bit for bit; with rsLoRA, or a fraction, there may be no float whose quotient it is: then it is the next one."""
+    inexact = 0
+    for r in range(1, 33):
+        for lora_alpha in (1, 2, 3, 5, 7, 16, 31, 64, 0.1):
+            for use_rslora in (False, True):
+                one = {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora}
+                for count in range(1, 17):
+                    joined = with_rank(one, count * r)
+                    assert joined["r"] == count * r and joined["use_rslora"] is False
+                    found, expected = scaling_of(joined), scaling_of(one)
+                    if not use_rslora and lora_alpha != 0.1:
+                        assert found == expected
+                        assert repr(joined["lora_alpha"]) == str(lora_alpha * count)
+                    assert abs(found - expected) <= math.ulp(expected)
+                    inexact += found != expected
+    assert inexact / (32 * 9 * 16) < 0.2
 
 
 def test_heads_are_told_from_lora_matrices():

@@ -25,6 +25,7 @@ OWN = {
     "cost_budget": None,
     "deletion_prior": None,
     "stage_parameters": "layer_group",
+    "replay": 1.0,
     "prune": True,
     "id_column": None,
     "group_column": None,
@@ -134,7 +135,13 @@ def test_numbers_out_of_range_are_refused(field, value):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"stage_parameters": "rank_group"}, "`stage_parameters` must be 'layer_group' or 'all', got 'rank_group'"),
+        ({"stage_parameters": "layer"}, "must be one of .'layer_group', 'rank_group', 'all'., got 'layer'"),
+        ({"stage_parameters": "rank_group", "layers_per_slice": 2}, "`layers_per_slice` is 2, .*Leave it None"),
+        ({"replay": -0.1}, "`replay` must be a number from 0 to 1, got -0.1"),
+        ({"replay": 1.01}, "`replay` must be a number from 0 to 1"),
+        ({"replay": float("nan")}, "`replay` must be a number from 0 to 1"),
+        ({"replay": "1"}, "`replay` must be a number from 0 to 1"),
+        ({"replay": True}, "`replay` must be a number from 0 to 1"),
         ({"cost_budget": 10}, "`cost_budget` takes the place of `budget`, with `sequence_selection='optimal'`"),
         ({"cost_budget": 10, "sequence_selection": "optimal", "budget": 2}, "takes the place of `budget`"),
         ({"cost_budget": 9, "sequence_selection": "optimal"}, "`cost_budget` must be 10 or more, .* got 9"),

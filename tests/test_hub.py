@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, constants, scan_cache_dir
 
 from hf_s3t import S3TEnsemble, S3TStore, Stage, ensemble, hub
 from machines import Failed
+from served import SHAPES, copy, inputs_of
 from stores import KEY, make_store, people
 from trainers import BASES, batch, logits, make_trainer
 
@@ -86,6 +87,25 @@ def answers(path, base="llama", repo="owner/m"):
     }
 
 
+def rank_groups(path, repo="owner/m"):
+    """Pushes a store, deletes from the repository and pulls; ranks and largest differences, here and there."""
+    from peft import PeftModel
+
+    build, inputs = SHAPES["llama-rank"].build, inputs_of("llama-rank")
+    S3TStore(path).push(repo)
+    S3TStore(repo, state=Path(path) / ".s3t").delete(slices=[(0, 1), (1, 0), (1, 2)])
+    S3TStore(path).pull(repo)
+    store = S3TStore(repo)
+    expected = logits(S3TEnsemble.from_pretrained(Path(path), build()), inputs)
+    root = logits(PeftModel.from_pretrained(build(), path), inputs)
+    return {
+        "ranks": [store.assemble(shard, order).config["r"] for shard, order in sorted(store.served().items())],
+        "ensemble": (logits(S3TEnsemble.from_pretrained(repo, build()), inputs) - expected).abs().max().item(),
+        "root": (logits(PeftModel.from_pretrained(build(), repo), inputs) - root).abs().max().item(),
+        "base": (logits(build(), inputs) - expected).abs().max().item(),
+    }
+
+
 def contents(repository, revision="main"):
     entries = [entry for entry in repository.entries(revision).values() if not entry.folder]
     read = {e.path: repository.content(e.sha256) if e.sha256 else repository.read(e) for e in entries}
@@ -147,6 +167,14 @@ def test_a_repository_of_another_store_is_left_alone(server, machine, tmp_path):
     with pytest.raises(Failed, match="StoreError: The repository holds another store"):
         machine(push, path=tmp_path / "other")
     assert server.repository("owner/m").resolve("main") == head
+
+
+@pytest.mark.slow
+def test_rank_groups_go_through_a_repository(machine, tmp_path):
+    """Pushed, deleted from there and pulled: two shards are left, of two ranks and of three."""
+    found = machine(rank_groups, path=str(copy("llama-rank", tmp_path).path))
+    assert found["ranks"] == [4, 6] and found["base"] > 1e-3
+    assert found["ensemble"] == found["root"] == 0
 
 
 def test_a_public_repository_has_no_tombstones(server, machine, tmp_path):

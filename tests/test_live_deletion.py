@@ -29,7 +29,7 @@ from trainers import logits
 LONG = 30.0
 GENERATION = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 ROBERTA = pytest.param("roberta", marks=pytest.mark.slow)
-KINDS = pytest.mark.parametrize("shape", ["llama", "llama-all", "bert", ROBERTA])
+KINDS = pytest.mark.parametrize("shape", ["llama", "llama-all", "llama-rank", "bert", ROBERTA])
 
 
 @pytest.fixture
@@ -77,7 +77,10 @@ def assert_served(ensemble: S3TEnsemble, store: S3TStore) -> None:
         found = tensors_of(ensemble, shard)
         assert found and set(expected) <= set(found)
         for name, tensor in found.items():
-            assert torch.equal(tensor, expected.get(name, torch.zeros_like(tensor))), name
+            whole = torch.zeros_like(tensor)
+            if name in expected:  # in the corner: a prefix of rank groups has fewer ranks than the slot
+                whole[tuple(slice(length) for length in expected[name].shape)] = expected[name]
+            assert torch.equal(tensor, whole), name
     assert ensemble.generation == store.manifest().generation
 
 

@@ -21,7 +21,7 @@ from test_promises import (  # noqa: F401  the same tests, over the `world` of t
     test_the_model_in_memory_forgets_too,
     test_the_order_of_the_rows_changes_no_bit,
 )
-from trainings import CASES, KINDS, World
+from trainings import CASES, World
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="8-bit layers need bitsandbytes")
 
@@ -33,7 +33,7 @@ def saved(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["layer_group", "all", pytest.param("rank_group", marks=pytest.mark.slow)])
 def world(request, saved, tmp_path_factory):
     def load():
         quantization = BitsAndBytesConfig(load_in_8bit=True)

@@ -28,7 +28,7 @@ from trainings import (
 PLAN = {"num_slices": 2, "sequence_selection": [[0, 1], [1]], "args": {"per_device_train_batch_size": 8}}
 
 
-@pytest.fixture(scope="module", params=[KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(k, marks=[pytest.mark.slow] * (k != KINDS[0])) for k in KINDS])
 def world(request, tmp_path_factory):
     world = World(CASES["bert"], request.param, tmp_path_factory.mktemp(request.param))
     world.trainer(world.folder / "small", **PLAN).train()

@@ -59,7 +59,7 @@ def card_lines(store: Path) -> list[str]:
 def served_logits(trainer: Any, stage: Stage) -> torch.Tensor:
     """What hf_s3t's own model answers with a prefix."""
     adapter = trainer.store.assemble(stage.shard, stage.prefix)
-    trainer.tuner.serve({"asked": (tuple(adapter.config["layers_to_transform"]), adapter.tensors)})
+    trainer.tuner.serve({"asked": adapter})
     return trainer.model.eval()(input_ids=torch.arange(3, 83).view(4, 20)).logits
 
 
@@ -87,8 +87,8 @@ def test_stock_peft_loads_the_root_adapter_and_any_prefix_by_the_lines_of_the_ca
     store = trainer.store
     stages = sorted(store.manifest().stages)
     root, example = card_lines(store.path)
-    assert example == prefix_lines(Stage(0, store.served()[0]))
-    lines = [root, *(prefix_lines(stage) for stage in stages)]
+    assert example == prefix_lines(Stage(0, store.served()[0]), store.manifest())
+    lines = [root, *(prefix_lines(stage, store.manifest()) for stage in stages)]
     out = tmp_path / "answers.pt"
     command = [sys.executable, "-c", STOCK, str(alpaca.data_folder() / "llama_stories260k"), str(store.path)]
     done = subprocess.run([*command, json.dumps(lines), str(out)], capture_output=True, text=True)

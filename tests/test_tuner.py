@@ -31,7 +31,7 @@ MODELS = {
     "roberta": (tiny_roberta, bert_rows, CLASSIFIER | {"target_modules": ["query", "value"]}, ("classifier",)),
     "vit": (tiny_vit, vit_rows, {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}, ("classifier",)),
 }
-KINDS = [(name, "layer_group") for name in MODELS] + [("llama", "all"), ("bert", "all")]
+KINDS = [(name, "layer_group") for name in MODELS] + [("bert", "rank_group"), ("llama", "all"), ("bert", "all")]
 
 
 class Tuned:
@@ -69,11 +69,15 @@ class Tuned:
         config = plain_lora_config(self.config, self.layout, owned_layers(self.config, self.layout, depth))
         return Adapter(config, self.tuner.stage_tensors())
 
+    def join(self, stages: list[Adapter]) -> Adapter:
+        """Some stages as the store joins them."""
+        return join(stages, self.config.stage_parameters)
+
     def trained_path(self, depth: int) -> list[Adapter]:
         """Stages 1 to `depth`, each trained on top of those before."""
         stages: list[Adapter] = []
         for above in range(1, depth + 1):
-            self.tuner.begin(above, seed=above, parent=join(stages).tensors if stages else None)
+            self.tuner.begin(above, seed=above, parent=self.join(stages) if stages else None)
             self.train(above)
             stages.append(self.stage(above))
         return stages
@@ -97,9 +101,9 @@ def same(first, second) -> bool:
 
 
 def test_a_stage_trains_its_layers_and_the_head_and_what_lies_beyond_holds_no_lora(tuned):
-    groups, parent = tuned.layout.groups, None
+    groups, stages = tuned.layout.groups, []
     for depth in range(1, 4):
-        tuned.tuner.begin(depth, seed=depth, parent=parent)
+        tuned.tuner.begin(depth, seed=depth, parent=tuned.join(stages) if stages else None)
         owned = set(groups[depth - 1] if tuned.config.stage_parameters == "layer_group" else sum(groups, ()))
         trains = {name for name, value in tuned.model.named_parameters() if value.requires_grad}
         assert trains == tuned.tuner.training_owned and tuned.layers_of(trains) == owned
@@ -113,7 +117,7 @@ def test_a_stage_trains_its_layers_and_the_head_and_what_lies_beyond_holds_no_lo
         tuned.train()
         stage = tuned.stage(depth)
         assert tuned.layers_of(stage.tensors) == owned and len(stage.heads) == len(rest)
-        parent = join([Adapter({"layers_to_transform": []}, parent or {}), stage]).tensors
+        stages.append(stage)
 
 
 def test_owned_and_frozen_layers_together_are_the_prefix():
@@ -128,7 +132,7 @@ def test_owned_and_frozen_layers_together_are_the_prefix():
 
 
 def test_training_a_stage_changes_nothing_else(tuned):
-    parent = join(tuned.trained_path(1)).tensors
+    parent = tuned.join(tuned.trained_path(1))
     tuned.tuner.begin(2, seed=2, parent=parent)
     before = {name: value.clone() for name, value in tuned.model.state_dict().items()}
     digests, mine = tuned.tuner.frozen_digests(), tuned.tuner.training_owned
@@ -152,9 +156,10 @@ def test_beginning_twice_gives_the_same_bits_whatever_came_before(tuned):
 
 def test_a_stage_begins_where_its_parent_stood(tuned):
     path = tuned.trained_path(2)
-    stood, parent = tuned.logits(), join(path).tensors
-    tuned.tuner.begin(3, seed=3, parent=parent)
-    if tuned.config.stage_parameters == "layer_group":
+    stood, joined = tuned.logits(), tuned.join(path)
+    parent = joined.tensors
+    tuned.tuner.begin(3, seed=3, parent=joined)
+    if tuned.config.stage_parameters != "all":
         prefix = {name: v for name, v in tuned.model.named_parameters() if ".prefix." in name}
         stored = {name.replace(".prefix.", "."): value for name, value in prefix.items()}
         assert same(stored, {name: value for name, value in parent.items() if "lora_" in name})
@@ -169,14 +174,13 @@ def test_a_stage_begins_where_its_parent_stood(tuned):
 def test_an_assembled_prefix_answers_as_the_model_stood(tuned):
     stages, stood = [], []
     for depth in (1, 2, 3):
-        parent = join(stages).tensors if stages else None
+        parent = tuned.join(stages) if stages else None
         tuned.tuner.begin(depth, seed=depth, parent=parent)
         tuned.train(depth)
         stages.append(tuned.stage(depth))
         stood.append(tuned.logits())
     for depth in (3, 1, 2):
-        whole = join(stages[:depth])
-        tuned.tuner.serve({"shard-00": (tuple(whole.config["layers_to_transform"]), whole.tensors)})
+        tuned.tuner.serve({"shard-00": tuned.join(stages[:depth])})
         assert torch.allclose(tuned.logits(), stood[depth - 1], rtol=0, atol=2e-6)
         assert not any(value.requires_grad for value in tuned.model.parameters())
     assert (stood[0] - stood[1]).abs().max() > 1e-3 and (stood[1] - stood[2]).abs().max() > 1e-3
@@ -189,13 +193,12 @@ def test_with_nothing_to_serve_the_base_answers(tuned):
 
 
 def test_members_are_served_in_turn_each_with_its_head(tuned):
-    first = join(tuned.trained_path(1))
+    first = tuned.join(tuned.trained_path(1))
     stood = tuned.logits()
     tuned.tuner.begin(1, seed=99, parent=None)
     tuned.train(99, steps=3)
     second, other = tuned.stage(1), tuned.logits()
-    members = {"shard-00": first, "shard-01": second}
-    tuned.tuner.serve({name: (tuple(m.config["layers_to_transform"]), m.tensors) for name, m in members.items()})
+    tuned.tuner.serve({"shard-00": first, "shard-01": second})
     for name, expected in [("shard-00", stood), ("shard-01", other), ("shard-00", stood)]:
         tuned.tuner.activate(name)
         assert torch.equal(tuned.logits(), expected)
@@ -203,20 +206,18 @@ def test_members_are_served_in_turn_each_with_its_head(tuned):
 
 
 def test_a_stage_without_examples_changes_no_logit(tuned):
-    parent = join(tuned.trained_path(1))
+    parent = tuned.join(tuned.trained_path(1))
     stood = tuned.logits()
-    if tuned.config.stage_parameters == "all":
-        stood = None  # it owns what its parent trained; zeros there are the base with the parent's head
-    tuned.tuner.begin(2, seed=2, parent=parent.tensors)
-    tuned.tuner.zero_stage()
-    assert not any(value.any() for name, value in tuned.tuner.stage_tensors().items() if "lora_" in name)
-    if stood is not None:
-        assert torch.allclose(tuned.logits(), stood, rtol=0, atol=2e-6)
+    tuned.tuner.begin(2, seed=2, parent=parent)
+    tuned.tuner.empty_stage()
+    if tuned.config.stage_parameters != "all":
+        assert not any(value.any() for name, value in tuned.tuner.stage_tensors().items() if "lora_" in name)
+    assert torch.allclose(tuned.logits(), stood, rtol=0, atol=2e-6)
 
 
 def test_the_frozen_prefix_runs_without_dropout():
     tuned = Tuned("llama", lora_dropout=0.4)
-    parent = join(tuned.trained_path(1)).tensors
+    parent = tuned.join(tuned.trained_path(1))
     tuned.tuner.begin(2, seed=2, parent=parent)
     dropouts = {"default": set(), "prefix": set()}
     for module in tuned.model.modules():
@@ -255,7 +256,7 @@ DISTURBANCES = {
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_arming_restores_what_loading_and_switching_change(tmp_path, name, what):
     tuned = Tuned(name)
-    parent = join(tuned.trained_path(1)).tensors
+    parent = tuned.join(tuned.trained_path(1))
     tuned.tuner.begin(2, seed=2, parent=parent)
     tuned.train()
     trains = {key for key, value in tuned.model.named_parameters() if value.requires_grad}
@@ -287,7 +288,7 @@ def test_another_mask_is_noticed(change):
 
 def test_another_optimizer_is_noticed():
     tuned = Tuned("bert")
-    parent = join(tuned.trained_path(1)).tensors
+    parent = tuned.join(tuned.trained_path(1))
     stale = torch.optim.SGD(list(tuned.tuner.adapter_parameters("default").values()))
     tuned.tuner.begin(2, seed=2, parent=parent)
     owned = list(tuned.tuner.adapter_parameters("default").values())
@@ -322,17 +323,17 @@ def test_tensors_of_another_shape_of_store_are_refused():
     tuned = Tuned("bert")
     path = tuned.trained_path(2)
     with pytest.raises(IsolationError, match="do not fit the layers of adapter 'prefix'"):
-        tuned.tuner.begin(2, seed=0, parent=join(path).tensors)
+        tuned.tuner.begin(2, seed=0, parent=tuned.join(path))
     with pytest.raises(IsolationError, match="do not fit the layers of adapter 'shard-00': missing .*, surplus"):
-        tuned.tuner.serve({"shard-00": (tuned.layout.groups[0], path[1].tensors)})
+        tuned.tuner.serve({"shard-00": path[1]._replace(config=path[0].config)})
 
 
 # Plain artefacts
 
 
 def test_stock_peft_answers_the_same_from_the_plain_config(tuned):
-    whole = join(tuned.trained_path(2))
-    tuned.tuner.serve({"shard-00": (tuple(whole.config["layers_to_transform"]), whole.tensors)})
+    whole = tuned.join(tuned.trained_path(2))
+    tuned.tuner.serve({"shard-00": whole})
     logits = tuned.logits()
     config = json.loads(json_bytes(whole.config))
     assert config["peft_type"] == "LORA" and config["inference_mode"] is True

@@ -91,6 +91,23 @@ class Block:
     inputs: list[str]
     states: list[torch.Tensor]
 
+    def part(self, examples: Examples) -> Block | None:
+        """What it has of some rows, in their order, or `None` unless it has all of them.
+
+        Args:
+            examples (`list[tuple[str, str]]`): keyed digests of an example and of its content, once for each row.
+        """
+        if examples == self.examples:
+            return self
+        places: dict[tuple[str, str], list[int]] = {}
+        for position in reversed(range(len(self.examples))):
+            places.setdefault(self.examples[position], []).append(position)
+        try:
+            found = [places[example].pop() for example in examples]
+        except LookupError:
+            return None
+        return Block(examples, [self.inputs[place] for place in found], [self.states[place] for place in found])
+
 
 class MemoryWriter:
     """Collects a block in memory."""

@@ -7,7 +7,7 @@ needed. Which stages to join is for `folder.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +31,8 @@ class Adapter(NamedTuple):
 
     @property
     def scaling(self) -> float:
-        """Factor of `B @ A`: `lora_alpha / r`, with rsLoRA `lora_alpha / sqrt(r)`."""
-        rank = self.config["r"]
-        return self.config["lora_alpha"] / (math.sqrt(rank) if self.config["use_rslora"] else rank)
+        """Factor of `B @ A`."""
+        return scaling_of(self.config)
 
     @property
     def heads(self) -> set[str]:
@@ -54,10 +53,38 @@ def is_lora(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def join(stages: Sequence[Adapter]) -> Adapter:
-    """Joins the stages along a prefix into one adapter: layer groups are disjoint, and a later head replaces an older.
+def scaling_of(config: Mapping[str, Any]) -> float:
+    """Factor of `B @ A` that PEFT takes: `lora_alpha / r`, with rsLoRA `lora_alpha / sqrt(r)`."""
+    rank = config["r"]
+    return config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
 
-    A stage that owns all layers replaces its parent as a whole, which is the same union.
+
+def with_rank(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """A LoRA config with another rank and the same scaling, as plain LoRA without rsLoRA.
+
+    `lora_alpha` is the whole number or the float whose quotient by the rank is the scaling, bit for bit. With rsLoRA,
+    or a fraction to begin with, there may be none: then it is the closest.
+
+    >>> with_rank({"r": 2, "lora_alpha": 3, "use_rslora": False}, 6)
+    {'r': 6, 'lora_alpha': 9, 'use_rslora': False}
+    """
+    scaling = scaling_of(config)
+    alpha = scaling * rank
+    near = (round(alpha), alpha, math.nextafter(alpha, -math.inf), math.nextafter(alpha, math.inf))
+    closest = min(near, key=lambda value: abs(value / rank - scaling))
+    return {**config, "r": rank, "lora_alpha": closest, "use_rslora": False}
+
+
+def join(stages: Sequence[Adapter], stage_parameters: str = "layer_group") -> Adapter:
+    """Joins the stages along a prefix into one adapter.
+
+    Layer groups are disjoint: their union. Rank groups lie in the same layers: A of shape `(r, in)` is stacked along
+    its first dimension, B of shape `(out, r)` along its second, and ranks add up. A stage that owns all layers
+    replaces its parent as a whole, as a later head replaces an older one.
+
+    Args:
+        stages (`list[Adapter]`): the stages, the first one first.
+        stage_parameters (`str`, *optional*, defaults to `"layer_group"`): what a stage owns, as the recipe says.
     """
     tensors: dict[str, torch.Tensor] = {}
     layers: set[int] = set()
@@ -65,6 +92,11 @@ def join(stages: Sequence[Adapter]) -> Adapter:
         tensors.update(stage.tensors)
         layers.update(stage.config["layers_to_transform"])
     config = {**stages[-1].config, "layers_to_transform": sorted(layers), "auto_mapping": None}
+    if stage_parameters == "rank_group":
+        for name in filter(is_lora, tensors):
+            parts = [stage.tensors[name] for stage in stages]
+            tensors[name] = torch.cat(parts, dim=0 if ".lora_A." in name else 1)
+        config = with_rank(config, sum(stage.config["r"] for stage in stages))
     return Adapter(config, tensors)
 
 

@@ -37,10 +37,11 @@ def check_cache(
         return
     if limit_gb is not None and not limit_gb > 0:
         raise ValueError(f"`activation_cache_gb` must be above 0, got {limit_gb!r}. `None` sets no limit.")
-    if config.stage_parameters == "all":
+    if config.stage_parameters != "layer_group":
         raise ValueError(
-            "An activation cache needs layers without adapters, and with stage_parameters='all' every layer has one. "
-            "Use stage_parameters='layer_group', or activation_cache='off'."
+            "An activation cache needs layers without adapters, and with stage_parameters="
+            f"{config.stage_parameters!r} every layer has one. Use stage_parameters='layer_group', or "
+            "activation_cache='off'."
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError("An encoder-decoder model has two trunks. It can not be cached: use activation_cache='off'.")

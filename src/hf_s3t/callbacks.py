@@ -109,10 +109,10 @@ class StageGuard(TrainerCallback):
 class PlanProgressCallback(ProgressCallback):
     """One progress bar over the whole plan, in slice passes."""
 
-    def __init__(self, total: int = 0):
+    def __init__(self, replay: float = 1.0):
         super().__init__()
         self.training_bar: Any = None
-        self.total, self.done = total, 0.0
+        self.replay, self.total, self.done = replay, 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.training_bar is None:
@@ -122,11 +122,11 @@ class PlanProgressCallback(ProgressCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and stage is not None:
-            self._show(self.done + stage.depth * state.global_step / max(state.max_steps, 1))
+            self._show(self.done + stage.passes(self.replay) * state.global_step / max(state.max_steps, 1))
 
     def on_train_end(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
         if stage is not None:
-            self.done += stage.depth
+            self.done += stage.passes(self.replay)
             self._show(self.done)
 
     def close(self) -> None:

@@ -203,7 +203,7 @@ class Measure:
         horizon_days (`float`): Until when.
         streams (`int`): How many streams of requests are simulated.
         seed (`int`): The same seed gives the same numbers.
-        adapter_mb (`float`, *optional*): Size of an adapter over all layer groups.
+        adapter_mb (`float`, *optional*): Size of the adapter of a whole sequence.
     """
 
     requests: DeletionRequests

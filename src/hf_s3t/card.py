@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from .adapter import with_rank
 from .manifest import Manifest
 from .plan import Stage
 from .sequences import requests_until_dead
@@ -30,6 +31,23 @@ configs[-1].layers_to_transform = sorted(set(sum((config.layers_to_transform for
 model = get_peft_model(base, configs[-1]).eval()
 for folder in folders:
     set_peft_model_state_dict(model, load_file(f"{{folder}}/adapter_model.safetensors"))
+"""
+
+STACKED_LINES = """\
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+folders = [{folders}]
+stages = [load_file(f"{{folder}}/adapter_model.safetensors") for folder in folders]
+tensors = dict(stages[-1])  # with its head, if it has one
+for name in tensors:
+    if ".lora_A." in name or ".lora_B." in name:
+        tensors[name] = torch.cat([stage[name] for stage in stages], dim=0 if ".lora_A." in name else 1)
+config = LoraConfig.from_pretrained(folders[-1])
+config.r, config.lora_alpha, config.use_rslora = {r}, {lora_alpha}, False
+model = get_peft_model(base, config).eval()
+set_peft_model_state_dict(model, tensors)
 """
 
 ROOT_LINES = """\
@@ -98,16 +116,20 @@ def render_card(manifest: Manifest) -> str:
         base_line=f"base = transformers.{auto_class}.from_pretrained({json.dumps(name)})",
         root_text=_root_text(manifest, len(served)),
         example=f"`{example.name}`" if example else "of a store that has live stages",
-        prefix_lines=prefix_lines(example) if example else PREFIX_LINES.format(folders=""),
+        prefix_lines=prefix_lines(example, manifest) if example else PREFIX_LINES.format(folders=""),
         table=_table(manifest, served) or "| none | | |",
         requests=requests_until_dead(manifest.plan.num_shards, manifest.plan.num_slices, _budget(manifest)),
     )
 
 
-def prefix_lines(stage: Stage) -> str:
+def prefix_lines(stage: Stage, manifest: Manifest) -> str:
     """Python lines that load the prefix that ends with `stage`, with stock PEFT, given `base` and `store`."""
     folders = ", ".join(f'f"{{store}}/{above.name}"' for above in stage.path)
-    return PREFIX_LINES.format(folders=folders)
+    config = manifest.recipe["config"]
+    if config.get("stage_parameters") != "rank_group":
+        return PREFIX_LINES.format(folders=folders)
+    joined = with_rank(config, config["r"] * stage.depth)
+    return STACKED_LINES.format(folders=folders, r=joined["r"], lora_alpha=joined["lora_alpha"])
 
 
 def _metadata(base: str | None, task: str | None) -> str:

@@ -99,7 +99,7 @@ def _draw(store: S3TStore, file: Path) -> None:
     from .pictures import draw_store
 
     manifest = store.live()
-    draw_store(manifest.plan, manifest.stages, file)
+    draw_store(manifest.plan, manifest.stages, file, replay=manifest.replay)
 
 
 @app.command()

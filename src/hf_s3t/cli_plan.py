@@ -48,13 +48,15 @@ def plan(
     prior: Annotated[
         str | None, typer.Option(help="Chance that a request hits each slice: 0.4,0.3,0.2,0.1. Default: all alike.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers of the model: at most as many slices.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of the model: at most as many slices; not for rank groups.")
+    ] = None,
     examples_per_person: Annotated[
         int, typer.Option(help="Examples of whoever asks; with a group column leave it at 1.")
     ] = 1,
     burst: Annotated[int, typer.Option(help="Requests that come together, answered by one repair.")] = 1,
     gpu_hours_per_epoch: Annotated[float | None, typer.Option(help="Of one epoch over all examples.")] = None,
-    adapter_mb: Annotated[float | None, typer.Option(help="Size of an adapter over all layer groups.")] = None,
+    adapter_mb: Annotated[float | None, typer.Option(help="Size of the adapter of a whole sequence.")] = None,
     min_in_use: Annotated[
         float, typer.Option(help="The rule: at least this share of the slices in use on average.")
     ] = 0.5,

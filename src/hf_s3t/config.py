@@ -44,6 +44,9 @@ BOOKKEEPING_FIELDS = (
     "runtime_config",
 )
 
+STAGE_PARAMETERS = ("layer_group", "rank_group", "all")
+"""What a stage may own."""
+
 REASONS = {
     "use_dora": "DoRA's magnitude mixes base and adapter weights, so layer groups would not be independent",
     "bias": "biases belong to the base model and would be shared by all stages",
@@ -76,7 +79,7 @@ S3T = add_peft_type("S3T")
 
 @dataclass
 class S3TConfig(LoraConfig):
-    """A LoRA config whose layers are trained group by group on growing prefixes of slices.
+    """A LoRA config whose parameters are trained group by group on growing prefixes of slices.
 
     Of the [`~peft.LoraConfig`] fields these work: `r`, `lora_alpha`, `lora_dropout`, `use_rslora`, `target_modules`,
     `exclude_modules`, `modules_to_save`, `fan_in_fan_out` and `init_lora_weights` (`True` or `"gaussian"`); every
@@ -86,11 +89,12 @@ class S3TConfig(LoraConfig):
         num_shards (`int`, *optional*, defaults to `1`):
             Number `m` of shards; each trains its own adapter, and the served model is their ensemble.
         num_slices (`int`, *optional*, defaults to `4`):
-            Number `L` of slices per shard, and of layer groups.
+            Number `L` of slices per shard, and of layer groups or rank groups.
         budget (`int`, *optional*):
             Number `B` of sequences per shard. `None`: `num_slices`.
         layers_per_slice (`int`, *optional*):
-            Layers in one layer group. `None`: `num_layers // num_slices`; leftover bottom layers stay untrained.
+            Layers in one layer group. `None`: `num_layers // num_slices`; leftover bottom layers stay untrained. Not
+            for rank groups, which lie in every targeted layer.
         sequence_selection (`str` or `list[list[int]]`, *optional*, defaults to `"spaced"`):
             `"cyclic"` (the paper's rotation), `"spaced"`, `"random"`, `"bms"` (the paper's, for a given prior),
             `"optimal"`, or the orders themselves (may be truncated).
@@ -100,8 +104,15 @@ class S3TConfig(LoraConfig):
         deletion_prior (`list[float]`, *optional*):
             With `"bms"` and `"optimal"`: chance that a request hits each slice, the same in every shard. `None`: all
             alike.
-        stage_parameters (`"layer_group"` or `"all"`, *optional*, defaults to `"layer_group"`):
-            What a stage owns: its layer group, or the LoRA of all layer groups, started from its parent's weights.
+        stage_parameters (`"layer_group"`, `"rank_group"` or `"all"`, *optional*, defaults to `"layer_group"`):
+            What a stage owns: the LoRA of its layer group; a LoRA of its own over all targeted layers, of rank `r`,
+            beside those of its parents, which stay as they are (`num_slices` may then exceed the number of layers);
+            or the LoRA of all layer groups, started from its parent's weights.
+        replay (`float`, *optional*, defaults to `1.0`):
+            Share of the examples of each earlier slice of its prefix that a stage sees again, beside all of the newest
+            one: 1 is the paper's way, 0 the newest slice alone. Which ones they are follows from each example's keyed
+            digest and the prefix. A stage at depth `d` costs `1 + replay (d - 1)` slice passes; budgets in slice
+            passes take every stage at its depth, the most that it can cost.
         prune (`bool`, *optional*, defaults to `True`):
             Leave out the tails of sequences whose set of slices another sequence covers. Lossless for survival.
         id_column (`str`, *optional*):
@@ -111,7 +122,7 @@ class S3TConfig(LoraConfig):
         slice_columns (`tuple[str, str]`, *optional*):
             Columns of the dataset that hold the `(shard, slice)` of each row, instead of the keyed hash.
         stage_layers (`list[int]`, *optional*):
-            Set by the library: the layers that the adapter owns. `None`: all layers of all layer groups.
+            Set by the library: the layers that the adapter owns. `None`: all that any stage owns.
 
     Raises:
         ValueError: for an unsupported LoRA field, or a value out of range.
@@ -138,8 +149,12 @@ class S3TConfig(LoraConfig):
     deletion_prior: list[float] | None = field(
         default=None, metadata={"help": "Probability that a request hits each slice, for 'bms' and 'optimal'."}
     )
-    stage_parameters: Literal["layer_group", "all"] = field(
-        default="layer_group", metadata={"help": "What a stage owns: its layer group, or all LoRA layers."}
+    stage_parameters: Literal["layer_group", "rank_group", "all"] = field(
+        default="layer_group",
+        metadata={"help": "What a stage owns: its layer group, a LoRA of its own over all layers, or all of one."},
+    )
+    replay: float = field(
+        default=1.0, metadata={"help": "Share of the examples of each earlier slice that a stage sees again."}
     )
     prune: bool = field(default=True, metadata={"help": "Leave out tails whose set of slices is covered already."})
     id_column: str | None = field(default=None, metadata={"help": "Column that names an example."})
@@ -189,8 +204,16 @@ class S3TConfig(LoraConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        if self.stage_parameters not in ("layer_group", "all"):
-            raise ValueError(f"`stage_parameters` must be 'layer_group' or 'all', got {self.stage_parameters!r}.")
+        if isinstance(self.replay, bool) or not isinstance(self.replay, int | float) or not 0 <= self.replay <= 1:
+            raise ValueError(f"`replay` must be a number from 0 to 1, got {self.replay!r}.")
+        if self.stage_parameters not in STAGE_PARAMETERS:
+            raise ValueError(f"`stage_parameters` must be one of {STAGE_PARAMETERS}, got {self.stage_parameters!r}.")
+        if self.stage_parameters == "rank_group" and self.layers_per_slice is not None:
+            raise ValueError(
+                f"`layers_per_slice` is {self.layers_per_slice}, which cuts the layers into layer groups, but with "
+                "stage_parameters='rank_group' every stage has a LoRA in all targeted layers. Leave it None; layers "
+                "are left out with `exclude_modules`."
+            )
 
     def _check_selection(self) -> None:
         selection = self.sequence_selection

@@ -43,16 +43,20 @@ def stage_findings(stage: Stage, recipe: Any, config: Any, header: dict[str, Any
     about = _parsed(header.pop("__metadata__")["hf_s3t"])
     if about != {"stage": stage.name, "parents": parents}:
         yield f"{stage.name}: its weights say that they are those of {about.get('stage')!r}"
-    if stage.depth > len(recipe["groups"]):
-        yield f"{stage.name}: there are only {len(recipe['groups'])} layer groups"
+    kind, groups = recipe["stage_parameters"], recipe["groups"]
+    if stage.depth > len(groups) and kind != "rank_group":
+        yield f"{stage.name}: there are only {len(groups)} layer groups"
         return
-    groups = recipe["groups"] if recipe["stage_parameters"] == "all" else [recipe["groups"][stage.depth - 1]]
+    groups = [groups[stage.depth - 1]] if kind == "layer_group" else groups
     layers = sorted(layer for group in groups for layer in group)
     for name, value in _expected_config(recipe, layers).items():
         if config.get(name) != value:
             yield f"{stage.name}: `{name}` is {config.get(name)!r}, the recipe says {value!r}"
     if config["auto_mapping"]["parents"] != parents:
         yield f"{stage.name}: its config names the parents {config['auto_mapping']['parents']}"
+    stacked = config["auto_mapping"].get("stage_parameters")
+    if stacked != (kind if kind == "rank_group" else None):
+        yield f"{stage.name}: its config says that it owns {stacked!r}, the recipe {kind!r}"
     yield from _tensor_findings(stage.name, header, layers, recipe)
 
 

@@ -20,7 +20,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from .adapter import WEIGHTS_FILE
+from .adapter import WEIGHTS_FILE, with_rank
 from .bases import check_base, load_base
 from .config import LORA_FIELDS, S3TConfig
 from .deletion import Receipt
@@ -117,7 +117,9 @@ class S3TEnsemble(nn.Module):
         model = _with_slots(base_model, manifest)
         ensemble = cls(model, {}, combine)
         names = {shard: f"shard-{shard:02d}" for shard in range(manifest.plan.num_shards)}
-        ensemble._slots = {shard: Slot.of(model, name) for shard, name in names.items()}
+        stored = manifest.recipe["config"]
+        rank = stored["r"] if stored.get("stage_parameters") == "rank_group" else None
+        ensemble._slots = {shard: Slot.of(model, name, rank) for shard, name in names.items()}
         for slot in ensemble._slots.values():
             slot.clear()
         ensemble._store = store
@@ -348,11 +350,13 @@ def _needed(stage: Stage, manifest: Manifest) -> tuple[Stage, ...]:
 
 
 def _with_slots(base: nn.Module, manifest: Manifest) -> Any:
-    """The base with an adapter per shard over all grouped layers; what is in them is still to be written."""
+    """The base with an adapter per shard over all grouped layers, with rank groups of the ranks of all slices; what is
+    in them is still to be written."""
     stored = manifest.recipe["config"]
     if any(isinstance(module, LoraLayer | ModulesToSaveWrapper) for module in base.modules()):
         raise StoreError("This base model carries adapters already, maybe another ensemble's. Load it once more.")
-    fields: dict[str, Any] = {name: stored[name] for name in (*LORA_FIELDS, "task_type") if name in stored}
+    kept = (*LORA_FIELDS, "task_type", "stage_parameters")
+    fields: dict[str, Any] = {name: stored[name] for name in kept if name in stored}
     config = S3TConfig(num_shards=manifest.plan.num_shards, num_slices=manifest.plan.num_slices, **fields)
     layers = tuple(sorted(layer for group in stored["groups"] for layer in group))
     try:
@@ -363,15 +367,17 @@ def _with_slots(base: nn.Module, manifest: Manifest) -> Any:
             )
     except ValueError as error:
         raise StoreError(f"This is not the base model that the store was trained on: {error}") from None
-    plain = LoraConfig(**plain_lora_config(config, layout, layers))
+    plain = plain_lora_config(config, layout, layers)
+    if config.stage_parameters == "rank_group":
+        plain = with_rank(plain, config.r * manifest.plan.num_slices)
     model: Any = base
     with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that are overwritten
         for shard in range(manifest.plan.num_shards):
             name = f"shard-{shard:02d}"
             if model is base:
-                model = get_peft_model(base, plain, adapter_name=name)
+                model = get_peft_model(base, LoraConfig(**plain), adapter_name=name)
             else:
-                PeftModel.add_adapter(model, name, plain)
+                PeftModel.add_adapter(model, name, LoraConfig(**plain))
     return model.requires_grad_(False)
 
 

@@ -125,9 +125,10 @@ class TrunkCache:
         return [(example, self.trainer.rows.entries[example].content) for example, _ in rows]
 
     def _read(self, name: BlockName, rows: Rows) -> Block | None:
+        """A block's part for some rows, in their order, if it has all of them."""
         assert self.blocks is not None
         block = self.blocks.read(name)
-        return block if block and block.examples == self._examples(rows) else None
+        return block.part(self._examples(rows)) if block else None
 
     def _is_good(self, name: BlockName, rows: Rows) -> bool:
         """Whether a block is there, of these very rows, and what this run computes; a look at one row tells, once."""
@@ -296,18 +297,25 @@ class TrunkCache:
     def _demand(self, manifest: Manifest, counts: Mapping[Place, int]) -> Demand:
         passes: dict[Place, dict[int, float]] = {}
         for stage in manifest.plan.missing(manifest.stages):
-            entrance = self._entrance_of(stage)
-            for place in stage.slices & counts.keys() if entrance else ():
+            entrance, shares = self._entrance_of(stage), self._shares(stage)
+            for place in shares.keys() & counts.keys() if entrance else ():
                 wanted = passes.setdefault(place, {})
-                wanted[entrance] = wanted.get(entrance, 0.0) + self._epochs(stage, counts)
+                wanted[entrance] = wanted.get(entrance, 0.0) + self._epochs(stage, counts) * shares[place]
         return Demand(counts, passes)
+
+    def _shares(self, stage: Stage) -> dict[Place, float]:
+        """How much of each of its slices a stage sees."""
+        replay = self.trainer.s3t_config.replay
+        shares = dict.fromkeys(stage.slices, replay) if replay else {}
+        return shares | {(stage.shard, stage.prefix[-1]): 1.0}
 
     def _epochs(self, stage: Stage, counts: Mapping[Place, int]) -> float:
         args = self.trainer.args
         if args.max_steps <= 0:
             return args.num_train_epochs
+        seen = sum(counts.get(place, 0) * share for place, share in self._shares(stage).items())
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return args.max_steps * batch / max(sum(counts.get(place, 0) for place in stage.slices), 1)
+        return args.max_steps * batch / max(seen, 1)
 
     def _forget_deleted(self) -> None:
         """Drops what is in memory of examples that are no longer in the index; of files a deletion does it."""

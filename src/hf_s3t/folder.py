@@ -198,7 +198,8 @@ class StoreFolder:
     def assemble(self, shard: int, prefix: Order, manifest: Manifest | None = None) -> Adapter:
         """Any live prefix as one ordinary LoRA adapter."""
         manifest = self.live(manifest)
-        return join([self._read_live_stage(stage, manifest) for stage in Stage(shard, tuple(prefix)).path])
+        stages = [self._read_live_stage(stage, manifest) for stage in Stage(shard, tuple(prefix)).path]
+        return join(stages, manifest.recipe["config"].get("stage_parameters"))
 
     def write_stage(self, stage: Stage, adapter: Adapter) -> dict[str, str]:
         """Writes a stage's folder in one step; returns the sha256 of its files. The manifest is the caller's."""

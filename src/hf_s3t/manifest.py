@@ -107,6 +107,11 @@ class Manifest:
     repair: RepairBudget | None = None
 
     @property
+    def replay(self) -> float:
+        """Share of the examples of each earlier slice that a stage saw again; a recipe that does not say it: all."""
+        return self.recipe["config"].get("replay", 1.0)
+
+    @property
     def deletions(self) -> int:
         """How many deletions its stages have obeyed; readmissions are none."""
         return sum(1 for event in self.log.values() if event.places)

@@ -16,7 +16,6 @@ from .plan import Stage
 from .reconcile import check_generation
 from .rows import TrainRows
 from .store import S3TStore
-from .tuner import Tensors
 
 
 class StageDropped(Exception):
@@ -31,7 +30,7 @@ class StageOrder:
         stage ([`Stage`]): the stage.
         examples (`tuple[str, ...]`): keyed digests of its examples, slice by slice, ordered by digest.
         content (`str`): one digest for what stands in those examples.
-        parent (`Tensors`, *optional*): the assembled parent prefix.
+        parent ([`Adapter`], *optional*): the assembled parent prefix.
         generation (`int`): generation of the store when it was given out.
         steps_before (`int`): optimizer steps of all stages that the store holds: where the run's step count stands.
     """
@@ -39,7 +38,7 @@ class StageOrder:
     stage: Stage
     examples: tuple[str, ...]
     content: str
-    parent: Tensors | None
+    parent: Adapter | None
     generation: int
     steps_before: int
 
@@ -64,7 +63,7 @@ def next_order(store: S3TStore, rows: TrainRows) -> StageOrder | None:
         stage = missing[0]
         parent = None
         if stage.parent is not None:
-            parent = store.assemble(stage.shard, stage.parent.prefix, manifest).tensors
+            parent = store.assemble(stage.shard, stage.parent.prefix, manifest)
         steps = sum(record["steps"] for record in state.stages.values())
         index = store.index()  # it decides: a row that it does not know (readmitted meanwhile) nobody could delete
         examples = tuple(digest for digest in rows.examples(stage, state) if digest in index)

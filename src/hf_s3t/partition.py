@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from .config import S3TConfig
 from .errors import DatasetError
+from .plan import Stage
 
 DIGEST_CHARS = 32
 """Length of a keyed digest in the index: 128 bits of HMAC-SHA256, in hexadecimal."""
@@ -236,6 +237,32 @@ def compare(index: Index, rows: Mapping[str, Entry]) -> Comparison:
         )
     changed = {digest for digest, entry in rows.items() if digest in index and entry.content != index[digest].content}
     return Comparison(frozenset(index.keys() - rows.keys()), frozenset(changed), frozenset(rows.keys() - index.keys()))
+
+
+def stage_examples(stage: Stage, by_slice: Mapping[int, Iterable[str]], replay: float = 1.0) -> tuple[str, ...]:
+    """The examples that a stage sees: slice by slice along its prefix, ordered by digest.
+
+    Of each slice but the newest they are a share: those of which a digest, of the stage's name and the example's keyed
+    digest, is small enough. So it depends on no other example, and without the key nobody can tell which they are.
+
+    Args:
+        stage ([`Stage`]): the stage.
+        by_slice (`dict[int, list[str]]`): keyed digests of the examples of its shard.
+        replay (`float`, *optional*, defaults to `1.0`): the share.
+    """
+    newest = stage.prefix[-1]
+    return tuple(
+        digest
+        for slice_id in stage.prefix
+        for digest in sorted(by_slice.get(slice_id, ()))
+        if slice_id == newest or replay == 1 or _chance(stage, digest) < replay
+    )
+
+
+def _chance(stage: Stage, digest: str) -> float:
+    """A number from 0 up to 1 that belongs to an example at a stage."""
+    drawn = hashlib.sha256(f"{stage.name} {digest}".encode()).digest()
+    return int.from_bytes(drawn[:6], "big") / 2**48
 
 
 def examples_digest(digests: Sequence[str]) -> str:

@@ -85,6 +85,7 @@ def draw_store(
     file: Path | str,
     *,
     title: str | None = None,
+    replay: float = 1.0,
     requests: DeletionRequests | None = None,
     streams: int = 500,
     seed: int = 0,
@@ -93,13 +94,14 @@ def draw_store(
 
     Args:
         plan, trained, file, title: See [`draw_tree`], also for errors.
+        replay (`float`, *optional*, defaults to `1.0`): How much of earlier slices stages see; see [`Stage.passes`].
         requests, streams, seed: See [`simulate`].
 
     Returns:
         `Figure`: What was written. Where nothing is live, the tree alone.
     """
     file, trained = _checked(file), list(trained)
-    forest = Forest(plan, trained, title)
+    forest = Forest(plan, trained, title, replay)
     curve = from_now_on(plan, trained, requests, streams=streams, seed=seed)
     width, height = forest.size
     below = 0.0 if curve is None else BELOW

@@ -72,8 +72,16 @@ class Stage:
 
     @property
     def depth(self) -> int:
-        """Which layer group the stage trains, counted from 1 at the top; also its cost in slice passes."""
+        """Which layer group the stage trains, counted from 1 at the top; also its cost, if it sees all its slices."""
         return len(self.prefix)
+
+    def passes(self, replay: float = 1.0) -> float:
+        """Its cost in slice passes per epoch: one for the newest slice, and `replay`, a share, for each earlier one.
+
+        >>> Stage(0, (2, 0, 3)).passes(), Stage(0, (2, 0, 3)).passes(replay=0.25)
+        (3, 1.5)
+        """
+        return self.depth if replay == 1 else 1 + replay * (self.depth - 1)
 
     @property
     def parent(self) -> "Stage | None":

@@ -49,12 +49,12 @@ class S3TPlanner:
         budget (`int`, *optional*): `B`, sequences per shard; needs `slices`.
         cost_budget (`int`, *optional*): Instead of `budget`: slice passes per epoch and shard.
         prior (`Sequence[float]`, *optional*): The chance that a request hits each slice, the same in every shard.
-        layers (`int`, *optional*): Layers of the model: there are at most as many slices.
+        layers (`int`, *optional*): Layers of the model: there are at most as many slices. Not for rank groups.
         examples_per_person (`int`, *optional*, defaults to 1): Of whoever asks, each in a place of its own. With a
             group column leave it at 1.
         burst (`int`, *optional*, defaults to 1): Requests that come together and are answered by one repair.
         gpu_hours_per_epoch (`float`, *optional*): Hours of one epoch over all examples.
-        adapter_mb (`float`, *optional*): Size in MB of an adapter over all layer groups, without heads.
+        adapter_mb (`float`, *optional*): Size in MB of the adapter of a whole sequence, without heads.
         min_in_use (`float`, *optional*, defaults to 0.5): The rule: at least this share of the slices in use.
         max_dead (`float`, *optional*, defaults to 0.05): The rule: at most this chance that, at some moment before the
             horizon, nothing of some shard can be served until it is trained again.

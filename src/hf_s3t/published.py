@@ -63,7 +63,7 @@ def _check_tree(folder: StoreFolder, manifest: Manifest) -> Findings:
 
 def _check_contents(folder: StoreFolder, manifest: Manifest) -> Findings:
     recipe = manifest.recipe["config"]
-    whole = recipe["stage_parameters"] == "all"
+    whole = recipe["stage_parameters"] != "layer_group"
     alike: dict[int, dict[Stage, frozenset[tuple[str, tuple[int, ...]]]]] = {}
     for stage in sorted(manifest.stages):
         path = inside(folder.path, stage.name)

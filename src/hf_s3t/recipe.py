@@ -89,6 +89,8 @@ def make_recipe(
         "processing": processing_digest(processing_class),
         "collator": type(collator).__name__ if not hasattr(collator, "__name__") else collator.__name__,
     }
+    if config.replay != 1:  # recipes from before there was a choice do not name it
+        recipe["config"]["replay"] = config.replay
     recipe["collator_settings"] = described(collator)
     recipe["user_code"] = described(user_code)
     if cached_trunk:

@@ -137,9 +137,10 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted, plan: Plan) -> M
 
 
 def _outdated(manifest: Manifest, state: State, rows: TrainRows) -> list[Stage]:
-    """Stages that saw other examples than those that the train set has for them now."""
+    """Stages that saw other examples than those that the train set has for them now, themselves or by a parent."""
     seen = {stage: state.stages.get(stage.name, {}).get("data") for stage in manifest.stages}
-    return [stage for stage, data in seen.items() if data != examples_digest(rows.examples(stage, state))]
+    other = {stage for stage, data in seen.items() if data != examples_digest(rows.examples(stage, state))}
+    return [stage for stage in manifest.stages if not other.isdisjoint(stage.path)]
 
 
 def _write(store: S3TStore, manifest: Manifest, index: Index, wanted: Wanted) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import Subset
 
 from .config import S3TConfig
-from .partition import Entry, id_source, raw_rows, read_rows
+from .partition import Entry, id_source, raw_rows, read_rows, stage_examples
 from .plan import Stage
 from .state import State
 
@@ -38,7 +38,7 @@ class TrainRows:
             raise ValueError("The train set has no rows.")
         self.entries: dict[str, Entry] = dict(pairs)
         self.id_column = id_source(config, list(next(iter(raw_rows(dataset)))))
-        self.key = key
+        self.key, self.replay = key, config.replay
         self._digests = [digest for digest, _ in pairs]
         self._positions: dict[str, list[int]] = {}
         self.dataset: Any = None
@@ -73,13 +73,13 @@ class TrainRows:
         return prepared
 
     def examples(self, stage: Stage, state: State) -> tuple[str, ...]:
-        """Keyed digests of a stage's examples: slice by slice along its prefix, ordered by digest, nothing deleted."""
+        """Keyed digests of a stage's examples, as [`stage_examples`] orders them, nothing deleted."""
         by_slice: dict[int, list[str]] = {slice_id: [] for slice_id in stage.prefix}
         for digest, entry in self.entries.items():
             if entry.shard == stage.shard and entry.slice in by_slice and digest in self._positions:
                 if not state.buries(digest, entry.group):
                     by_slice[entry.slice].append(digest)
-        return tuple(digest for slice_id in stage.prefix for digest in sorted(by_slice[slice_id]))
+        return stage_examples(stage, by_slice, self.replay)
 
     def numbered(self, examples: Sequence[str]) -> list[tuple[str, int]]:
         """Some examples with the numbers of their prepared rows, which may be several, in their order."""

@@ -39,11 +39,8 @@ class ServedModelMixin(TrainerBase):
         """Puts the served prefixes into the model and activates the first live shard's."""
         self._served_marks = self._marks_now()
         members = on_main_process(self.args, lambda: read_members(self.store) if self.store.exists else {})
-        loaded = {
-            name: (tuple(adapter.config["layers_to_transform"]), adapter.tensors) for name, adapter in members.items()
-        }
-        self.tuner.serve(loaded)
-        self._members = {name: min(layers) for name, (layers, _) in loaded.items()}
+        self.tuner.serve(members)
+        self._members = {name: min(member.config["layers_to_transform"]) for name, member in members.items()}
         self.model_wrapped = self.model
 
     @contextmanager

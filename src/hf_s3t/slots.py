@@ -1,8 +1,8 @@
 """The place of one member in a model in memory: LoRA matrices at full depth and heads, overwritten where they are.
 
-What a prefix has no stage for is zero, which gives the bits of not being there. So a deletion changes numbers and no
-module: nothing is allocated, a compiled model stays compiled, and no old value remains in memory. Which prefix a
-member has is decided in `ensemble.py`; reading the files is `folder.py`'s.
+What a prefix has no stage for is zero, which gives the bits of not being there; of rank groups, which share matrices,
+to rounding. So a deletion changes numbers and no module: nothing is allocated, a compiled model stays compiled, and no
+old value remains in memory. Which prefix a member has is decided in `ensemble.py`; reading the files is `folder.py`'s.
 """
 
 from __future__ import annotations
@@ -40,23 +40,25 @@ class Slot:
 
     Args:
         name (`str`): the adapter.
-        tensors (`dict[str, torch.Tensor]`): the model's own parameters and buffers.
+        whole (`dict[str, torch.Tensor]`): the model's own parameters and buffers.
         path (`tuple[Owner, ...]`): the stages along the prefix that is loaded; empty: the member does not answer.
-        layers (`dict[str, int]`): the layer of each LoRA matrix.
+        layers (`dict[str, int]`): the layer of each LoRA matrix, or of what one stage has of it.
         owners (`dict[str, Owner]`): which stage each tensor that is in use came from.
         lowest_layer (`int`): that the loaded prefix has LoRA in.
+        rank (`int`, *optional*): of a rank group; `None`: stages have matrices of their own.
     """
 
     name: str
-    tensors: dict[str, torch.Tensor]
+    whole: dict[str, torch.Tensor]
     layers: dict[str, int]
     path: tuple[Owner, ...] = ()
     owners: dict[str, Owner] = field(default_factory=dict)
     lowest_layer: int = 0
+    rank: int | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, name: str) -> Slot:
-        """The tensors of a PEFT model's adapter."""
+    def of(cls, model: nn.Module, name: str, rank: int | None = None) -> Slot:
+        """The tensors of a PEFT model's adapter; of rank groups of some `rank`, stacked."""
         found: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         lora, head = f".{name}.", f".modules_to_save.{name}."
         tensors = {}
@@ -65,8 +67,27 @@ class Slot:
                 tensors[path.replace(head, ".")] = tensor
             elif lora in path:
                 tensors[path.replace(lora, ".")] = tensor
-        places = {path: split_layer_path(path) for path in tensors if is_lora(path)}
-        return cls(name, tensors, {path: place[1] for path, place in places.items() if place is not None})
+        slot = cls(name, tensors, {}, rank=rank)
+        places = {path: split_layer_path(path) for path in slot.tensors if is_lora(path)}
+        slot.layers = {path: place[1] for path, place in places.items() if place is not None}
+        return slot
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The model's tensors as stages hold them: of rank groups, views of what each depth has of a matrix.
+
+        Made anew each time: a model that is moved or cast gets other storage, in which an old view does not lie.
+        """
+        if self.rank is None:
+            return self.whole
+        found: dict[str, torch.Tensor] = {}
+        for name, tensor in self.whole.items():
+            if is_lora(name):
+                views = tensor.split(self.rank, dim=0 if ".lora_A." in name else 1)
+                found |= {_part(name, number + 1): view for number, view in enumerate(views)}
+            else:
+                found[name] = tensor
+        return found
 
     def plan(self, store: StoreFolder, manifest: Manifest, path: Sequence[Stage]) -> Change:
         """Reads what a prefix has and the slot has not; changes nothing.
@@ -88,16 +109,23 @@ class Slot:
         heads = len(self.layers) < len(self.tensors)
         for owner in steps:
             if owner not in here or (heads and owner == steps[-1]):  # a deeper stage's heads took the place of its own
-                read[owner] = store.read_stage(owner[0], manifest).tensors
+                read[owner] = self._named(store.read_stage(owner[0], manifest).tensors, owner[0])
             owners.update(dict.fromkeys(read.get(owner, here.get(owner, ())), owner))
         tensors = {name: read[owner][name] for name, owner in owners.items() if self.owners.get(name) != owner}
         self._check(tensors, owners, path)
         lowest = min((self.layers[name] for name in owners if name in self.layers), default=0)
         return Change(steps, owners, tensors, lowest)
 
+    def _named(self, tensors: Mapping[str, torch.Tensor], stage: Stage) -> Mapping[str, torch.Tensor]:
+        """A stage's tensors by the names that they have in the slot."""
+        if self.rank is None:
+            return tensors
+        return {_part(name, stage.depth) if is_lora(name) else name: value for name, value in tensors.items()}
+
     def _check(self, tensors: Mapping[str, torch.Tensor], owners: Mapping[str, Owner], path: Sequence[Stage]) -> None:
-        surplus = sorted(set(tensors) - set(self.tensors))
-        heads = {name for name in self.tensors if not is_lora(name)} if path else set()
+        own = self.tensors
+        surplus = sorted(set(tensors) - set(own))
+        heads = {name for name in own if not is_lora(name)} if path else set()
         absent = sorted(heads - {name for name, (stage, _) in owners.items() if stage == path[-1]})
         if surplus or absent:
             raise StoreError(
@@ -107,20 +135,21 @@ class Slot:
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:
                 raise StoreError(f"{name} of {path[-1].name} is {tensor.dtype}; stages are stored in float32.")
-            if tensor.shape != self.tensors[name].shape:
+            if tensor.shape != own[name].shape:
                 raise StoreError(
                     f"{name} of {path[-1].name} has shape {tuple(tensor.shape)}, the model asks for "
-                    f"{tuple(self.tensors[name].shape)}. Give the base model that the store was trained on."
+                    f"{tuple(own[name].shape)}. Give the base model that the store was trained on."
                 )
 
     @torch.no_grad()
     def take(self, change: Change) -> None:
         """Overwrites what differs; what is in use no more becomes zero. Interrupted, the member is emptied."""
+        own = self.tensors
         try:
             for name, tensor in change.tensors.items():
-                self.tensors[name].copy_(tensor)
+                own[name].copy_(tensor)
             for name in self.owners.keys() - change.owners.keys():
-                self.tensors[name].zero_()
+                own[name].zero_()
         except BaseException:
             self.clear()
             raise
@@ -129,6 +158,11 @@ class Slot:
     @torch.no_grad()
     def clear(self) -> None:
         """Zeroes everything, whatever is known of it."""
-        for tensor in self.tensors.values():
+        for tensor in self.whole.values():
             tensor.zero_()
         self.path, self.owners = (), {}
+
+
+def _part(name: str, depth: int) -> str:
+    """The name in a slot of the ranks that the stage of some depth has in a matrix."""
+    return f"{name}, depth {depth}"

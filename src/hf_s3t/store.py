@@ -79,7 +79,7 @@ class Status:
     planned: int
     trained: int
     missing: tuple[str, ...]
-    repair_slice_passes: int
+    repair_slice_passes: float
     served: dict[str, tuple[int, ...]]
     dead_shards: tuple[int, ...]
     examples: int | None
@@ -176,7 +176,7 @@ class S3TStore(StoreFolder):
             planned=len(manifest.plan.stages),
             trained=len(manifest.stages),
             missing=tuple(stage.name for stage in missing),
-            repair_slice_passes=sum(stage.depth for stage in missing),
+            repair_slice_passes=round(sum(stage.passes(manifest.replay) for stage in missing), 2),
             served={Stage(shard, prefix).name: tuple(prefix) for shard, prefix in sorted(served.items())},
             dead_shards=tuple(shard for shard in range(manifest.plan.num_shards) if shard not in served),
             examples=examples,

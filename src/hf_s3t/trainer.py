@@ -71,8 +71,8 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             `None`: `HF_S3T_KEY`, else a new random key.
         missing (`"error"`, `"delete"` or `"ignore"`): what to do with examples that were trained on and are gone from
             the train set, or changed. `"delete"` deletes them.
-        extend (`bool`): train stages again that saw other rows than the train set has for them now. By default only
-            stages trained from now on see new rows.
+        extend (`bool`): train stages again that saw other rows than the train set has for them now, or whose parents
+            did. By default only stages trained from now on see new rows.
         base_model_id (`str`, *optional*): the base's id on the Hub, where it was loaded from a local folder.
         activation_cache (`"off"`, `"memory"` or `"disk"`): keep what enters the layers of a stage, computed once for
             each example, so that stages run from there up. Part of the recipe, wherever it is kept: states of a row
@@ -132,7 +132,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         self.callback_handler = StageCallbackHandler(self.callback_handler, self.args.report_to)
         self.callback_handler.keep_outside(self.args.output_dir)
         self.add_callback(self.guard)
-        self.progress = PlanProgressCallback()
+        self.progress = PlanProgressCallback(self.s3t_config.replay)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
         self._order: StageOrder | None = None
@@ -221,7 +221,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             manifest = plan_repair(self.store, cost_budget, prior)
         plan = manifest.plan
         missing = plan.missing(manifest.stages)
-        cost = sum(stage.depth for stage in missing)
+        cost = round(sum(stage.passes(self.s3t_config.replay) for stage in missing), 2)
         layout = self.tuner.layout
         numel = sum(self.tuner.stage_numel(owned_layers(self.s3t_config, layout, stage.depth)) for stage in missing)
         self.progress.total = cost
@@ -273,7 +273,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
                     output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
                     self._base_digests = self.tuner.check_frozen(frozen)
             else:
-                self.tuner.zero_stage()
+                self.tuner.empty_stage()
             self._store_stage(order, output, started)
         finally:
             self._order = self.callback_handler.stage = self._members = None
@@ -302,10 +302,12 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         )  # fmt: skip
 
     def _auto_mapping(self, stage: Stage) -> dict[str, Any]:
-        """PEFT's field for libraries: the base's class, and which stages this one builds on."""
-        base = self.model.get_base_model()
+        """PEFT's field for libraries: the base's class, which stages this one builds on, and whether by rank."""
+        base, kind = self.model.get_base_model(), self.s3t_config.stage_parameters
         parents = [above.name for above in stage.path[:-1]]
-        return {"base_model_class": type(base).__name__, "parent_library": type(base).__module__, "parents": parents}
+        stacked = {"stage_parameters": kind} if kind == "rank_group" else {}
+        about = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        return {**about, "parents": parents, **stacked}
 
     def _close_store(self) -> None:
         with self.store.writing():

@@ -103,14 +103,16 @@ class Forest:
         plan (`Plan`): The plan.
         trained (`Iterable[Stage]`, *optional*): What the store holds; `None` stands for the whole plan.
         title (`str`, *optional*): By default the number of live stages and the cost of the plan.
+        replay (`float`, *optional*, defaults to `1.0`): For that cost; see [`Stage.passes`].
 
     >>> forest = Forest(Plan.make(1, 2, [(0, 1), (1, 0)]), [Stage(0, (1,))], None)
     >>> list(forest.states.values())
     ['missing', 'missing', 'served']
     """
 
-    def __init__(self, plan: Plan, trained: Iterable[Stage] | None, title: str | None) -> None:
+    def __init__(self, plan: Plan, trained: Iterable[Stage] | None, title: str | None, replay: float = 1.0) -> None:
         self.plan = plan
+        self.cost = round(sum(stage.passes(replay) for stage in plan.stages), 2)
         trained = plan.stages if trained is None else list(trained)
         live, self.served = plan.live(trained), plan.served(trained)
         on_path = {stage for shard, prefix in self.served.items() for stage in Stage(shard, prefix).path}
@@ -152,7 +154,7 @@ class Forest:
 
     def _title(self, title: str | None, characters: int) -> list[str]:
         live = sum(state != "missing" for state in self.states.values())
-        default = f"{live} of {len(self.states)} stages live; the plan costs {self.plan.cost} slice passes"
+        default = f"{live} of {len(self.states)} stages live; the plan costs {self.cost} slice passes"
         notes = [title or default]
         shown, shards = sum(len(tree.shards) for tree in self.trees), self.plan.num_shards
         if shards > MOST_PANELS:

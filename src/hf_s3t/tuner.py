@@ -13,7 +13,8 @@ layer          stage 1        stage 2        stage 3        a served prefix of l
 
 The model holds at most two adapters while it trains: `default`, what the running stage owns plus its head, and
 `prefix`, its parent assembled into one plain frozen LoRA. A kind of stage is nothing but the answer to two questions,
-[`owned_layers`] and [`frozen_layers`]. Data, order and files are for `plan.py`, `trainer.py` and `store.py`.
+[`owned_layers`] and [`frozen_layers`]: with rank groups every layer has both adapters, and `prefix` the ranks of all
+stages above it. Data, order and files are for `plan.py`, `trainer.py` and `store.py`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import set_seed
 
+from .adapter import Adapter
 from .config import LORA_FIELDS, S3TConfig, register
 from .errors import IsolationError
 from .layout import Layout, find_layout, layers_pattern
@@ -58,13 +60,15 @@ register(S3TModel)
 
 def owned_layers(config: S3TConfig, layout: Layout, depth: int) -> tuple[int, ...]:
     """Layers whose LoRA the stage at `depth` (1 is the first) trains."""
-    return layout.grouped_layers if config.stage_parameters == "all" else layout.groups[depth - 1]
+    return layout.groups[depth - 1] if config.stage_parameters == "layer_group" else layout.grouped_layers
 
 
 def frozen_layers(config: S3TConfig, layout: Layout, depth: int) -> tuple[int, ...]:
     """Layers whose LoRA comes from the stage's parent and stays as it is."""
-    if config.stage_parameters == "all":
+    if config.stage_parameters == "all" or depth == 1:
         return ()
+    if config.stage_parameters == "rank_group":
+        return layout.grouped_layers
     return tuple(sorted(layer for group in layout.groups[: depth - 1] for layer in group))
 
 
@@ -103,47 +107,47 @@ class StageTuner:
         self.layout: Layout = model.base_model.layout
         self.active: list[str] = []
         self.training_owned: frozenset[str] = frozenset()
+        self._goes_on = False  # from its parent's LoRA, which is not frozen beside it
         self._numel = {name: value.numel() for name, value in self.adapter_parameters("default").items()}
 
-    def begin(self, depth: int, seed: int, parent: Tensors | None) -> None:
+    def begin(self, depth: int, seed: int, parent: Adapter | None) -> None:
         """Makes the model ready to train the stage at `depth`: its own LoRA and head fresh, its parent frozen.
 
         Args:
             depth (`int`): length of the stage's prefix, 1 for a first stage.
             seed (`int`): seeds the LoRA's initial values.
-            parent (`dict[str, torch.Tensor]`, *optional*): the assembled adapter of the parent prefix.
+            parent ([`Adapter`], *optional*): the assembled parent prefix.
         """
         self._clear()
         set_seed(seed)
         owned = owned_layers(self.config, self.layout, depth)
         self._inject("default", owned, heads=True)
-        self.active = ["default"]
-        frozen = frozen_layers(self.config, self.layout, depth)
-        if frozen:
-            self._inject("prefix", frozen, heads=False)
-            self.active.append("prefix")
+        self.active, self._goes_on = ["default"], False
         if parent is not None:
-            keys = self._keys("default")
-            start = {key: value for key, value in parent.items() if key in keys}
-            if not any(bool(value.any()) for key, value in start.items() if "lora_" in key):
-                # An empty parent stores zeros: no LoRA matrix gets a gradient from there, so these stay fresh.
-                start = {key: value for key, value in start.items() if "lora_" not in key}
-            self._load("default", start)
-        if frozen and parent is not None:
-            self._load("prefix", {key: value for key, value in parent.items() if "lora_" in key}, whole=True)
+            lora = {key: value for key, value in parent.tensors.items() if "lora_" in key}
+            heads = {key: value for key, value in parent.tensors.items() if "lora_" not in key}
+            frozen = frozen_layers(self.config, self.layout, depth)
+            if frozen:
+                self._inject("prefix", frozen, heads=False, like=parent)
+                self._load("prefix", lora, whole=True)
+                self.active.append("prefix")
+            # An empty parent stores zeros: no LoRA matrix gets a gradient from there, so the stage's own stay fresh.
+            trained = any(bool(value.any()) for value in lora.values())
+            self._goes_on = trained and not frozen
+            self._load("default", {**heads, **lora} if self._goes_on else heads)
         self.arm(training=True)
 
-    def serve(self, members: Mapping[str, tuple[tuple[int, ...], Tensors]]) -> None:
+    def serve(self, members: Mapping[str, Adapter]) -> None:
         """Replaces whatever is loaded by whole prefixes, one adapter each, and activates the first.
 
         Args:
-            members (`dict[str, tuple[layers, tensors]]`): per adapter name, its layers and assembled tensors. Empty:
-                an untrained adapter takes their place, which answers exactly as the base model.
+            members (`dict[str, Adapter]`): per adapter name the assembled prefix. Empty: an untrained adapter takes
+                their place, which answers exactly as the base model.
         """
         self._clear()
-        for name, (layers, tensors) in members.items():
-            self._inject(name, layers, heads=True)
-            self._load(name, tensors, whole=True)
+        for name, member in members.items():
+            self._inject(name, tuple(member.config["layers_to_transform"]), heads=True, like=member)
+            self._load(name, member.tensors, whole=True)
         if not members:
             self._inject("default", self.layout.groups[0], heads=True)
         self.activate(next(iter(members), "default"))
@@ -236,11 +240,11 @@ class StageTuner:
         tensors = get_peft_model_state_dict(self.model, adapter_name="default", save_embedding_layers=False)
         return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in tensors.items()}
 
-    def zero_stage(self) -> None:
-        """Makes the running stage a stage without effect, for a prefix that has no example: its LoRA is all zeros."""
+    def empty_stage(self) -> None:
+        """Makes a stage that has no example one without effect: its LoRA is all zeros, or stays its parent's."""
         with torch.no_grad():
             for name, parameter in self.adapter_parameters("default").items():
-                if "lora_" in name:
+                if "lora_" in name and not self._goes_on:
                     parameter.zero_()
 
     def _clear(self) -> None:
@@ -250,12 +254,15 @@ class StageTuner:
                 self.model.delete_adapter(name)
         self.model.base_model.active_adapter = []
 
-    def _inject(self, name: str, layers: tuple[int, ...], heads: bool) -> None:
+    def _inject(self, name: str, layers: tuple[int, ...], heads: bool, like: Adapter | None = None) -> None:
+        """A fresh adapter in some layers, of the config's rank and scaling or of those of another one."""
+        of = vars(self.config) if like is None else like.config
         config = replace(  # type: ignore[call-arg]  # S3TConfig inherits from what the type checker is not shown
             self.config,
             stage_layers=list(layers),
             modules_to_save=list(self.layout.heads) if heads and self.layout.heads else None,
             lora_dropout=self.config.lora_dropout if name == "default" else 0.0,
+            **{field: of[field] for field in ("r", "lora_alpha", "use_rslora")},
         )
         if not self.model.base_model.active_adapter:
             self.model.base_model.active_adapter = [name]

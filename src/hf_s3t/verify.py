@@ -14,7 +14,7 @@ from typing import Any, Literal
 from .errors import S3TError, StoreLockedError
 from .folder import StoreFolder
 from .manifest import Manifest
-from .partition import Index, examples_digest
+from .partition import Index, examples_digest, stage_examples
 from .published import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
 from .state import State
 
@@ -194,12 +194,12 @@ def _check_buried(folder: StoreFolder, manifest: Manifest) -> Findings:
 
 def _check_examples(folder: StoreFolder, manifest: Manifest) -> Findings:
     state, index = _state(folder), _index(folder)
-    by_place: dict[tuple[int, int], list[str]] = {}
-    for digest, entry in sorted(index.items()):
-        by_place.setdefault(entry[:2], []).append(digest)
+    by_slice: dict[int, dict[int, list[str]]] = {}
+    for digest, entry in index.items():
+        by_slice.setdefault(entry.shard, {}).setdefault(entry.slice, []).append(digest)
     for stage in sorted(manifest.stages):
         record = state.stages.get(stage.name)
-        examples = [digest for number in stage.prefix for digest in by_place.get((stage.shard, number), ())]
+        examples = stage_examples(stage, by_slice.get(stage.shard, {}), manifest.replay)
         if record is None:
             yield NotChecked(f"{stage.name}: the state has no record of its examples")
         elif record["data"] != examples_digest(examples):
