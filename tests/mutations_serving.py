@@ -126,7 +126,7 @@ SERVING = (
      (('if order and order[0] in self._heads:', 'if False:'),),
      (MEM + 'embeddings_of_a_members_own_share_no_trunk',)),
     (9, 'an interrupted change leaves what is not live', 'ensemble.py',
-     (('if self._slots[shard].path != change.path:', 'if False:'),),
+     (('if self._slots[place].path != change.path:', 'if False:'),),
      (LIVE + 'an_interrupted_change_leaves_nothing_that_is_not_live',)),
     (9, 'a disk that fails keeps a member that should not answer', 'ensemble.py',
      (('except (StoreError, OSError) as error:', 'except ZeroDivisionError as error:'),),
