@@ -48,7 +48,7 @@ SERVING = (
      (('return value[:rows] if value.ndim > 2 or not value.is_floating_point() else value', 'return value'),),
      (BITS + '[llama-even]',)),
     (3, 'zeroes are not written beyond a shorter prefix', 'slots.py',
-     (('                self.tensors[name].zero_()\n        except', '                pass\n        except'),),
+     (('                own[name].zero_()\n        except', '                pass\n        except'),),
      (LIVE + 'no_value_of_what_was_deleted_is_left',)),
     (3, 'a slot begins with what PEFT drew', 'ensemble.py',
      (('            slot.clear()\n', '            pass\n'),),

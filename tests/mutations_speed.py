@@ -36,7 +36,7 @@ SPEED = (
      (("padded = torch.zeros(hidden.shape, dtype=states[0].dtype, device=hidden.device)",
        "padded = torch.randn(hidden.shape, dtype=states[0].dtype, device=hidden.device)"),), (RAGGED,)),
     (4, "a block of other rows is taken", "activations.py",
-     (("return [(row.example, row.content) for row in self.rows] == list(examples)", "return True"),),
+     (("except (KeyError, IndexError):\n            return None", "except LookupError:\n            return [0]"),),
      (T + "rows_that_came_later_make_a_block_anew",)),
     (4, "a block of other settings is taken", "activations.py",
      (('if about["tie"] != self.tie:', "if False:"),), (T + "a_file_of_other_settings_is_removed",)),

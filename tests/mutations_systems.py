@@ -11,7 +11,7 @@ BY_LENGTH = "test_ensemble.py::test_every_surviving_sequence_answers_by_its_leng
 
 SYSTEMS = (
     (1, "a rank group starts at its parent's ranks, which stay frozen beside it", "tuner.py",
-     (("if trained and not frozen else heads", "if trained else heads"),),
+     (("self._goes_on = trained and not frozen", "self._goes_on = trained"),),
      (PROMISES + "a_stage_begins_where_its_parent_ended" + BERT,)),
     (2, "ranks are stacked in another order in A than in B", "adapter.py",
      (("[stage.tensors[name] for stage in stages]",
@@ -39,8 +39,7 @@ SYSTEMS = (
      (('if "lora_" in name and not self._goes_on:', 'if "lora_" in name:'),),
      (REPLAY + "a_stage_whose_newest_slice_is_empty_changes_nothing[all]",)),
     (4, "which examples are replayed depends on how many there are", "partition.py",
-     (("for digest in sorted(by_slice.get(slice_id, ()))", "for n, digest in enumerate(sorted(by_slice.get(slice_id, ())))"),
-      ("_chance(stage, digest) < replay", "_chance(stage, str(n)) < replay")),
+     (("_chance(stage, digest) < replay", "_chance(stage, str(len(by_slice[slice_id]))) < replay"),),
      (REPLAY + "no_example_moves_another",)),
     (4, "a repair replays everything", "rows.py",
      (("return stage_examples(stage, by_slice, self.replay)", "return stage_examples(stage, by_slice)"),),

@@ -12,10 +12,10 @@ from datasets import concatenate_datasets
 from safetensors.torch import load_file
 
 from hf_s3t import RecipeError, S3TStore, Stage
-from hf_s3t.partition import stage_examples
+from hf_s3t.partition import keyed_digest, stage_examples
 from hf_s3t.verify import verify
 from models import bert_rows
-from trainings import CASES, SLICES, WEIGHTS, World, assert_same_stores, place, published, same_tensors, without
+from trainings import CASES, KEY, SLICES, WEIGHTS, World, assert_same_stores, place, published, same_tensors, without
 
 PLAN = {"sequence_selection": [[0, 1, 2], [1, 2]], "args": {"per_device_train_batch_size": 8}}
 HIT = {"shard-00/0-1", "shard-00/0-1-2", "shard-00/1", "shard-00/1-2"}
@@ -37,12 +37,11 @@ def make_world(share: float, kind: str, folder: Path) -> ReplayWorld:
     return world
 
 
-WORLDS = [(0.5, "layer_group"), (0.0, "layer_group"), (0.5, "rank_group"), (0.0, "all")]
+MORE = [(0.0, "layer_group"), (0.5, "rank_group"), (0.0, "all")]
+SLOW = [pytest.param(more, marks=pytest.mark.slow) for more in MORE]
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(w, marks=[pytest.mark.slow] * (w[1] != "layer_group")) for w in WORLDS]
-)
+@pytest.fixture(scope="module", params=[(0.5, "layer_group"), *SLOW])
 def world(request, tmp_path_factory):
     return make_world(*request.param, tmp_path_factory.mktemp("world"))
 
@@ -114,10 +113,14 @@ def test_delete_and_train_is_training_from_scratch_without_the_example(world, tm
 def test_new_rows_of_an_early_slice_train_every_later_stage_again(world, tmp_path):
     """A stage that does not see the new row itself stands on a parent that does."""
     store = world.copy(tmp_path)
-    ids = [row["id"] for row in bert_rows(60).select(range(24, 60)) if place(row["id"]) == (0, 0)]
-    notes = ["new"] * 60
-    new = bert_rows(60).add_column("note", notes).filter(lambda row: row["id"] in ids[:1])
-    rows = concatenate_datasets([world.rows, new])
+    key = bytes.fromhex(KEY)
+    unseen = next(
+        position
+        for position, name in enumerate(bert_rows(200)["id"][24:], 24)
+        if place(name) == (0, 0)
+        and not stage_examples(Stage(0, (0, 1)), {0: [keyed_digest(key, "id", name)]}, world.share)
+    )
+    rows = concatenate_datasets([world.rows, bert_rows(200).add_column("note", ["new"] * 200).select([unseen])])
     world.trainer(store.path, rows, extend=True).train()
     world.trainer(tmp_path / "scratch", rows).train()
     assert_same_stores(store.path, tmp_path / "scratch")

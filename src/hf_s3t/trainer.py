@@ -71,8 +71,8 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             `None`: `HF_S3T_KEY`, else a new random key.
         missing (`"error"`, `"delete"` or `"ignore"`): what to do with examples that were trained on and are gone from
             the train set, or changed. `"delete"` deletes them.
-        extend (`bool`): train stages again that saw other rows than the train set has for them now. By default only
-            stages trained from now on see new rows.
+        extend (`bool`): train stages again that saw other rows than the train set has for them now, or whose parents
+            did. By default only stages trained from now on see new rows.
         base_model_id (`str`, *optional*): the base's id on the Hub, where it was loaded from a local folder.
         activation_cache (`"off"`, `"memory"` or `"disk"`): keep what enters the layers of a stage, computed once for
             each example, so that stages run from there up. Part of the recipe, wherever it is kept: states of a row
