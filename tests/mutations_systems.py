@@ -1,4 +1,4 @@
-"""Wrong changes to rank groups, replay and the serving of every sequence; see `mutations.py`, which runs them. The fields are those of `Mutation`."""
+"""Wrong changes to rank groups, replay and to what serves; `mutations.py` runs them. The fields are `Mutation`'s."""
 
 from __future__ import annotations
 
