@@ -1,4 +1,4 @@
-"""Wrong changes to rank groups and replay; see `mutations.py`, which runs them. The fields are those of `Mutation`."""
+"""Wrong changes to rank groups, replay and to what serves; `mutations.py` runs them. The fields are `Mutation`'s."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ JOINED = "test_adapter.py::test_join_of_rank_groups_adds_what_the_stages_add"
 PROMISES, BERT = "test_promises.py::test_", "[bert-rank_group]"
 
 REPLAY = "test_replay.py::test_"
+BY_LENGTH = "test_ensemble.py::test_every_surviving_sequence_answers_by_its_length[llama]"
 
 SYSTEMS = (
     (1, "a rank group starts at its parent's ranks, which stay frozen beside it", "tuner.py",
@@ -49,4 +50,8 @@ SYSTEMS = (
     (4, "a stage stays on a parent that is trained again on new rows", "reconcile.py",
      (("if not other.isdisjoint(stage.path)", "if stage in other"),),
      (REPLAY + "new_rows_of_an_early_slice_train_every_later_stage_again",)),
+    (9, "every surviving sequence counts the same", "ensemble.py",
+     (("return [float(slot.path[-1][0].depth) for slot in self._live_slots()]", "return None"),), (BY_LENGTH,)),
+    (9, "a member that a deletion made shorter counts as before", "ensemble.py",
+     ((" or weights != self._weights():", ":"),), (BY_LENGTH,)),
 )  # fmt: skip

@@ -72,6 +72,47 @@ def test_dead_shards_drop_out(stores: dict[str, Path], base: str, tmp_path: Path
     assert ensemble.members == [] and torch.equal(logits(ensemble, inputs), logits(build(), inputs))
 
 
+@BASE_NAMES
+def test_every_surviving_sequence_answers_by_its_length(base: str, tmp_path: Path) -> None:
+    build, inputs = BASES[base][0], batch(ROWS[base])
+    config = {"num_shards": 2, "num_slices": 3, "layers_per_slice": 1, "budget": 2}
+    config["sequence_selection"] = [[0, 1, 2], [2, 1, 0]]
+    make_trainer(tmp_path / "out", base=base, config=config, args={"learning_rate": 3e-2, "max_steps": 2}).train()
+    store = S3TStore(tmp_path / "out")
+    ensemble = S3TEnsemble.from_pretrained(tmp_path / "out", build(), serve="all")
+
+    def check(prefixes: dict[int, tuple[tuple[int, ...], ...]]) -> None:
+        manifest = store.live()
+        assert manifest.plan.surviving(manifest.stages) == prefixes
+        parts, weights = [], []
+        for shard, orders in prefixes.items():
+            for order in orders:
+                path = tmp_path / f"{manifest.generation}-{shard}-{order}"
+                store.export(path, prefix=Stage(shard, order))
+                parts.append(logits(PeftModel.from_pretrained(build(), path).eval(), inputs).double().softmax(-1))
+                weights.append(len(order))
+        shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+        expected = torch.einsum("m,m...->...", shares, torch.stack(parts)).log().float()
+        anew = S3TEnsemble.from_pretrained(tmp_path / "out", build(), serve="all")
+        for one in (ensemble, anew):
+            assert len(one.members) == len(parts)
+            torch.testing.assert_close(logits(one, inputs), expected, atol=2e-5, rtol=1e-5)
+
+    whole = ((0, 1, 2), (2, 1))  # the second one's tail is covered by the first
+    check({0: whole, 1: whole})
+    ensemble.delete(slices=[(0, 1)])  # as many as before answer, and count less
+    check({0: ((0,), (2,)), 1: whole})
+    store.delete(slices=[(0, 2), (1, 0)])
+    assert ensemble.refresh()
+    check({0: ((0,),), 1: ((2, 1),)})
+    assert not torch.equal(logits(ensemble, inputs), logits(S3TEnsemble.from_pretrained(store, build()), inputs))
+
+
+def test_what_is_served_is_one_of_two(stores: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="serve must be 'longest' or 'all', not 'best'"):
+        S3TEnsemble.from_pretrained(stores["llama"], models.tiny_llama(), serve="best")
+
+
 def test_each_prefix_answers_with_its_own_head(stores: dict[str, Path]) -> None:
     ensemble = S3TEnsemble.from_pretrained(stores["bert"], models.tiny_bert())
     store = S3TStore(stores["bert"])

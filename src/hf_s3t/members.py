@@ -66,6 +66,7 @@ class Members:
         self.combine = combine
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.names: tuple[str, ...] = ()
+        self.weights: tuple[float, ...] | None = None
         self.lowest_layer = self.trunk = 0
         self._told = False  # PEFT's layers, whether adapters are on and which one is active
         self._turn = threading.Lock()
@@ -133,14 +134,16 @@ class Members:
         known = PER_ROW | NOT_PER_ROW | {"self", "kwargs"}
         return all(set(inspect.signature(type(layer).forward).parameters) <= known for layer in self._layers)
 
-    def serve(self, names: Sequence[str], lowest_layer: int) -> None:
+    def serve(self, names: Sequence[str], lowest_layer: int, weights: Sequence[float] | None = None) -> None:
         """Says who answers from now on; nothing may be answering meanwhile.
 
         Args:
             names (`list[str]`): adapters; empty: the bare base model answers.
             lowest_layer (`int`): no member has LoRA below it.
+            weights (`list[float]`, *optional*): what each counts in the average, above 0. `None`: all the same.
         """
         switched, self.names, self.lowest_layer = bool(names) != bool(self.names), tuple(names), lowest_layer
+        self.weights = None if weights is None else tuple(weights)
         self.trunk = lowest_layer if self._shareable else 0
         for module in [*self._lora.values(), *self._heads] if switched or not self._told else ():
             module.enable_adapters(bool(names))
@@ -224,7 +227,7 @@ class Members:
         values = {name: value for name, value in output.items() if name == "past_key_values"}
         for name in output:
             if name == "logits" or name.endswith("_logits"):
-                values[name] = average_logits(members(name), self.combine, problem)
+                values[name] = average_logits(members(name), self.combine, problem, self.weights)
         return type(output)(**values)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
@@ -293,7 +296,9 @@ def _first_member(rows: int, count: int, value: Any) -> Any:
     return value
 
 
-def average_logits(members: torch.Tensor, combine: Combine, problem: str | None = None) -> torch.Tensor:
+def average_logits(
+    members: torch.Tensor, combine: Combine, problem: str | None = None, weights: Sequence[float] | None = None
+) -> torch.Tensor:
     """The logits of an ensemble.
 
     Args:
@@ -301,16 +306,23 @@ def average_logits(members: torch.Tensor, combine: Combine, problem: str | None 
         combine (`"probabilities"` or `"logits"`): `log(mean(softmax(logits)))`, or the mean of the logits.
         problem (`str`, *optional*): the config's `problem_type`; with several labels each has a probability of its
             own, and a regression's values are averaged as they are.
+        weights (`list[float]`, *optional*): what each member counts, above 0. `None`: all the same.
 
     Returns:
         `torch.Tensor`: `(batch, ..., classes)`.
     """
+    shares = None
+    if weights is not None:
+        shares = torch.tensor(weights, device=members.device).view(-1, *[1] * (members.ndim - 1)) / sum(weights)
     if combine == "logits" or problem == "regression" or members.shape[-1] == 1:
-        return members.mean(dim=0)
+        return members.mean(dim=0) if shares is None else (members * shares).sum(dim=0).to(members.dtype)
     members = members.float()
+    logs = 0.0 if shares is None else shares.log()
     if problem == "multi_label_classification":
-        return logsigmoid(members).logsumexp(dim=0) - logsigmoid(-members).logsumexp(dim=0)
-    return members.log_softmax(-1).logsumexp(dim=0) - math.log(len(members))
+        return (logsigmoid(members) + logs).logsumexp(dim=0) - (logsigmoid(-members) + logs).logsumexp(dim=0)
+    if shares is None:
+        return members.log_softmax(-1).logsumexp(dim=0) - math.log(len(members))
+    return (members.log_softmax(-1) + logs).logsumexp(dim=0)
 
 
 def _by_token(logits: torch.Tensor, labels: Any) -> ModelOutput:
