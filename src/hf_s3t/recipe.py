@@ -139,7 +139,7 @@ def base_digest(model: nn.Module, heads: Iterable[str] = ()) -> str:
     outside = tuple(f"{head}." for head in heads)
     digests = {}
     for name, value in model.state_dict().items():
-        if "lora_" in name or ".modules_to_save." in name or not isinstance(value, torch.Tensor):
+        if "lora_" in name or ".modules_to_save." in f".{name}" or not isinstance(value, torch.Tensor):
             continue
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
         plain = plain.removeprefix("original_module.")  # where the model is a head itself
