@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from recipe_runs import BASE, ROOT, instructions, people_demo, write_instructions
+
 SMALL_RUN = ["--num_slices", "2", "--budget", "1", "--layers_per_slice", "1", "--r", "4", "--lora_alpha", "8"]
 SMALL_RUN += ["--num_train_epochs", "1", "--max_length", "64", "--disable_tqdm", "True"]
 
@@ -38,8 +40,8 @@ def short_demo(tmp_path):
     script = tmp_path / "alpaca_short.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'recipes')!r})\n"
-        "import alpaca\nalpaca.DEMO_ARGUMENTS['num_train_epochs'] = 1\nalpaca.DEMO_CONFIG['num_slices'] = 2\n"
-        "if __name__ == '__main__':\n    alpaca.main()\n"
+        "import alpaca, people_demo as demo\ndemo.DEMO_ARGUMENTS['num_train_epochs'] = 1\n"
+        "demo.DEMO_CONFIG['num_slices'] = 2\nif __name__ == '__main__':\n    alpaca.main()\n"
     )
     return script
 
@@ -73,32 +75,19 @@ def test_the_demo_learns_forgets_and_repairs(tmp_path):
 
 
 def test_every_slice_of_the_demo_has_at_least_four_people():
-    from collections import Counter
-
-    sys.path.insert(0, str(ROOT / "recipes"))
-    import alpaca
-
-    people = {row["person"] for row in alpaca.read_rows(alpaca.DEMO / "people.jsonl")}
-    counts = Counter(alpaca.place_of(person) for person in people)
+    people = {row["person"] for row in people_demo.read_rows(people_demo.DEMO / "people.jsonl")}
+    counts = Counter(people_demo.place_of(person) for person in people)
     assert len(people) >= 48 and len(counts) == 8 and min(counts.values()) >= 4
 
 
-@pytest.fixture
-def alpaca_rows(tmp_path):
-    """The demo's rows as a file in the Alpaca format, and the id of one of them."""
-    rows = [json.loads(line) for line in (ROOT / "recipes/demo/people.jsonl").read_text().splitlines()][:32]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path, rows[0]["id"]
-
-
-def test_instruction_tuning_in_8_bit_deletes_and_repairs_with_two_processes(alpaca_rows, tmp_path):
+def test_instruction_tuning_in_8_bit_deletes_and_repairs_with_two_processes(tmp_path):
     pytest.importorskip("bitsandbytes")
-    path, name = alpaca_rows
+    data = write_instructions(tmp_path / "data", 32)
+    name = json.loads((data / "train.jsonl").read_text().splitlines()[0])["id"]
     (tmp_path / "ids.txt").write_text(name + "\n")
     text = launch(
         ROOT / "recipes" / "alpaca.py", "--model_name_or_path", str(ROOT / "recipes/demo/base"), "--load_in_8bit",
-        "--dataset_name", str(path), "--output_dir", "out", "--delete_ids", "ids.txt",
+        "--data_dir", str(data), "--output_dir", "out", "--delete_ids", "ids.txt",
         "--per_device_train_batch_size", "2", *SMALL_RUN, config="cpu_2_processes.yaml", cwd=tmp_path,
     )  # fmt: skip
     assert "1 examples not served since" in text and text.count("repaired") == 1  # the main process alone speaks
@@ -109,26 +98,12 @@ def test_instruction_tuning_in_8_bit_deletes_and_repairs_with_two_processes(alpa
 
 
 def test_loss_on_the_response_only_or_on_the_prompt_too():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    import alpaca
-
-    tokenizer = alpaca.load_tokenizer(str(ROOT / "recipes/demo/base"))
+    tokenizer = instructions.load_tokenizer(str(BASE))
     row = {"instruction": "Where does Ann live?", "input": "", "output": "In Larrun."}
-    tokens, labels = alpaca.InstructionCollator(tokenizer, 128).example(row)
+    tokens, labels = instructions.InstructionCollator(tokenizer, 128).example(row)
     response = tokenizer(row["output"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     assert [label for label in labels if label != -100] == response == tokens[-len(response) :]
-    tokens, labels = alpaca.InstructionCollator(tokenizer, 128, train_on_prompt=True).example(row)
+    tokens, labels = instructions.InstructionCollator(tokenizer, 128, train_on_prompt=True).example(row)
     assert tokens == labels
-    with_input = alpaca.prompt_of({**row, "input": "A story."})
-    assert "### Input:\nA story." in with_input and "### Input" not in alpaca.prompt_of(row)
-
-
-@pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-13b", "llama-3-8b"])
-def test_presets_are_the_papers(name):
-    sys.path.insert(0, str(ROOT / "recipes"))
-    import alpaca
-
-    expected = {"layers_per_slice": 10 if name == "llama-2-13b" else 8, "r": 32, "lora_alpha": 64}
-    assert alpaca.PRESETS[name] == expected
-    recipe, args = alpaca.make_parser().parse_args_into_dataclasses([])
-    assert (recipe.num_shards, recipe.num_slices, args.learning_rate, args.num_train_epochs) == (1, 4, 2e-5, 3)
+    with_input = instructions.prompt_of({**row, "input": "A story."})
+    assert "### Input:\nA story." in with_input and "### Input" not in instructions.prompt_of(row)
