@@ -1,7 +1,6 @@
 """The recipes as a user starts them: through `accelerate launch`, on real files."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,18 +9,33 @@ from pathlib import Path
 
 import pytest
 
-from recipe_runs import BASE, ROOT, instructions, people_demo, write_instructions
+from hub_server import start
+from recipe_runs import (
+    BASE,
+    RECIPES,
+    ROOT,
+    SMALL,
+    TWO_SLICES,
+    instructions,
+    people_demo,
+    save_roberta,
+    save_vit,
+    write_glue,
+    write_images,
+    write_instructions,
+)
 
 SMALL_RUN = ["--num_slices", "2", "--budget", "1", "--layers_per_slice", "1", "--r", "4", "--lora_alpha", "8"]
 SMALL_RUN += ["--num_train_epochs", "1", "--max_length", "64", "--disable_tqdm", "True"]
 
 
-def launch(script: Path, *arguments: str, config: str | None = None, cwd: Path) -> str:
+def launch(
+    script: Path, *arguments: str, config: str | None = None, cwd: Path, environment: dict[str, str] | None = None
+) -> str:
     """Output of a launched script."""
     command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
     if config is not None:
         command += ["--config_file", str(ROOT / "accelerate_configs" / config)]
-    environment = {**os.environ, "PYTHONPATH": str(script.parent)}
     command += [str(script), *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -95,6 +109,36 @@ def test_instruction_tuning_in_8_bit_deletes_and_repairs_with_two_processes(tmp_
     assert manifest["generation"] == 1 and manifest["recipe"]["processes"] == 2
     assert manifest["recipe"]["base"]["quantization"]["load_in_8bit"] is True
     assert set(manifest["stages"]) == {"shard-00/0", "shard-00/0-1"}
+
+
+@pytest.mark.slow
+def test_glue_deletes_and_repairs_with_two_processes(tmp_path):
+    data, base = write_glue(tmp_path / "data", "mrpc"), save_roberta(tmp_path / "base")
+    (tmp_path / "ids.txt").write_text("3\n")
+    text = launch(
+        RECIPES / "glue.py", "--task", "mrpc", "--data_dir", str(data), "--model_name_or_path", str(base),
+        "--delete_ids", "ids.txt", *SMALL, *TWO_SLICES, config="cpu_2_processes.yaml", cwd=tmp_path,
+    )  # fmt: skip
+    rows = [line for line in text.splitlines() if re.match("│ (length|loss|accuracy|f1) ", line)]
+    assert len(rows) == 4 and [row.count("│") for row in rows] == [5] * 4  # the main process alone speaks
+    manifest = json.loads((tmp_path / "out/mrpc-s3t/s3t.json").read_text())
+    assert manifest["generation"] == 1 and manifest["recipe"]["processes"] == 2 and len(manifest["stages"]) == 3
+
+
+@pytest.mark.slow
+def test_a_deletion_is_pushed_before_the_repair(tmp_path):
+    data, base = write_images(tmp_path / "data", "cifar10"), save_vit(tmp_path / "base")
+    (tmp_path / "ids.txt").write_text("train-3\n")
+    with start(tmp_path / "hub") as server:
+        launch(
+            RECIPES / "vision.py", "--dataset", "cifar10", "--data_dir", str(data), "--model_name_or_path", str(base),
+            "--delete_ids", "ids.txt", "--push_to_hub", "--hub_model_id", "owner/vision", *SMALL, *TWO_SLICES,
+            cwd=tmp_path, environment=server.environment(tmp_path / "home"),
+        )  # fmt: skip
+        repository = server.repository("owner/vision")
+        commits = [row["title"] for row in repository.log()]
+        assert len(commits) == 4 and commits[1].startswith("Deletion")  # the repair is the newest, then the deletion
+        assert repository.meta["private"]
 
 
 def test_loss_on_the_response_only_or_on_the_prompt_too():

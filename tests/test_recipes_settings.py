@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from hf_s3t.layout import find_layout
-from recipe_runs import BASE, alpaca, common, glue, glue_metrics, instructions, vision
+from recipe_runs import BASE, ROOT, alpaca, common, glue, glue_metrics, instructions, vision
 
 # L, layers per slice, r, alpha, learning rate, epochs: the paper's table, but for the layers of RTE.
 PAPER = {
@@ -148,6 +149,14 @@ def test_a_method_is_a_setting_of_one_engine(tmp_path):
     assert (full.stage_parameters, full.num_slices, full.num_shards, full.layers_per_slice) == ("all", 1, 1, None)
     assert config("--stage_parameters", "all").stage_parameters == "all"
     assert config().stage_parameters == "layer_group"
+
+
+def test_the_commands_of_the_readme_are_understood(tmp_path):
+    lines = re.findall(r"^accelerate launch recipes/(\w+)\.py ([^#\n]+)", (ROOT / "README.md").read_text(), re.M)
+    assert [name for name, _ in lines] == ["glue", "vision", "alpaca"]
+    recipes = {"glue": glue, "vision": vision, "alpaca": alpaca}
+    found = [read(recipes[name], *told.split(), "--output_dir", str(tmp_path))[0] for name, told in lines]
+    assert (found[0].task, found[1].method, found[2].num_slices) == ("rte", "sisa", 4)
 
 
 def test_a_split_that_is_not_there_is_named(tmp_path):
