@@ -172,11 +172,11 @@ def make_trainer(
     arguments: GlueArguments, args: TrainingArguments, rows: Dataset, validation: Mapping[str, Dataset]
 ) -> S3TTrainer:
     """The trainer of a task."""
+    args.device  # noqa: B018  # starts the processes before the model is placed
     first = next(iter(validation.values()))
     metric = task_metric(TASKS[arguments.task].suite, arguments.task, first)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     arguments.id_column = arguments.id_column or numbered(rows)
-    args.device  # noqa: B018  # starts the processes before the model is placed
     return S3TTrainer(
         model=load_model(arguments.task, arguments.model_name_or_path),
         args=args,

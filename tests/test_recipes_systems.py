@@ -258,7 +258,7 @@ def test_the_epoch_reaches_workers_that_outlive_it(collator, images):
 # ---- lm-evaluation-harness ----
 
 TASK = """
-task: towns
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
@@ -268,7 +268,7 @@ doc_to_choice: ["yes", "no"]
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
-GROUP = "group: places\ntask: [towns]\naggregate_metric_list: [{metric: acc}]\n"
+GROUP = "group: places\ntask: [rivers]\naggregate_metric_list: [{metric: acc}]\n"
 without_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness (the extra `eval`) is not installed"
 )
@@ -281,7 +281,8 @@ def test_the_harness_asks_the_served_model(shards, tmp_path):
     (tmp_path / "tasks").mkdir()
     rows = [{"question": f"Is town {number} large?", "answer": number % 2} for number in range(4)]
     (tmp_path / "towns.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "tasks" / "towns.yaml").write_text(TASK.format(file=tmp_path / "towns.jsonl"))
+    for name in ("towns", "rivers"):
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(TASK.format(name=name, file=tmp_path / "towns.jsonl"))
     (tmp_path / "tasks" / "places.yaml").write_text(GROUP)
     data = write_instructions(tmp_path / "data", 12)
     name = json.loads((data / "train.jsonl").read_text().splitlines()[0])["id"]
