@@ -192,6 +192,14 @@ def tokenizer(words=("a", "b", "c"), **fields) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", **fields)
 
 
+def test_what_is_trained_of_a_head_does_not_change_the_bases():
+    config = S3TConfig(num_slices=2, target_modules=["query"], task_type="SEQ_CLS")
+    wrapped = get_peft_model(tiny_bert(), config).get_base_model().classifier
+    with torch.no_grad():
+        wrapped.modules_to_save["default"].weight.add_(1)
+    assert base_digest(wrapped) == base_digest(tiny_bert().classifier)
+
+
 def test_a_tokenizer_is_known_by_what_it_does():
     digest = processing_digest(tokenizer())
     assert digest == processing_digest(tokenizer())

@@ -1,25 +1,41 @@
 """The recipes as a user starts them: through `accelerate launch`, on real files."""
 
 import json
-import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from hub_server import start
+from recipe_runs import (
+    BASE,
+    RECIPES,
+    ROOT,
+    SMALL,
+    TWO_SLICES,
+    instructions,
+    people_demo,
+    save_roberta,
+    save_vit,
+    write_glue,
+    write_images,
+    write_instructions,
+)
+
 SMALL_RUN = ["--num_slices", "2", "--budget", "1", "--layers_per_slice", "1", "--r", "4", "--lora_alpha", "8"]
 SMALL_RUN += ["--num_train_epochs", "1", "--max_length", "64", "--disable_tqdm", "True"]
 
 
-def launch(script: Path, *arguments: str, config: str | None = None, cwd: Path) -> str:
+def launch(
+    script: Path, *arguments: str, config: str | None = None, cwd: Path, environment: dict[str, str] | None = None
+) -> str:
     """Output of a launched script."""
     command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
     if config is not None:
         command += ["--config_file", str(ROOT / "accelerate_configs" / config)]
-    environment = {**os.environ, "PYTHONPATH": str(script.parent)}
     command += [str(script), *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,8 +54,8 @@ def short_demo(tmp_path):
     script = tmp_path / "alpaca_short.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'recipes')!r})\n"
-        "import alpaca\nalpaca.DEMO_ARGUMENTS['num_train_epochs'] = 1\nalpaca.DEMO_CONFIG['num_slices'] = 2\n"
-        "if __name__ == '__main__':\n    alpaca.main()\n"
+        "import alpaca, people_demo as demo\ndemo.DEMO_ARGUMENTS['num_train_epochs'] = 1\n"
+        "demo.DEMO_CONFIG['num_slices'] = 2\nif __name__ == '__main__':\n    alpaca.main()\n"
     )
     return script
 
@@ -73,32 +89,19 @@ def test_the_demo_learns_forgets_and_repairs(tmp_path):
 
 
 def test_every_slice_of_the_demo_has_at_least_four_people():
-    from collections import Counter
-
-    sys.path.insert(0, str(ROOT / "recipes"))
-    import alpaca
-
-    people = {row["person"] for row in alpaca.read_rows(alpaca.DEMO / "people.jsonl")}
-    counts = Counter(alpaca.place_of(person) for person in people)
+    people = {row["person"] for row in people_demo.read_rows(people_demo.DEMO / "people.jsonl")}
+    counts = Counter(people_demo.place_of(person) for person in people)
     assert len(people) >= 48 and len(counts) == 8 and min(counts.values()) >= 4
 
 
-@pytest.fixture
-def alpaca_rows(tmp_path):
-    """The demo's rows as a file in the Alpaca format, and the id of one of them."""
-    rows = [json.loads(line) for line in (ROOT / "recipes/demo/people.jsonl").read_text().splitlines()][:32]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path, rows[0]["id"]
-
-
-def test_instruction_tuning_in_8_bit_deletes_and_repairs_with_two_processes(alpaca_rows, tmp_path):
+def test_instruction_tuning_in_8_bit_deletes_and_repairs_with_two_processes(tmp_path):
     pytest.importorskip("bitsandbytes")
-    path, name = alpaca_rows
+    data = write_instructions(tmp_path / "data", 32)
+    name = json.loads((data / "train.jsonl").read_text().splitlines()[0])["id"]
     (tmp_path / "ids.txt").write_text(name + "\n")
     text = launch(
         ROOT / "recipes" / "alpaca.py", "--model_name_or_path", str(ROOT / "recipes/demo/base"), "--load_in_8bit",
-        "--dataset_name", str(path), "--output_dir", "out", "--delete_ids", "ids.txt",
+        "--data_dir", str(data), "--output_dir", "out", "--delete_ids", "ids.txt",
         "--per_device_train_batch_size", "2", *SMALL_RUN, config="cpu_2_processes.yaml", cwd=tmp_path,
     )  # fmt: skip
     assert "1 examples not served since" in text and text.count("repaired") == 1  # the main process alone speaks
@@ -108,27 +111,43 @@ def test_instruction_tuning_in_8_bit_deletes_and_repairs_with_two_processes(alpa
     assert set(manifest["stages"]) == {"shard-00/0", "shard-00/0-1"}
 
 
-def test_loss_on_the_response_only_or_on_the_prompt_too():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    import alpaca
+@pytest.mark.slow
+def test_glue_deletes_and_repairs_with_two_processes(tmp_path):
+    data, base = write_glue(tmp_path / "data", "mrpc"), save_roberta(tmp_path / "base")
+    (tmp_path / "ids.txt").write_text("3\n")
+    text = launch(
+        RECIPES / "glue.py", "--task", "mrpc", "--data_dir", str(data), "--model_name_or_path", str(base),
+        "--delete_ids", "ids.txt", *SMALL, *TWO_SLICES, config="cpu_2_processes.yaml", cwd=tmp_path,
+    )  # fmt: skip
+    rows = [line for line in text.splitlines() if re.match("│ (length|loss|accuracy|f1) ", line)]
+    assert len(rows) == 4 and [row.count("│") for row in rows] == [5] * 4  # the main process alone speaks
+    manifest = json.loads((tmp_path / "out/mrpc-s3t/s3t.json").read_text())
+    assert manifest["generation"] == 1 and manifest["recipe"]["processes"] == 2 and len(manifest["stages"]) == 3
 
-    tokenizer = alpaca.load_tokenizer(str(ROOT / "recipes/demo/base"))
+
+@pytest.mark.slow
+def test_a_deletion_is_pushed_before_the_repair(tmp_path):
+    data, base = write_images(tmp_path / "data", "cifar10"), save_vit(tmp_path / "base")
+    (tmp_path / "ids.txt").write_text("train-3\n")
+    with start(tmp_path / "hub") as server:
+        launch(
+            RECIPES / "vision.py", "--dataset", "cifar10", "--data_dir", str(data), "--model_name_or_path", str(base),
+            "--delete_ids", "ids.txt", "--push_to_hub", "--hub_model_id", "owner/vision", *SMALL, *TWO_SLICES,
+            cwd=tmp_path, environment=server.environment(tmp_path / "home"),
+        )  # fmt: skip
+        repository = server.repository("owner/vision")
+        commits = [row["title"] for row in repository.log()]
+        assert len(commits) == 4 and commits[1].startswith("Deletion")  # the repair is the newest, then the deletion
+        assert repository.meta["private"]
+
+
+def test_loss_on_the_response_only_or_on_the_prompt_too():
+    tokenizer = instructions.load_tokenizer(str(BASE))
     row = {"instruction": "Where does Ann live?", "input": "", "output": "In Larrun."}
-    tokens, labels = alpaca.InstructionCollator(tokenizer, 128).example(row)
+    tokens, labels = instructions.InstructionCollator(tokenizer, 128).example(row)
     response = tokenizer(row["output"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     assert [label for label in labels if label != -100] == response == tokens[-len(response) :]
-    tokens, labels = alpaca.InstructionCollator(tokenizer, 128, train_on_prompt=True).example(row)
+    tokens, labels = instructions.InstructionCollator(tokenizer, 128, train_on_prompt=True).example(row)
     assert tokens == labels
-    with_input = alpaca.prompt_of({**row, "input": "A story."})
-    assert "### Input:\nA story." in with_input and "### Input" not in alpaca.prompt_of(row)
-
-
-@pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-13b", "llama-3-8b"])
-def test_presets_are_the_papers(name):
-    sys.path.insert(0, str(ROOT / "recipes"))
-    import alpaca
-
-    expected = {"layers_per_slice": 10 if name == "llama-2-13b" else 8, "r": 32, "lora_alpha": 64}
-    assert alpaca.PRESETS[name] == expected
-    recipe, args = alpaca.make_parser().parse_args_into_dataclasses([])
-    assert (recipe.num_shards, recipe.num_slices, args.learning_rate, args.num_train_epochs) == (1, 4, 2e-5, 3)
+    with_input = instructions.prompt_of({**row, "input": "A story."})
+    assert "### Input:\nA story." in with_input and "### Input" not in instructions.prompt_of(row)
