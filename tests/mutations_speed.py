@@ -75,8 +75,10 @@ SPEED = (
     (4, "an evaluation is fed the last batch's states", "trunk.py",
      (("        self._pass = None\n\n    def _run_layer", "        pass\n\n    def _run_layer"),),
      (T + "an_evaluation_while_a_stage_trains_runs_the_whole_model" + LLAMA,)),
+    (4, "columns as wide as a batch by chance are cut like tokens", "numbered.py",
+     (('long = long if alone is None else alone.split(":")[1].ljust(len(tensors), "0")', "pass"),),
+     (T + "columns_as_wide_as_a_batch_by_chance",)),
     (5, "a block counts before it is whole", "feeding.py",
-     (("                writer.end()\n            check_room()\n            self._install(order, writers)\n",
-       "                writer._file.flush()\n            self._install(order, writers)\n"),),
+     (("                writer.end()\n", "                writer._file.flush()\n"),),
      (SAME_BITS + LLAMA, T + "a_training_leaves_the_model_as_it_was")),
 )  # fmt: skip
