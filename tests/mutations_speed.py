@@ -42,7 +42,7 @@ SPEED = (
      (("padded = torch.zeros(hidden.shape, dtype=states[0].dtype, device=hidden.device)",
        "padded = torch.randn(hidden.shape, dtype=states[0].dtype, device=hidden.device)"),), (RAGGED,)),
     (4, "a block of other rows is taken", "activations.py",
-     (("except LookupError:\n            return None", "except LookupError:\n            found = [0] * len(examples)"),),
+     (("except LookupError:\n            return None", "except LookupError:\n            found = [0] * 99"),),
      (T + "rows_that_came_later_make_a_block_anew",)),
     (4, "a block of other settings is taken", "activations.py",
      (('if _head(path)["tie"] != self.tie:', "if False:"),), (T + "a_file_of_other_settings_is_removed",)),
