@@ -41,8 +41,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 FILE_KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 CONFIG_FIELDS = (
-    "num_shards", "num_slices", "budget", "layers_per_slice", "stage_parameters", "r", "lora_alpha", "lora_dropout",
-    "id_column", "group_column",
+    "num_shards", "num_slices", "budget", "layers_per_slice", "stage_parameters", "replay", "r", "lora_alpha",
+    "lora_dropout", "id_column", "group_column",
 )  # fmt: skip
 """Arguments that go into the `S3TConfig` as they are."""
 
@@ -63,6 +63,7 @@ class RecipeArguments:
     budget: int | None = field(default=None, metadata={"help": "B, sequences per shard. Default: L."})
     layers_per_slice: int | None = field(default=None, metadata={"help": "Default: the preset's, or layers / L."})
     stage_parameters: str | None = field(default=None, metadata={"help": "What a stage owns, as in S3TConfig."})
+    replay: float | None = field(default=None, metadata={"help": "Share of earlier slices that a stage sees again."})
     r: int | None = field(default=None, metadata={"help": "LoRA rank"})
     lora_alpha: int | None = field(default=None, metadata={"help": "LoRA alpha"})
     lora_dropout: float | None = field(default=None, metadata={"help": "LoRA dropout"})

@@ -144,10 +144,7 @@ def load_model(task: str, name: str) -> Any:
     """The base model with the task's head; a head that the base lacks is drawn by the trainer."""
     if task != "copa":
         return AutoModelForSequenceClassification.from_pretrained(name, num_labels=TASKS[task].labels)
-    model = AutoModelForMultipleChoice.from_pretrained(name)
-    # Of several shards the ensemble computes the loss, by the model's `loss_type`, and transformers names none here.
-    model.loss_type = "ForSequenceClassification"
-    return model
+    return AutoModelForMultipleChoice.from_pretrained(name)
 
 
 def heads_of(task: str) -> dict[str, Any]:

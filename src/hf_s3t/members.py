@@ -28,7 +28,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
@@ -231,6 +231,8 @@ class Members:
         return type(output)(**values)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
+        if "ForMultipleChoice" in type(self.base).__name__:  # transformers has no loss by that name
+            return cross_entropy(logits, labels)
         kwargs = {"logits": logits, "labels": labels, "config": self.base.config, "pooled_logits": logits}
         if items is not None:
             kwargs["num_items_in_batch"] = items
