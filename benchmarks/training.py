@@ -44,6 +44,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,9 @@ QUICK = Settings(
 Ways = dict[str, Callable[[], float]]
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(about: str | None) -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models: checks the machinery, not the figures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
     parser.add_argument("--seed", type=int, default=0, help="draws the rows and the models")
@@ -143,6 +144,10 @@ class Bench:
             )
         )  # fmt: skip
 
+    def fresh(self) -> Any:
+        """The base model as it was made."""
+        return copy.deepcopy(self.base)
+
     def make_rows(self, draw: Any, count: int) -> Dataset:
         tokens = draw.integers(3, self.shape.vocabulary, (count, self.shape.length)).tolist()
         return Dataset.from_list(
@@ -166,8 +171,8 @@ class Bench:
         top = self.shape.layers - self.shape.per_stage * (depth - 1)
         return list(range(top - self.shape.per_stage, top))
 
-    def stock_stage(self, prefix: Sequence[int], everywhere: bool) -> float:
-        """Seconds of the steps of one stage by stock Trainer and PEFT; `everywhere` is the paper's way."""
+    def stock_stage(self, prefix: Sequence[int], everywhere: bool, watch: TrainerCallback) -> None:
+        """One stage by stock Trainer and PEFT; `everywhere` is the paper's way."""
         depth = len(prefix)
         layers = list(range(self.shape.layers)) if everywhere else [
             layer for above in range(1, depth + 1) for layer in self.group(above)
@@ -176,7 +181,7 @@ class Bench:
             r=self.shape.r, target_modules=list(self.targets), layers_to_transform=layers,
             layers_pattern=self.pattern, task_type=self.kind,
         )  # fmt: skip
-        model = get_peft_model(copy.deepcopy(self.base), config)
+        model = get_peft_model(self.fresh(), config)
         own = tuple(f".{self.pattern}.{layer}." for layer in self.group(depth))
         for name, parameter in model.named_parameters():
             parameter.requires_grad = parameter.requires_grad and ("lora_" not in name or any(o in name for o in own))
@@ -184,7 +189,6 @@ class Bench:
         if everywhere:
             model.enable_input_require_grads()
             more = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
-        timer = StepTimer()
         positions = [row for row in range(len(self.rows)) if row // self.shape.batch in prefix]
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
@@ -192,32 +196,31 @@ class Bench:
                 self.arguments(folder, **more),
                 default_data_collator,
                 self.rows.select(positions),
-                callbacks=[timer],
+                callbacks=[watch],
             )
             trainer.train()
-        return timer.seconds
 
-    def stock(self, everywhere: bool) -> float:
-        """Seconds of the steps of one sequence by stock Trainer and PEFT."""
-        return sum(self.stock_stage(range(depth), everywhere) for depth in range(1, SLICES + 1))
+    def stock(self, everywhere: bool, watch: TrainerCallback) -> None:
+        """One sequence by stock Trainer and PEFT."""
+        for depth in range(1, SLICES + 1):
+            self.stock_stage(range(depth), everywhere, watch)
 
-    def trainer(self, folder: str, cache: str, **config: Any) -> Any:
-        """Ours, with a timer of its steps and of filling its cache."""
+    def trainer(self, folder: str, cache: str, watch: TrainerCallback, **config: Any) -> Any:
+        """Ours, for one sequence unless the config says otherwise."""
         plan = config or {"budget": 1}
-        trainer = S3TTrainer(
-            copy.deepcopy(self.base), self.arguments(folder), default_data_collator, self.rows, partition_key=KEY,
-            activation_cache=cache, callbacks=[StepTimer()],
+        return S3TTrainer(
+            self.fresh(), self.arguments(folder), default_data_collator, self.rows, partition_key=KEY,
+            activation_cache=cache, callbacks=[watch],
             peft_config=S3TConfig(
                 num_slices=SLICES, layers_per_slice=self.shape.per_stage, r=self.shape.r, task_type=self.kind,
                 target_modules=list(self.targets), slice_columns=("shard", "slice"), **plan,
             ),
         )  # fmt: skip
-        return trainer
 
-    def ours(self, cache: str) -> float:
-        """Seconds of the steps of one sequence by `S3TTrainer`."""
+    def ours(self, cache: str, watch: TrainerCallback) -> None:
+        """One sequence by `S3TTrainer`; what filling its cache takes is noted in `fills`."""
         with tempfile.TemporaryDirectory() as folder:
-            trainer = self.trainer(folder, cache)
+            trainer = self.trainer(folder, cache, watch)
             fill, seconds = TrunkCache._fill_absent, []
 
             def timed(*args: Any) -> None:
@@ -232,7 +235,6 @@ class Bench:
                 TrunkCache._fill_absent = fill  # type: ignore[method-assign]
             if cache != "off":
                 self.fills.append(sum(seconds))
-            return next(found.seconds for found in trainer.callback_handler.callbacks if type(found) is StepTimer)
 
     # ---- counting ----
 
@@ -303,6 +305,17 @@ class StepTimer(TrainerCallback):
 # ---- measuring ----
 
 
+def step_seconds(way: Callable[[StepTimer], None]) -> Callable[[], float]:
+    """A way to train that returns the seconds of its steps."""
+
+    def timed() -> float:
+        timer = StepTimer()
+        way(timer)
+        return timer.seconds
+
+    return timed
+
+
 def in_turn(ways: Ways, repeats: int) -> dict[str, list[float]]:
     """Times of each way, which take turns; the first turn of all is a warm-up."""
     found: dict[str, list[float]] = {name: [] for name in ways}
@@ -331,10 +344,10 @@ def measure_llama(settings: Settings, seed: int) -> dict[str, Any]:
     """The four ways on the Llama-shaped model."""
     bench = Bench(settings.llama, seed)
     ways: Ways = {
-        "paper": lambda: bench.stock(True),
-        "stock": lambda: bench.stock(False),
-        "uncached": lambda: bench.ours("off"),
-        "cached": lambda: bench.ours("disk"),
+        "paper": step_seconds(partial(bench.stock, True)),
+        "stock": step_seconds(partial(bench.stock, False)),
+        "uncached": step_seconds(partial(bench.ours, "off")),
+        "cached": step_seconds(partial(bench.ours, "disk")),
     }
     found = in_turn(ways, settings.repeats)
     cached, uncached = found["cached"], found["uncached"]
@@ -351,7 +364,8 @@ def measure_llama(settings: Settings, seed: int) -> dict[str, Any]:
 def measure_bert(settings: Settings, seed: int) -> dict[str, Any]:
     """Stock and cached on the BERT-shaped model."""
     bench = BertBench(settings.bert, seed)
-    found = in_turn({"stock": lambda: bench.stock(False), "cached": lambda: bench.ours("disk")}, settings.repeats)
+    stock, cached = partial(bench.stock, False), partial(bench.ours, "disk")
+    found = in_turn({"stock": step_seconds(stock), "cached": step_seconds(cached)}, settings.repeats)
     return over("bert_stock_over_cached", found["stock"], found["cached"])
 
 
@@ -365,14 +379,14 @@ def measure_full_budget(settings: Settings, seed: int) -> dict[str, Any]:
         orders = list(itertools.permutations(range(SLICES)))[: settings.full_orders]
         for order in orders:
             for depth in range(1, SLICES + 1):
-                bench.stock_stage(order[:depth], True)
+                bench.stock_stage(order[:depth], True, TrainerCallback())
         passes["paper"] = len(orders) * sum(range(1, SLICES + 1))
         return time.process_time() - started
 
     def ours() -> float:
         started = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
-            trainer = bench.trainer(folder, "disk", sequence_selection="optimal", cost_budget=32)
+            trainer = bench.trainer(folder, "disk", TrainerCallback(), sequence_selection="optimal", cost_budget=32)
             trainer.train()
             passes["ours"] = sum(stage.depth for stage in trainer.store.manifest().stages)
         return time.process_time() - started
@@ -393,17 +407,17 @@ def run(settings: Settings, seed: int) -> dict[str, Any]:
     return figures
 
 
-def record(settings: Settings, seed: int, figures: dict[str, Any]) -> dict[str, Any]:
+def record(name: str, settings: dict[str, Any], seed: int, figures: dict[str, Any]) -> dict[str, Any]:
     """What the JSON file holds."""
     describe = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True)
     libraries = ("hf_s3t", "torch", "transformers", "peft", "accelerate")
     return {
-        "name": "training",
+        "name": name,
         "commit": commit.stdout.strip() or None,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "settings": {**asdict(settings), "seed": seed},
+        "settings": {**settings, "seed": seed},
         "figures": figures,
     }
 
@@ -420,14 +434,15 @@ def print_table(figures: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs the benchmark."""
-    options = make_parser().parse_args()
+    options = make_parser(__doc__).parse_args()
     settings = QUICK if options.quick else Settings()
     torch.set_num_threads(settings.threads)
     logging.getLogger("hf_s3t").setLevel(logging.ERROR)
     figures = run(settings, options.seed)
     print_table(figures)
     if options.json:
-        options.json.write_text(json.dumps(record(settings, options.seed, figures), indent=1) + "\n")
+        found = record("training", asdict(settings), options.seed, figures)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from hf_s3t.pictures import draw_plan, draw_retention, draw_slices_in_use, draw_
 from hf_s3t.plan import Plan, Stage
 from hf_s3t.sequences import cyclic, prune_orders, random_orders, spaced, training_cost
 from hf_s3t.simulate import simulate, simulate_full_retraining, simulate_sisa
-from hf_s3t.survival import Lattice
+from hf_s3t.survival import Lattice, weights_after
 
 SMALL = Plan.make(1, 4, cyclic(4, 4))
 FIVE = Plan.make(5, 4, cyclic(4, 4))
@@ -233,6 +233,26 @@ def test_from_now_on_counts_requests_to_dead_shards():
     one = from_now_on(FIVE, [Stage(0, (2,))], streams=4000)
     assert one.mean[10] == pytest.approx(0.95**10, rel=0.05)
     assert from_now_on(FIVE, []) is None
+
+
+def test_from_now_on_is_the_sum_over_all_hit_sets():
+    trained, prior = left(FIVE, FIVE_HIT), np.arange(1, 21).reshape(5, 4) / 210
+    curve = from_now_on(FIVE, trained, DeletionRequests(prior), streams=20_000)
+    for requests in (3, 10, 25):
+        expected = 0.0
+        for shard, orders in FIVE.surviving(trained).items():
+            chances = [*prior[shard], 1 - prior[shard].sum()]  # the last one: the request goes to another shard
+            measure = Lattice(chances)
+            lengths = np.max([measure.profile(order) for order in orders], axis=0)  # by untouched set
+            expected += float(weights_after(chances, requests)[::-1] @ lengths)
+        assert abs(curve.mean[requests] - expected) <= 3 * curve.standard_error[requests]
+
+
+def test_from_now_on_takes_as_many_slices_as_a_simulation():
+    for num_slices in (64, 65):
+        plan = Plan.make(2, num_slices, [tuple(range(num_slices))])
+        curve = from_now_on(plan, [Stage(1, (1,)), Stage(1, (1, 63))], streams=20)
+        assert curve is None if num_slices == 65 else curve.mean[0] == 2
 
 
 def test_store(tmp_path):

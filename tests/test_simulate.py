@@ -45,6 +45,7 @@ class PlainStream:
         self.plan, self.requests, self.policy, self.horizon = plan, requests, policy, horizon
         self.trained = set(plan.stages)
         self.received = self.first_dead = self.all_dead = self.repairs = self.cost = self.days = 0
+        self.with_orders = len(self.served())
         self.by_request = [self.in_use()]
         self.moments = [(0.0, self.in_use(), False)]  # a change is seen at the end of a day that it falls on, or not
 
@@ -65,7 +66,7 @@ class PlainStream:
         hit = [divmod(place, self.plan.num_slices) for place in places]
         self.trained.difference_update(self.plan.affected(hit))
         served = self.served()
-        if len(served) < self.plan.num_shards and not self.first_dead:
+        if len(served) < self.with_orders and not self.first_dead:
             self.first_dead = self.received
         if not served and not self.all_dead:
             self.all_dead = self.received
@@ -118,6 +119,7 @@ def plain_streams(plan, requests, policy, streams, seed, max_requests, horizon):
 
 TWO = Plan.make(2, 3, cyclic(3, 3))
 KINDS = Plan.make_per_shard(4, [[(0, 1, 2, 3), (2, 1)], [(3, 1, 2)], random_orders(4, 5, seed=2)])
+UNFUNDED = Plan(3, 3, ((), ((0, 1, 2), (2, 0)), ((1,),)))  # shard 0 has no orders
 PERIODIC = RepairPolicy(every_days=7)
 CASES = [
     (TWO, DeletionRequests(), NEVER, {}),
@@ -135,6 +137,8 @@ CASES = [
     (KINDS, DeletionRequests(burst=4, per_day=3), RepairPolicy(below=3), {"horizon_days": 9}),
     (KINDS, DeletionRequests([0.7, 0.1, 0.1, 0.1], 2, 2, 1.5), RepairPolicy(every_days=2.5), {"horizon_days": 21.2}),
     (KINDS, DeletionRequests([[0.3, 0, 0, 0.1], [0.1, 0, 0, 0.1], [0, 0.2, 0.2, 0]]), NEVER, {"max_requests": 30}),
+    (UNFUNDED, DeletionRequests([0.2, 0.5, 0.3], examples=2), NEVER, {}),
+    (UNFUNDED, DeletionRequests(per_day=1), PERIODIC, {"horizon_days": 28}),
 ]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, default_data_collator
 from transformers.integrations import integration_utils
 
 import models
@@ -297,3 +298,16 @@ def test_workers_load_the_rows_of_a_stage_and_are_part_of_the_recipe(tmp_path: P
     assert set(trainer.store.state().stages) == {FIRST, SECOND}
     with pytest.raises(RecipeError, match="dataloader_num_workers: the store has 2, this run 0"):
         make_trainer(tmp_path, args={"max_steps": 2}).train()
+
+
+def test_a_worker_lives_as_long_as_its_stage(tmp_path: Path) -> None:
+    def collate(rows: list[Any]) -> Any:
+        with open(tmp_path / "workers", "a") as file:
+            file.write(f"{os.getpid()} ")
+        return default_data_collator(rows)
+
+    args = {"dataloader_num_workers": 1, "num_train_epochs": 3}
+    trainer = make_trainer(tmp_path / "out", data_collator=collate, args=args)
+    trainer.train()
+    workers = set((tmp_path / "workers").read_text().split()) - {str(os.getpid())}
+    assert len(workers) == len(trainer.store.manifest().stages)

@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
-from . import display
 from .arrivals import RepairPolicy
 from .candidates import BASELINES, Candidate
+from .outcomes import BAD_INPUT, DONE, console
 from .planner import S3TPlanner
 from .reading import parse_prior
 
-BAD_INPUT = 2
 ROWS = 26
 ORDERS = 3  # the column that also names the groups of rows
 
@@ -111,15 +109,14 @@ def _draw(planner: S3TPlanner, file: Path) -> None:
 
 def _end(as_json: bool, result: Any, fault: Exception | None, planner: S3TPlanner | None = None) -> None:
     """Shows what came of it, and ends the program."""
-    code = BAD_INPUT if fault else 0
+    code = BAD_INPUT if fault else DONE
     if fault:
         typer.echo(str(fault), err=True)
     if as_json:
         error = {"type": type(fault).__name__, "message": str(fault)} if fault else None
         typer.echo(json.dumps({"exit_code": code, "result": result, "error": error}, indent=1, ensure_ascii=False))
     elif planner:
-        width = None if sys.stdout.isatty() else display.WIDTH
-        person = Console(markup=False, highlight=False, emoji=False, width=width)
+        person = console()
         person.print(show_plan(planner, person.width))
     raise typer.Exit(code)
 

@@ -7,7 +7,7 @@ keeps at which cost, and for what is to be expected of a store as it stands. It 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from .arrivals import DeletionRequests, RepairPolicy
 from .bitsets import MAX_BITS
 from .bms import bms
-from .closed_forms import first_slice_chances, life_until_all_dead, place_chances
+from .closed_forms import first_slice_chances, life_until_all_dead
 from .estimates import Curve, Simulation
 from .optimal import optimal
 from .plan import Plan, Stage
@@ -138,19 +138,11 @@ def from_now_on(
     """
     trained, requests = list(trained), requests or DeletionRequests()
     surviving = plan.surviving(trained)
-    live = [shard for shard in surviving if shard < plan.num_shards]
-    if not live or plan.num_slices >= MAX_BITS:
+    left = tuple(surviving.get(shard, ()) for shard in range(plan.num_shards))
+    if not any(left) or plan.num_slices > MAX_BITS:
         return None
-    # Requests that hit a dead shard change nothing: they go to one more slice of the first live one, which no
-    # sequence holds.
-    chances = place_chances(plan.num_shards, plan.num_slices, requests.prior)
-    lost = chances.sum() - chances[live].sum()
-    prior = np.pad(chances[live], ((0, 0), (0, 1)))
-    prior[0, -1] = max(lost, 0.0)
-    left = Plan.make_per_shard(plan.num_slices + 1, [surviving[shard] for shard in live], prune=False)
-    horizon = default_horizon(plan, requests, trained)
-    end = simulate(left, replace(requests, prior=prior), streams=streams, seed=seed, max_requests=horizon)
-    return end.slices_in_use
+    now, horizon = Plan(plan.num_shards, plan.num_slices, left), default_horizon(plan, requests, trained)
+    return simulate(now, requests, streams=streams, seed=seed, max_requests=horizon).slices_in_use
 
 
 class Kept(NamedTuple):

@@ -4,14 +4,14 @@ Responsible for what may be asked, the defaults, and the certificates that come 
 `search.py` and `trees.py`; what a plan is worth comes from `survival.py`, for more than 16 slices from `streams.py`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .bounds import budget_bound, cost_bound
 from .search import Measure, best_orders
-from .sequences import Order, check_count, explicit, prune_orders, training_cost
+from .sequences import Order, check_count, prune_orders, training_cost
 from .streams import HELD_OUT_STREAMS, Streams
 from .survival import LATTICE_SLICES, MAX_REQUESTS, Lattice, checked_prior
 from .trees import best_tree
@@ -30,7 +30,7 @@ class Selection:
             With a prior the mean of two values, under the given one and under a uniform one.
         bound (`float`, *optional*): No plan of the same budget is worth more. Only for a uniform prior.
         every_order (`float`): The value of training every order.
-        cost (`int`): Slice passes per epoch for this shard, pruned; stages that were alive are not counted.
+        cost (`int`): Slice passes per epoch for this shard, pruned.
         held_out (`bool`): Whether the values are means over sampled streams, others than those searched on.
     """
 
@@ -50,7 +50,6 @@ def optimal(
     performance: Sequence[float] | None = None,
     seed: int = 0,
     requests: int | None = None,
-    alive: Iterable[Sequence[int]] | None = None,
 ) -> Selection:
     """Choose the sequences of one shard, for a number of sequences or for a cost.
 
@@ -71,8 +70,6 @@ def optimal(
         seed (`int`, *optional*, defaults to `0`): The same seed gives the same plan.
         requests (`int`, *optional*): Optimise the mean over the first so many requests to this shard; without, the
             whole life, until nothing is left.
-        alive (`Iterable[Sequence[int]]`, *optional*): With `cost_budget`: prefixes that are trained, cost nothing and
-            stay in the plan. A complete order is then not asked for.
 
     Returns:
         [`Selection`]: The orders and their certificates.
@@ -86,17 +83,14 @@ def optimal(
     """
     if budget is not None and cost_budget is not None:
         raise ValueError(f"budget={budget} and cost_budget={cost_budget} are both given. Give one of them.")
-    if alive is not None and cost_budget is None:
-        raise ValueError("What is alive matters for a cost budget only. Give cost_budget, or leave alive out.")
     check_count("seed", seed, 0, 2**32 - 1)
     if requests is not None:
         check_count("requests", requests, 1, MAX_REQUESTS)
     measure, judge = measures(prior, num_slices, performance, requests, seed)
     if cost_budget is not None:
-        kept = _kept(alive, num_slices)
-        orders = best_tree(measure, cost_budget, seed, judge, kept)
-        cost = training_cost(orders) - training_cost(kept or ())
-        bound = cost_bound(num_slices, cost_budget, performance, requests) if kept is None else None
+        orders = best_tree(measure, cost_budget, seed, judge)
+        cost = training_cost(orders)
+        bound = cost_bound(num_slices, cost_budget, performance, requests)
     else:
         budget = num_slices if budget is None else budget
         orders = best_orders(measure, budget, seed, judge)
@@ -124,11 +118,3 @@ def measures(
         return measure, measure
     held_out = Streams(chances, performance, requests, seed + 1, HELD_OUT_STREAMS, share)
     return Streams(chances, performance, requests, seed, uniform_share=share), held_out
-
-
-def _kept(alive: Iterable[Sequence[int]] | None, num_slices: int) -> list[Order] | None:
-    """What is alive as orders; nothing alive is another matter than a plan that starts afresh."""
-    if alive is None:
-        return None
-    prefixes = list(alive)
-    return explicit(prefixes, num_slices) if prefixes else []

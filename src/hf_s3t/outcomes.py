@@ -74,7 +74,7 @@ def _absent(path: str, store: S3TStore) -> str:
 
 def show(outcomes: list[Outcome], as_json: bool) -> None:
     """Shows outcomes, and ends the program with the gravest exit code."""
-    person = Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else display.WIDTH)
+    person = console()
     for outcome in outcomes:
         if outcome.error:
             typer.echo(f"{outcome.store}: {outcome.error['message']}", err=True)
@@ -83,6 +83,11 @@ def show(outcomes: list[Outcome], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([outcome.to_json() for outcome in outcomes], indent=1, ensure_ascii=False))
     raise typer.Exit(max((outcome.exit_code for outcome in outcomes), key=GRAVITY.index))
+
+
+def console() -> Console:
+    """Standard output for a person; of a fixed width where it is no terminal."""
+    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else display.WIDTH)
 
 
 def outcome_of(name: str, verb: Callable[[], Outcome]) -> Outcome:

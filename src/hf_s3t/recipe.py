@@ -20,7 +20,7 @@ from .config import LORA_FIELDS, S3TConfig
 from .errors import RecipeError
 from .layout import Layout
 from .partition import canonical
-from .tuner import tensor_digest
+from .tuner import base_name, tensor_digest
 
 SILENT_PREFIXES = (
     "logging_", "log_", "hub_", "push_to_hub", "report_to", "run_name", "project", "trackio_", "do_", "include_",
@@ -139,13 +139,9 @@ def base_digest(model: nn.Module, heads: Iterable[str] = ()) -> str:
     outside = tuple(f"{head}." for head in heads)
     digests = {}
     for name, value in model.state_dict().items():
-        if "lora_" in name or ".modules_to_save." in name or not isinstance(value, torch.Tensor):
-            continue
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-        plain = plain.removeprefix("original_module.")  # where the model is a head itself
-        if plain.startswith(outside):
-            continue
-        digests[plain] = tensor_digest(value)
+        plain = base_name(name)
+        if plain is not None and not plain.startswith(outside) and isinstance(value, torch.Tensor):
+            digests[plain] = tensor_digest(value)
     return hashlib.sha256(canonical(digests)).hexdigest()
 
 

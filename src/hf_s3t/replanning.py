@@ -190,6 +190,6 @@ class _Repair:
         for (kept, tree), shard in cases.items():
             share = training_cost(tree) - training_cost(kept) + room
             other = best_tree(self.measure, share, self.seed, self.judge, kept, effort)
-            offers.append((self.judge.value(other) - (self.judge.value(tree) if tree else 0.0), shard, other))
+            offers.append((self.judge.value(other) - self.judge.value(tree), shard, other))
         added, chosen, other = max(offers, key=lambda offer: offer[0])
         return [other if shard == chosen and added > 0 else tree for shard, tree in enumerate(trees)]

@@ -16,7 +16,7 @@ import numpy as np
 
 from .sequences import Order, check_budget, random_orders, rotation
 from .streams import Streams
-from .survival import LATTICE_SLICES, Lattice
+from .survival import LATTICE_SLICES, Lattice, joined
 
 Measure = Lattice | Streams
 Profiles = dict[Order, np.ndarray]
@@ -62,7 +62,7 @@ def best_orders(measure: Measure, budget: int, seed: int = 0, judge: Measure | N
 
 def first_best(judge: Measure, plans: Iterable[list[Order]]) -> list[Order]:
     """The first of those plans that differ from the best in rounding only."""
-    values = [(judge.value(plan) if plan else 0.0, plan) for plan in plans]
+    values = [(judge.value(plan), plan) for plan in plans]
     highest = max(value for value, _ in values)
     return next(plan for value, plan in values if value >= highest * (1 - ROUNDING))
 
@@ -116,27 +116,21 @@ class Search:
     def profiles(self, orders: Iterable[Order]) -> Profiles:
         return {order: self.measure.profile(order) for order in orders}
 
-    def joined(self, profiles: Profiles) -> np.ndarray:
-        joined = self.measure.nothing()
-        for profile in profiles.values():
-            np.maximum(joined, profile, out=joined)
-        return joined
-
-    def gains(self, joined: np.ndarray, blur: float) -> np.ndarray:
-        gains = self.measure.gains(joined)
+    def gains(self, profile: np.ndarray, blur: float) -> np.ndarray:
+        gains = self.measure.gains(profile)
         return gains * (1 + blur * self.noise.random(gains.shape)) if blur else gains
 
     def filled(self, profiles: Profiles, budget: int, blur: float = 0.0) -> tuple[Profiles, float]:
         """Add the best next order until there are enough, or none adds anything. Returns the value as well."""
-        profiles, joined = dict(profiles), self.joined(profiles)
+        profiles, held = dict(profiles), joined(profiles.values(), self.measure.nothing())
         while len(profiles) < budget:
             self.left -= 1
-            path = self.measure.whole(self.gains(joined, blur))
+            path = self.measure.whole(self.gains(held, blur))
             if path.gain <= ROUNDING * self.measure.every_order or path.order in profiles:
                 break
             profiles[path.order] = self.measure.profile(path.order)
-            np.maximum(joined, profiles[path.order], out=joined)
-        return profiles, self.measure.worth(joined)
+            np.maximum(held, profiles[path.order], out=held)
+        return profiles, self.measure.worth(held)
 
     def polished(self, orders: Iterable[Order], budget: int) -> list[Order]:
         """Take out one order, then two and three neighbours, and put in the best instead, while that helps."""

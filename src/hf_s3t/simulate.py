@@ -37,7 +37,8 @@ def simulate(
 ) -> Simulation:
     """Send streams of deletion requests to a trained plan and repair it as the policy says.
 
-    A repair trains every missing stage of the shards that it repairs; a stage at depth `d` costs `d` slice passes.
+    A repair trains every missing stage of the shards that it repairs; a stage at depth `d` costs `d` slice passes. A
+    shard without orders stays dead and does not count as one that dies.
 
     Args:
         plan (`Plan`): The plan, of at most 64 slices per shard.
@@ -278,7 +279,7 @@ class _Streams:
             np.add(in_use, total[row - 1] if row else self.total, out=in_use)
         self._count_in_use(changed // (columns * self.examples), total.ravel()[changed], change, rows // self.examples)
         in_use = total.ravel()[hit] - (gained.ravel()[hit] if self.policy.below else 0)  # before a repair
-        self._note(self.first_dead, hit[left == 0])
+        self._note(self.first_dead, hit[(left == 0) & (lost > 0)])
         self._note(self.all_dead, hit[in_use == 0])
         if moments is None:
             self.requests[self.ids] += rows // self.examples

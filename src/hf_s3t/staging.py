@@ -107,9 +107,14 @@ def check_processes(args: TrainingArguments) -> None:
 
 
 def set_stage_defaults(args: TrainingArguments) -> None:
-    """Defaults that fit a frozen base: no search for unused parameters, no checkpointing through input gradients."""
+    """Defaults that fit a frozen base and many short stages.
+
+    No search for unused parameters, no checkpointing through input gradients, workers that live as long as a stage.
+    """
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
+    if args.dataloader_num_workers:
+        args.dataloader_persistent_workers = True
     if args.activation_checkpointing:
         args.activation_checkpointing_kwargs = {"use_reentrant": False, **(args.activation_checkpointing_kwargs or {})}
 

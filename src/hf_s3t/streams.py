@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from .sequences import Order
-from .survival import Path, checked_performance, checked_prior, path_cost, set_of
+from .survival import Path, checked_performance, checked_prior, joined, path_cost, set_of
 
 SEARCHED_STREAMS = 1200  # each passes through more than 16 hit sets
 HELD_OUT_STREAMS = 5000
@@ -85,10 +85,7 @@ class Streams:
 
     def value(self, orders: Iterable[Order]) -> float:
         """The mean over the streams of the performance that the longest surviving prefix has over the stream."""
-        profile = self.nothing()
-        for order in orders:
-            np.maximum(profile, self.profile(order), out=profile)
-        return self.worth(profile)
+        return self.worth(joined(map(self.profile, orders), self.nothing()))
 
     def gains(self, profile: np.ndarray) -> np.ndarray:
         """What the search for a path starts from: here the profile itself."""

@@ -203,6 +203,13 @@ def set_of(order: Iterable[int]) -> int:
     return sum(1 << slice_id for slice_id in order)
 
 
+def joined(profiles: Iterable[np.ndarray], nothing: np.ndarray) -> np.ndarray:
+    """The profile of several orders: the elementwise maximum of theirs, written into that of a plan without stages."""
+    for profile in profiles:
+        np.maximum(nothing, profile, out=nothing)
+    return nothing
+
+
 def _weights(prior: Sequence[float], requests: int | None) -> np.ndarray:
     return life_weights(prior) if requests is None else weights_over(prior, requests)
 
@@ -267,10 +274,7 @@ class Lattice:
 
     def value(self, orders: Iterable[Order]) -> float:
         """The value of some orders: the performance of the longest surviving prefix, weighted over the hit sets."""
-        profile = self.nothing()
-        for order in orders:
-            np.maximum(profile, self.profile(order), out=profile)
-        return self.worth(profile)
+        return self.worth(joined(map(self.profile, orders), self.nothing()))
 
     def gains(self, profile: np.ndarray) -> np.ndarray:
         """What each prefix set would add to a plan once all prefixes below it are there, `(2^L,)`.

@@ -239,6 +239,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
 
     def _train_missing(self, resume: bool, ignore_keys_for_eval: list[str] | None) -> dict[Stage, TrainOutput]:
         outputs: dict[Stage, TrainOutput] = {}
+        self._base_digests: dict[str, str] = {}
         while (order := self._on_main(self._next_order)) is not None:
             try:
                 outputs[order.stage] = self._train_stage(order, resume, ignore_keys_for_eval)
@@ -267,10 +268,10 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
                 self.train_dataset = self.rows.select(order.examples)
                 with self.trunk_cache.stage(order):
                     checkpoint = self._on_main(partial(self._resumable_checkpoint, resume))
-                    frozen = self.tuner.frozen_digests()
+                    frozen = self.tuner.frozen_digests(self._base_digests)
                     set_seed(seed)
                     output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
-                    self.tuner.check_frozen(frozen)
+                    self._base_digests = self.tuner.check_frozen(frozen)
             else:
                 self.tuner.zero_stage()
             self._store_stage(order, output, started)

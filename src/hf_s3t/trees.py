@@ -11,7 +11,7 @@ import numpy as np
 
 from .search import ROUNDING, Measure, Search, coldest_first, first_best, renumbered, spaced_starts
 from .sequences import Order, check_count, prune_orders, rotation, training_cost
-from .survival import LATTICE_SLICES, Path, path_cost, set_of
+from .survival import LATTICE_SLICES, Path, joined, path_cost, set_of
 
 MAX_COST = 10**9
 EXPECTED = (0.9, 0.6, 0.0)  # parts of the last rate that the next one may exceed, tried in turn
@@ -110,9 +110,7 @@ class Growth:
     def __init__(self, measure: Measure, orders: Iterable[Order]) -> None:
         self.measure = measure
         self.orders = list(orders)
-        self.joined = measure.nothing()
-        for order in self.orders:
-            np.maximum(self.joined, measure.profile(order), out=self.joined)
+        self.joined = joined(map(measure.profile, self.orders), measure.nothing())
         self.nodes = _prefixes(self.orders)
 
     def add(self, path: Path) -> None:

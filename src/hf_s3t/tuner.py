@@ -205,16 +205,25 @@ class StageTuner:
                 f"{absent[:5] or 'none'} of its own. Build the optimizer from the parameters that require gradients."
             )
 
-    def frozen_digests(self) -> dict[str, str]:
-        """sha256 of every tensor in the model's state that the running stage does not own."""
+    def frozen_digests(self, known: Mapping[str, str] | None = None) -> dict[str, str]:
+        """sha256 of every tensor in the model's state that the running stage does not own.
+
+        Args:
+            known (`dict[str, str]`, *optional*): digests of base tensors by [`base_name`], not computed again.
+        """
+        known = known or {}
         return {
-            name: tensor_digest(value)
+            name: known.get(base_name(name) or "") or tensor_digest(value)
             for name, value in self.model.state_dict().items()
             if isinstance(value, torch.Tensor) and name not in self.training_owned
         }
 
-    def check_frozen(self, before: Mapping[str, str]) -> None:
-        """Raises [`IsolationError`] if a tensor outside the stage differs from `before`."""
+    def check_frozen(self, before: Mapping[str, str]) -> dict[str, str]:
+        """Raises [`IsolationError`] if a tensor outside the stage differs from `before`.
+
+        Returns:
+            `dict[str, str]`: sha256 of the base's tensors by [`base_name`], as the next stage finds them.
+        """
         after = self.frozen_digests()
         changed = sorted(name for name in before if after.get(name) != before[name])
         if changed:
@@ -222,6 +231,7 @@ class StageTuner:
                 f"Training changed {len(changed)} tensors that the stage does not own: {', '.join(changed[:5])}. "
                 "Running statistics (batch norm) and tied weights can not be isolated; freeze them first."
             )
+        return {plain: digest for name, digest in after.items() if (plain := base_name(name)) is not None}
 
     def stage_tensors(self) -> Tensors:
         """What the running stage stores: its own LoRA and its heads, fp32 on the CPU, under PEFT's names."""
@@ -269,6 +279,19 @@ class StageTuner:
                 f"{surplus[:3]}. The store was trained with another config or base model."
             )
         set_peft_model_state_dict(self.model, tensors, adapter_name=name)
+
+
+def base_name(name: str) -> str | None:
+    """Name of a tensor in the base model, the same with and without adapters around it; `None` for an adapter's own.
+
+    >>> base_name("base_model.model.encoder.query.base_layer.weight")
+    'encoder.query.weight'
+    >>> base_name("base_model.model.encoder.query.lora_A.default.weight")
+    """
+    if "lora_" in name or ".modules_to_save." in name:
+        return None
+    plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+    return plain.removeprefix("original_module.")  # where the model is a head itself
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
