@@ -7,7 +7,7 @@ Parts, each with a JSON file of its own for each seed; a finished one is not run
   (`full_equal`). `by_length` scores the prefixes of length 0 to L, `head_alone` their heads on the bare base model.
 * `c_sst2`: several shards under streams of deletion requests, see `quality_streams.py`.
 * `d_alpaca_*`, `d_sst2_*`: other ways for a stage to own parameters, at the slice passes of `a_*`.
-* `tune_*`: learning rates by the validation rows of seed 0; run by name only.
+* `tune_TASK_KIND`: learning rates by the score on validation rows; run by name, with `--seed 0`.
 
 Figures: `sst2_full` and `sst2_s3t`, accuracy in percent on rows cut from the train split; `sst2_lost`, their
 difference, paired by seed, and `sst2_lost_bound`, the one-sided 95 % bound of its mean by Student's t;
@@ -31,7 +31,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ import transformers
 from filelock import FileLock, Timeout
 from quality_report import commit_of, report
 from quality_streams import stream_figures
-from quality_tasks import QUICK, REDUCED, Settings, Task, make_task
+from quality_tasks import QUICK, REDUCED, Settings, Task, TaskSettings, make_task
 from quality_training import (
     DepthRate,
     full_numbers,
@@ -138,26 +138,28 @@ def streams(settings: Settings, seed: int, results: Path, scratch: Path) -> Figu
     return stream_figures(settings, make_task("sst2", settings, seed, results), scratch)
 
 
-def tune(name: str, settings: Settings, seed: int, results: Path, scratch: Path) -> Figures:
-    """Validation scores of learning rates around those of the settings; test rows are not looked at."""
+def tune(name: str, kind: str, settings: Settings, seed: int, results: Path, scratch: Path) -> Figures:
+    """Validation scores of learning rates around that of the settings; test rows are not looked at."""
     task = make_task(name, settings, seed, results)
-    figures: Figures = {}
-    for kind, chosen in task.settings.rates.items():
-        for rate in [chosen * by for by in TUNED_BY]:
-            task.settings.rates[kind] = rate
-            folder = scratch / f"{kind}-{rate:g}"
-            if kind == "full":
-                model = train_full(task, folder, task.settings.epochs * (task.settings.num_slices + 1) / 2)[0]
-            elif kind == "wedge":
-                model = train_wedge(task, folder, settings.ranks["wedge"])[0]
-            else:
-                rank = settings.ranks.get(kind, task.settings.r)
-                trainer = train_s3t(task, folder, stage_parameters=kind, r=rank)[0]
-                model = trainer.model
-            figures[f"{kind} {rate:g}"] = task.score(model, "validation")
-            print(f"  {kind} {rate:g}: {figures[f'{kind} {rate:g}']}", flush=True)
-        task.settings.rates[kind] = chosen
+    chosen, figures = task.settings.rates[kind], {}
+    for rate in [chosen * by for by in TUNED_BY]:
+        task = make_task(name, replace(settings, **{name: with_rate(task.settings, kind, rate)}), seed, results)
+        folder = scratch / f"{rate:g}"
+        if kind == "full":
+            model = train_full(task, folder, task.settings.epochs * (task.settings.num_slices + 1) / 2)[0]
+        elif kind == "wedge":
+            model = train_wedge(task, folder, settings.ranks["wedge"])[0]
+        else:
+            rank = settings.ranks.get(kind, task.settings.r) if name == "alpaca" else task.settings.r
+            model = train_s3t(task, folder, stage_parameters=kind, r=rank)[0].model
+        figures[f"{rate:g}"] = task.score(model, "validation")
+        print(f"  {name}, {kind}, {rate:g}: {figures[f'{rate:g}']}", flush=True)
     return figures
+
+
+def with_rate(settings: TaskSettings, kind: str, rate: float) -> TaskSettings:
+    """The same task with another learning rate."""
+    return replace(settings, rates=settings.rates | {kind: rate})
 
 
 Part = Callable[[Settings, int, Path, Path], Figures]
@@ -185,7 +187,11 @@ if has_replay():
     PARTS |= {"d_alpaca_replay_50": partial(with_replay, 0.5), "d_alpaca_replay_0": partial(with_replay, 0.0)}
 REDUCED_PARTS = ["a_sst2", "a_alpaca", "a_vision", "c_sst2", "a_rte"]
 QUICK_PARTS = ["a_sst2", "a_alpaca", "a_vision", "c_sst2", "d_alpaca_wedge", "d_alpaca_depth_rate"]
-BY_NAME = {f"tune_{name}": partial(tune, name) for name in ("sst2", "rte", "alpaca", "vision")}
+BY_NAME: dict[str, Part] = {
+    f"tune_{name}_{kind}": partial(tune, name, kind)
+    for name in ("sst2", "rte", "alpaca", "vision")
+    for kind in getattr(Settings(), name).rates
+}
 
 
 # ---- running ----

@@ -337,7 +337,8 @@ def draw(found: Found, file: Path) -> None:
             level = statistics.fmean(run[key] for run in runs)
             left.axhline(level, color=color, linestyle=":", label=f"{WAYS[name]} (retrains at each request)")
     left.set(xlabel="deletion requests, no repair", ylabel="SST-2 accuracy, %")
-    left.legend(fontsize=8)
+    if runs:
+        left.legend(fontsize=8)
     cases = (
         ("SST-2, L=3", "a_sst2", "layer_group", BLUE, "o"), ("SST-2, L=6", "a_sst2_l6", None, PURPLE, "v"),
         ("CIFAR-10", "a_vision", "layer_group", GREEN, "D"),
@@ -351,7 +352,8 @@ def draw(found: Found, file: Path) -> None:
             losses = [statistics.fmean(score["loss"] for score in scores) for scores in lengths]
             right.plot([loss / losses[0] for loss in losses], color=color, marker=marker, label=title)
     right.set(xlabel="length of the served prefix", ylabel="held-out loss, over the base model's")
-    right.legend(fontsize=8)
+    if right.lines:
+        right.legend(fontsize=8)
     figure.savefig(file, dpi=150)
 
 
