@@ -1,6 +1,7 @@
 # make demo        train, delete, repair and serve on a small example, from nothing but python3 and make
 # make test        the tests that a change has to pass, on two cores;  make test-slow  the ones that take longer
 # make lint        ruff;  make types  mypy;  make install  only the environment, in $(VENV)
+# make reproduce   the comparisons of docs/quality.md with fewer rows, in two processes, and the README's table from them
 # make hub         a Hub on this machine to try things on; prints what to export, and runs until Ctrl-C (SWITCHES="gc=lazy")
 #
 # PYTHON=python3.12 picks another interpreter, VENV=folder another place for the environment, and TORCH another build of
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 # Written last: an install that was interrupted is done again, one that ended well is not.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo hub install lint test test-slow types
+.PHONY: demo hub install lint reproduce test test-slow types
 
 demo: install
 	$(BIN)/accelerate launch recipes/alpaca.py
@@ -44,6 +45,13 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
+
+# An interrupted run goes on with what is missing. The rows are real and not part of the repository (HF_S3T_SHARED_DATA).
+RESULTS ?= out/quality
+QUALITY := OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py --reduced --results $(RESULTS)
+reproduce: install
+	$(QUALITY) & first=$$!; $(QUALITY) && wait $$first
+	$(QUALITY) --report --json $(RESULTS).json --readme README.md
 
 SWITCHES ?=
 hub: install

@@ -94,3 +94,32 @@ def test_gpu_writes_its_figures_without_a_gpu(tmp_path: Path) -> None:
             for stage in (1, 2, 3, 4):
                 assert figures[f"{precision}_{way}_stage{stage}_tokens_per_s"] > 0
         assert figures[f"{precision}_off_bit_equal"] and figures[f"{precision}_disk_bit_equal"]
+
+
+@pytest.mark.slow
+def test_quality_writes_its_figures_and_goes_on_with_what_is_missing(tmp_path: Path, shared_data: Path) -> None:
+    file, page = tmp_path / "figures.json", tmp_path / "page.md"
+    page.write_text("before\n<!-- quality -->\nold\n<!-- /quality -->\nafter\n")
+    command = [sys.executable, str(ROOT / "benchmarks/quality.py"), "--quick", "--results", str(tmp_path / "results")]
+    command += ["--json", str(file), "--plot", str(tmp_path / "curves.png"), "--readme", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(file.read_text())
+    assert set(record) == {"name", "commit", "versions", "hardware", "settings", "figures"}
+    figures = record["figures"]
+    assert record["name"] == "quality" and figures["sst2_full"] - figures["sst2_s3t"] == figures["sst2_lost"]
+    assert 1.8 < figures["alpaca_stored_share"] < 2
+    sst2, alpaca = (figures["by_part"][part]["0"] for part in ("a_sst2", "a_alpaca"))
+    assert len(sst2["layer_group"]["by_length"]) == 4 and len(sst2["layer_group"]["head_alone"]) == 3
+    assert sst2["layer_group"]["lora_numbers"] == sst2["full"]["lora_numbers"]
+    assert alpaca["full_equal"]["slice_passes"] == alpaca["rank_group"]["slice_passes"] == 15
+    streams = figures["by_part"]["c_sst2"]["0"]
+    assert streams["ensemble_difference"] < 1e-4 and streams["sisa_retrained"][0]["slice_passes"] in (3, 5, 6)
+    assert [one["slice_passes"] for one in streams["storage"]] == [12, 18, 24]
+    assert streams["over_requests"]["s3t_cyclic"]["slice_passes"] < streams["over_requests"]["sisa"]["slice_passes"]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "rank groups" in text
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0 and again.stdout.count("done already") == 6

@@ -165,6 +165,13 @@ def test_stock_peft_finds_the_same_modules_by_the_suffixes(make, targets):
     assert found == layout.module_names(layers)
 
 
+@pytest.mark.parametrize("targets", [["intermediate.dense", "output.dense"], "all-linear"])
+def test_the_suffixes_alone_find_the_layout_again(targets):  # a store's reader has no more than them
+    layout = find_layout(tiny_bert(), config(target_modules=targets))
+    again = find_layout(tiny_bert(), config(target_modules=list(layout.suffixes)))
+    assert again == layout and "bert.pooler.dense" not in layout.suffixes
+
+
 @pytest.mark.parametrize(
     "path, parts",
     [

@@ -167,22 +167,35 @@ def _layer_groups(num_layers: int, targets: Mapping[int, Any], config: S3TConfig
 
 
 def _shortest_suffixes(model: nn.Module, layout: Layout) -> tuple[str, ...]:
-    """`target_modules` by which stock PEFT, given the layer numbers, finds exactly the layout's targets."""
+    """`target_modules` by which stock PEFT, given the layer numbers, finds exactly the layout's targets.
+
+    Those that name nothing outside the layers come first: a store's reader finds the layout by them alone.
+    """
     layers = list(layout.grouped_layers)
     full = {suffix for layer in layers for suffix in layout.targets[layer]}
-    for suffixes in ({suffix.rsplit(".", 1)[-1] for suffix in full}, full):
-        stock = LoraConfig(
-            target_modules=sorted(suffixes),
-            layers_to_transform=layers,
-            layers_pattern=layers_pattern(layout.container),
+    shortest = {suffix.rsplit(".", 1)[-1] for suffix in full}
+    pattern = layers_pattern(layout.container)
+    fitting = []
+    for suffixes in (shortest, full):
+        stock = LoraConfig(target_modules=sorted(suffixes), layers_to_transform=layers, layers_pattern=pattern)
+        if _found(model, stock) == layout.module_names(layers):
+            fitting.append(tuple(sorted(suffixes)))
+    if not fitting:
+        raise ValueError(
+            "`target_modules` pick different modules in different layers, which plain PEFT configs can not express. "
+            "Name modules that are targeted in every layer where they occur."
         )
-        found = {path for path, _ in model.named_modules() if check_target_module_exists(stock, path)}
-        if found == layout.module_names(layers):
-            return tuple(sorted(suffixes))
-    raise ValueError(
-        "`target_modules` pick different modules in different layers, which plain PEFT configs can not express. "
-        "Name modules that are targeted in every layer where they occur."
-    )
+    inside = [suffixes for suffixes in fitting if not _outside(model, suffixes)]
+    return (inside or fitting)[0]
+
+
+def _found(model: nn.Module, config: LoraConfig) -> set[str]:
+    return {path for path, _ in model.named_modules() if check_target_module_exists(config, path)}
+
+
+def _outside(model: nn.Module, suffixes: tuple[str, ...]) -> bool:
+    """Whether the suffixes alone also name modules outside the numbered layers."""
+    return any(split_layer_path(path) is None for path in _found(model, LoraConfig(target_modules=list(suffixes))))
 
 
 def layers_pattern(container: str) -> str:

@@ -290,10 +290,10 @@ def base_name(name: str) -> str | None:
     'encoder.query.weight'
     >>> base_name("base_model.model.encoder.query.lora_A.default.weight")
     """
-    if "lora_" in name or ".modules_to_save." in f".{name}":
+    if "lora_" in name or ".modules_to_save." in f".{name}":  # the model may be a head itself
         return None
     plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-    return plain.removeprefix("original_module.")  # where the model is a head itself
+    return plain.removeprefix("original_module.")
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:

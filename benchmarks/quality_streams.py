@@ -1,0 +1,239 @@
+"""Deletion streams of `quality.py`: accuracy over requests, storage and life against the budget, time over requests.
+
+Every stage of the plan is trained, and the probabilities of every prefix on the test rows are kept. Along a stream,
+what survives is then known exactly, and the served model's answers are the average of its members' probabilities,
+which is what `S3TEnsemble` computes (checked in the run). SISA's and full retraining's accuracy after requests is that
+of real retrainings: some, as each differs from the next by one row of thousands.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from quality_tasks import Settings, Task, score_of
+from quality_training import run, served, train_full, train_s3t
+
+from hf_s3t import Plan, S3TEnsemble, Stage
+from hf_s3t.arrivals import RepairPolicy
+from hf_s3t.closed_forms import first_slice_chances, life_until_all_dead, uniform_life
+from hf_s3t.optimal import optimal
+from hf_s3t.sequences import select_sequences
+from hf_s3t.simulate import simulate, simulate_full_retraining, simulate_sisa
+
+Answers = dict[Stage, torch.Tensor]
+FEWER_PASSES = 10  # of 12 that the rotation of three slices costs
+
+
+class Served:
+    """What a plan serves after some places were hit, and how often it is right.
+
+    Args:
+        answers (`dict[Stage, torch.Tensor]`): probabilities of each prefix, `(rows, classes)`.
+        base (`torch.Tensor`): those of the base model, which answers when nothing is left.
+        labels (`list[int]`): the truth.
+    """
+
+    def __init__(self, answers: Answers, base: torch.Tensor, labels: list[int]):
+        self.answers, self.base, self.labels = answers, base, labels
+        self._known: dict[Any, float] = {}
+
+    def probabilities(self, plan: Plan, trained: set[Stage], serve: str) -> torch.Tensor:
+        """The ensemble's: the mean over the live shards' longest prefixes, or over all prefixes by their lengths."""
+        surviving = plan.surviving(trained).items()
+        members = [
+            Stage(shard, prefix)
+            for shard, prefixes in surviving
+            for prefix in (prefixes[:1] if serve == "longest" else prefixes)
+        ]
+        if not members:
+            return self.base
+        weights = torch.tensor([float(stage.depth) if serve == "all" else 1.0 for stage in members])
+        stacked = torch.stack([self.answers[stage] for stage in members])
+        return (stacked * (weights / weights.sum())[:, None, None]).sum(0)
+
+    def accuracy(self, plan: Plan, trained: set[Stage], serve: str) -> float:
+        """In percent."""
+        key = (plan.sequences, frozenset(trained), serve)
+        if key not in self._known:
+            self._known[key] = score_of(self.probabilities(plan, trained, serve), self.labels)["accuracy"]
+        return self._known[key]
+
+    def along(self, plan: Plan, streams: np.ndarray, serve: str) -> tuple[np.ndarray, np.ndarray]:
+        """Accuracy after 0, 1, 2, ... requests, `(streams, requests + 1)`, and after which nothing was left (0: none).
+
+        Args:
+            streams (`np.ndarray`): places `shard * L + slice`, `(streams, requests)`.
+        """
+        curves = np.empty((len(streams), streams.shape[1] + 1))
+        dead = np.zeros(len(streams), dtype=int)
+        for number, stream in enumerate(streams):
+            trained = set(plan.stages)
+            curves[number, 0] = self.accuracy(plan, trained, serve)
+            for request, place in enumerate(stream, start=1):
+                hit = divmod(int(place), plan.num_slices)
+                trained = {stage for stage in trained if hit not in stage.slices}
+                curves[number, request] = self.accuracy(plan, trained, serve)
+                if not trained:
+                    dead[number] = request
+                    curves[number, request:] = curves[number, request]
+                    break
+        return curves, dead
+
+
+def answers_of(trainer: Any, task: Task, rows: Any) -> Answers:
+    """Probabilities of every prefix that the store holds."""
+    return {
+        stage: task.probabilities(served(trainer, trainer.store.assemble(stage.shard, stage.prefix)), rows)
+        for stage in sorted(trainer.store.manifest().stages)
+    }
+
+
+def check_against_ensemble(trainer: Any, task: Task, found: Served, rows: Any) -> float:
+    """Deletes two slices for real and compares the composed answers with those of `S3TEnsemble`; the largest
+    difference of a probability."""
+    plan, hit = trainer.store.manifest().plan, {(0, 1)}
+    hit.add((plan.num_shards - 1, 0))
+    trainer.store.delete(slices=sorted(hit))
+    left = {stage for stage in plan.stages if hit.isdisjoint(stage.slices)}
+    count, differences = min(64, len(rows)), []
+    for serve in ("longest", "all"):
+        composed = found.probabilities(plan, left, serve)[:count]
+        ensemble = S3TEnsemble.from_pretrained(trainer.store.path, task.base(), serve=serve)
+        answered = task.probabilities(ensemble, rows.select(range(count)))
+        differences.append((composed - answered).abs().max().item())
+    assert max(differences) < 1e-4, f"S3TEnsemble answers otherwise than the average of its members: {differences}"
+    return max(differences)
+
+
+def life_figures(settings: Settings, slices: int, sizes: dict[Stage, int], seed: int) -> list[dict[str, Any]]:
+    """For each budget: bytes of the stages, slice passes, requests until nothing is left (simulated and by formula),
+    and until the first shard is dead. Asserts that simulation and formula agree."""
+    found = []
+    for budget in range(1, slices + 1):
+        plan = Plan.make(settings.shards, slices, select_sequences("cyclic", slices, budget))
+        simulated = simulate(plan, streams=settings.simulated_streams, seed=seed)
+        mean, exact = simulated.requests_until_all_dead, uniform_life(settings.shards, slices, budget).mean
+        assert mean is not None and abs(mean.mean - exact) < 4 * mean.standard_error, (mean, exact)
+        first = simulated.requests_until_first_dead
+        found.append(
+            {
+                "budget": budget, "slice_passes": plan.cost, "bytes": sum(sizes[stage] for stage in plan.stages),
+                "life": mean.mean, "life_error": mean.standard_error, "life_by_formula": exact,
+                "first_shard_dead": first.mean if first else None,
+            }
+        )  # fmt: skip
+    return found
+
+
+def time_figures(settings: Settings, slices: int, seconds: dict[str, float], epochs: float) -> dict[str, Any]:
+    """Slice passes and seconds of training over many requests, the first training included, in expectation."""
+    many = {"streams": settings.simulated_streams // 10, "max_requests": settings.simulated_requests}
+    cyclic = Plan.make(settings.shards, slices, select_sequences("cyclic", slices, slices))
+    cheaper = Plan.make(settings.shards, slices, optimal(slices, cost_budget=FEWER_PASSES).orders)
+    runs = {
+        "s3t_cyclic": simulate(cyclic, policy=RepairPolicy(below=1), **many),
+        "s3t_optimal": simulate(cheaper, policy=RepairPolicy(below=1), **many),
+        "sisa": simulate_sisa(settings.shards, slices, **many),
+        "full": simulate_full_retraining(settings.shards, slices, **many),
+    }
+    of = {"s3t_cyclic": "layer_group", "s3t_optimal": "layer_group", "sisa": "all", "full": "full"}
+    found = {}
+    for name, simulated in runs.items():
+        passes = epochs * (simulated.training_cost + simulated.repair_cost.mean())
+        found[name] = {
+            "slice_passes": passes, "seconds": passes * seconds[of[name]],
+            "trainings": float(simulated.repairs.mean()),
+        }  # fmt: skip
+    return found
+
+
+def stage_bytes(trainer: Any) -> dict[Stage, int]:
+    """Bytes of each stage's folder."""
+    return {
+        stage: sum(file.stat().st_size for file in (trainer.store.path / stage.name).iterdir() if file.is_file())
+        for stage in trainer.store.manifest().stages
+    }
+
+
+def retrain_sisa(trainer: Any, task: Task, rows: Any, number: int, draw: Any) -> list[dict[str, float]]:
+    """Deletes one drawn example after the other and retrains from the last clean slice, for real."""
+    found = []
+    ids = list(task.rows["train"]["id"])
+    for wanted in draw.choice(len(ids), number, replace=False):
+        before = set(trainer.store.manifest().stages)
+        trainer.delete(ids=[ids[wanted]])
+        lost = before - set(trainer.store.manifest().stages)
+        seconds = run(trainer)
+        last = {Stage(shard, prefix) for shard, prefix in trainer.store.served().items()}
+        mean = torch.stack([answer for stage, answer in answers_of(trainer, task, rows).items() if stage in last])
+        found.append(
+            {
+                "accuracy": score_of(mean.mean(0), rows["labels"])["accuracy"], "seconds": seconds,
+                "slice_passes": sum(stage.depth for stage in lost) * trainer.args.num_train_epochs,
+            }
+        )  # fmt: skip
+    return found
+
+
+def stream_figures(settings: Settings, task: Task, scratch: Path) -> dict[str, Any]:
+    """Trains everything, composes the streams; figures and curves."""
+    slices, epochs = task.settings.num_slices, settings.stream_epochs
+    rows = task.first("test", settings.stream_rows)
+    draw = np.random.default_rng(task.seed)
+    orders = [list(order) for order in select_sequences("cyclic", slices, slices)]
+    many = {"num_shards": settings.shards, "num_slices": slices, "epochs": epochs}
+    s3t, s3t_seconds = train_s3t(task, scratch / "s3t", sequence_selection=orders, budget=None, **many)
+    plan = s3t.store.manifest().plan
+    cheaper = Plan.make(settings.shards, slices, optimal(slices, cost_budget=FEWER_PASSES).orders)
+    assert set(cheaper.stages) <= set(plan.stages), "the cheaper plan has stages that were not trained"
+    found = Served(answers_of(s3t, task, rows), task.probabilities(task.base(), rows), rows["labels"])
+    sizes = stage_bytes(s3t)
+
+    life = life_until_all_dead(first_slice_chances(plan))
+    requests = int(life.mean + 10 * life.standard_deviation)
+    streams = draw.integers(0, settings.shards * slices, (settings.streams, requests))
+    curves, figures = {}, {}
+    for name, of, serve in (
+        ("s3t_cyclic", plan, "longest"), ("s3t_optimal", cheaper, "longest"), ("s3t_cyclic_all", plan, "all"),
+    ):  # fmt: skip
+        accuracy, dead = found.along(of, streams, serve)
+        curves[name] = {"mean": accuracy.mean(0).tolist(), "std": accuracy.std(0, ddof=1).tolist()}
+        figures[f"{name}_accuracy"] = float(accuracy[:, 0].mean())
+        figures[f"{name}_dead_streams"] = int((dead > 0).sum())
+        if dead.all():
+            error = dead.std(ddof=1) / len(dead) ** 0.5
+            assert abs(dead.mean() - life.mean) < 4 * error, (dead.mean(), life.mean, error)
+            figures[f"{name}_life"] = float(dead.mean())
+    figures["ensemble_difference"] = check_against_ensemble(s3t, task, found, rows)
+
+    sisa, sisa_seconds = train_s3t(
+        task, scratch / "sisa", stage_parameters="all", sequence_selection=[orders[0]], budget=None, **many
+    )
+    ends = {Stage(shard, tuple(orders[0])) for shard in range(settings.shards)}
+    last = torch.stack([answer for stage, answer in answers_of(sisa, task, rows).items() if stage in ends])
+    sisa_bytes = sum(stage_bytes(sisa).values())
+    sisa_cost = sisa.store.manifest().plan.cost
+    retrained = retrain_sisa(sisa, task, rows, settings.sisa_retrainings, draw)
+
+    gone = set(draw.choice(len(task.rows["train"]), settings.full_retraining_after, replace=False).tolist())
+    kept = task.rows["train"].select([row for row in range(len(task.rows["train"])) if row not in gone])
+    full, full_seconds = train_full(task, scratch / "full", epochs, kept)
+    seconds = {
+        "layer_group": s3t_seconds / (plan.cost * epochs), "all": sisa_seconds / (sisa_cost * epochs),
+        "full": full_seconds / (settings.shards * slices * epochs),
+    }  # fmt: skip
+    return figures | {
+        "curves": curves,
+        "sisa_accuracy": score_of(last.mean(0), rows["labels"])["accuracy"],
+        "sisa_retrained": retrained,
+        "full_accuracy": score_of(task.probabilities(full, rows), rows["labels"])["accuracy"],
+        "base_accuracy": score_of(found.base, rows["labels"])["accuracy"],
+        "life_by_formula": life.mean,
+        "storage": life_figures(settings, slices, sizes, task.seed),
+        "sisa_bytes": sisa_bytes,
+        "seconds_per_slice_pass": seconds,
+        "over_requests": time_figures(settings, slices, seconds, epochs),
+    }
