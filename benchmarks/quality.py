@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="check the machinery on a few rows, in under a minute")
     parser.add_argument("--reduced", action="store_true", help="parts a to c, with fewer rows")
     parser.add_argument("--part", nargs="+", metavar="NAME", help="only these parts")
-    parser.add_argument("--seed", type=int, nargs="+", help="one run per seed (default: 0 1 2)")
+    parser.add_argument("--seed", type=int, nargs="+", help="one run per seed (default: 0 1 2, dear parts 0)")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="keeps what is finished")
     parser.add_argument("--report", action="store_true", help="run nothing: join what is finished")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
@@ -186,6 +186,7 @@ PARTS: dict[str, Part] = {
 if has_replay():
     PARTS |= {"d_alpaca_replay_50": partial(with_replay, 0.5), "d_alpaca_replay_0": partial(with_replay, 0.0)}
 REDUCED_PARTS = ["a_sst2", "a_alpaca", "a_vision", "c_sst2", "a_rte"]
+ONCE = ("c_sst2", "a_sst2_l6", "d_sst2_rank_5", "d_sst2_all", "d_sst2_layers_1")  # dear: seed 0, unless --seed asks
 QUICK_PARTS = ["a_sst2", "a_alpaca", "a_vision", "c_sst2", "d_alpaca_wedge", "d_alpaca_depth_rate"]
 BY_NAME: dict[str, Part] = {
     f"tune_{name}_{kind}": partial(tune, name, kind)
@@ -204,7 +205,7 @@ def jobs(options: argparse.Namespace) -> list[tuple[str, int]]:
     if unknown:
         raise SystemExit(f"There are no parts {unknown}. Choose from {', '.join([*PARTS, *BY_NAME])}.")
     seeds = options.seed or (SEEDS[:1] if options.quick else SEEDS)
-    once = ("c_sst2", "a_rte") if options.reduced and not options.seed else ()
+    once = () if options.seed else (*ONCE, "a_rte") if options.reduced else ONCE
     found = [(name, seed) for seed in seeds for name in names if name not in once or seed == seeds[0]]
     return sorted(found, key=lambda job: job[0].startswith("d_"))
 

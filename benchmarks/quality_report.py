@@ -116,7 +116,8 @@ def gain_shares(found: Found, part: str, where: str | None, split: str, measure:
         against = found[base][seed]["figures"]
         start = against["layer_group"]["by_length"][0][measure]
         end = (against["full_equal"].get("on_prefix_rows") or against["full_equal"][split])[measure]
-        shares[seed] = 100 * (start - setting["by_length"][-1][measure]) / (start - end)
+        gained, possible = start - setting["by_length"][-1][measure], start - end
+        shares[seed] = 100 * gained / possible if possible else float("nan")  # of a few rows nothing may be gained
     return shares
 
 

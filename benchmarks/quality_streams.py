@@ -83,12 +83,21 @@ class Served:
         return curves, dead
 
 
-def answers_of(trainer: Any, task: Task, rows: Any) -> Answers:
-    """Probabilities of every prefix that the store holds."""
+def answers_of(trainer: Any, task: Task, rows: Any, only_served: bool = False) -> Answers:
+    """Probabilities of every prefix that the store holds, or of the served ones."""
+    stages = sorted(trainer.store.manifest().stages)
+    if only_served:
+        stages = [Stage(shard, prefix) for shard, prefix in sorted(trainer.store.served().items())]
     return {
         stage: task.probabilities(served(trainer, trainer.store.assemble(stage.shard, stage.prefix)), rows)
-        for stage in sorted(trainer.store.manifest().stages)
+        for stage in stages
     }
+
+
+def ensemble_score(trainer: Any, task: Task, rows: Any) -> float:
+    """Accuracy of the served model, in percent."""
+    mean = torch.stack(list(answers_of(trainer, task, rows, only_served=True).values())).mean(0)
+    return score_of(mean, rows["labels"])["accuracy"]
 
 
 def check_against_ensemble(trainer: Any, task: Task, found: Served, rows: Any) -> float:
@@ -167,11 +176,9 @@ def retrain_sisa(trainer: Any, task: Task, rows: Any, number: int, draw: Any) ->
         trainer.delete(ids=[ids[wanted]])
         lost = before - set(trainer.store.manifest().stages)
         seconds = run(trainer)
-        last = {Stage(shard, prefix) for shard, prefix in trainer.store.served().items()}
-        mean = torch.stack([answer for stage, answer in answers_of(trainer, task, rows).items() if stage in last])
         found.append(
             {
-                "accuracy": score_of(mean.mean(0), rows["labels"])["accuracy"], "seconds": seconds,
+                "accuracy": ensemble_score(trainer, task, rows), "seconds": seconds,
                 "slice_passes": sum(stage.depth for stage in lost) * trainer.args.num_train_epochs,
             }
         )  # fmt: skip
@@ -212,8 +219,7 @@ def stream_figures(settings: Settings, task: Task, scratch: Path) -> dict[str, A
     sisa, sisa_seconds = train_s3t(
         task, scratch / "sisa", stage_parameters="all", sequence_selection=[orders[0]], budget=None, **many
     )
-    ends = {Stage(shard, tuple(orders[0])) for shard in range(settings.shards)}
-    last = torch.stack([answer for stage, answer in answers_of(sisa, task, rows).items() if stage in ends])
+    sisa_accuracy = ensemble_score(sisa, task, rows)
     sisa_bytes = sum(stage_bytes(sisa).values())
     sisa_cost = sisa.store.manifest().plan.cost
     retrained = retrain_sisa(sisa, task, rows, settings.sisa_retrainings, draw)
@@ -227,7 +233,7 @@ def stream_figures(settings: Settings, task: Task, scratch: Path) -> dict[str, A
     }  # fmt: skip
     return figures | {
         "curves": curves,
-        "sisa_accuracy": score_of(last.mean(0), rows["labels"])["accuracy"],
+        "sisa_accuracy": sisa_accuracy,
         "sisa_retrained": retrained,
         "full_accuracy": score_of(task.probabilities(full, rows), rows["labels"])["accuracy"],
         "base_accuracy": score_of(found.base, rows["labels"])["accuracy"],

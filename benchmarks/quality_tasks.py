@@ -49,19 +49,19 @@ class TaskSettings:
 
 
 SST2 = TaskSettings(
-    train_rows=4000, validation_rows=500, test_rows=10000, prefix_rows=2000, num_slices=3, epochs=1.0,
+    train_rows=4000, validation_rows=500, test_rows=10000, prefix_rows=1000, num_slices=3, epochs=1.0, batch_size=16,
     rates={"full": 1e-3, "layer_group": 1e-3, "rank_group": 1e-3, "all": 1e-3},
 )  # fmt: skip
 RTE = TaskSettings(
-    train_rows=600, validation_rows=100, test_rows=400, prefix_rows=400, num_slices=3, epochs=1.0,
+    train_rows=400, validation_rows=100, test_rows=400, prefix_rows=400, num_slices=3, epochs=1.0,
     rates={"full": 5e-4, "layer_group": 5e-4},
 )  # fmt: skip
 ALPACA = TaskSettings(
-    train_rows=2500, validation_rows=200, test_rows=500, prefix_rows=500, num_slices=5, epochs=1.0, max_length=128,
+    train_rows=1500, validation_rows=200, test_rows=500, prefix_rows=500, num_slices=5, epochs=1.0, max_length=128,
     rates={"full": 5e-3, "layer_group": 1e-2, "rank_group": 1e-2, "all": 5e-3, "wedge": 1e-2},
 )  # fmt: skip
 VISION = TaskSettings(
-    train_rows=3000, validation_rows=500, test_rows=1000, prefix_rows=1000, num_slices=3, epochs=3.0, batch_size=16,
+    train_rows=2000, validation_rows=500, test_rows=1000, prefix_rows=1000, num_slices=3, epochs=2.0, batch_size=16,
     rates={"full": 3e-3, "layer_group": 3e-3},
 )  # fmt: skip
 
@@ -94,10 +94,11 @@ class Settings:
 
 REDUCED = replace(
     Settings(),
-    sst2=replace(SST2, test_rows=4000, prefix_rows=1000),
-    rte=replace(RTE, train_rows=300),
-    vision=replace(VISION, train_rows=1500, epochs=2.0),
-    pretraining_epochs=6, stream_rows=500, stream_epochs=1.0, sisa_retrainings=1,
+    sst2=replace(SST2, train_rows=2000, test_rows=4000, prefix_rows=500),
+    rte=replace(RTE, train_rows=200, test_rows=200, prefix_rows=200),
+    alpaca=replace(ALPACA, train_rows=750),
+    vision=replace(VISION, train_rows=1000),
+    pretraining_epochs=6, stream_rows=500, sisa_retrainings=1,
 )  # fmt: skip
 
 QUICK = replace(
@@ -294,7 +295,7 @@ class VisionTask(Task):
         torch.manual_seed(0)
         config = ViTConfig(
             hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, image_size=32,
-            patch_size=4, num_labels=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            patch_size=8, num_labels=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
         model = ViTForImageClassification(config)
         args = TrainingArguments(
