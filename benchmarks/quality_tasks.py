@@ -89,7 +89,7 @@ class Settings:
     choose: str = (
         "learning rates of Alpaca by the loss on validation rows of seed 0: layer groups and full LoRA as in "
         "benchmarks/alpaca.py, rank groups (r=6) of 5e-3, 1e-2 and 2e-2 by --part tune_alpaca_rank_group; all others "
-        "are usual values that nothing was chosen by, the same for every way to train"
+        "are usual values, which no score was looked at for"
     )
 
 
