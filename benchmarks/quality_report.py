@@ -296,7 +296,8 @@ def short(found: Found, figures: dict[str, Any], settings: Settings) -> str:
     if runs:
         lives = [run["storage"][-1]["life"] / run["storage"][0]["life"] for run in runs]
         rows.append(
-            ["requests until nothing is left, B = L over one sequence", shown(lives), "of order log(m min(B, L)) over log(m)",
+            ["requests until nothing is left, B = L over one sequence", shown(lives),
+             "of order log(m min(B, L)) over log(m)",
              f"expected lives by simulation, m={settings.shards}, L={settings.sst2.num_slices}"]
         )  # fmt: skip
     commits = ", ".join(sorted({one["commit"] for part in found.values() for one in part.values()}))
