@@ -32,6 +32,7 @@ from accelerate import PartialState
 from common import (
     Figures,
     RecipeArguments,
+    finish,
     load_split,
     make_config,
     metrics_of,
@@ -161,3 +162,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Figures] | None:
 
 if __name__ == "__main__":
     main()
+    finish()

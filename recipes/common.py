@@ -217,6 +217,12 @@ def run(trainer: S3TTrainer, arguments: RecipeArguments, measure: Callable[[], F
     return columns
 
 
+def finish() -> None:
+    """Lets several processes end together: one that just leaves may abort while another still asks it."""
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
+
+
 def train_and_publish(trainer: S3TTrainer) -> None:
     """`train()`, which pushes at its end, unless the arguments leave the one push of a script to the script."""
     trainer.train()

@@ -27,6 +27,7 @@ import torch
 from common import (
     Figures,
     RecipeArguments,
+    finish,
     make_config,
     metrics_of,
     need_split,
@@ -208,3 +209,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Figures]:
 
 if __name__ == "__main__":
     main()
+    finish()

@@ -30,6 +30,7 @@ for _name in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK", "HF_S3T_
     os.environ.pop(_name, None)
 
 import ipaddress  # noqa: E402
+import logging  # noqa: E402
 import socket  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -69,6 +70,15 @@ def no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
         yield
+
+
+@pytest.fixture(autouse=True)
+def quiet_library() -> Iterator[None]:
+    """What a test lets the library log is not logged by the next one."""
+    logger = logging.getLogger("hf_s3t")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

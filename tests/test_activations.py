@@ -76,6 +76,14 @@ class CachedWorld(World):
 
 
 @pytest.fixture(scope="module", params=CASES)
+def any_world(request, tmp_path_factory):
+    return CachedWorld(CASES[request.param], "layer_group", tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=() if case == "llama" else pytest.mark.slow) for case in CASES],
+)
 def world(request, tmp_path_factory):
     return CachedWorld(CASES[request.param], "layer_group", tmp_path_factory.mktemp(request.param))
 
@@ -129,10 +137,10 @@ def pad(rows: list[dict[str, Any]], left: bool = False) -> dict[str, torch.Tenso
 # ---- the same training ----
 
 
-def test_losses_are_those_without_a_cache(world, tmp_path):
-    losses = losses_of(world.trainer(tmp_path / "out"))
-    assert len(losses) == len(world.uncached) > 20
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(world.uncached), rtol=0, atol=1e-5)
+def test_losses_are_those_without_a_cache(any_world, tmp_path):
+    losses = losses_of(any_world.trainer(tmp_path / "out"))
+    assert len(losses) == len(any_world.uncached) > 20
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(any_world.uncached), rtol=0, atol=1e-5)
 
 
 def test_losses_of_rows_of_different_lengths(tmp_path):
@@ -296,6 +304,7 @@ def test_an_evaluation_while_a_stage_trains_runs_the_whole_model(world, tmp_path
     torch.testing.assert_close(torch.tensor(seen["disk"]), torch.tensor(seen["off"]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_that_belong_to_no_stage_are_trunk(tmp_path):
     """12 layers in 3 groups of 3: of every stage the lowest 3 are cached; 4 in 4 of 1: the last has nothing below."""
     options = {"activation_cache": "disk", "layers_per_slice": 3, "sequence_selection": [[0, 1, 2], [1, 0]]}
@@ -569,7 +578,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("case", "category"), [("llama", "other"), ("llama", "rename"), ("bert", "deletion")])
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_an_instant_and_run_again_is_never_killed(runs, tmp_path, case, category, number):
     check_kill(runs[case], tmp_path / "out", category, 200 + number)
     assert not list((tmp_path / "out").rglob("*.part"))

@@ -85,6 +85,7 @@ def test_the_life_cycle(server: Server, machine: Machine, tmp_path: Path) -> Non
     run("verify", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_deletion_from_a_folder_that_was_pushed_is_still_in_the_history(
     server: Server, machine: Machine, tmp_path: Path
 ) -> None:

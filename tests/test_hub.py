@@ -240,7 +240,8 @@ def test_what_is_asked_decides_what_is_downloaded(server, machine, newcomer, tmp
     assert newcomer(cached) == sorted(["s3t.json", *names])
 
 
-@pytest.mark.parametrize("gone", [pytest.param("offline", marks=pytest.mark.slow), "no server"])
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", ["offline", "no server"])
 def test_what_is_cached_is_read_without_the_hub(server, machine, newcomer, new_machine, tmp_path, gone):
     machine(make_and_push, path=tmp_path / "out")
     before = newcomer(assemble)

@@ -29,7 +29,8 @@ from trainers import logits
 LONG = 30.0
 GENERATION = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
 ROBERTA = pytest.param("roberta", marks=pytest.mark.slow)
-KINDS = pytest.mark.parametrize("shape", ["llama", "llama-all", "llama-rank", "bert", ROBERTA])
+ALL = pytest.param("llama-all", marks=pytest.mark.slow)
+KINDS = pytest.mark.parametrize("shape", ["llama", ALL, "llama-rank", "bert", ROBERTA])
 
 
 @pytest.fixture

@@ -185,7 +185,7 @@ def test_without_dropout(world, tmp_path):
 # ---- several shards ----
 
 
-@pytest.mark.parametrize("case", ["llama", "bert"])
+@pytest.mark.parametrize("case", [pytest.param("llama", marks=pytest.mark.slow), "bert"])
 def test_several_shards(case, world, tmp_path):
     """One shard is hit: the others' files stay, the ensemble and the root adapter follow."""
     world = World(CASES[case], world.kind, tmp_path)

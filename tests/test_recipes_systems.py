@@ -103,7 +103,13 @@ def test_every_task_trains_deletes_and_repairs_by_every_method(task, method, rob
         assert {"accuracy (matched)", "accuracy (mismatched)"} <= set(columns["after repair"])
 
 
-@pytest.mark.parametrize(("dataset", "method"), list(zip(vision.DATASETS, METHODS, strict=True)))
+@pytest.mark.parametrize(
+    ("dataset", "method"),
+    [
+        pytest.param(dataset, method, marks=() if method == "s3t" else pytest.mark.slow)
+        for dataset, method in zip(vision.DATASETS, METHODS, strict=True)
+    ],
+)
 def test_vision_trains_deletes_and_repairs(dataset, method, vit, tmp_path, capsys):
     data = write_images(tmp_path / "data", dataset)
     columns = vision.main(["--dataset", dataset, *flags(tmp_path, data, vit, method, "train-3")])
@@ -178,6 +184,7 @@ def make_vision_trainer(folder: Path, data: Path, vit: Path, *argv: str, gone: S
     return vision.make_trainer(arguments, args, rows.select(kept), validation)
 
 
+@pytest.mark.slow
 def test_moved_images_resume_and_repair_to_the_same_bytes(vit, tmp_path):
     data = write_images(tmp_path / "data", "cifar10")
     for name in ("whole", "killed", "scratch"):

@@ -300,6 +300,7 @@ def test_workers_load_the_rows_of_a_stage_and_are_part_of_the_recipe(tmp_path: P
         make_trainer(tmp_path, args={"max_steps": 2}).train()
 
 
+@pytest.mark.slow
 def test_a_worker_lives_as_long_as_its_stage(tmp_path: Path) -> None:
     def collate(rows: list[Any]) -> Any:
         with open(tmp_path / "workers", "a") as file:

@@ -165,6 +165,7 @@ def test_another_tokenizer(tmp_path: Path, shared_data: Path) -> None:
 # The plan
 
 
+@pytest.mark.slow
 def test_another_budget_keeps_live_stages_and_adds_what_is_missing(tmp_path: Path) -> None:
     make_trainer(tmp_path, config={"num_slices": 4, "budget": 1}).train()
     before = {name: digest for name, digest in artefacts(tmp_path).items() if name.startswith("shard-")}
