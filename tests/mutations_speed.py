@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LLAMA, BERT = "[llama]", "[bert]"
+LLAMA = "[llama]"
 T = "test_activations.py::test_"
 LOSSES = T + "losses_are_those_without_a_cache"
 RAGGED = T + "losses_of_rows_of_different_lengths"
