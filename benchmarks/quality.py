@@ -6,7 +6,7 @@ Parts, each with a JSON file of its own for each seed; a finished one is not run
   layers on the same rows, with the epochs of one stage (`full`) and with as many slice passes as the stages had in all
   (`full_equal`). `by_length` scores the prefixes of length 0 to L, `head_alone` their heads on the bare base model.
 * `c_sst2`: several shards under streams of deletion requests, see `quality_streams.py`.
-* `d_alpaca_*`, `d_sst2_*`: other ways for a stage to own parameters, at the slice passes of `a_*`.
+* `d_alpaca_*`, `d_sst2_*`, `d_vision_*`: other ways for a stage to own parameters, at the slice passes of `a_*`.
 * `tune_TASK_KIND`: learning rates by the score on validation rows; run by name, with `--seed 0`.
 
 Figures: `sst2_full` and `sst2_s3t`, accuracy in percent on rows cut from the train split; `sst2_lost`, their
@@ -46,11 +46,10 @@ from quality_tasks import QUICK, REDUCED, Settings, Task, TaskSettings, make_tas
 from quality_training import (
     DepthRate,
     full_numbers,
-    has_replay,
     s3t_figures,
+    train_by_hand,
     train_full,
     train_s3t,
-    train_wedge,
     whole_scores,
 )
 
@@ -93,8 +92,6 @@ def against_full(name: str, settings: Settings, seed: int, results: Path, scratc
         passes = epochs * task.settings.num_slices
         about = {"slice_passes": passes, "seconds": seconds, "lora_numbers": full_numbers(model)}
         figures[way] = whole_scores(model, task) | about
-        if task.settings.prefix_rows < task.settings.test_rows:
-            figures[way]["on_prefix_rows"] = task.score(model, "test", task.settings.prefix_rows)
     return figures
 
 
@@ -123,7 +120,17 @@ def with_replay(replay: float, settings: Settings, seed: int, results: Path, scr
 def with_wedge(settings: Settings, seed: int, results: Path, scratch: Path) -> Figures:
     """The wedge, as an experiment outside the library."""
     task = make_task("alpaca", settings, seed, results)
-    return train_wedge(task, scratch, settings.ranks["wedge"])[1]
+    return train_by_hand(task, scratch, "wedge", r=settings.ranks["wedge"], kind="wedge")[1]
+
+
+def by_hand(name: str, settings: Settings, seed: int, results: Path, scratch: Path) -> Figures:
+    """Layer groups from the top down, from the bottom up, and with a head that only the first stage trains."""
+    task = make_task(name, settings, seed, results)
+    ways = {"top_down": ("top_down", None), "bottom_up": ("bottom_up", None), "head_once": ("top_down", 1)}
+    return {
+        way: train_by_hand(task, scratch / way, shape, r=task.settings.r, head_stages=head_stages)[1]
+        for way, (shape, head_stages) in ways.items()
+    }
 
 
 def with_depth_rate(settings: Settings, seed: int, results: Path, scratch: Path) -> Figures:
@@ -148,7 +155,7 @@ def tune(name: str, kind: str, settings: Settings, seed: int, results: Path, scr
         if kind == "full":
             model = train_full(task, folder, task.settings.epochs * (task.settings.num_slices + 1) / 2)[0]
         elif kind == "wedge":
-            model = train_wedge(task, folder, settings.ranks["wedge"])[0]
+            model = train_by_hand(task, folder, "wedge", r=settings.ranks["wedge"], kind="wedge")[0]
         else:
             rank = settings.ranks.get(kind, task.settings.r) if name == "alpaca" else task.settings.r
             model = train_s3t(task, folder, stage_parameters=kind, r=rank)[0].model
@@ -172,22 +179,26 @@ PARTS: dict[str, Part] = {
     "c_sst2": streams,
     "a_rte": partial(against_full, "rte"),
     "a_sst2_l6": partial(with_config, "sst2", {"num_slices": 6}),
-    "d_alpaca_rank_3": partial(with_config, "alpaca", {"stage_parameters": "rank_group", "r": 3}),
-    "d_alpaca_rank_16": partial(with_config, "alpaca", {"stage_parameters": "rank_group", "r": 16}),
-    "d_alpaca_all": partial(with_config, "alpaca", {"stage_parameters": "all"}),
-    "d_alpaca_layer_32": partial(with_config, "alpaca", {"r": 32}),
-    "d_alpaca_layer_rslora": partial(with_config, "alpaca", {"use_rslora": True}),
+    "d_vision_rank_5": partial(with_config, "vision", {"stage_parameters": "rank_group", "r": 5}),
+    "d_vision_all": partial(with_config, "vision", {"stage_parameters": "all"}),
+    "d_vision_by_hand": partial(by_hand, "vision"),
     "d_alpaca_wedge": with_wedge,
     "d_alpaca_depth_rate": with_depth_rate,
+    "d_alpaca_all": partial(with_config, "alpaca", {"stage_parameters": "all"}),
+    "d_alpaca_replay_50": partial(with_replay, 0.5),
+    "d_alpaca_replay_0": partial(with_replay, 0.0),
+    "d_alpaca_rank_3": partial(with_config, "alpaca", {"stage_parameters": "rank_group", "r": 3}),
+    "d_alpaca_rank_16": partial(with_config, "alpaca", {"stage_parameters": "rank_group", "r": 16}),
+    "d_alpaca_layer_32": partial(with_config, "alpaca", {"r": 32}),
+    "d_alpaca_layer_rslora": partial(with_config, "alpaca", {"use_rslora": True}),
     "d_sst2_rank_5": partial(with_config, "sst2", {"stage_parameters": "rank_group", "r": 5}),
     "d_sst2_all": partial(with_config, "sst2", {"stage_parameters": "all"}),
     "d_sst2_layers_1": partial(with_config, "sst2", {"layers_per_slice": 1}),
+    "d_sst2_by_hand": partial(by_hand, "sst2"),
 }
-if has_replay():
-    PARTS |= {"d_alpaca_replay_50": partial(with_replay, 0.5), "d_alpaca_replay_0": partial(with_replay, 0.0)}
 REDUCED_PARTS = ["a_sst2", "a_alpaca", "a_vision", "c_sst2", "a_rte"]
-ONCE = ("c_sst2", "a_sst2_l6", "d_sst2_rank_5", "d_sst2_all", "d_sst2_layers_1")  # dear: seed 0, unless --seed asks
-QUICK_PARTS = ["a_sst2", "a_alpaca", "a_vision", "c_sst2", "d_alpaca_wedge", "d_alpaca_depth_rate"]
+ONCE = ("c_sst2", "a_sst2_l6", "d_sst2_rank_5", "d_sst2_all", "d_sst2_layers_1", "d_sst2_by_hand")  # dear: seed 0 only
+QUICK_PARTS = ["a_sst2", "a_alpaca", "a_vision", "c_sst2", "d_alpaca_wedge", "d_alpaca_depth_rate", "d_vision_by_hand"]
 BY_NAME: dict[str, Part] = {
     f"tune_{name}_{kind}": partial(tune, name, kind)
     for name in ("sst2", "rte", "alpaca", "vision")

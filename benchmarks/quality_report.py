@@ -50,6 +50,17 @@ SST2_SETTINGS = {
     "rank groups, r=5": ("d_sst2_rank_5", None),
     "all, r=16": ("d_sst2_all", None),
     "layer groups, r=16, 1 layer per slice": ("d_sst2_layers_1", None),
+    "layer groups by hand, top-down (experiment)": ("d_sst2_by_hand", "top_down"),
+    "layer groups by hand, bottom-up (experiment)": ("d_sst2_by_hand", "bottom_up"),
+    "layer groups by hand, head trained in stage 1 only (experiment)": ("d_sst2_by_hand", "head_once"),
+}
+VISION_SETTINGS = {
+    "layer groups, r=16, 2 layers per slice (the default)": ("a_vision", "layer_group"),
+    "rank groups, r=5": ("d_vision_rank_5", None),
+    "all, r=16": ("d_vision_all", None),
+    "layer groups by hand, top-down (experiment)": ("d_vision_by_hand", "top_down"),
+    "layer groups by hand, bottom-up (experiment)": ("d_vision_by_hand", "bottom_up"),
+    "layer groups by hand, head trained in stage 1 only (experiment)": ("d_vision_by_hand", "head_once"),
 }
 WAYS = {
     "s3t_cyclic": "S3T, rotation",
@@ -106,18 +117,32 @@ def bound_of(differences: Sequence[float]) -> float:
     return mean + float(student.ppf(0.95, len(differences) - 1)) * deviation / len(differences) ** 0.5
 
 
-def gain_shares(found: Found, part: str, where: str | None, split: str, measure: str, base: str) -> dict[int, float]:
-    """By seed, the part of the way from the base model to full LoRA at equal slice passes that a setting goes."""
+def setting_of(one: dict[str, Any], where: str | None) -> dict[str, Any]:
+    """A setting's figures in those of a part."""
+    return one["figures"] if where is None else one["figures"][where]
+
+
+def lost(found: Found, part: str, where: str | None, base: str, split: str, measure: str) -> dict[int, float]:
+    """By seed, how much worse a setting is than full LoRA at equal slice passes."""
+    sign = 1 if measure == "accuracy" else -1
+    full = {seed: one["figures"]["full_equal"][split][measure] for seed, one in found.get(base, {}).items()}
+    return {
+        seed: sign * (full[seed] - setting_of(one, where)[split][measure])
+        for seed, one in sorted(found.get(part, {}).items())
+        if seed in full
+    }
+
+
+def gain_shares(found: Found, part: str, where: str | None) -> dict[int, float]:
+    """By seed, the part of the way from the base model's loss to full LoRA's at equal slice passes, on Alpaca, in
+    percent."""
     shares = {}
     for seed, one in sorted(found.get(part, {}).items()):
-        if seed not in found.get(base, {}):
-            continue
-        setting = one["figures"] if where is None else one["figures"][where]
-        against = found[base][seed]["figures"]
-        start = against["layer_group"]["by_length"][0][measure]
-        end = (against["full_equal"].get("on_prefix_rows") or against["full_equal"][split])[measure]
-        gained, possible = start - setting["by_length"][-1][measure], start - end
-        shares[seed] = 100 * gained / possible if possible else float("nan")  # of a few rows nothing may be gained
+        if seed in found.get("a_alpaca", {}):
+            against = found["a_alpaca"][seed]["figures"]
+            start, end = against["layer_group"]["by_length"][0]["loss"], against["full_equal"]["test"]["loss"]
+            gained, possible = start - setting_of(one, where)["test"]["loss"], start - end
+            shares[seed] = 100 * gained / possible if possible else float("nan")  # of a few rows nothing may be gained
     return shares
 
 
@@ -126,12 +151,9 @@ def figures_of(found: Found) -> dict[str, Any]:
     values: dict[str, dict[int, float]] = {}
     for way, name in (("full_equal", "full"), ("full", "full_same_epochs"), ("layer_group", "s3t")):
         values[f"sst2_{name}"] = over_seeds(found, "a_sst2", lambda f, way=way: f[way]["test"]["accuracy"])
-    full, s3t = values["sst2_full"], values["sst2_s3t"]
-    lost = values["sst2_lost"] = {seed: full[seed] - s3t[seed] for seed in full}
-    values["alpaca_gain_share"] = gain_shares(found, "a_alpaca", "rank_group", "test", "loss", "a_alpaca")
-    values["alpaca_gain_share_layer_group"] = gain_shares(
-        found, "a_alpaca", "layer_group", "test", "loss", "a_alpaca"
-    )
+    values["sst2_lost"] = lost(found, "a_sst2", "layer_group", "a_sst2", "test", "accuracy")
+    values["alpaca_gain_share"] = gain_shares(found, "a_alpaca", "rank_group")
+    values["alpaca_gain_share_layer_group"] = gain_shares(found, "a_alpaca", "layer_group")
     values["alpaca_stored_share"] = over_seeds(
         found, "a_alpaca", lambda f: f["rank_group"]["lora_numbers"] / f["full_equal"]["lora_numbers"]
     )
@@ -141,8 +163,8 @@ def figures_of(found: Found) -> dict[str, Any]:
             figures[name], deviation = spread(by_seed.values())
             if len(by_seed) > 1:
                 figures[f"{name}_std"] = deviation
-    if len(lost) > 1:
-        figures["sst2_lost_bound"] = bound_of(list(lost.values()))
+    if len(values["sst2_lost"]) > 1:
+        figures["sst2_lost_bound"] = bound_of(list(values["sst2_lost"].values()))
     figures["prefixes_below_base"] = below_base(found)
     figures["parts"] = {part: sorted(seeds) for part, seeds in found.items()}
     figures["seconds"] = {f"{part}-{seed}": one["seconds"] for part, s in found.items() for seed, one in s.items()}
@@ -155,7 +177,7 @@ def below_base(found: Found) -> list[str]:
     worse = []
     for part, where in (("a_sst2", "layer_group"), ("a_rte", "layer_group"), ("a_vision", "layer_group"),
                         ("a_alpaca", "layer_group"), ("a_alpaca", "rank_group"), ("a_sst2_l6", None)):  # fmt: skip
-        runs = [one["figures"] if where is None else one["figures"][where] for one in found.get(part, {}).values()]
+        runs = [setting_of(one, where) for one in found.get(part, {}).values()]
         lengths = zip(*(run["by_length"] for run in runs), strict=True)
         means = [statistics.fmean(score["loss"] for score in scores) for scores in lengths]
         worse += [f"{part} {where or ''} {length}" for length, mean in enumerate(means) if mean > means[0]]
@@ -180,12 +202,11 @@ def against_full(found: Found) -> str:
         }
         base = over_seeds(found, part, lambda f, m=measure: f["layer_group"]["by_length"][0][m])
         if base:
-            sign = 1 if measure == "accuracy" else -1
-            lost = [sign * (ways["full_equal"][seed] - ways["layer_group"][seed]) for seed in base]
+            worse = lost(found, part, "layer_group", part, split, measure)
             digits = 2 if measure == "accuracy" else 3
             values = (base, ways["full"], ways["full_equal"], ways["layer_group"])
             cells = [shown(value.values(), digits) for value in values]
-            rows.append([title, measure, *cells, shown(lost, digits), str(len(base))])
+            rows.append([title, measure, *cells, shown(worse.values(), digits), str(len(base))])
     head = ["task", "measure", "base, untrained head", "full LoRA, same epochs", "full LoRA, equal slice passes",
             "slice-wise, layer groups", "lost, paired", "seeds"]  # fmt: skip
     return table("Slice-wise against full training, one shard", head, rows)
@@ -200,7 +221,7 @@ def by_length(found: Found) -> str:
         ("Alpaca, rank groups r=6, L=5", "a_alpaca", "rank_group", "loss"),
     )  # fmt: skip
     for title, part, where, measure in cases:
-        runs = [one["figures"] if where is None else one["figures"][where] for one in found.get(part, {}).values()]
+        runs = [setting_of(one, where) for one in found.get(part, {}).values()]
         for name in ("by_length", "head_alone"):
             kept = [run[name] for run in runs if name in run]
             if kept:
@@ -251,26 +272,28 @@ def streams_table(found: Found) -> str:
 
 def helps(found: Found) -> str:
     parts = []
-    for title, settings, base, split, measure in (
-        ("Alpaca, L=5, equal slice passes", SETTINGS, "a_alpaca", "test", "loss"),
-        ("SST-2, L=3, equal slice passes, prefix rows", SST2_SETTINGS, "a_sst2", "test", "accuracy"),
+    for title, settings, base, measure in (
+        ("Alpaca, L=5, equal slice passes", SETTINGS, "a_alpaca", "loss"),
+        ("SST-2, L=3, equal slice passes", SST2_SETTINGS, "a_sst2", "accuracy"),
+        ("CIFAR-10, five classes, L=3, equal slice passes", VISION_SETTINGS, "a_vision", "accuracy"),
     ):
         rows = []
+        full = [one["figures"]["full_equal"]["lora_numbers"] for one in found.get(base, {}).values()]
         for name, (part, where) in settings.items():
-            seeds = found.get(part, {})
-            runs = [one["figures"] if where is None else one["figures"].get(where) for one in seeds.values()]
-            if not runs:
+            runs = [setting_of(one, where) for one in found.get(part, {}).values()]
+            if not runs or not full:
                 continue
-            full = [one["figures"]["full_equal"]["lora_numbers"] for one in found.get(base, {}).values()]
-            stored = f"{runs[0]['lora_numbers'] / full[0]:.2f}" if full else "-"
             digits = 3 if measure == "loss" else 2
-            rows.append(
-                [name, stored, f"{runs[0]['slice_passes']:g}", shown((r["seconds"] for r in runs), 0),
-                 shown((r["by_length"][-1][measure] for r in runs), digits),
-                 shown(gain_shares(found, part, where, split, measure, base).values(), 1), str(len(runs))]
-            )  # fmt: skip
-        head = ["setting", "stored, x full LoRA", "slice passes", "seconds", measure, "share of the gain, %", "seeds"]
-        parts.append(table(title, head, rows))
+            row = [name, f"{runs[0]['lora_numbers'] / full[0]:.2f}", f"{runs[0]['slice_passes']:g}",
+                   shown((run["seconds"] for run in runs), 0),
+                   shown((run["test"][measure] for run in runs), digits),
+                   shown(lost(found, part, where, base, "test", measure).values(), digits)]  # fmt: skip
+            if base == "a_alpaca":
+                row.append(shown(gain_shares(found, part, where).values(), 1))
+            rows.append([*row, str(len(runs))])
+        head = ["setting", "stored, x full LoRA", "slice passes", "seconds", measure, "lost to full LoRA, paired"]
+        head += ["share of the gain, %"] * (base == "a_alpaca")
+        parts.append(table(title, [*head, "seeds"], rows))
     return "\n\n".join(parts)
 
 
@@ -349,7 +372,7 @@ def draw(found: Found, file: Path) -> None:
         ("Alpaca, rank groups r=6", "a_alpaca", "rank_group", VERMILLION, "^"),
     )  # fmt: skip
     for title, part, where, color, marker in cases:
-        parts = [one["figures"] if where is None else one["figures"][where] for one in found.get(part, {}).values()]
+        parts = [setting_of(one, where) for one in found.get(part, {}).values()]
         if parts:
             lengths = zip(*(run["by_length"] for run in parts), strict=True)
             losses = [statistics.fmean(score["loss"] for score in scores) for scores in lengths]

@@ -1,4 +1,4 @@
-"""The trainings of `quality.py`: full LoRA, a store of stages, a wedge; and the scores of what they leave.
+"""The trainings of `quality.py`: full LoRA, a store of stages, stages by hand; and the scores of what they leave.
 
 All of them run the Trainer's own loop with the same arguments but for learning rate and epochs. What the rows are and
 how a model is scored is for `quality_tasks.py`.
@@ -7,7 +7,6 @@ how a model is scored is for `quality_tasks.py`.
 from __future__ import annotations
 
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +45,6 @@ def run(trainer: Trainer) -> float:
     started = time.monotonic()
     trainer.train()
     return time.monotonic() - started
-
-
-def has_replay() -> bool:
-    """Whether a stage can see less than all of the earlier slices."""
-    return any(field.name == "replay" for field in fields(S3TConfig))
 
 
 def train_s3t(
@@ -166,14 +160,30 @@ def whole_scores(model: Any, task: Task) -> dict[str, Score]:
     return {split: task.score(model, split) for split in ("test", "official") if split in task.rows}
 
 
-# ---- a wedge ----
+# ---- stages by hand ----
+
+# Which layers a stage trains, of `depth` (from 1 on), layers per slice, and all layers.
+SHAPES = {
+    "top_down": lambda depth, each, layers: range(layers - depth * each, layers - (depth - 1) * each),
+    "bottom_up": lambda depth, each, layers: range((depth - 1) * each, depth * each),
+    "wedge": lambda depth, each, layers: range(layers - depth * each, layers),
+}
 
 
-def train_wedge(task: Task, folder: Path, r: int) -> tuple[Any, dict[str, Any]]:
-    """Stages that own new ranks in every layer from the top down to their layer group, by plain PEFT.
+def train_by_hand(
+    task: Task, folder: Path, shape: str, *, r: int, kind: str = "layer_group", head_stages: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Stages of another shape than the library's, by plain PEFT; to be compared with `"top_down"` by hand.
 
-    One shard and one sequence, as [`train_s3t`] trains them; a stage is one more adapter over its parents, which are
-    frozen. Only for models without a head of their own.
+    One shard and one sequence on cumulative data; a stage is one more adapter over its parents, which are frozen.
+    A head is trained on from stage to stage.
+
+    Args:
+        shape (`str`): `"top_down"` are the layer groups of the library; `"bottom_up"` begins at the lowest group; in
+            a `"wedge"` a stage owns new ranks in every layer from the top down to its group.
+        r (`int`): new ranks of a stage.
+        kind (`str`): whose learning rate is taken.
+        head_stages (`int`, *optional*): the first stages, which train the head; all by default.
 
     Returns:
         `tuple`: the model, and the figures that [`s3t_figures`] gives of a store.
@@ -183,11 +193,13 @@ def train_wedge(task: Task, folder: Path, r: int) -> tuple[Any, dict[str, Any]]:
     cuts = [round(len(rows) * part / number) for part in range(number + 1)]
     model: Any = task.base()
     layers = model.config.num_hidden_layers
+    # PEFT would copy a head for each adapter.
+    lora = task.lora | {"modules_to_save": None, "task_type": None if task.head else task.lora["task_type"]}
     scores, seconds = [task.score(model, "test", task.settings.prefix_rows)], 0.0
     names: list[str] = []
     for depth in range(1, number + 1):
-        lowest = layers - depth * (layers // number)
-        config = LoraConfig(r=r, lora_alpha=r, layers_to_transform=list(range(lowest, layers)), **task.lora)
+        owned = list(SHAPES[shape](depth, layers // number, layers))
+        config = LoraConfig(r=r, lora_alpha=r, layers_to_transform=owned, **lora)
         names.append(f"stage-{depth}")
         torch.manual_seed(1000 * task.seed + depth)
         if depth == 1:
@@ -195,9 +207,10 @@ def train_wedge(task: Task, folder: Path, r: int) -> tuple[Any, dict[str, Any]]:
         else:
             model.add_adapter(names[-1], config)
         model.base_model.set_adapter(names)
+        with_head = bool(task.head) and depth <= (head_stages or number)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = f".{names[-1]}." in name
-        args = arguments(task, folder / names[-1], task.settings.rates["wedge"], task.settings.epochs)
+            parameter.requires_grad = f".{names[-1]}." in name or (with_head and f".{task.head}." in name)
+        args = arguments(task, folder / names[-1], task.settings.rates[kind], task.settings.epochs)
         seen = rows.select(range(cuts[depth])).remove_columns("id")
         seconds += run(Trainer(model, args, data_collator=task.collate, train_dataset=seen))
         scores.append(task.score(model, "test", task.settings.prefix_rows))
