@@ -76,7 +76,7 @@ def test_dead_shards_drop_out(stores: dict[str, Path], base: str, tmp_path: Path
 def test_every_surviving_sequence_answers_by_its_length(base: str, tmp_path: Path) -> None:
     build, inputs = BASES[base][0], batch(ROWS[base])
     config = {"num_shards": 2, "num_slices": 3, "layers_per_slice": 1, "budget": 2}
-    config["sequence_selection"] = [[0, 1, 2], [2, 1, 0]]
+    config["sequence_selection"] = [[0, 1, 2], [2, 0, 1]]
     make_trainer(tmp_path / "out", base=base, config=config, args={"learning_rate": 3e-2, "max_steps": 2}).train()
     store = S3TStore(tmp_path / "out")
     ensemble = S3TEnsemble.from_pretrained(tmp_path / "out", build(), serve="all")
@@ -97,14 +97,15 @@ def test_every_surviving_sequence_answers_by_its_length(base: str, tmp_path: Pat
         for one in (ensemble, anew):
             assert len(one.members) == len(parts)
             torch.testing.assert_close(logits(one, inputs), expected, atol=2e-5, rtol=1e-5)
+        assert torch.equal(logits(ensemble, inputs), logits(anew, inputs))
 
-    whole = ((0, 1, 2), (2, 1))  # the second one's tail is covered by the first
+    whole = ((0, 1, 2), (2, 0))  # the second one's tail is covered by the first
     check({0: whole, 1: whole})
-    ensemble.delete(slices=[(0, 1)])  # as many as before answer, and count less
-    check({0: ((0,), (2,)), 1: whole})
-    store.delete(slices=[(0, 2), (1, 0)])
+    ensemble.delete(slices=[(0, 1)])  # as many as before answer, one counts less, and another one is the longest
+    check({0: ((2, 0), (0,)), 1: whole})
+    store.delete(slices=[(0, 2), (1, 1)])
     assert ensemble.refresh()
-    check({0: ((0,),), 1: ((2, 1),)})
+    check({0: ((0,),), 1: ((2, 0), (0,))})
     assert not torch.equal(logits(ensemble, inputs), logits(S3TEnsemble.from_pretrained(store, build()), inputs))
 
 
