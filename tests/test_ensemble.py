@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from peft import PeftModel
 
 import models
-from hf_s3t import S3TEnsemble, S3TStore, Stage
-from served import members
+from hf_s3t import Plan, S3TEnsemble, S3TStore, Stage, StoreError
+from served import copy, load, members
 from trainers import BASES, batch, logits, make_trainer
 
 ROWS = {"llama": models.llama_rows(12, seed=1), "bert": models.bert_rows(12, seed=1)}
@@ -112,6 +113,26 @@ def test_every_surviving_sequence_answers_by_its_length(base: str, tmp_path: Pat
 def test_what_is_served_is_one_of_two(stores: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="serve must be 'longest' or 'all', not 'best'"):
         S3TEnsemble.from_pretrained(stores["llama"], models.tiny_llama(), serve="best")
+
+
+def test_sequences_that_came_later_have_no_slot(tmp_path: Path) -> None:
+    """They are named, the longest prefixes that fit answer, and a deletion is obeyed all the same."""
+    store = copy("llama-rank", tmp_path)
+    whole, first = store.manifest(), (0, 1, 2)
+    stages = {stage: files for stage, files in whole.stages.items() if stage.prefix == first[: stage.depth]}
+    store.write_manifest(replace(whole, plan=Plan.make(3, 3, [first]), stages=stages))
+    ensemble = load(store, "llama-rank", serve="all")
+
+    def loaded() -> list[str]:
+        return [slot.path[-1][0].name for slot in ensemble._slots.values() if slot.path]
+
+    store.write_manifest(whole)
+    with pytest.raises(StoreError, match="more shards or sequences than when it was loaded. Load it anew"):
+        ensemble.refresh()
+    assert loaded() == [f"shard-{shard:02d}/0-1-2" for shard in range(3)]
+    ensemble.delete(slices=[(0, 1)])
+    assert loaded() == ["shard-00/2-0", "shard-01/0-1-2", "shard-02/0-1-2"] and ensemble.generation == 1
+    assert len(load(store, "llama-rank", serve="all").members) == 6
 
 
 def test_each_prefix_answers_with_its_own_head(stores: dict[str, Path]) -> None:
