@@ -109,7 +109,10 @@ def read_arguments(
     settings = read_settings(Path(argv.pop(0)), known) if argv and not argv[0].startswith("-") else {}
     parser.set_defaults(**settings)
     chosen = parser.parse_args(argv)
-    parser.set_defaults(**{**choose_preset(chosen), **settings, **fixed_by_method(chosen)})
+    preset = dict(choose_preset(chosen))
+    if chosen.stage_parameters == "rank_group":
+        preset.pop("layers_per_slice", None)  # they lie in all layers, and refuse to be told which
+    parser.set_defaults(**{**preset, **settings, **fixed_by_method(chosen)})
     arguments, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if args.load_best_model_at_end:
         raise ValueError(

@@ -108,7 +108,7 @@ SERVING = (
      (('self.generation = manifest.generation', 'pass'),),
      (LIVE + 'refresh_follows_a_deletion_elsewhere',)),
     (9, 'dead shards still answer', 'ensemble.py',
-     (('if slot.path]', ']'),),
+     (('if slot.path), key=lambda slot: slot.path[-1][0])', '), key=lambda slot: slot.name)'),),
      (LIVE + 'refresh_follows_a_deletion_elsewhere',)),
     (9, 'another base is not noticed', 'ensemble.py',
      (('        check_base(base_model, manifest.recipe)\n', ''),),

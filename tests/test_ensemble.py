@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from peft import PeftModel
 
 import models
-from hf_s3t import S3TEnsemble, S3TStore, Stage
-from served import members
+from hf_s3t import Plan, S3TEnsemble, S3TStore, Stage, StoreError
+from served import copy, load, members
 from trainers import BASES, batch, logits, make_trainer
 
 ROWS = {"llama": models.llama_rows(12, seed=1), "bert": models.bert_rows(12, seed=1)}
@@ -76,7 +77,7 @@ def test_dead_shards_drop_out(stores: dict[str, Path], base: str, tmp_path: Path
 def test_every_surviving_sequence_answers_by_its_length(base: str, tmp_path: Path) -> None:
     build, inputs = BASES[base][0], batch(ROWS[base])
     config = {"num_shards": 2, "num_slices": 3, "layers_per_slice": 1, "budget": 2}
-    config["sequence_selection"] = [[0, 1, 2], [2, 1, 0]]
+    config["sequence_selection"] = [[0, 1, 2], [2, 0, 1]]
     make_trainer(tmp_path / "out", base=base, config=config, args={"learning_rate": 3e-2, "max_steps": 2}).train()
     store = S3TStore(tmp_path / "out")
     ensemble = S3TEnsemble.from_pretrained(tmp_path / "out", build(), serve="all")
@@ -97,20 +98,41 @@ def test_every_surviving_sequence_answers_by_its_length(base: str, tmp_path: Pat
         for one in (ensemble, anew):
             assert len(one.members) == len(parts)
             torch.testing.assert_close(logits(one, inputs), expected, atol=2e-5, rtol=1e-5)
+        assert torch.equal(logits(ensemble, inputs), logits(anew, inputs))
 
-    whole = ((0, 1, 2), (2, 1))  # the second one's tail is covered by the first
+    whole = ((0, 1, 2), (2, 0))  # the second one's tail is covered by the first
     check({0: whole, 1: whole})
-    ensemble.delete(slices=[(0, 1)])  # as many as before answer, and count less
-    check({0: ((0,), (2,)), 1: whole})
-    store.delete(slices=[(0, 2), (1, 0)])
+    ensemble.delete(slices=[(0, 1)])  # as many as before answer, one counts less, and another one is the longest
+    check({0: ((2, 0), (0,)), 1: whole})
+    store.delete(slices=[(0, 2), (1, 1)])
     assert ensemble.refresh()
-    check({0: ((0,),), 1: ((2, 1),)})
+    check({0: ((0,),), 1: ((2, 0), (0,))})
     assert not torch.equal(logits(ensemble, inputs), logits(S3TEnsemble.from_pretrained(store, build()), inputs))
 
 
 def test_what_is_served_is_one_of_two(stores: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="serve must be 'longest' or 'all', not 'best'"):
         S3TEnsemble.from_pretrained(stores["llama"], models.tiny_llama(), serve="best")
+
+
+def test_sequences_that_came_later_have_no_slot(tmp_path: Path) -> None:
+    """They are named, the longest prefixes that fit answer, and a deletion is obeyed all the same."""
+    store = copy("llama-rank", tmp_path)
+    whole, first = store.manifest(), (0, 1, 2)
+    stages = {stage: files for stage, files in whole.stages.items() if stage.prefix == first[: stage.depth]}
+    store.write_manifest(replace(whole, plan=Plan.make(3, 3, [first]), stages=stages))
+    ensemble = load(store, "llama-rank", serve="all")
+
+    def loaded() -> list[str]:
+        return [slot.path[-1][0].name for slot in ensemble._slots.values() if slot.path]
+
+    store.write_manifest(whole)
+    with pytest.raises(StoreError, match="more shards or sequences than when it was loaded. Load it anew"):
+        ensemble.refresh()
+    assert loaded() == [f"shard-{shard:02d}/0-1-2" for shard in range(3)]
+    ensemble.delete(slices=[(0, 1)])
+    assert loaded() == ["shard-00/2-0", "shard-01/0-1-2", "shard-02/0-1-2"] and ensemble.generation == 1
+    assert len(load(store, "llama-rank", serve="all").members) == 6
 
 
 def test_each_prefix_answers_with_its_own_head(stores: dict[str, Path]) -> None:

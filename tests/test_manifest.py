@@ -247,6 +247,22 @@ def test_a_base_that_is_no_repository_is_refused(name):
         Manifest.from_json(data)
 
 
+@pytest.mark.parametrize(
+    "field, values",
+    [
+        ("replay", ["0.5", None, -0.1, 1.1, 1e400, float("nan"), [1], True]),
+        ("stage_parameters", ["wedge", None, 1, ["all"]]),  # joined as layer groups it would be another adapter
+    ],
+)
+def test_a_recipe_that_does_not_say_what_its_stages_are_is_refused(field, values):
+    for value in values:
+        data = as_json()
+        data["recipe"]["config"][field] = value
+        with pytest.raises(StoreError, match=f"manifest is damaged: ValueError .*`{field}`"):
+            Manifest.from_json(data)
+            pytest.fail(f"{field}={value!r} was read")
+
+
 def test_travelling_tombstones_need_the_key():
     data = json.loads(json_bytes(state().tombstones_json(b"k" * 16)))
     read = State.from_tombstones_json(data, b"k" * 16)

@@ -74,6 +74,13 @@ def test_presets_are_the_papers(name, tmp_path):
     assert arguments.budget is None and arguments.num_shards in (None, 1) and arguments.stage_parameters is None
 
 
+@pytest.mark.parametrize("name", ["sst2", "cifar10", "llama-2-7b"])
+def test_rank_groups_leave_the_layers_of_a_preset_out(name, tmp_path):
+    arguments, _ = read_for(name, "--output_dir", str(tmp_path), "--stage_parameters", "rank_group")
+    config = common.make_config(arguments)
+    assert (config.layers_per_slice, config.num_slices, config.r) == (None, PAPER[name][0], PAPER[name][2])
+
+
 def as_deep_as_the_papers(name: str) -> torch.nn.Module:
     """A narrow model with the layers of the one that the paper used."""
     if name in glue.TASKS:

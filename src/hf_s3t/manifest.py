@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE
+from .config import STAGE_PARAMETERS
 from .errors import StoreError
 from .plan import Plan, Stage
 from .survival import checked_prior
@@ -222,6 +223,11 @@ def _recipe(value: Any) -> dict[str, Any]:
         raise ValueError("the recipe has not the sections config, partition and base")
     if value["base"].get("id") is not None:
         validate_repo_id(value["base"]["id"])
+    kind, replay = value["config"].get("stage_parameters", "layer_group"), value["config"].get("replay", 1.0)
+    if kind not in STAGE_PARAMETERS:  # joined in another kind's way its stages would be another adapter
+        raise ValueError(f"`stage_parameters` {kind!r:.80} is unknown to this version of hf_s3t")
+    if type(replay) not in (int, float) or not 0 <= replay <= 1:
+        raise ValueError(f"`replay` {replay!r:.80} is no number from 0 to 1")
     return value
 
 

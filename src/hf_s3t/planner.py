@@ -132,7 +132,7 @@ class S3TPlanner:
             found = (
                 f"slices={self.slices} for a model of {self.layers} layers, but each slice needs a layer of its own"
             )
-            raise ValueError(f"{found}. Give at most {self.layers} slices.")
+            raise ValueError(f"{found}. Give at most {self.layers} slices, or, for rank groups, leave layers out.")
         if self.slices and self.cost_budget is not None and self.cost_budget < path_cost(0, self.slices):
             found = f"cost_budget={self.cost_budget}, but one whole sequence of {self.slices} slices costs"
             raise ValueError(f"{found} {path_cost(0, self.slices)}. Give that or more.")
