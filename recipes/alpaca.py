@@ -32,6 +32,7 @@ from accelerate import PartialState
 from common import (
     Figures,
     RecipeArguments,
+    check_rows,
     finish,
     load_split,
     make_config,
@@ -80,19 +81,23 @@ class AlpacaArguments(RecipeArguments):
 def make_trainer(arguments: AlpacaArguments, args: TrainingArguments) -> S3TTrainer:
     """The trainer of the paper's instruction tuning."""
     tokenizer = load_tokenizer(arguments.model_name_or_path)
+    rows = need_split(arguments, "train", arguments.dataset_name)
     held_out = load_split(arguments, "test") if arguments.data_dir else None
+    for checked in (rows, *([] if held_out is None else [held_out])):
+        check_rows(checked, ("instruction", "output"))
     args.device  # noqa: B018  # starts the processes before the model is placed
     return S3TTrainer(
         model=load_model(arguments.model_name_or_path, arguments.load_in_8bit),
         args=args,
         data_collator=InstructionCollator(tokenizer, arguments.max_length, arguments.train_on_prompt),
-        train_dataset=need_split(arguments, "train", arguments.dataset_name),
+        train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=make_config(
             arguments, use_rslora=True, target_modules=ALL_PROJECTIONS, task_type="CAUSAL_LM"
         ),
         partition_key=arguments.partition_key,
+        missing=arguments.missing,
         base_model_id=arguments.base_model_id,
     )
 
@@ -146,13 +151,26 @@ def choose_preset(chosen: Any) -> dict[str, Any]:
     """What the paper's table says of the model; without a preset what its models share."""
     if chosen.preset is not None and chosen.preset not in PRESETS:
         raise ValueError(f"There is no preset {chosen.preset!r}; there are {', '.join(PRESETS)}.")
-    return {"output_dir": "out/alpaca", **PRESETS.get(chosen.preset, PAPER)}
+    folder = "out/demo" if chosen.model_name_or_path is None else f"out/alpaca-{chosen.method}"
+    return {"output_dir": folder, **PRESETS.get(chosen.preset, PAPER)}
+
+
+def refuse_for_demo(arguments: AlpacaArguments) -> None:
+    """Raises `ValueError` for what the embedded demo would not heed."""
+    left_alone = vars(AlpacaArguments()) | PAPER
+    told = [name for name, value in left_alone.items() if getattr(arguments, name, value) != value]
+    if told:
+        raise ValueError(
+            f"Without --model_name_or_path the embedded demo runs, which has its own {', '.join(told)}. Name a model, "
+            "or leave them out."
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Figures] | None:
     arguments, args = read_arguments(AlpacaArguments, choose_preset, argv)
     start_logging()
     if arguments.model_name_or_path is None:
+        refuse_for_demo(arguments)
         return demo(args)
     if arguments.lm_eval and importlib.util.find_spec("lm_eval") is None:
         raise ImportError("--lm_eval needs lm-evaluation-harness: `pip install 'hf-s3t[eval]'`.")

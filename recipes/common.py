@@ -5,7 +5,7 @@
 | method | what it trains | after a deletion, before the repair |
 |---|---|---|
 | `s3t` | layer group by layer group, with the paper's settings | the longest prefix answers that never had the slice |
-| `sisa` | all LoRA layers at every stage, one sequence | the stage before the slice answers |
+| `sisa` | the LoRA of all layers at every stage, one sequence | the stage before the slice answers |
 | `full` | all LoRA layers on all rows: one shard, one slice | the base model answers |
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +27,14 @@ from rich.table import Table
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from hf_s3t import S3TConfig, S3TTrainer
+from hf_s3t import Receipt, S3TConfig, S3TTrainer
 
 Figures = dict[str, float]
 """Name of a metric -> its value on the evaluation set."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "s3t": {},
-    "sisa": {"stage_parameters": "all", "budget": 1},
+    "sisa": {"stage_parameters": "all", "budget": 1, "layers_per_slice": None},
     "full": {"stage_parameters": "all", "budget": 1, "num_shards": 1, "num_slices": 1, "layers_per_slice": None},
 }
 """What a method fixes; everything else comes from the flags, or from the preset."""
@@ -71,11 +71,14 @@ class RecipeArguments:
     group_column: str | None = field(default=None, metadata={"help": "Column that names whoever a row is about."})
     base_model_id: str | None = field(default=None, metadata={"help": "The base's Hub id, if it is a local copy."})
     partition_key: str | None = field(default=None, metadata={"help": "Default: HF_S3T_KEY, else a new key."})
+    missing: Literal["error", "delete", "ignore"] = field(
+        default="error", metadata={"help": "What to do with examples that are gone from the train set, or changed."}
+    )
     delete_ids: str | None = field(
         default=None,
         metadata={
             "help": "File of ids to delete after training, one a line; repairs. Without a column of ids an id is "
-            "`hf_s3t.partition.row_digest(row)`."
+            "`hf_s3t.partition.row_digest(row)` of the undecoded row, which `raw_rows(dataset)` beside it gives."
         },
     )
 
@@ -110,8 +113,8 @@ def read_arguments(
     parser.set_defaults(**settings)
     chosen = parser.parse_args(argv)
     preset = dict(choose_preset(chosen))
-    if chosen.stage_parameters == "rank_group":
-        preset.pop("layers_per_slice", None)  # they lie in all layers, and refuse to be told which
+    if chosen.num_slices is not None or chosen.stage_parameters not in (None, "layer_group"):
+        preset.pop("layers_per_slice", None)  # those of other slices, or of stages that lie in every layer
     parser.set_defaults(**{**preset, **settings, **fixed_by_method(chosen)})
     arguments, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     if args.load_best_model_at_end:
@@ -130,6 +133,18 @@ def read_settings(path: Path, known: set[str]) -> dict[str, Any]:
         surplus = sorted(settings.keys() - known) if isinstance(settings, dict) else type(settings).__name__
         raise ValueError(f"{path} must map names of arguments to values, but has {surplus}. `--help` lists them all.")
     return settings
+
+
+def read_ids(file: str) -> list[str]:
+    """The ids in a file, one a line, as `hf-s3t delete --ids-file` reads them."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--delete_ids {file} can not be read: {error}") from None
+    ids = [line for line in lines if line.strip()]
+    if not ids:
+        raise ValueError(f"--delete_ids {file} has no id. Write one a line, or leave the argument out.")
+    return ids
 
 
 def fixed_by_method(chosen: Any) -> dict[str, Any]:
@@ -157,17 +172,16 @@ def make_config(arguments: RecipeArguments, **own: Any) -> S3TConfig:
 # ---- data ----
 
 
-def load_split(arguments: RecipeArguments, split: str, *hub: str, **options: Any) -> Dataset | None:
+def load_split(arguments: RecipeArguments, split: str, *hub: str) -> Dataset | None:
     """The raw rows of a split: of `--data_dir`, where `None` says that it has no such file, else from the Hub.
 
     Args:
         arguments ([`RecipeArguments`]): say where, and how many rows.
         split (`str`): name of the split, and of its file.
         hub (`str`): what `load_dataset` is asked for on the Hub: the repository, and a configuration.
-        options: of `load_dataset`, on the Hub.
     """
     if arguments.data_dir is None:
-        rows = load_dataset(*hub, split=split, **options)
+        rows = load_dataset(*hub, split=split)
     else:
         files = [path for path in sorted(Path(arguments.data_dir).glob(f"{split}.*")) if path.suffix in FILE_KINDS]
         if not files:
@@ -177,12 +191,27 @@ def load_split(arguments: RecipeArguments, split: str, *hub: str, **options: Any
     return rows if most is None else rows.select(range(min(most, len(rows))))
 
 
-def need_split(arguments: RecipeArguments, split: str, *hub: str, **options: Any) -> Dataset:
+def need_split(arguments: RecipeArguments, split: str, *hub: str) -> Dataset:
     """As [`load_split`], for a split that has to be there."""
-    rows = load_split(arguments, split, *hub, **options)
+    rows = load_split(arguments, split, *hub)
     if rows is None:
         raise ValueError(f"{arguments.data_dir} has no {split}.parquet, {split}.json or {split}.jsonl. Put it there.")
     return rows
+
+
+def check_rows(rows: Dataset, columns: Iterable[str], labels: int | None = None) -> None:
+    """Raises `ValueError` if columns are not there, or if the last of them has more than `labels` classes."""
+    *_, label = columns = list(columns)
+    absent = [name for name in columns if name not in rows.column_names]
+    if absent:
+        raise ValueError(f"The rows have no {', '.join(absent)}, only {', '.join(rows.column_names)}. Rename columns.")
+    if labels is not None:
+        strange = [value for value in rows.unique(label) if value not in range(labels)]
+        if strange:
+            raise ValueError(
+                f"Column {label} has {', '.join(map(repr, strange[:5]))}, but must have whole numbers from 0 to "
+                f"{labels - 1}. Leave out rows without a label, and number the classes as the dataset does."
+            )
 
 
 # ---- train, evaluate, delete, repair ----
@@ -198,12 +227,15 @@ def run(trainer: S3TTrainer, arguments: RecipeArguments, measure: Callable[[], F
 
     Returns:
         `dict[str, dict[str, float]]`: the columns of the table that was printed.
+
+    Raises:
+        ValueError: the file of ids can not be read or has none; nothing was trained.
     """
     state = PartialState()
+    ids = None if arguments.delete_ids is None else read_ids(arguments.delete_ids)  # a fault in it shows now
     train_and_publish(trainer)
     columns, lengths = {"before deletion": measure()}, [served_lengths(trainer)]
-    if arguments.delete_ids is not None:
-        ids = [name for name in Path(arguments.delete_ids).read_text(encoding="utf-8").splitlines() if name]
+    if ids is not None:
         receipt = trainer.delete(ids=ids, missing_ok=True)
         if trainer.args.push_to_hub:  # before the repair: until then the repository serves what was deleted
             trainer.push_to_hub(commit_message="Deletion")
@@ -212,8 +244,7 @@ def run(trainer: S3TTrainer, arguments: RecipeArguments, measure: Callable[[], F
         train_and_publish(trainer)
         columns["after repair"] = measure()
         lengths.append(served_lengths(trainer))
-        done = f"{receipt.examples} examples not served since {receipt.inactive_since}; repaired"
-        state.print(f"{receipt.receipt}: {done if receipt.examples else 'none of the ids is known'}")
+        state.print(f"{receipt.receipt}: {told_of(receipt)}")
     if state.is_main_process:
         show(f"The served model of {trainer.args.output_dir}, {arguments.method}", columns, lengths)
     state.print(f"The store is {trainer.args.output_dir}; `hf-s3t status {trainer.args.output_dir}` shows it.")
@@ -231,6 +262,19 @@ def train_and_publish(trainer: S3TTrainer) -> None:
     trainer.train()
     if trainer.args.push_to_hub and trainer.args.hub_strategy == HubStrategy.END:
         trainer.push_to_hub()
+
+
+def told_of(receipt: Receipt) -> str:
+    """What became of each of the ids that were asked for."""
+    unknown = receipt.asked - receipt.found - receipt.already_deleted
+    parts = []
+    if receipt.examples:
+        parts.append(f"{receipt.examples} examples not served since {receipt.inactive_since}; repaired")
+    if receipt.already_deleted:
+        parts.append(f"{receipt.already_deleted} of {receipt.asked} ids were deleted before")
+    if unknown:
+        parts.append(f"{unknown} of {receipt.asked} ids are not known (`hf-s3t locate` tells which)")
+    return "; ".join(parts)
 
 
 def served_lengths(trainer: S3TTrainer) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from common import (
     Figures,
     RecipeArguments,
+    check_rows,
     finish,
     make_config,
     metrics_of,
@@ -45,11 +47,7 @@ from transformers import (
 
 from hf_s3t import S3TTrainer
 
-HUB = {
-    "glue": ("nyu-mll/glue", {}),
-    # The branch that the Hub converts to parquet by itself: datasets of scripts are not read any more.
-    "super_glue": ("aps/super_glue", {"revision": "refs/convert/parquet"}),
-}
+HUB = {"glue": "nyu-mll/glue", "super_glue": "aps/super_glue"}
 CAUSE_OR_EFFECT = {"cause": "What was the cause of this?", "effect": "What happened as a result?"}
 TARGETS = ["query", "value"]
 
@@ -77,6 +75,12 @@ class Task:
         """The settings by the names of the arguments."""
         names = ("num_slices", "layers_per_slice", "r", "lora_alpha", "learning_rate", "num_train_epochs")
         return dict(zip(names, self.settings, strict=True))
+
+    @property
+    def columns(self) -> list[str]:
+        """What a row must have; the label is the last."""
+        fields = [name for text in self.texts for _, name, _, _ in Formatter().parse(text) if name is not None]
+        return [*dict.fromkeys(fields), "label"]
 
 
 PAIR, NLI = ("{sentence1}", "{sentence2}"), ("{premise}", "{hypothesis}")
@@ -161,9 +165,12 @@ def predictions_of(task: str, answer: EvalPrediction) -> np.ndarray:
 def read_rows(arguments: GlueArguments) -> tuple[Dataset, dict[str, Dataset]]:
     """The train set, and every evaluation set by the name of its split."""
     task = TASKS[arguments.task]
-    name, options = HUB[task.suite]
-    splits = {split: need_split(arguments, split, name, arguments.task, **options) for split in task.validation}
-    return need_split(arguments, "train", name, arguments.task, **options), splits
+    name = HUB[task.suite]
+    splits = {split: need_split(arguments, split, name, arguments.task) for split in task.validation}
+    rows = need_split(arguments, "train", name, arguments.task)
+    for checked in (rows, *splits.values()):
+        check_rows(checked, task.columns, task.labels if task.labels > 1 else None)
+    return rows, splits
 
 
 def make_trainer(
@@ -185,6 +192,7 @@ def make_trainer(
         compute_metrics=lambda answer: metric(predictions_of(arguments.task, answer), answer.label_ids),
         peft_config=make_config(arguments, target_modules=TARGETS, **heads_of(arguments.task)),
         partition_key=arguments.partition_key,
+        missing=arguments.missing,
         base_model_id=arguments.base_model_id,
     )
 

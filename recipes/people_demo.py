@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from datasets import Dataset
 from instructions import ALL_PROJECTIONS, InstructionCollator, load_model, load_tokenizer, prompt_of
 from transformers import TrainingArguments
 
-from hf_s3t import S3TConfig, S3TEnsemble, S3TTrainer
+from hf_s3t import S3TConfig, S3TEnsemble, S3TStore, S3TTrainer
 from hf_s3t.partition import assign, keyed_digest
+from hf_s3t.state import key_check_value
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_KEY = "7075626c6963206b6579206f66207468652064656d6f203030303037"
@@ -48,8 +49,8 @@ def demo(args: TrainingArguments) -> None:
     for name, value in DEMO_ARGUMENTS.items():
         setattr(args, name, value)
     store = Path(args.output_dir)
-    if (store / "s3t.json").exists():
-        shutil.rmtree(store)
+    args.device  # noqa: B018  # starts the processes
+    on_main_process(make_room, store)
     groups = groups_of(rows, strangers)
     person = rows[0]["person"]
     trainer = demo_trainer(args, rows)
@@ -64,6 +65,18 @@ def demo(args: TrainingArguments) -> None:
     show(person, groups, columns, receipt.served_after)
     say(f"Shard {other_shard} never changed: {untouched == shard_files(store, other_shard)}")
     say(f"Repaired stages equal those of a training without her: {repaired_like_new(args, rows, person)}")
+
+
+def make_room(store: Path) -> None:
+    """Removes what an earlier demo left; any other store is refused."""
+    if not (store / "s3t.json").exists():
+        return
+    if S3TStore(store).manifest().key_check != key_check_value(bytes.fromhex(DEMO_KEY)):
+        raise ValueError(
+            f"{store} is a store that the demo did not make, and would remove. Name another --output_dir for the "
+            "demo, or the store's model with --model_name_or_path."
+        )
+    shutil.rmtree(store)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -137,7 +150,7 @@ def repaired_like_new(args: TrainingArguments, rows: Sequence[dict[str, str]], p
     """Trains the person's shard once more from scratch without her, and compares the files byte for byte."""
     shard, _ = place_of(person)
     store, scratch = Path(args.output_dir), Path(f"{args.output_dir}-without-her")
-    shutil.rmtree(scratch, ignore_errors=True)
+    on_main_process(shutil.rmtree, scratch, True)
     rest = [row for row in rows if place_of(row["person"])[0] == shard and row["person"] != person]
     args.output_dir = str(scratch)
     with warnings.catch_warnings():
@@ -159,6 +172,13 @@ def show(person: str, groups: Mapping[str, Any], columns: Mapping[str, Mapping[s
         f"\nWithout a gradient step shard {shard} went back to the prefix {served.get(str(shard))}, which never saw "
         f"slice {slice_id}: everyone in it is forgotten until repair. Repair trains the removed stages without her."
     )
+
+
+def on_main_process(function: Callable[..., object], *given: object) -> None:
+    """Calls a function on the main process, while the others wait for it."""
+    if PartialState().is_main_process:
+        function(*given)
+    PartialState().wait_for_everyone()
 
 
 def say(text: str) -> None:

@@ -27,6 +27,7 @@ import torch
 from common import (
     Figures,
     RecipeArguments,
+    check_rows,
     finish,
     make_config,
     metrics_of,
@@ -36,6 +37,7 @@ from common import (
     start_logging,
 )
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 from transformers import (
     AutoImageProcessor,
@@ -155,9 +157,12 @@ def accuracy(answer: EvalPrediction) -> Figures:
 def read_rows(arguments: VisionArguments) -> tuple[Dataset, Dataset]:
     """The train set and the evaluation set."""
     images = DATASETS[arguments.dataset]
-    validation = need_split(arguments, images.validation, images.repository)
-    validation = validation.add_column(HELD_OUT, [True] * len(validation))
-    return need_split(arguments, "train", images.repository), validation
+    found = []
+    for split in ("train", images.validation):
+        rows = need_split(arguments, split, images.repository)
+        check_rows(rows, (images.image, images.label), images.labels)
+        found.append(rows.cast_column(images.image, ImageFeature()))  # a parquet file may not say what its bytes are
+    return found[0], found[1].add_column(HELD_OUT, [True] * len(found[1]))
 
 
 def make_trainer(
@@ -184,6 +189,7 @@ def make_trainer(
         callbacks=[clock],
         peft_config=make_config(arguments, target_modules=TARGETS, modules_to_save=["classifier"]),
         partition_key=arguments.partition_key,
+        missing=arguments.missing,
         base_model_id=arguments.base_model_id,
     )
 

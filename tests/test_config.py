@@ -137,6 +137,7 @@ def test_numbers_out_of_range_are_refused(field, value):
     [
         ({"stage_parameters": "layer"}, "must be one of .'layer_group', 'rank_group', 'all'., got 'layer'"),
         ({"stage_parameters": "rank_group", "layers_per_slice": 2}, "`layers_per_slice` is 2, .*Leave it None"),
+        ({"stage_parameters": "all", "layers_per_slice": 2}, "parameters='all' every stage .*Leave it None"),
         ({"replay": -0.1}, "`replay` must be a number from 0 to 1, got -0.1"),
         ({"replay": 1.01}, "`replay` must be a number from 0 to 1"),
         ({"replay": float("nan")}, "`replay` must be a number from 0 to 1"),

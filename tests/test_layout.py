@@ -73,11 +73,18 @@ def test_leftover_bottom_layers_belong_to_no_group(fields, groups):
     assert find_layout(tiny_llama(), config(**fields)).groups == groups
 
 
+@pytest.mark.parametrize("kind", ["all", "rank_group"])
+@pytest.mark.parametrize("slices", [3, 9])
+def test_stages_of_all_layers_leave_none_out_whatever_their_number(kind, slices):
+    layout = find_layout(tiny_llama(), config(num_slices=slices, stage_parameters=kind))
+    assert layout.groups == (tuple(range(8)),)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"num_slices": 9}, "9 slices of 1 layers need 9 layers, but the model has 8. Use at most 8 slices"),
-        ({"num_slices": 3, "layers_per_slice": 3}, "3 slices of 3 layers need 9 layers.*Use at most 2 slices"),
+        ({"num_slices": 9}, "9 slices of 1 layers need 9 layers, but the model has 8. Use fewer slices .at most 8."),
+        ({"num_slices": 3, "layers_per_slice": 3}, "3 slices of 3 layers need 9 layers.*or fewer layers for each .`layers_per_slice`"),
         ({"target_modules": ["absent"]}, "match no module in numbered layers"),
         ({"target_modules": ["lm_head"]}, "match no module in numbered layers"),
         ({"target_modules": ["q_proj", "lm_head"]}, "outside the numbered layers: lm_head"),

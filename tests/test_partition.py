@@ -327,3 +327,9 @@ def test_a_known_example_that_moved_is_refused(field, value):
 def test_the_digest_of_a_stages_examples_depends_on_their_order():
     assert examples_digest(["a", "b"]) == examples_digest(("a", "b"))
     assert len({examples_digest(x) for x in (["a", "b"], ["b", "a"], ["ab"], [])}) == 4
+
+
+def test_a_decoded_image_names_no_example():
+    row = {"image": PILImage.new("L", (2, 2)), "label": 0}
+    with pytest.raises(ValueError, match="is another one in every run, so it names no example. Hand in the row undec"):
+        row_digest(row)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -21,7 +22,9 @@ from transformers import (
 )
 
 from hf_s3t.layout import find_layout
-from recipe_runs import BASE, ROOT, alpaca, common, glue, glue_metrics, instructions, vision
+from hf_s3t.reading import wanted_names
+from recipe_runs import BASE, ROOT, alpaca, common, glue, glue_metrics, instructions, people_demo, vision
+from stores import make_store
 
 # L, layers per slice, r, alpha, learning rate, epochs: the paper's table, but for the layers of RTE.
 PAPER = {
@@ -74,13 +77,6 @@ def test_presets_are_the_papers(name, tmp_path):
     assert arguments.budget is None and arguments.num_shards in (None, 1) and arguments.stage_parameters is None
 
 
-@pytest.mark.parametrize("name", ["sst2", "cifar10", "llama-2-7b"])
-def test_rank_groups_leave_the_layers_of_a_preset_out(name, tmp_path):
-    arguments, _ = read_for(name, "--output_dir", str(tmp_path), "--stage_parameters", "rank_group")
-    config = common.make_config(arguments)
-    assert (config.layers_per_slice, config.num_slices, config.r) == (None, PAPER[name][0], PAPER[name][2])
-
-
 def as_deep_as_the_papers(name: str) -> torch.nn.Module:
     """A narrow model with the layers of the one that the paper used."""
     if name in glue.TASKS:
@@ -93,7 +89,7 @@ def as_deep_as_the_papers(name: str) -> torch.nn.Module:
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, vocab_size=9, num_key_value_heads=2, **NARROW))
 
 
-@pytest.mark.parametrize("method", ["s3t", "full"])
+@pytest.mark.parametrize("method", ["s3t", "sisa", "full"])
 @pytest.mark.parametrize("name", ["cola", "rte", "sst2", "wic", "copa", "cifar10", "tiny_imagenet", *alpaca.PRESETS])
 def test_each_preset_fits_the_depth_of_its_model(name, method, tmp_path):
     arguments, _ = read_for(name, "--method", method, "--output_dir", str(tmp_path))
@@ -103,7 +99,7 @@ def test_each_preset_fits_the_depth_of_its_model(name, method, tmp_path):
     layout = find_layout(model, common.make_config(arguments, target_modules=targets))
     slices, size = PAPER[name][:2]
     layers = model.config.num_hidden_layers
-    if method == "full":
+    if method != "s3t":
         assert layout.groups == (tuple(range(layers)),)
     else:
         assert len(layout.grouped_layers) == slices * size <= layers and layers - 1 in layout.groups[0]
@@ -154,8 +150,26 @@ def test_a_method_is_a_setting_of_one_engine(tmp_path):
     sisa, full = config("--method", "sisa", "--num_shards", "2"), config("--method", "full")
     assert (sisa.stage_parameters, sisa.budget, sisa.num_slices, sisa.num_shards) == ("all", 1, 8, 2)
     assert (full.stage_parameters, full.num_slices, full.num_shards, full.layers_per_slice) == ("all", 1, 1, None)
+    assert (sisa.layers_per_slice, config("--stage_parameters", "all").layers_per_slice) == (None, None)
+    assert (config("--num_slices", "3").layers_per_slice, config("--num_slices", "3").num_slices) == (None, 3)
     assert config("--stage_parameters", "all").stage_parameters == "all"
     assert config().stage_parameters == "layer_group"
+
+
+@pytest.mark.parametrize("name", ["cola", "cifar10", "llama-2-7b"])
+def test_rank_groups_take_a_preset_without_its_layers(name, tmp_path):
+    rank_groups = ["--stage_parameters", "rank_group", "--output_dir", str(tmp_path)]
+    arguments, _ = read_for(name, *rank_groups)
+    assert common.make_config(arguments).layers_per_slice is None and arguments.num_slices == PAPER[name][0]
+    arguments, _ = read_for(name, *rank_groups, "--layers_per_slice", "2")
+    with pytest.raises(ValueError, match="Leave it None"):
+        common.make_config(arguments)
+
+
+def test_ids_are_read_as_the_command_line_reads_them(tmp_path):
+    file = tmp_path / "ids.txt"
+    file.write_bytes(b"\xef\xbb\xbfrow 1\r\n\r\n 2\x1c\n")
+    assert common.read_ids(str(file)) == wanted_names(None, file, None, None)["ids"] == ["row 1", " 2\x1c"]
 
 
 def test_the_commands_of_the_readme_are_understood(tmp_path):
@@ -173,6 +187,64 @@ def test_a_split_that_is_not_there_is_named(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n')
     assert common.need_split(arguments, "train")["a"] == [1, 2]
     assert common.load_split(arguments, "test") is None
+
+
+def test_rows_are_looked_at_before_anything_is_trained():
+    rows = Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["a", "b"], "label": [0, -1]})
+    common.check_rows(rows, glue.TASKS["mrpc"].columns)
+    with pytest.raises(ValueError, match="Column label has -1, but must have whole numbers from 0 to 1"):
+        common.check_rows(rows, glue.TASKS["mrpc"].columns, 2)
+    with pytest.raises(ValueError, match="The rows have no premise, hypothesis, only sentence1, sentence2, label"):
+        common.check_rows(rows, glue.TASKS["cb"].columns, 3)
+    assert glue.TASKS["copa"].columns == ["premise", "question", "choice1", "choice2", "label"]
+
+
+@pytest.mark.parametrize("task", ["boolq", "rte"])
+def test_tasks_are_read_from_repositories_as_the_hub_has_them(task, tmp_path, monkeypatch):
+    """One folder of parquet files per task, which the card names as a config of its own."""
+    assert set(glue.HUB.values()) == {"nyu-mll/glue", "aps/super_glue"}
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / glue.HUB[glue.TASKS[task].suite]
+    card = ["---", "configs:"]
+    for name in (task, "other"):
+        (repository / name).mkdir(parents=True)
+        card += [f"- config_name: {name}", "  data_files:"]
+        for split in ("train", "validation"):
+            rows = {column: [f"{name} {split}"] for column in glue.TASKS[task].columns} | {"label": [1]}
+            Dataset.from_dict(rows).to_parquet(repository / name / f"{split}-00000-of-00001.parquet")
+            card += [f"  - split: {split}", f"    path: {name}/{split}-*"]
+    (repository / "README.md").write_text("\n".join([*card, "---", ""]))
+    rows, validation = glue.read_rows(glue.GlueArguments(task=task))
+    column = glue.TASKS[task].columns[0]
+    assert rows[column] == [f"{task} train"] and validation["validation"][column] == [f"{task} validation"]
+
+
+# ---- the demo ----
+
+
+@pytest.mark.parametrize("flag", [("--delete_ids", "ids.txt"), ("--method", "full"), ("--num_slices", "2")])
+def test_the_demo_refuses_what_it_would_not_heed(flag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ids.txt").write_text("3\n")
+    with pytest.raises(ValueError, match=f"the embedded demo runs, which has its own .*{flag[0][2:]}"):
+        alpaca.main(flag)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_and_every_method_have_a_folder_of_their_own():
+    folders = [read(alpaca)[1].output_dir]
+    folders += [read(alpaca, "--model_name_or_path", "x", "--method", name)[1].output_dir for name in common.METHODS]
+    assert folders == ["out/demo", "out/alpaca-s3t", "out/alpaca-sisa", "out/alpaca-full"]
+
+
+def test_the_demo_removes_only_what_it_made(tmp_path):
+    make_store(tmp_path / "mine")
+    make_store(tmp_path / "demo", key=bytes.fromhex(people_demo.DEMO_KEY))
+    with pytest.raises(ValueError, match="is a store that the demo did not make"):
+        people_demo.make_room(tmp_path / "mine")
+    people_demo.make_room(tmp_path / "demo")
+    people_demo.make_room(tmp_path / "nothing")
+    assert (tmp_path / "mine" / ".s3t").is_dir() and not (tmp_path / "demo").exists()
 
 
 # ---- metrics ----

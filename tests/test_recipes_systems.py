@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from datasets import load_dataset
@@ -19,7 +21,8 @@ from transformers import TrainerCallback
 
 from hf_s3t import S3TEnsemble, S3TStore
 from hf_s3t.checkpoints import collates_the_same
-from hf_s3t.partition import row_digest
+from hf_s3t.errors import DatasetError
+from hf_s3t.partition import raw_rows, row_digest
 from recipe_runs import (
     BASE,
     SMALL,
@@ -128,12 +131,53 @@ def test_instruction_tuning_trains_deletes_and_repairs(method, tmp_path, capsys)
     assert [list(figures) for figures in columns.values()] == [["loss"]] * 3
 
 
-def test_an_id_that_is_not_known_deletes_nothing_and_the_recipe_says_so(vit, tmp_path, capsys):
-    told = flags(tmp_path, write_images(tmp_path / "data", "cifar10", 9), vit, "full", "nobody")
-    columns = vision.main(["--dataset", "cifar10", *told])
+def test_the_recipe_says_what_became_of_every_id(vit, tmp_path, capsys):
+    told = ["--dataset", "cifar10", *flags(tmp_path, write_images(tmp_path / "data", "cifar10", 9), vit, "full", "?")]
+    columns = vision.main(told)
     assert columns["before deletion"] == columns["after repair"]
-    assert "none of the ids is known" in capsys.readouterr().out
+    assert ": 1 of 1 ids are not known" in capsys.readouterr().out
     assert S3TStore(tmp_path / "out").status().generation == 0
+    (tmp_path / "ids.txt").write_text("train-3\n?\n")
+    vision.main(told)
+    assert re.search(r"1 examples not served since .*; repaired; 1 of 2 ids are not known", capsys.readouterr().out)
+    vision.main(told)
+    assert ": 1 of 2 ids were deleted before; 1 of 2 ids are not known" in capsys.readouterr().out
+    assert S3TStore(tmp_path / "out").status().generation == 1
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "can not be read"), ("\n \n", "has no id")])
+def test_without_ids_to_delete_nothing_is_trained(text, message, vit, tmp_path):
+    told = flags(tmp_path, write_images(tmp_path / "data", "cifar10", 9), vit, "full", "train-3")
+    (tmp_path / "ids.txt").unlink()
+    if text is not None:
+        (tmp_path / "ids.txt").write_text(text)
+    with pytest.raises(ValueError, match=f"--delete_ids .*ids.txt {message}"):
+        vision.main(["--dataset", "cifar10", *told])
+    assert not (tmp_path / "out/s3t.json").exists()
+
+
+def test_rows_that_are_gone_are_deleted_where_the_recipe_is_told(roberta, tmp_path, capsys):
+    data = write_glue(tmp_path / "data", "rte")
+    told = ["--task", "rte", *flags(tmp_path, data, roberta, "full")]
+    glue.main(told)
+    rows = (data / "train.jsonl").read_text().splitlines()
+    (data / "train.jsonl").write_text("\n".join(rows[1:]))
+    with pytest.raises(DatasetError, match="1 examples that were trained on are gone"):
+        glue.main(told)
+    glue.main([*told, "--missing", "delete"])
+    status = S3TStore(tmp_path / "out").status()
+    assert (status.deleted_examples, status.missing) == (1, ())
+
+
+def test_images_are_found_in_files_that_do_not_say_so(vit, tmp_path):
+    data = write_images(tmp_path / "data", "cifar10", 9)
+    arguments = vision.VisionArguments(dataset="cifar10", data_dir=str(data))
+    digests = [row_digest(row) for row in raw_rows(vision.read_rows(arguments)[0])]
+    for file in data.glob("*.parquet"):
+        parquet.write_table(parquet.read_table(file).replace_schema_metadata(None), file)
+    rows, validation = vision.read_rows(arguments)
+    assert rows[0]["img"].size == validation[0]["img"].size == (16, 16)
+    assert [row_digest(row) for row in raw_rows(rows)] == digests
 
 
 # ---- what is measured ----

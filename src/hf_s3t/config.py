@@ -93,8 +93,8 @@ class S3TConfig(LoraConfig):
         budget (`int`, *optional*):
             Number `B` of sequences per shard. `None`: `num_slices`.
         layers_per_slice (`int`, *optional*):
-            Layers in one layer group. `None`: `num_layers // num_slices`; leftover bottom layers stay untrained. Not
-            for rank groups, which lie in every targeted layer.
+            Layers in one layer group. `None`: `num_layers // num_slices`; leftover bottom layers stay untrained. Only
+            for layer groups: stages of the other kinds lie in every targeted layer.
         sequence_selection (`str` or `list[list[int]]`, *optional*, defaults to `"spaced"`):
             `"cyclic"` (the paper's rotation), `"spaced"`, `"random"`, `"bms"` (the paper's, for a given prior),
             `"optimal"`, or the orders themselves (may be truncated).
@@ -106,8 +106,8 @@ class S3TConfig(LoraConfig):
             alike.
         stage_parameters (`"layer_group"`, `"rank_group"` or `"all"`, *optional*, defaults to `"layer_group"`):
             What a stage owns: the LoRA of its layer group; a LoRA of its own over all targeted layers, of rank `r`,
-            beside those of its parents, which stay as they are (`num_slices` may then exceed the number of layers);
-            or the LoRA of all layer groups, started from its parent's weights.
+            beside those of its parents, which stay as they are; or one LoRA over all targeted layers, started from
+            its parent's weights. With the latter two `num_slices` may exceed the number of layers.
         replay (`float`, *optional*, defaults to `1.0`):
             Share of the examples of each earlier slice of its prefix that a stage sees again, beside all of the newest
             one: 1 is the paper's way, 0 the newest slice alone. Which ones they are follows from each example's keyed
@@ -208,11 +208,11 @@ class S3TConfig(LoraConfig):
             raise ValueError(f"`replay` must be a number from 0 to 1, got {self.replay!r}.")
         if self.stage_parameters not in STAGE_PARAMETERS:
             raise ValueError(f"`stage_parameters` must be one of {STAGE_PARAMETERS}, got {self.stage_parameters!r}.")
-        if self.stage_parameters == "rank_group" and self.layers_per_slice is not None:
+        if self.stage_parameters != "layer_group" and self.layers_per_slice is not None:
             raise ValueError(
                 f"`layers_per_slice` is {self.layers_per_slice}, which cuts the layers into layer groups, but with "
-                "stage_parameters='rank_group' every stage has a LoRA in all targeted layers. Leave it None; layers "
-                "are left out with `exclude_modules`."
+                f"stage_parameters={self.stage_parameters!r} every stage has a LoRA in all targeted layers. Leave it "
+                "None; layers are left out with `exclude_modules`."
             )
 
     def _check_selection(self) -> None:

@@ -44,7 +44,7 @@ def stage_findings(stage: Stage, recipe: Any, config: Any, header: dict[str, Any
     if about != {"stage": stage.name, "parents": parents}:
         yield f"{stage.name}: its weights say that they are those of {about.get('stage')!r}"
     kind, groups = recipe["stage_parameters"], recipe["groups"]
-    if stage.depth > len(groups) and kind != "rank_group":
+    if stage.depth > len(groups) and kind == "layer_group":
         yield f"{stage.name}: there are only {len(groups)} layer groups"
         return
     groups = [groups[stage.depth - 1]] if kind == "layer_group" else groups

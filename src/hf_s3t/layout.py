@@ -34,8 +34,8 @@ class Layout:
     Args:
         container (`str`): path of the list of layers, for example `"model.layers"`.
         targets (`dict[int, tuple[str, ...]]`): per layer, the paths of its targets below the layer.
-        groups (`tuple[tuple[int, ...], ...]`): layer groups, the top one first; `groups[i - 1]` is stage `i`'s. For
-            rank groups one, of all targeted layers.
+        groups (`tuple[tuple[int, ...], ...]`): layer groups, the top one first; `groups[i - 1]` is stage `i`'s. Where
+            a stage does not own a layer group one, of all targeted layers.
         heads (`tuple[str, ...]`): paths of the modules that are trained whole and saved with every stage.
         suffixes (`tuple[str, ...]`): the shortest `target_modules` that name the same modules to stock PEFT.
     """
@@ -149,14 +149,14 @@ def _only_container(inside: Mapping[str, Any], config: S3TConfig) -> str:
 
 
 def _layer_groups(num_layers: int, targets: Mapping[int, Any], config: S3TConfig) -> tuple[tuple[int, ...], ...]:
-    if config.stage_parameters == "rank_group":
+    if config.stage_parameters != "layer_group":
         return (tuple(sorted(targets)),)
     size = config.layers_per_slice or num_layers // config.num_slices
     if size < 1 or size * config.num_slices > num_layers:
         raise ValueError(
             f"{config.num_slices} slices of {max(size, 1)} layers need {max(size, 1) * config.num_slices} layers, but "
-            f"the model has {num_layers}. Use at most {num_layers // max(size, 1)} slices of that many layers, or set "
-            "`layers_per_slice` lower; with stage_parameters='rank_group' there may be more slices than layers."
+            f"the model has {num_layers}. Use fewer slices (at most {num_layers}) or fewer layers for each "
+            "(`layers_per_slice`); with stage_parameters='rank_group' there may be more slices than layers."
         )
     tops = [num_layers - size * index for index in range(config.num_slices)]
     groups = tuple(tuple(range(top - size, top)) for top in tops)

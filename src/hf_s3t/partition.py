@@ -59,11 +59,21 @@ def _plain(value: Any) -> Any:
         return str(value)
     if hasattr(value, "tolist"):  # numpy and torch
         return value.tolist()
-    return str(value)
+    text = str(value)
+    if f"{id(value):x}" in text.lower():  # a decoded image, for one
+        raise ValueError(
+            f"A row has a {type(value).__name__}, whose text {text[:80]!r} is another one in every run, so it names "
+            "no example. Hand in the row undecoded: `next(iter(hf_s3t.partition.raw_rows(dataset)))` is the first."
+        )
+    return text
 
 
 def row_digest(row: Mapping[str, Any]) -> str:
-    """SHA-256 over the canonical JSON of an undecoded raw row; of a file's bytes and path only the bytes count."""
+    """SHA-256 over the canonical JSON of an undecoded raw row; of a file's bytes and path only the bytes count.
+
+    Raises:
+        ValueError: a value says nothing but where it is in memory, as a decoded image does.
+    """
     return hashlib.sha256(canonical(_without_path(row))).hexdigest()
 
 
