@@ -56,7 +56,9 @@ class RecipeArguments:
     data_dir: str | None = field(
         default=None, metadata={"help": "Folder with one SPLIT.parquet, .json or .jsonl per split; else the Hub."}
     )
-    max_examples: int | None = field(default=None, metadata={"help": "Only the first rows of the train set."})
+    max_examples: int | None = field(
+        default=None, metadata={"help": "Only the first rows of the train set, as it is sorted."}
+    )
     max_eval_examples: int | None = field(default=None, metadata={"help": "Only the first rows of evaluation sets."})
     num_shards: int | None = field(default=None, metadata={"help": "m"})
     num_slices: int | None = field(default=None, metadata={"help": "L"})

@@ -177,6 +177,11 @@ def make_trainer(
     arguments: GlueArguments, args: TrainingArguments, rows: Dataset, validation: Mapping[str, Dataset]
 ) -> S3TTrainer:
     """The trainer of a task."""
+    if arguments.task == "multirc" and args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "--train_sampling_strategy group_by_length sorts evaluation rows, too, but MultiRC's metric joins the "
+            "answers of a question by their order. Leave it out."
+        )
     args.device  # noqa: B018  # starts the processes before the model is placed
     first = next(iter(validation.values()))
     metric = task_metric(TASKS[arguments.task].suite, arguments.task, first)

@@ -84,7 +84,7 @@ def test_stages_of_all_layers_leave_none_out_whatever_their_number(kind, slices)
     "fields, message",
     [
         ({"num_slices": 9}, "9 slices of 1 layers need 9 layers, but the model has 8. Use fewer slices .at most 8."),
-        ({"num_slices": 3, "layers_per_slice": 3}, "3 slices of 3 layers need 9 layers.*or fewer layers for each .`layers_per_slice`"),
+        ({"num_slices": 3, "layers_per_slice": 3}, "3 slices of 3 layers need 9 .*or fewer layers for each"),
         ({"target_modules": ["absent"]}, "match no module in numbered layers"),
         ({"target_modules": ["lm_head"]}, "match no module in numbered layers"),
         ({"target_modules": ["q_proj", "lm_head"]}, "outside the numbered layers: lm_head"),

@@ -341,6 +341,12 @@ def test_batches_of_pairs_choices_and_values(tokenizer):
     assert all("It rained. What was the cause of this?" in text for text in texts) and "town" in texts[1]
 
 
+def test_answers_of_multirc_are_not_sorted(tmp_path):
+    argv = ["--task", "multirc", "--train_sampling_strategy", "group_by_length", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="MultiRC's metric joins the answers of a question by their order"):
+        glue.make_trainer(*read(glue, *argv), Dataset.from_list([]), {"validation": Dataset.from_list([])})
+
+
 def test_the_word_of_wic_and_the_answer_of_multirc_are_read():
     wic = {"word": "bank", "sentence1": "S1", "sentence2": "S2"}
     assert glue.segments_of("wic", wic) == [("bank: S1", "S2")]
