@@ -127,11 +127,12 @@ def life_figures(settings: Settings, slices: int, sizes: dict[Stage, int], seed:
         mean, exact = simulated.requests_until_all_dead, uniform_life(settings.shards, slices, budget).mean
         assert mean is not None and abs(mean.mean - exact) < 4 * mean.standard_error, (mean, exact)
         first = simulated.requests_until_first_dead
+        assert first is not None
         found.append(
             {
                 "budget": budget, "slice_passes": plan.cost, "bytes": sum(sizes[stage] for stage in plan.stages),
                 "life": mean.mean, "life_error": mean.standard_error, "life_by_formula": exact,
-                "first_shard_dead": first.mean if first else None,
+                "first_shard_dead": first.mean,
             }
         )  # fmt: skip
     return found
