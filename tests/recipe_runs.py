@@ -38,7 +38,7 @@ SMALL = [
     "--num_train_epochs", "1", "--r", "2", "--lora_alpha", "4", "--learning_rate", "1e-3", "--disable_tqdm", "True",
     "--per_device_train_batch_size", "8", "--report_to", "none", "--partition_key", KEY, "--save_strategy", "no",
 ]  # fmt: skip
-TWO_SLICES = ["--num_slices", "2", "--layers_per_slice", "1"]
+TWO_SLICES = ["--num_slices", "2"]
 """Not with `--method full`, which has one slice of all layers."""
 
 
