@@ -17,6 +17,9 @@ accelerate launch --config_file accelerate_configs/multi_gpu_ddp.yaml recipes/al
     --model_name_or_path meta-llama/Llama-2-7b-hf --preset llama-2-7b --load_in_8bit --output_dir out/llama-2-7b-alpaca
 ```
 
+The presets are the paper's, layer groups. For instruction tuning `--stage_parameters rank_group` with `--r` of about
+twice the preset's over L, here 16, learns more for twice the storage (`docs/quality.md`).
+
 The harness runs on the main process while the others wait: with several, `--ddp_timeout` has to last for it.
 """
 
