@@ -39,9 +39,10 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# Two workers, each with one thread (tests/conftest.py sees to that): runs are compared bit by bit.
+# Each worker has one thread (tests/conftest.py sees to that): runs are compared bit by bit. Three keep two cores busy, as
+# some tests wait for servers and processes.
 test: install
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 test-slow: install
 	$(BIN)/pytest -n 2 --dist worksteal -m slow

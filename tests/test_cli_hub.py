@@ -48,6 +48,7 @@ class Terminal:
         return outcome["result"]
 
 
+@pytest.mark.slow
 def test_the_life_cycle(server: Server, machine: Machine, tmp_path: Path) -> None:
     run = Terminal(machine, HF_S3T_STATE=str(tmp_path / "out/.s3t"))
     machine(pushed, folder=str(tmp_path / "out"), name="owner/first")

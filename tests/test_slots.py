@@ -76,7 +76,7 @@ def test_a_stage_of_all_layers_replaces_its_parent(tmp_path: Path) -> None:
     for prefix in [(0, 1, 2), (0, 1), (2, 0), (0,)]:
         slot.take(slot.plan(store, manifest, path_of(*prefix)[-1:]))
         assert_holds(slot, store, prefix)
-        assert slot.lowest_layer == 1
+        assert slot.lowest_layer == 0
 
 
 def test_planning_changes_nothing(store: S3TStore, empty: tuple[S3TEnsemble, Slot]) -> None:
