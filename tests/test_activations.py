@@ -179,7 +179,6 @@ def watched(path: Path) -> Iterator[list[int]]:
         yield seen
 
 
-@pytest.mark.slow
 def test_where_and_how_much_is_kept_changes_no_bit(world, tmp_path):
     whole = sum(path.stat().st_size for path in blocks_of(world.trained).values())
     settings = {
