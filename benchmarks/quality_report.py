@@ -152,6 +152,7 @@ def figures_of(found: Found) -> dict[str, Any]:
     for way, name in (("full_equal", "full"), ("full", "full_same_epochs"), ("layer_group", "s3t")):
         values[f"sst2_{name}"] = over_seeds(found, "a_sst2", lambda f, way=way: f[way]["test"]["accuracy"])
     values["sst2_lost"] = lost(found, "a_sst2", "layer_group", "a_sst2", "test", "accuracy")
+    values["vision_lost"] = lost(found, "a_vision", "layer_group", "a_vision", "test", "accuracy")
     values["alpaca_gain_share"] = gain_shares(found, "a_alpaca", "rank_group")
     values["alpaca_gain_share_layer_group"] = gain_shares(found, "a_alpaca", "layer_group")
     values["alpaca_stored_share"] = over_seeds(
@@ -309,11 +310,14 @@ def short(found: Found, figures: dict[str, Any], settings: Settings) -> str:
         )
 
     seeds = ", ".join(map(str, sorted({seed for part in found.values() for seed in part})))
+    streams = ", ".join(map(str, sorted(found.get("c_sst2", {}))))
     rows = [
         ["SST-2, points lost by slice-wise training",
          f"{cell('sst2_lost')}, below {cell('sst2_lost_bound')} at 95 % (full LoRA {cell('sst2_full')} %)",
          "comparable to full training; CoLA loses 7.6",
          f"MiniLM of 6 layers, L=3, {settings.sst2.train_rows:,} rows; the paper: RoBERTa-large"],
+        ["CIFAR-10, five classes, points lost", cell("vision_lost"), "comparable to full training",
+         f"ViT of 6 layers, L=3, {settings.vision.train_rows:,} rows; the paper: ViT-base"],
         ["Alpaca, part of full LoRA's gain at equal slice passes, %", cell("alpaca_gain_share", 1),
          "comparable to full training; on MMLU below the untuned base after two deletions",
          f"Llama of 260 k parameters, rank groups r=6, {cell('alpaca_stored_share')} x the stored parameters"],
@@ -321,8 +325,8 @@ def short(found: Found, figures: dict[str, Any], settings: Settings) -> str:
     rows += _brief_of_streams([one["figures"] for one in found.get("c_sst2", {}).values()], settings)
     commits = ", ".join(sorted({one["commit"] for part in found.values() for one in part.values()}))
     about = (
-        f"Seeds {seeds}; {os.cpu_count()} CPU cores, {platform.machine()}; commit {commits}. Sizes, all tables "
-        "and what was left out: [docs/quality.md](docs/quality.md)."
+        f"Seeds {seeds} (streams: {streams}); {os.cpu_count()} CPU cores, {platform.machine()}; commit {commits}. "
+        "Sizes, all tables and what was left out: [docs/quality.md](docs/quality.md)."
     )
     return table("Quality", ["figure", "here", "the paper", "what differs"], rows) + "\n\n" + about
 
