@@ -385,7 +385,7 @@ def draw(found: Found, file: Path) -> None:
             left.axhline(level, color=color, linestyle=":", label=f"{WAYS[name]} (retrains at each request)")
     left.set(xlabel="deletion requests, no repair", ylabel="SST-2 accuracy, %")
     if runs:
-        left.legend(fontsize=8, loc="lower left")
+        left.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))
     cases = (
         ("SST-2, L=3", "a_sst2", "layer_group", BLUE, "o"), ("SST-2, L=6", "a_sst2_l6", None, PURPLE, "v"),
         ("CIFAR-10", "a_vision", "layer_group", GREEN, "D"),
