@@ -122,4 +122,4 @@ def test_quality_writes_its_figures_and_goes_on_with_what_is_missing(tmp_path: P
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "rank groups" in text
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert again.returncode == 0 and again.stdout.count("done already") == 6
+    assert again.returncode == 0 and again.stdout.count("done already") == 7
