@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ORDER = re.findall(r"^\| `(\w+)\.py`", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.M)
-MODULES = {path.stem: path for path in (ROOT / "src/hf_s3t").glob("*.py") if path.stem != "__init__"}
+PACKAGE = ROOT / "src/hf_s3t"
+ORDER = re.findall(r"^\| `(\w+)(?:\.py|/)`", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.M)
+MODULES = {path.stem: [path] for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+MODULES |= {path.parent.name: sorted(path.parent.glob("*.py")) for path in PACKAGE.glob("*/__init__.py")}
 
 
 def test_every_module_is_listed_once():
@@ -15,9 +17,10 @@ def test_every_module_is_listed_once():
 def test_imports_go_up():
     down = []
     for position, name in enumerate(ORDER):
-        text = MODULES[name].read_text(encoding="utf-8")
-        imported = set(re.findall(r"^\s*from \.(\w+) import", text, re.M))
-        whole = re.findall(r"^from \. import (.+)$", text, re.M)
+        text = "\n".join(path.read_text(encoding="utf-8") for path in MODULES[name])
+        up = "." if len(MODULES[name]) == 1 else ".."  # from inside a package
+        imported = set(re.findall(rf"^\s*from {re.escape(up)}(\w+)(?:\.\w+)? import", text, re.M))
+        whole = re.findall(rf"^from {re.escape(up)} import (.+)$", text, re.M)
         imported |= {item.split()[0] for line in whole for item in line.split(",")}
         down += [f"{name} imports {other}" for other in imported if other not in ORDER[:position]]
     assert down == []

@@ -50,7 +50,7 @@ def test_what_is_public_has_documented_and_annotated_methods(name):
 
 def test_one_exception_is_above_all_others():
     errors = [value for value in vars(hf_s3t).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(errors) == 8 and all(issubclass(error, S3TError) for error in errors)
+    assert len(errors) == 9 and all(issubclass(error, S3TError) for error in errors)
     assert all(error.__name__ in hf_s3t.errors.__doc__ for error in errors), "the drawing shows them all"
 
 

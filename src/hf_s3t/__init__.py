@@ -4,6 +4,7 @@ from .config import S3TConfig
 from .deletion import Receipt
 from .ensemble import S3TEnsemble
 from .errors import (
+    CompatibilityError,
     DatasetError,
     IsolationError,
     RecipeError,
@@ -22,6 +23,7 @@ from .tuner import S3TModel
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "CompatibilityError",
     "DatasetError",
     "IsolationError",
     "Plan",

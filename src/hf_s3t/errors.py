@@ -10,6 +10,7 @@ S3TError
 │   └── HeadMovedError  somebody else committed to the repository meanwhile
 ├── RecipeError         settings that change bits differ from those of the store
 ├── DatasetError        rows have vanished or changed without a deletion
+├── CompatibilityError  another library is not as this one needs it to keep a promise
 └── UnknownExampleError a request names an example that the store does not know
 ```
 
@@ -51,6 +52,10 @@ class RecipeError(S3TError):
 
 class DatasetError(S3TError):
     """The train set does not agree with the index of what was trained on."""
+
+
+class CompatibilityError(S3TError):
+    """Another library, in the version that is installed, is not as this one needs it to keep a promise."""
 
 
 class UnknownExampleError(S3TError):
