@@ -47,6 +47,9 @@ SHAPES = {
     "llama-all": Shape(
         partial(models.tiny_llama, num_hidden_layers=6), models.llama_rows, _llama | {"stage_parameters": "all"}
     ),
+    "llama-wide": Shape(  # where a CPU has instructions for it, 4-bit layers have to be as wide as a block
+        partial(models.tiny_llama, hidden_size=64, intermediate_size=128), models.llama_rows, _llama
+    ),
     "gpt2": Shape(models.tiny_gpt2, models.llama_rows, _gpt2),
     "llama-rank": Shape(  # more slices than layers
         partial(models.tiny_llama, num_hidden_layers=2), models.llama_rows, _llama | {"stage_parameters": "rank_group"}

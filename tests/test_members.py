@@ -34,7 +34,10 @@ from transformers import (
 
 import models
 from hf_s3t import S3TEnsemble, S3TStore
-from hf_s3t.members import MemberCache, Members, average_logits
+from hf_s3t.averages import average_logits
+from hf_s3t.member_cache import MemberCache
+from hf_s3t.members import Members, OtherRows
+from hf_s3t.seams.answering import caches_in
 from served import (
     ROUNDING,
     SHAPES,
@@ -51,6 +54,7 @@ from served import (
 )
 from trainers import logits
 
+EXACT = {"atol": 0.0, "rtol": 0.0}
 GENERATION = {"eos_token_id": None, "pad_token_id": 0}
 WAYS = pytest.mark.parametrize("way", ["together", "in turn"])
 UNEVEN = pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
@@ -64,7 +68,11 @@ def store_of(shape: str, uneven: bool, folder: Path) -> S3TStore:
 def choose(way: str, patch: pytest.MonkeyPatch) -> None:
     """Makes members answer in turn where they could answer together."""
     if way == "in turn":
-        patch.setattr(Members, "_rows_are_known", lambda members: False)
+
+        def refuse(members: Members, index: int, kind: str, rows: int) -> None:
+            raise OtherRows(f"{kind} is said to see other rows")
+
+        patch.setattr(Members, "_check_rows", refuse)
 
 
 # Logits
@@ -82,9 +90,11 @@ def test_a_batch_has_the_bits_of_its_members_one_by_one(shape: str, uneven: bool
             logits(part, repeated(inputs, len(parts)))[place * count :][:count] for place, part in enumerate(parts)
         ]
         assert (alone[0] - alone[1]).abs().max() > 0.1
-        assert torch.equal(logits(ensemble, inputs), mean_probability(alone))
+        # Of a head that sees one position of a row, the last bits depend on the number of rows on some processors.
+        bounds = ROUNDING if shape in ("bert", "bert-all", "vit") else EXACT
+        torch.testing.assert_close(logits(ensemble, inputs), mean_probability(alone), **bounds)
     mean = logits(load(store, shape, combine="logits"), inputs)
-    assert torch.equal(mean, torch.stack(alone).mean(0))
+    torch.testing.assert_close(mean, torch.stack(alone).mean(0), **bounds)
 
 
 @UNEVEN
@@ -101,10 +111,12 @@ def test_a_head_of_two_layers_is_answered_in_turn(uneven: bool, tmp_path: Path) 
 def test_in_turn_gives_the_same_bits(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, inputs = shorten(copy(shape, tmp_path)), inputs_of(shape)
     together = load(store, shape)
+    logits(together, inputs)  # what takes no tokens is tried with its first batch
     choose("in turn", monkeypatch)
     in_turn = load(store, shape)
+    logits(in_turn, inputs)
     calls = [count_rows(together), count_rows(in_turn)]
-    assert torch.equal(logits(together, inputs), logits(in_turn, inputs))
+    torch.testing.assert_close(logits(together, inputs), logits(in_turn, inputs), **ROUNDING)
     assert [len(rows[3]) for rows in calls] == [1, 2]
 
 
@@ -267,6 +279,7 @@ def test_layers_below_the_lowest_group_see_the_batch_once(
     shape: str, uneven: bool, trunk: int, tmp_path: Path
 ) -> None:
     ensemble = load(store_of(shape, uneven, tmp_path), shape)
+    logits(ensemble, inputs_of(shape))  # what takes no tokens is tried with its first batch
     rows = count_rows(ensemble)
     logits(ensemble, inputs_of(shape))
     count = len(ensemble.members)
@@ -363,12 +376,12 @@ def test_beam_search_reorders_the_cache_of_every_member(
     assert torch.equal(generated[:, 8:].unflatten(0, (4, 2)), expected[:, :2])
 
 
-@pytest.mark.parametrize(("way", "copies"), [("together", [1, 1, 3, 3, 3, 3, 3, 3]), ("in turn", [1] * 8)])
+@pytest.mark.parametrize(("way", "copies"), [("together", [1, 1, 3, 3, 3, 3, 3, 3]), ("in turn", [1] * 24)])
 def test_the_cache_has_the_rows_of_the_layers(way: str, copies: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     choose(way, monkeypatch)
     ensemble = load(trained("llama"), "llama")
     output = ensemble.generate(**prompts(), max_new_tokens=3, return_dict_in_generate=True, **GENERATION)
-    cache = output.past_key_values
+    (cache,) = caches_in(output).values()
     assert isinstance(cache, MemberCache)
     assert [len(layer.keys) for layer in cache.layers] == [6 * count for count in copies]
     assert {layer.keys.shape[2] for layer in cache.layers} == {10}
@@ -383,7 +396,7 @@ def test_a_forward_pass_goes_on_from_its_cache(way: str, monkeypatch: pytest.Mon
         whole = ensemble(tokens).logits
         beginning = ensemble(tokens[:, :7], use_cache=True)
         torch.testing.assert_close(beginning.logits, whole[:, :7], **ROUNDING)
-        rest = ensemble(tokens[:, 7:], past_key_values=beginning.past_key_values)
+        rest = ensemble(tokens[:, 7:], **caches_in(beginning))
     torch.testing.assert_close(rest.logits, whole[:, 7:], **ROUNDING)
 
 
@@ -391,25 +404,30 @@ def test_reordering_and_cropping_act_per_member() -> None:
     cache = MemberCache(SHAPES["llama"].build().config, [1, 3] + [1] * 6, turns=2)
     rows = {0: [0.0, 1.0], 1: [0.0, 1.0, 10.0, 11.0, 20.0, 21.0]}
     for turn in (0, 1):
-        cache.turn(turn)
-        for layer in range(8):
-            values = torch.tensor(rows.get(layer, rows[0]))[:, None, None, None].repeat(1, 2, 3, 4)
-            cache.update(values + 100 * turn, values + 100 * turn, layer)
+        with cache.turn(turn):
+            for layer in range(8):
+                values = torch.tensor(rows.get(layer, rows[0]))[:, None, None, None].repeat(1, 2, 3, 4)
+                cache.update(values + 100 * turn, values + 100 * turn, layer)
     cache.reorder_cache(torch.tensor([1, 1]))
+    cache.crop(-1)
     for turn in (0, 1):
-        cache.turn(turn)
-        found = [cache.layers[layer].keys[:, 0, 0, 0] - 100 * turn for layer in (0, 1)]
-        assert [part.tolist() for part in found] == [[1, 1], [1, 1, 11, 11, 21, 21]]
-        assert torch.equal(cache.layers[1].keys, cache.layers[1].values)
+        with cache.turn(turn):
+            found = [cache.layers[layer].keys[:, 0, 0, 0] - 100 * turn for layer in (0, 1)]
+            assert [part.tolist() for part in found] == [[1, 1], [1, 1, 11, 11, 21, 21]]
+            assert torch.equal(cache.layers[1].keys, cache.layers[1].values)
+            assert {layer.keys.shape[2] for layer in cache.layers} == {2}
     with pytest.raises(ValueError, match="Rows can not be selected"):
         cache.batch_select_indices(torch.tensor([0]))
 
 
 def test_other_caches_are_refused() -> None:
     ensemble = load(trained("llama"), "llama")
-    for given in ({"cache_implementation": "static"}, {"past_key_values": DynamicCache()}):
+    for given in ({"cache_implementation": "static"}, {"past_key_values": DynamicCache()}, {"cache": DynamicCache()}):
         with pytest.raises(ValueError, match="one row per example"):
             ensemble.generate(**prompts(), max_new_tokens=2, **given)
+        if "cache_implementation" not in given:
+            with pytest.raises(ValueError, match="one row per example"):
+                ensemble(**prompts(), **given)
     assert ensemble.generate(**prompts(), max_new_tokens=2, **GENERATION).shape == (6, 10)
 
 
@@ -491,7 +509,7 @@ def test_a_pipeline_classifies_text(tokenizer: PreTrainedTokenizerFast) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base")
-    SHAPES["llama"].build().save_pretrained(path)
+    SHAPES["llama-wide"].build().save_pretrained(path)
     return path
 
 
@@ -505,11 +523,11 @@ def test_a_quantized_base_is_loaded_once_and_gives_the_same_bits(
 ) -> None:
     pytest.importorskip("bitsandbytes", reason="quantized layers need bitsandbytes")
     given = {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": "cpu"}}
-    ensemble = S3TEnsemble.from_pretrained(trained("llama"), str(saved), **given)
+    ensemble = S3TEnsemble.from_pretrained(trained("llama-wide"), str(saved), **given)
     assert "another quantization" in caplog.text
     assert type(ensemble.model.get_base_model().model.layers[7].self_attn.q_proj.base_layer).__name__ == layer
     rows, inputs = count_rows(ensemble), inputs_of("llama")
-    parts = members(trained("llama"), lambda: AutoModelForCausalLM.from_pretrained(saved, **given))
+    parts = members(trained("llama-wide"), lambda: AutoModelForCausalLM.from_pretrained(saved, **given))
     alone = [logits(part, repeated(inputs, 3))[6 * place :][:6] for place, part in enumerate(parts)]
     assert (alone[0] - alone[1]).abs().max() > 0.1
     assert torch.equal(logits(ensemble, inputs), mean_probability(alone))
@@ -518,11 +536,12 @@ def test_a_quantized_base_is_loaded_once_and_gives_the_same_bits(
 
 def test_a_base_in_bfloat16_answers_as_well_as_its_members(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     inputs = inputs_of("llama")
-    exact = mean_probability([logits(part, inputs) for part in members(trained("llama"), SHAPES["llama"].build)])
-    ensemble = S3TEnsemble.from_pretrained(trained("llama"), str(saved), dtype=torch.bfloat16)
+    wide = trained("llama-wide")
+    exact = mean_probability([logits(part, inputs) for part in members(wide, SHAPES["llama-wide"].build)])
+    ensemble = S3TEnsemble.from_pretrained(wide, str(saved), dtype=torch.bfloat16)
     assert "another dtype" in caplog.text
     assert ensemble.dtype == torch.bfloat16
-    parts = members(trained("llama"), lambda: AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16))
+    parts = members(wide, lambda: AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16))
     alone = mean_probability([logits(part, inputs).float() for part in parts])
     answer = logits(ensemble, inputs)
     assert answer.dtype == torch.float32

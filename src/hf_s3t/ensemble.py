@@ -21,6 +21,7 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from .adapter import WEIGHTS_FILE, with_rank
+from .averages import Combine
 from .bases import check_base, load_base
 from .config import LORA_FIELDS, S3TConfig
 from .deletion import Receipt
@@ -30,8 +31,9 @@ from .gate import Gate
 from .hub import is_repo_id
 from .layout import find_layout
 from .manifest import Manifest
-from .members import Combine, MemberCache, Members
+from .members import Members
 from .plan import Stage
+from .seams.answering import caches_in, introduce_to_pipelines
 from .slots import Change, Slot
 from .store import S3TStore
 from .tuner import plain_lora_config
@@ -136,14 +138,15 @@ class S3TEnsemble(nn.Module):
         for slot in ensemble._slots.values():
             slot.clear()
         ensemble._store = store
-        _introduce_to_pipelines()
+        introduce_to_pipelines(cls.__name__)
         try:
             ensemble.refresh()
         except BaseException:
             ensemble.detach()
             _take_out(model)
             raise
-        return ensemble.eval()
+        ensemble.eval()._members.look()
+        return ensemble
 
     def __getattr__(self, name: str) -> Any:
         """What the ensemble has not itself is the base model's: `config`, `device`, `generation_config` and so on."""
@@ -193,18 +196,19 @@ class S3TEnsemble(nn.Module):
 
     def _with_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._members.refuse_encoder_decoder()
-        given = kwargs.get("generation_config")
-        settings = given or self.generation_config
-        without = kwargs.get("use_cache", settings.use_cache) is False
-        if without or isinstance(kwargs.get("past_key_values"), MemberCache):
+        self._members.look()
+        given, caches = kwargs.get("generation_config"), caches_in(kwargs)
+        for name, cache in caches.items():
+            self._members.check_cache(name, cache)
+        if caches or kwargs.get("use_cache", (given or self.generation_config).use_cache) is False:
             return kwargs
         kind = kwargs.get("cache_implementation", given and given.cache_implementation)
-        if kind not in (None, "dynamic") or kwargs.get("past_key_values") is not None:
+        if kind not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation={kind!r} or a cache of your own has one row per "
-                "example, an ensemble needs one per member. Leave both out: a dynamic cache is made for the members."
+                f"cache_implementation={kind!r} makes a cache that has one row per example, an ensemble needs one per "
+                "member. Leave it out: a dynamic cache is made for the members."
             )
-        return {**kwargs, "past_key_values": self._members.cache(), "cache_implementation": None}
+        return {**kwargs, **self._members.new_cache(), "cache_implementation": None}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a copy that no deletion knows of would carry on what was deleted."""
@@ -366,17 +370,6 @@ def _opened(folder: str | os.PathLike[str] | S3TStore, **how: Any) -> S3TStore:
             "with another token, load the base and pass `base_model=`."
         )
     return S3TStore(folder, **how)
-
-
-def _introduce_to_pipelines() -> None:
-    """Keeps `pipeline(...)` from logging an error about the ensemble's class, which it knows no more than PEFT's."""
-    try:
-        from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
-    except ImportError:  # a later transformers; only the log line is at stake
-        return
-    for names in (*SUPPORTED_PEFT_TASKS.values(), SUPPORTED_PEFT_TASKS.setdefault("image-classification", [])):
-        if S3TEnsemble.__name__ not in names:
-            names.append(S3TEnsemble.__name__)
 
 
 def _needed(stage: Stage, manifest: Manifest) -> tuple[Stage, ...]:

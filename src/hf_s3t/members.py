@@ -10,46 +10,71 @@
 
 The base model's `forward` is replaced while a [`Members`] is attached to it, so that whatever is written for the base
 (`generate`, pipelines) asks all members and receives their average. PEFT's `adapter_names` says which row is whose.
-Where a layer can not take them, members answer in turn instead. Which tensors a member has is for `slots.py`.
+
+Whether a model can do that is found out by trying, never by the names of its class or arguments: see [`Members.look`].
+Where rows of one batch can not be told apart, members answer in turn. Which tensors a member has is for `slots.py`,
+how logits are averaged for `averages.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import math
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer
-from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from torch.nn.functional import cross_entropy, logsigmoid
-from transformers import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
+from .averages import Combine, average_logits, by_token
 from .layout import split_layer_path
+from .member_cache import MemberCache
+from .seams import lost
+from .seams.answering import (
+    FUSED_HEAD,
+    add_by_views,
+    caches_in,
+    check_logits,
+    check_one_dimension,
+    first_argument,
+    loss_of,
+)
 
-Combine = Literal["probabilities", "logits"]
+logger = logging.getLogger(__name__)
+
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
+Path = tuple[int | str, ...]
+"""Where a value is among the arguments of a layer: its position or name, and what it is inside of that."""
 
-PER_ROW = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", "encoder_hidden_states",
-           "encoder_attention_mask"}  # fmt: skip
-NOT_PER_ROW = {"past_key_values", "layer_past", "use_cache", "output_attentions", "cache_position"}
-"""Arguments of a layer that are known to have a row per example, or to be none of their business."""
+TRIED_ROWS, TRIED_TOKENS, TRIED_MEMBERS = 3, 5, 2
+"""Of the batch that a model is tried with: no two of rows, members, rows x members and tokens are the same number."""
 
-WHOLE = {"cache_position", "logits_to_keep"}
-"""Arguments of a model whose tensors have no row per example, whatever their shape."""
 
-OTHER_ROWS = {"deberta-v2", "led", "longformer", "xlnet"}
-"""Models with layers whose first dimension is not the batch: of positions, or of chunks of the sequence."""
+class OtherRows(Exception):
+    """A module sees something else than rows of the batch."""
 
-HEADS_BY_ROW = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""What PEFT can run with a head per row."""
+
+@dataclass
+class Trial:
+    """What is noted while rows are answered together for the first time.
+
+    Args:
+        rows (`int`): of the batch, before they are repeated for every member.
+        reached (`bool`): whether the first layer has been reached.
+        head_first (`bool`): whether a head came before it.
+    """
+
+    rows: int
+    reached: bool = False
+    head_first: bool = False
 
 
 class Members:
@@ -68,8 +93,15 @@ class Members:
         self.names: tuple[str, ...] = ()
         self.weights: tuple[float, ...] | None = None
         self.lowest_layer = self.trunk = 0
+        self.batched = True
+        self.shares_trunk: bool | None = None  # `None`: not tried yet, as there was none to share
+        self._looked = False
+        self._cache_name: str | None = None
+        self._whole: set[Path] = set()
+        self._trial: Trial | None = None
+        self._views = True
         self._told = False  # PEFT's layers, whether adapters are on and which one is active
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         self._attach()
 
     # ---- the model's forward, replaced ----
@@ -79,12 +111,10 @@ class Members:
         self._heads = [module for module in self.base.modules() if isinstance(module, ModulesToSaveWrapper)]
         places = [place for place in map(split_layer_path, self._lora) if place is not None]
         self._layers = list(self.base.get_submodule(places[0][0]).children()) if places else []
-        self.batched = self._rows_are_known()
-        self._shareable = self.batched and self._trunk_is_shared()
         self._had_own_forward = "forward" in vars(self.base)
         self._forward = self.base.forward
-        parameters = inspect.signature(self._forward).parameters.values()
-        self._positional = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+        parameters = inspect.signature(self._forward).parameters
+        self._positional = [name for name, parameter in parameters.items() if parameter.kind != parameter.VAR_KEYWORD]
 
         @functools.wraps(self._forward)
         def forward(*args: Any, **kwargs: Any) -> ModelOutput:
@@ -97,7 +127,7 @@ class Members:
             place = split_layer_path(name)
             self._hooks.append(hook(module, partial(self._name_rows, -1 if place is None else place[1])))
             if type(module) is Linear:
-                module._mixed_batch_forward = partial(self._by_views, module)
+                module.forward = partial(self._by_views, module, module.forward)
         self._hooks += [hook(module, partial(self._name_rows, len(self._layers))) for module in self._heads]
 
     def detach(self) -> None:
@@ -105,34 +135,11 @@ class Members:
         for hook in self._hooks:
             hook.remove()
         for module in self._lora.values():
-            vars(module).pop("_mixed_batch_forward", None)
+            vars(module).pop("forward", None)
         if self._had_own_forward:
             self.base.forward = self._forward
         else:
             del self.base.forward
-
-    def _rows_are_known(self) -> bool:
-        """Whether every layer with LoRA, and every head, takes an adapter per row, and rows are what it sees."""
-        if self.base.config.model_type in OTHER_ROWS:
-            return False
-        by_sequence = "ForSequenceClassification" in type(self.base).__name__
-        if by_sequence and getattr(self.base.config, "pad_token_id", None) is None:
-            return False  # decoders refuse more than one row without a padding token
-        by_row = all(hasattr(module, "_mixed_batch_forward") for module in self._lora.values())
-        # A number further down the path is an expert's, which sees some of the tokens only, in an order of its own.
-        places = [split_layer_path(name) for name in self._lora]
-        whole = all(place is not None and split_layer_path(place[2]) is None for place in places)
-        return by_row and whole and all(isinstance(head.original_module, HEADS_BY_ROW) for head in self._heads)
-
-    def _trunk_is_shared(self) -> bool:
-        """Whether the arguments of the layers are known well enough to hand them some of the rows."""
-        if getattr(self.base.config, "_attn_implementation", None) == "flex_attention":
-            return False  # its mask is no tensor
-        order = [module for module in self.base.modules() if module in self._layers or module in self._heads]
-        if order and order[0] in self._heads:
-            return False  # embeddings, say, that are a member's own
-        known = PER_ROW | NOT_PER_ROW | {"self", "kwargs"}
-        return all(set(inspect.signature(type(layer).forward).parameters) <= known for layer in self._layers)
 
     def serve(self, names: Sequence[str], lowest_layer: int, weights: Sequence[float] | None = None) -> None:
         """Says who answers from now on; nothing may be answering meanwhile.
@@ -144,7 +151,7 @@ class Members:
         """
         switched, self.names, self.lowest_layer = bool(names) != bool(self.names), tuple(names), lowest_layer
         self.weights = None if weights is None else tuple(weights)
-        self.trunk = lowest_layer if self._shareable else 0
+        self.trunk = lowest_layer if self.shares_trunk else 0
         for module in [*self._lora.values(), *self._heads] if switched or not self._told else ():
             module.enable_adapters(bool(names))
             if names:
@@ -152,12 +159,136 @@ class Members:
         if len(names) == 1 or (names and not self._told):
             self._activate(names[0])
         self._told = True
+        if lowest_layer > 0 and self.shares_trunk is None:
+            self._looked = False
 
     def _activate(self, name: str) -> None:
         for module in self._lora.values():
             module.set_adapter([name], inference_mode=True)
         for module in self._heads:
             module.set_adapter(name, inference_mode=True)
+
+    # ---- what the model can do, found out by trying ----
+
+    def look(self, inputs: dict[str, Any] | None = None) -> None:
+        """Tries, once, whether several members can answer one batch, and whether they can share the trunk.
+
+        A few rows are answered by two members in turn, by both together, and by both on a shared trunk: the logits
+        have to be the same. Nothing depends on what arguments are called, so that a new name changes nothing.
+
+        Args:
+            inputs (`dict`, *optional*): arguments of a forward pass, with rows to try with. `None`: rows of tokens; of
+                a model that takes something else, nothing is tried before its first answer.
+        """
+        with self._turn:
+            if self._looked or len(self.names) < 2:
+                return
+            rows = self._tokens() if inputs is None or self.base.main_input_name == "input_ids" else self._some(inputs)
+            if rows is None or self._tried(rows, given=inputs is not None):
+                return
+            if inputs is not None:
+                self._tried(self._some(inputs), given=True)
+
+    def _tried(self, rows: dict[str, Any], given: bool) -> bool:
+        """Tries with some rows; returns whether that was conclusive, which rows that were `given` always are."""
+        names, weights = self.names, self.weights
+        self.names, self.weights = names[:TRIED_MEMBERS], None
+        try:
+            with self._trying(), torch.no_grad():
+                return self._compare(rows, given)
+        finally:
+            self.names, self.weights = names, weights
+            self.trunk = self.lowest_layer if self.shares_trunk else 0
+            self._activate(names[0])
+
+    def _compare(self, rows: dict[str, Any], given: bool) -> bool:
+        self.batched, self.trunk, self._views, self._whole = False, 0, True, set()
+        try:
+            expected = self._in_turn(dict(rows))
+        except Exception as error:  # what a model says of rows that it does not take is not ours to foresee
+            if given:
+                self._settle(False, f"it does not take several rows ({error})")
+            return given
+        self._cache_name = next(iter(caches_in(expected)), None)
+        self.batched = True
+        reason, trial = self._difference(rows, expected)
+        if reason is not None:
+            self._views = False
+            again, trial = self._difference(rows, expected)
+            if again is not None:
+                self._settle(False, reason)
+                return True
+            lost("LoRA by views", f"PEFT's LoRA layers can not be computed by views: {reason}")
+        self._settle(True)
+        if self.lowest_layer > 0:
+            self.trunk = self.lowest_layer
+            reason = "a head comes before the layers" if trial.head_first else self._difference(rows, expected)[0]
+            self.shares_trunk = reason is None
+            if reason is not None:
+                logger.warning("the members share no trunk: it runs for each of them, as %s", reason)
+        return True
+
+    def _settle(self, batched: bool, reason: str = "") -> None:
+        self.batched, self._looked = batched, True
+        self.shares_trunk = None if batched else False
+        if not batched:
+            logger.warning("the members answer in turn, not together, as %s", reason)
+
+    def _difference(self, rows: dict[str, Any], expected: ModelOutput) -> tuple[str | None, Trial]:
+        """Why members do not answer together as they answer in turn, `None` where they do; and what was noted."""
+        trial = self._trial = Trial(len(self._main_input(rows)))
+        try:
+            found = self._together(dict(rows))
+        except Exception as error:  # whatever a model raises when it sees rows that it did not expect
+            return f"together they fail ({type(error).__name__}: {error})", trial
+        finally:
+            self._trial = None
+        exact = {value.dtype for value in self.base.parameters()} <= {torch.float32, torch.float64}
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor) and not _close(found[name], value, 1e-4 if exact else 0.05):
+                return f"together they have other {name}", trial
+        return None, trial
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        """The model is in eval mode, in which a row has the same answer twice."""
+        before = [(module, module.training) for module in self.base.modules()]
+        for module, _ in before:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, training in before:
+                module.training = training
+
+    def _tokens(self) -> dict[str, Any] | None:
+        """Rows of tokens of different lengths."""
+        size = getattr(self.base.config.get_text_config(), "vocab_size", None)
+        if self.base.main_input_name != "input_ids" or size is None:
+            return None
+        shape = TRIED_ROWS, TRIED_TOKENS
+        tokens = torch.arange(TRIED_ROWS * TRIED_TOKENS).reshape(shape).mul(7).add(3) % max(size - 1, 1)
+        mask = torch.arange(TRIED_TOKENS) < TRIED_TOKENS - torch.arange(TRIED_ROWS)[:, None]
+        rows = {"input_ids": tokens.to(self.base.device)}
+        if "attention_mask" in self._positional:
+            rows["attention_mask"] = mask.long().to(self.base.device)
+        return rows | self._with_cache()
+
+    def _some(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As many rows as it takes, of those that were given; a row that comes again is moved a little."""
+        count = len(self._main_input(inputs))
+        some = {name: value for name, value in inputs.items() if name not in caches_in(inputs)}
+        for name, value in some.items():
+            if isinstance(value, torch.Tensor) and self._is_per_row(name, value, count):
+                rows = [
+                    value[row % count].roll(row // count, -1) if value.is_floating_point() else value[row % count]
+                    for row in range(TRIED_ROWS)
+                ]
+                some[name] = torch.stack(rows)
+        return some | self._with_cache()
+
+    def _with_cache(self) -> dict[str, Any]:
+        return {"use_cache": True} if "use_cache" in self._positional else {}
 
     # ---- answering ----
 
@@ -167,13 +298,16 @@ class Members:
         self.refuse_encoder_decoder()
         kwargs |= zip(self._positional, args, strict=False)
         labels, items = kwargs.pop("labels", None), kwargs.pop("num_items_in_batch", None)
-        by_token = kwargs.pop("fused_lm_head", False)  # how TRL's SFTTrainer asks, since 1.16
+        fused = kwargs.pop(FUSED_HEAD, False)
         as_tuple, kwargs["return_dict"] = kwargs.pop("return_dict", None) is False, True
+        if not self._looked:
+            self.look(kwargs)
+        kwargs = self._with_members_cache(kwargs)
         output = self._together(kwargs) if self.batched else self._in_turn(kwargs)
-        if by_token:
-            return _by_token(output["logits"], labels)
+        if fused:
+            return by_token(output["logits"], labels)
         if labels is not None:
-            output["loss"] = self._loss(output["logits"], labels, items)
+            output["loss"] = loss_of(self.base, output["logits"], labels, items)
         return output.to_tuple() if as_tuple else output
 
     def refuse_encoder_decoder(self) -> None:
@@ -184,34 +318,55 @@ class Members:
                 "at a time (`store.export(path, prefix=...)`)."
             )
 
+    def _with_members_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with a cache that has rows for every member, where a cache is wanted.
+
+        Raises:
+            ValueError: a cache was given that has not.
+        """
+        given = {name: cache for name, cache in caches_in(kwargs).items() if cache is not None}
+        for name, cache in given.items():
+            self.check_cache(name, cache)
+        wanted = kwargs.get("use_cache")
+        if wanted is None:
+            wanted = getattr(self.base.config, "use_cache", False)
+        if given or not wanted or self._cache_name is None:
+            return kwargs
+        return {**kwargs, **self.new_cache()}
+
+    def check_cache(self, name: str, cache: Any) -> None:
+        """Raises `ValueError` for a cache that was not made for these members."""
+        if not isinstance(cache, MemberCache):
+            raise ValueError(
+                f"`{name}` is a cache that has one row per example, an ensemble needs one per member. Leave it out: a "
+                "dynamic cache is made for the members, and returned."
+            )
+        if (cache.copies, cache.turns) != (self._copies, self._turns):
+            raise ValueError(
+                f"`{name}` is a cache of other members than those that answer now: the store has changed since. Begin "
+                "anew without it."
+            )
+
     def _together(self, kwargs: dict[str, Any]) -> ModelOutput:
-        rows = len(self._main_input(kwargs))
-        count = len(self.names)
+        rows, count = len(self._main_input(kwargs)), len(self.names)
         for name, value in kwargs.items():
-            if isinstance(value, torch.Tensor) and name not in WHOLE and value.ndim and len(value) == rows:
+            if isinstance(value, torch.Tensor) and self._is_per_row(name, value, rows):
                 kwargs[name] = value.repeat(count, *[1] * (value.ndim - 1))
         output = self._forward(**kwargs)
         return self._combined(output, lambda name: output[name].unflatten(0, (count, rows)))
 
     def _in_turn(self, kwargs: dict[str, Any]) -> ModelOutput:
-        wanted = kwargs.get("use_cache")
-        if wanted is None:
-            wanted = getattr(self.base.config, "use_cache", False)
-        if "past_key_values" in self._positional and wanted:
-            kwargs["use_cache"] = True
-            cache = kwargs.get("past_key_values") or self.cache()
-            if not isinstance(cache, MemberCache):
-                raise ValueError(
-                    "These members answer in turn, each with a cache of its own: give no past_key_values."
-                )
-            kwargs["past_key_values"] = cache
+        batched, self.batched = self.batched, False
+        caches = [cache for cache in caches_in(kwargs).values() if isinstance(cache, MemberCache)]
         outputs = []
         with self._turn:  # which adapter is active is a property of the model, not of the call
-            for turn, name in enumerate(self.names):
-                self._activate(name)
-                if isinstance(kwargs.get("past_key_values"), MemberCache):
-                    kwargs["past_key_values"].turn(turn)
-                outputs.append(self._forward(**kwargs))
+            try:
+                for turn, name in enumerate(self.names):
+                    self._activate(name)
+                    with caches[0].turn(turn) if caches else nullcontext():
+                        outputs.append(self._forward(**kwargs))
+            finally:
+                self.batched = batched
         return self._combined(outputs[0], lambda name: torch.stack([output[name] for output in outputs]))
 
     def _main_input(self, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -220,44 +375,84 @@ class Members:
                 return kwargs[name]
         return next(value for value in kwargs.values() if isinstance(value, torch.Tensor))
 
-    def _combined(self, output: ModelOutput, members: Any) -> ModelOutput:
+    @staticmethod
+    def _is_per_row(name: str, value: torch.Tensor, rows: int) -> bool:
+        if not value.ndim or len(value) != rows:
+            return False
+        return value.ndim > 1 or check_one_dimension(name, rows)
+
+    def _combined(self, output: ModelOutput, members: Callable[[str], torch.Tensor]) -> ModelOutput:
         """The output with logits of `members(name)`, `(members, batch, ...)`, averaged; only they and the cache are
         the ensemble's."""
         problem = getattr(self.base.config, "problem_type", None)
-        values = {name: value for name, value in output.items() if name == "past_key_values"}
+        check_logits(output)
+        values: dict[str, Any] = caches_in(output)
         for name in output:
             if name == "logits" or name.endswith("_logits"):
                 values[name] = average_logits(members(name), self.combine, problem, self.weights)
         return type(output)(**values)
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
-        if "ForMultipleChoice" in type(self.base).__name__:  # transformers has no loss by that name
-            return cross_entropy(logits, labels)
-        kwargs = {"logits": logits, "labels": labels, "config": self.base.config, "pooled_logits": logits}
-        if items is not None:
-            kwargs["num_items_in_batch"] = items
-        return self.base.loss_function(**kwargs, vocab_size=getattr(self.base.config, "vocab_size", None))
+    # ---- the cache ----
 
-    def cache(self) -> MemberCache:
-        """An empty key-value cache for a generation of these members."""
-        layers = len(self._layers)
-        copies = [1 if index < self.trunk or not self.batched else len(self.names) for index in range(layers)]
-        return MemberCache(self.base.config, copies, turns=1 if self.batched else len(self.names))
+    @property
+    def _turns(self) -> int:
+        return 1 if self.batched else len(self.names)
+
+    @property
+    def _copies(self) -> tuple[int, ...]:
+        """Per layer, how many members have rows in the cache."""
+        count = len(self.names) if self.batched else 1
+        return tuple(1 if index < self.trunk else count for index in range(len(self._layers)))
+
+    def new_cache(self) -> dict[str, MemberCache]:
+        """An empty key-value cache for these members, by the name that the model gives it; nothing if it has none."""
+        if self._cache_name is None:
+            return {}
+        return {self._cache_name: MemberCache(self.base.config, self._copies, self._turns)}
 
     # ---- rows ----
 
     def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
         """Before a layer: takes one member's rows in the trunk, and repeats them for all members where it ends."""
         count = len(self.names)
-        if not self.batched or count < 2 or index > self.trunk or self.trunk == 0:
+        if not self.batched or count < 2 or index > self.trunk:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.trunk == 0:
+            self._note(args, kwargs)
+            return None
+        name = "" if args else first_argument(module.forward)
+        hidden = args[0] if args else kwargs[name]
         if index == self.trunk:
             hidden = hidden.repeat(count, *[1] * (hidden.ndim - 1))
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, name: hidden})
         rows = len(hidden) // count if index == 0 else len(hidden)
-        cut = partial(_first_member, rows, count)
-        return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+        cut = partial(self._first_member, rows, rows * count)
+        return (
+            tuple(cut((place,), value) for place, value in enumerate(args)),
+            {name: cut((name,), value) for name, value in kwargs.items()},
+        )
+
+    def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In a trial: notes which arguments of a layer have something else than rows in their first dimension."""
+        if self._trial is None:
+            return
+        self._trial.reached, total = True, self._trial.rows * len(self.names)
+
+        def note(path: Path, value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                if value.ndim and len(value) not in (1, total):
+                    self._whole.add(path)
+                return value
+            return _mapped(note, path, value)
+
+        for place, value in [*enumerate(args), *kwargs.items()]:
+            note((place,), value)
+
+    def _first_member(self, rows: int, total: int, path: Path, value: Any) -> Any:
+        """The first member's rows of what has rows for all. What has none, as was seen in the trial, stays."""
+        if isinstance(value, torch.Tensor):
+            return value[:rows] if value.ndim and len(value) == total and path not in self._whole else value
+        return _mapped(partial(self._first_member, rows, total), path, value)
 
     def _name_rows(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
         """Before a layer with LoRA or a head: says which adapter each row is for."""
@@ -265,115 +460,40 @@ class Members:
         if not self.batched or count < 2:
             return None
         rows = len(args[0])
+        if self._trial is not None:
+            self._check_rows(index, type(module).__name__, rows)
         if index < self.trunk:
             names = ["__base__"] * rows
         else:
             names = [name for name in self.names for _ in range(rows // count)]
         return args, {**kwargs, "adapter_names": names}
 
-    def _by_views(
-        self, module: Any, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
-    ) -> torch.Tensor:
-        """PEFT's forward with an adapter per row, for rows of a member that lie together: it gathers and scatters them
-        by index, which costs up to a third of the whole forward pass; views of them give the same bits."""
-        result = module.base_layer(x, *args, **{name: kwargs[name] for name in kwargs.keys() - VARIANT_KWARG_KEYS})
-        if adapter_names[0] == "__base__":
-            return result
-        rows = len(x) // len(self.names)
-        for turn, name in enumerate(self.names):
-            if name in module.lora_A:
-                own = slice(turn * rows, (turn + 1) * rows)
-                lora_a, lora_b = module.lora_A[name], module.lora_B[name]
-                update = lora_b(lora_a(module.lora_dropout[name](x[own].to(lora_a.weight.dtype))))
-                result[own] += (update * module.scaling[name]).to(result.dtype)
-        return result
+    def _check_rows(self, index: int, kind: str, rows: int) -> None:
+        """In a trial: raises [`OtherRows`] unless a layer with LoRA, or a head, sees the rows of the batch."""
+        assert self._trial is not None
+        expected = self._trial.rows * (len(self.names) if index >= self.trunk else 1)
+        if index < 0 or rows % expected:
+            raise OtherRows(f"{kind} sees {rows} rows where {expected} were expected")
+        self._trial.head_first |= index == len(self._layers) and not self._trial.reached
+
+    def _by_views(self, module: Any, forward: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's forward of a linear layer, with views of rows that lie together in the place of copies."""
+        names = kwargs.get("adapter_names")
+        if names is None or not self._views or module.merged or module.disable_adapters or args or len(kwargs) > 1:
+            return forward(x, *args, **kwargs)
+        result = module.base_layer(x)
+        return result if names[0] == "__base__" else add_by_views(module, result, x, self.names)
 
 
-def _first_member(rows: int, count: int, value: Any) -> Any:
-    """The first member's rows of what has rows for all; a table of floats has none, whatever its length."""
-    if isinstance(value, tuple):
-        return tuple(_first_member(rows, count, part) for part in value)
-    if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == rows * count:
-        return value[:rows] if value.ndim > 2 or not value.is_floating_point() else value
+def _mapped(function: Callable[[Path, Any], Any], path: Path, value: Any) -> Any:
+    """A tuple, list or dictionary with a function applied to its parts, which know where they are."""
+    if isinstance(value, dict):
+        return type(value)((name, function((*path, name), part)) for name, part in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(function((*path, place), part) for place, part in enumerate(value))
     return value
 
 
-def average_logits(
-    members: torch.Tensor, combine: Combine, problem: str | None = None, weights: Sequence[float] | None = None
-) -> torch.Tensor:
-    """The logits of an ensemble.
-
-    Args:
-        members (`torch.Tensor`): `(members, batch, ..., classes)`.
-        combine (`"probabilities"` or `"logits"`): `log(mean(softmax(logits)))`, or the mean of the logits.
-        problem (`str`, *optional*): the config's `problem_type`; with several labels each has a probability of its
-            own, and a regression's values are averaged as they are.
-        weights (`list[float]`, *optional*): what each member counts, above 0. `None`: all the same.
-
-    Returns:
-        `torch.Tensor`: `(batch, ..., classes)`.
-    """
-    shares = None
-    if weights is not None:
-        shares = torch.tensor(weights, device=members.device).view(-1, *[1] * (members.ndim - 1)) / sum(weights)
-    if combine == "logits" or problem == "regression" or members.shape[-1] == 1:
-        return members.mean(dim=0) if shares is None else (members * shares).sum(dim=0).to(members.dtype)
-    members = members.float()
-    logs = 0.0 if shares is None else shares.log()
-    if problem == "multi_label_classification":
-        return (logsigmoid(members) + logs).logsumexp(dim=0) - (logsigmoid(-members) + logs).logsumexp(dim=0)
-    if shares is None:
-        return members.log_softmax(-1).logsumexp(dim=0) - math.log(len(members))
-    return (members.log_softmax(-1) + logs).logsumexp(dim=0)
-
-
-def _by_token(logits: torch.Tensor, labels: Any) -> ModelOutput:
-    """Instead of logits what TRL's fused head gives per predicted token; zero where there is no label."""
-    log_probabilities, wanted = logits[:, :-1].float().log_softmax(-1), labels[:, 1:]
-    mask = wanted != -100
-    values = {
-        "log_probs": log_probabilities.gather(-1, wanted.clamp(min=0)[..., None])[..., 0],
-        "entropy": -(log_probabilities.exp() * log_probabilities).sum(-1),
-        "is_top1": log_probabilities.argmax(-1) == wanted,
-    }
-    return ModelOutput(**{name: value.masked_fill(~mask, 0) for name, value in values.items()}, label_mask=mask)
-
-
-class MemberCache(DynamicCache):
-    """A key-value cache of several members, whose rows beam search reorders within each member.
-
-    Args:
-        config (`PreTrainedConfig`): the base model's.
-        copies (`list[int]`): per layer, how many members have rows in it: one in the shared trunk.
-        turns (`int`): number of caches, where members answer in turn.
-    """
-
-    layers: list[Any]
-
-    def __init__(self, config: Any, copies: Sequence[int], turns: int = 1):
-        super().__init__(config=config)
-        self.copies = copies
-        self._turns = [self.layers, *(DynamicCache(config=config).layers for _ in range(turns - 1))]
-
-    def turn(self, turn: int) -> None:
-        """Makes the cache that of one member, where members answer in turn."""
-        self.layers = self._turns[turn]
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorders each member's rows alike; `beam_idx` has one number per row of the batch."""
-        for layers in self._turns:
-            for layer, copies in zip(layers, self.copies, strict=True):
-                shifts = len(beam_idx) * torch.arange(copies, device=beam_idx.device)
-                layer.reorder_cache((shifts[:, None] + beam_idx).flatten())
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens from every member's cache."""
-        for layers in self._turns:
-            for layer in layers:
-                layer.crop(tokens_to_remove)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Not supported: which rows stay differs from layer to layer."""
-        raise ValueError(
-            "Rows can not be selected from the cache of several members. Use another generation strategy."
-        )
+def _close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
+    """Whether logits differ by no more than a share of their size."""
+    return found.shape == expected.shape and bool((found - expected).norm() <= bound * expected.norm())

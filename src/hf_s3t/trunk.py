@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .seams.answering import first_argument, runs_again
 
 States = list[torch.Tensor]
 
@@ -112,7 +113,7 @@ class Trunk:
         if run is None:
             return forward(*args, **kwargs)
         run.calls.append(number)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
+        hidden = args[0] if args else kwargs.pop(first_argument(forward))
         if number < run.entrance:
             return hidden if self._extra is None else (hidden, *[None] * self._extra)
         if number == run.entrance and run.given is not None:
@@ -205,7 +206,7 @@ class Trunk:
         """The model is in eval mode; with `random` in training mode, but for running statistics, which stay."""
         before = [(module, module.training) for module in self.model.modules()]
         for module, _ in before:
-            module.training = random and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+            module.training = random and "running_mean" not in dict(module.named_buffers(recurse=False))
         try:
             yield
         finally:
@@ -214,10 +215,10 @@ class Trunk:
 
     def check_checkpointing(self, layer: int) -> None:
         """Raises `ValueError` where backward passes run a layer again from outside, and with it what we replaced."""
-        outside = [part for part in self.layers[: layer + 1] if not isinstance(part, GradientCheckpointingLayer)]
-        if outside and getattr(self.base, "is_activation_checkpointing", False):
+        layer_again = runs_again(self.base, self.layers[: layer + 1])
+        if layer_again is not None:
             raise ValueError(
-                f"Activation checkpointing of {type(outside[0]).__name__} runs whole layers again, hooks included: "
+                f"Activation checkpointing of {type(layer_again).__name__} runs whole layers again, hooks included: "
                 "cached states can not be fed to it. Use activation_cache='off', or no activation checkpointing: with "
                 "the cache, layers below the stage keep nothing for the backward pass anyway."
             )

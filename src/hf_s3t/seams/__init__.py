@@ -1,4 +1,4 @@
-"""The seams: every place that reaches into the private inside of another library, or rests on names that it may change.
+"""The seams: every place that reaches into the private inside of another library, or rests on names it may change.
 
 No other file does so (`tests/test_seams.py`). A seam is not as expected after an upgrade, sooner or later. Then a
 promise of the library must not break in silence: [`broken`] makes the error for a seam that a promise depends on, and
@@ -45,6 +45,43 @@ TABLE: dict[str, Seam] = {
 
 
     # ---- answering: layers, caches, pipelines ----
+    "rows of arguments": Seam(
+        "transformers", "the names `cache_position` and `logits_to_keep`, and of arguments with one value per row",
+        "an argument of one dimension may have a value per row or not", "answers: a ValueError for a name that is new",
+        "5.23, 5.24", "models say which dimension of an argument is the batch",
+    ),
+    "LoRA by views": Seam(
+        "peft", "`lora_A`, `lora_B`, `lora_dropout` and `scaling` of its Linear layer, and how it multiplies them",
+        "rows of a member lie together, and PEFT gathers them by index", "speed: up to a third of a forward pass",
+        "0.21", "PEFT adds the adapters of adjacent rows by views",
+    ),
+    "adapter names": Seam(
+        "peft", "the argument `adapter_names` of its layers, and the name `__base__`",
+        "every row of a batch has an adapter of its own", "speed: members answer in turn", "0.21", "never",
+    ),
+    "the model's loss": Seam(
+        "transformers", "`loss_function` of a model, and the class name of models for multiple choice",
+        "the loss of an ensemble follows from its averaged logits", "promise 3, in what `evaluate()` reports",
+        "5.23, 5.24", "never",
+    ),
+    "logits": Seam(
+        "transformers", "the names of outputs, `logits` and `..._logits`",
+        "members are averaged by them", "answers", "5.23, 5.24", "never",
+    ),
+    "fused head": Seam(
+        "trl", "the argument `fused_lm_head` and the values that it gives per token",
+        "SFTTrainer's metrics", "comfort: `evaluate()` of an SFTTrainer", "1.16", "TRL computes them from logits",
+    ),
+    "pipelines": Seam(
+        "transformers", "`pipelines.base.SUPPORTED_PEFT_TASKS`",
+        "a pipeline logs an error about classes that it does not know", "comfort: a clean log",
+        "5.23, 5.24", "pipelines take any model that generates",
+    ),
+    "activation checkpointing": Seam(
+        "transformers", "`is_activation_checkpointing`, and which layers are `GradientCheckpointingLayer`s",
+        "a layer that is run again from outside would be fed its cached states twice", "promise 4",
+        "5.23, 5.24", "never",
+    ),
 
 
 

@@ -1,0 +1,54 @@
+"""From the logits of several members to those of their ensemble, to its loss, and to what a fused head would give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import logsigmoid
+from transformers.modeling_outputs import ModelOutput
+
+Combine = Literal["probabilities", "logits"]
+
+
+def average_logits(
+    members: torch.Tensor, combine: Combine, problem: str | None = None, weights: Sequence[float] | None = None
+) -> torch.Tensor:
+    """The logits of an ensemble.
+
+    Args:
+        members (`torch.Tensor`): `(members, batch, ..., classes)`.
+        combine (`"probabilities"` or `"logits"`): `log(mean(softmax(logits)))`, or the mean of the logits.
+        problem (`str`, *optional*): the config's `problem_type`; with several labels each has a probability of its
+            own, and a regression's values are averaged as they are.
+        weights (`list[float]`, *optional*): what each member counts, above 0. `None`: all the same.
+
+    Returns:
+        `torch.Tensor`: `(batch, ..., classes)`.
+    """
+    shares = None
+    if weights is not None:
+        shares = torch.tensor(weights, device=members.device).view(-1, *[1] * (members.ndim - 1)) / sum(weights)
+    if combine == "logits" or problem == "regression" or members.shape[-1] == 1:
+        return members.mean(dim=0) if shares is None else (members * shares).sum(dim=0).to(members.dtype)
+    members = members.float()
+    logs = 0.0 if shares is None else shares.log()
+    if problem == "multi_label_classification":
+        return (logsigmoid(members) + logs).logsumexp(dim=0) - (logsigmoid(-members) + logs).logsumexp(dim=0)
+    if shares is None:
+        return members.log_softmax(-1).logsumexp(dim=0) - math.log(len(members))
+    return (members.log_softmax(-1) + logs).logsumexp(dim=0)
+
+
+def by_token(logits: torch.Tensor, labels: Any) -> ModelOutput:
+    """Instead of logits what TRL's fused head gives per predicted token; zero where there is no label."""
+    log_probabilities, wanted = logits[:, :-1].float().log_softmax(-1), labels[:, 1:]
+    mask = wanted != -100
+    values = {
+        "log_probs": log_probabilities.gather(-1, wanted.clamp(min=0)[..., None])[..., 0],
+        "entropy": -(log_probabilities.exp() * log_probabilities).sum(-1),
+        "is_top1": log_probabilities.argmax(-1) == wanted,
+    }
+    return ModelOutput(**{name: value.masked_fill(~mask, 0) for name, value in values.items()}, label_mask=mask)

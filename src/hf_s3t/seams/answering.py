@@ -1,0 +1,112 @@
+"""Seams of answering: what a forward pass of several members knows of transformers', PEFT's and TRL's insides.
+
+What can be found out by trying is not here: see `Members.look` in `members.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from . import broken, lost
+
+FUSED_HEAD = "fused_lm_head"
+"""The argument by which TRL's SFTTrainer asks for values per token instead of logits, since 1.16."""
+
+WHOLE = ("cache_position", "logits_to_keep")
+"""Arguments of a model with one dimension, which is not that of the rows."""
+
+BY_ROW = ("start_positions", "end_positions", "cls_index", "is_impossible", "next_sentence_label", "lengths")
+"""Arguments of a model with one dimension, which is that of the rows."""
+
+
+def check_one_dimension(name: str, count: int) -> bool:
+    """Whether an argument of one dimension, as long as there are rows, has a value per row.
+
+    Raises:
+        ValueError: that is not known.
+    """
+    if name in WHOLE or name in BY_ROW:
+        return name in BY_ROW
+    raise ValueError(
+        f"`{name}` has {count} values for {count} rows, and it is not known whether each of them is one row's. Give "
+        "it two dimensions, or answer with another number of rows."
+    )
+
+
+def caches_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The key-value caches among arguments or outputs, whatever they are called."""
+    return {name: value for name, value in values.items() if isinstance(value, Cache)}
+
+
+def first_argument(forward: Callable[..., Any]) -> str:
+    """Name of the argument by which a layer's forward takes its hidden states, where not by position."""
+    return next(iter(inspect.signature(forward).parameters))
+
+
+def add_by_views(module: Any, result: torch.Tensor, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """What PEFT's LoRA layer adds to its base layer's result, for rows of a member that lie together.
+
+    PEFT gathers and scatters the rows by index, which costs up to a third of a forward pass. Views have the same bits.
+
+    Args:
+        result (`torch.Tensor`): `(members x rows, ..., out)`; it is changed.
+        x (`torch.Tensor`): `(members x rows, ..., in)`.
+        names (`list[str]`): the members' adapters.
+    """
+    rows = len(x) // len(names)
+    for turn, name in enumerate(names):
+        if name in module.lora_A:
+            own = slice(turn * rows, (turn + 1) * rows)
+            lora_a, lora_b = module.lora_A[name], module.lora_B[name]
+            update = lora_b(lora_a(module.lora_dropout[name](x[own].to(lora_a.weight.dtype))))
+            result[own] += (update * module.scaling[name]).to(result.dtype)
+    return result
+
+
+def loss_of(base: Any, logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
+    """The loss that a model computes from its logits."""
+    if "ForMultipleChoice" in type(base).__name__:  # transformers has no loss by that name
+        return cross_entropy(logits, labels)
+    if not hasattr(base, "loss_function"):
+        raise broken("the model's loss", f"{type(base).__name__} has no `loss_function`")
+    kwargs = {"logits": logits, "labels": labels, "config": base.config, "pooled_logits": logits}
+    if items is not None:
+        kwargs["num_items_in_batch"] = items
+    return base.loss_function(**kwargs, vocab_size=getattr(base.config, "vocab_size", None))
+
+
+def check_logits(names: Iterable[str]) -> None:
+    """Raises [`CompatibilityError`] where no output is a kind of logits, which is what members are averaged by."""
+    if not any(name == "logits" or name.endswith("_logits") for name in names):
+        raise broken("logits", f"The model gives {sorted(names)}, and no logits that could be averaged")
+
+
+def introduce_to_pipelines(name: str) -> None:
+    """Keeps `pipeline(...)` from logging an error about a class that it knows no more than PEFT's."""
+    try:
+        from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
+    except ImportError:
+        lost("pipelines", "transformers.pipelines.base has no SUPPORTED_PEFT_TASKS")
+        return
+    for names in (*SUPPORTED_PEFT_TASKS.values(), SUPPORTED_PEFT_TASKS.setdefault("image-classification", [])):
+        if name not in names:
+            names.append(name)
+
+
+def runs_again(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module | None:
+    """A layer that a backward pass runs again from outside, hooks included: under activation checkpointing, layers
+    that do not do it themselves."""
+    outside = [layer for layer in layers if not isinstance(layer, GradientCheckpointingLayer)]
+    if not outside:
+        return None
+    if not hasattr(model, "is_activation_checkpointing"):
+        raise broken("activation checkpointing", f"{type(model).__name__} does not say whether it is checkpointed")
+    return outside[0] if model.is_activation_checkpointing else None
