@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import models
 from hf_s3t import S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError, deletion
+from hf_s3t.seams.answering import caches_in
 from hf_s3t.slots import Slot
 from served import ROUNDING, SHAPES, copy, inputs_of, load, prompts, shorten, trained
 from stores import tree
@@ -243,6 +244,16 @@ def test_an_ensemble_without_a_store_can_not_delete(store: S3TStore) -> None:
     for call in (lambda: bare.delete(slices=[(0, 0)]), bare.refresh):
         with pytest.raises(S3TError, match="not loaded from a store"):
             call()
+
+
+def test_a_cache_of_other_members_is_refused(store: S3TStore, ensemble: S3TEnsemble) -> None:
+    tokens = inputs_of("llama")["input_ids"]
+    with torch.no_grad():
+        kept = caches_in(ensemble(tokens[:, :7], use_cache=True))
+        ensemble.delete(slices=[(0, place) for place in range(3)])
+        for ask in (ensemble, ensemble.generate):
+            with pytest.raises(ValueError, match="of other members"):
+                ask(tokens[:, 7:], **kept)
 
 
 # A compiled model

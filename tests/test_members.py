@@ -80,9 +80,13 @@ def choose(way: str, patch: pytest.MonkeyPatch) -> None:
 
 @UNEVEN
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name != "roberta"])
-def test_a_batch_has_the_bits_of_its_members_one_by_one(shape: str, uneven: bool, tmp_path: Path) -> None:
+def test_a_batch_has_the_bits_of_its_members_one_by_one(
+    shape: str, uneven: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = store_of(shape, uneven, tmp_path)
     parts, ensemble = members(store, SHAPES[shape].build), load(store, shape)
+    logits(ensemble, inputs_of(shape))
+    assert not [record for record in caplog.records if record.name in ("hf_s3t.members", "hf_s3t.seams")]
     assert len(parts) == len(ensemble.members) == 3 - uneven
     for count in (4, 6):  # 3 members x 4 rows is the number of tokens in a row
         inputs = inputs_of(shape, count)
@@ -200,15 +204,111 @@ def test_models_whose_rows_are_not_known_answer_in_turn(case: str) -> None:
     assert torch.equal(logits(ensemble, inputs), mean_probability(parts))
 
 
-def test_embeddings_of_a_members_own_share_no_trunk() -> None:
-    model = by_peft(
-        models.tiny_llama(num_hidden_layers=4), target_modules=["q_proj"], modules_to_save=["embed_tokens"]
-    )
-    parts, inputs = [], inputs_of("llama")
+def one_by_one(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean probability of the adapters `"a"` and `"b"`, each asked by itself."""
+    parts = []
     for name in "ab":
         model.set_adapter(name)
-        parts.append(logits(model, repeated(inputs, 2))[: len(inputs["input_ids"])])
-    assert torch.equal(logits(S3TEnsemble(model, {"a": 2, "b": 2}), inputs), mean_probability(parts))
+        parts.append(logits(model, inputs))
+    return mean_probability(parts)
+
+
+def test_embeddings_of_a_members_own_share_no_trunk() -> None:
+    base = models.tiny_llama(num_hidden_layers=4)
+    model = by_peft(base, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    inputs = inputs_of("llama")
+    heads = dict(model.get_base_model().model.embed_tokens.modules_to_save)
+    heads["b"].load_state_dict(heads["a"].state_dict())
+    ensemble = S3TEnsemble(model, {"a": 2, "b": 2})
+    logits(ensemble, inputs)  # with equal embeddings a shared trunk would look right
+    nn.init.normal_(heads["b"].weight)
+    answer = logits(ensemble, inputs)
+    ensemble.detach()
+    torch.testing.assert_close(answer, one_by_one(model, inputs), **ROUNDING)
+
+
+class Renamed(nn.Module):
+    """A decoder layer whose arguments have names that nobody has heard of."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def __call__(self, states: torch.Tensor, **kwargs: Any) -> Any:
+        return super().__call__(states2=states, **{f"{name}2": value for name, value in kwargs.items()})
+
+    def forward(self, states2: torch.Tensor, attention_mask2: Any = None, cache2: Any = None, **kwargs: Any) -> Any:
+        known = {"attention_mask2": attention_mask2, "cache2": cache2, **kwargs}
+        given = {name.removesuffix("2"): value for name, value in known.items() if value is not None}
+        return self.layer(states2, **given)
+
+
+def renamed(base: Any) -> Any:
+    """A model whose layers are [`Renamed`]."""
+    base.model.layers = nn.ModuleList(Renamed(layer) for layer in base.model.layers)
+    return base
+
+
+def test_a_renamed_argument_of_a_layer_changes_nothing() -> None:
+    known = by_peft(models.tiny_llama(num_hidden_layers=4), target_modules=["q_proj"])
+    other = by_peft(renamed(models.tiny_llama(num_hidden_layers=4)), target_modules=["q_proj"])
+    inputs = inputs_of("llama")
+    ensembles = [S3TEnsemble(model, {"a": 2, "b": 2}).eval() for model in (known, other)]
+    for ensemble in ensembles:
+        logits(ensemble, inputs)
+    rows = [count_rows(ensemble) for ensemble in ensembles]
+    assert torch.equal(*(logits(ensemble, inputs) for ensemble in ensembles))
+    assert rows[0] == rows[1] == {0: [6], 1: [6], 2: [12], 3: [12]}
+    tokens = [ensemble.generate(**prompts(), max_new_tokens=6, **GENERATION) for ensemble in ensembles]
+    assert torch.equal(*tokens)
+
+
+class Sealed:
+    """A tensor with a row per example that cannot be seen from outside."""
+
+    def __init__(self, value: torch.Tensor):
+        self.value = value
+
+
+def test_a_trunk_whose_arguments_can_not_be_cut_is_not_shared(caplog: pytest.LogCaptureFixture) -> None:
+    base = models.tiny_llama(num_hidden_layers=4)
+    for layer in base.model.layers:
+        shift = lambda module, args, output: output + module.sealed.value  # noqa: E731
+        layer.register_forward_hook(shift)
+
+    def seal(module: Any, args: Any, kwargs: Any) -> None:
+        rows = kwargs["input_ids"].float().mean(1)[:, None, None] / 20
+        for layer in base.model.layers:
+            layer.sealed = Sealed(rows)
+
+    base.model.register_forward_pre_hook(seal, with_kwargs=True)
+    model, inputs = by_peft(base, target_modules=["q_proj"]), inputs_of("llama")
+    ensemble = S3TEnsemble(model, {"a": 2, "b": 2})
+    logits(ensemble, inputs)
+    assert "share no trunk" in caplog.text
+    rows = count_rows(ensemble)
+    answer = logits(ensemble, inputs)
+    assert rows == {0: [12], 1: [12], 2: [12], 3: [12]}
+    ensemble.detach()
+    torch.testing.assert_close(answer, one_by_one(model, inputs), **ROUNDING)
+
+
+def test_rows_that_depend_on_one_another_are_answered_in_turn(caplog: pytest.LogCaptureFixture) -> None:
+    base = models.tiny_llama(num_hidden_layers=4)
+    base.model.layers[3].register_forward_hook(lambda module, args, output: output + output.mean(0, keepdim=True))
+    model, inputs = by_peft(base, target_modules=["q_proj"]), inputs_of("llama")
+    ensemble = S3TEnsemble(model, {"a": 2, "b": 2})
+    answers = [logits(ensemble, inputs), logits(ensemble, inputs)]
+    assert caplog.text.count("answer in turn") == 1
+    ensemble.detach()
+    for answer in answers:
+        assert torch.equal(answer, one_by_one(model, inputs))
 
 
 def test_an_encoder_decoder_is_refused() -> None:

@@ -151,7 +151,7 @@ class Members:
         """
         switched, self.names, self.lowest_layer = bool(names) != bool(self.names), tuple(names), lowest_layer
         self.weights = None if weights is None else tuple(weights)
-        self.trunk = lowest_layer if self.shares_trunk else 0
+        self._share(bool(self.shares_trunk))
         for module in [*self._lora.values(), *self._heads] if switched or not self._told else ():
             module.enable_adapters(bool(names))
             if names:
@@ -161,6 +161,9 @@ class Members:
         self._told = True
         if lowest_layer > 0 and self.shares_trunk is None:
             self._looked = False
+
+    def _share(self, shared: bool) -> None:
+        self.trunk = self.lowest_layer if shared else 0
 
     def _activate(self, name: str) -> None:
         for module in self._lora.values():
@@ -198,7 +201,7 @@ class Members:
                 return self._compare(rows, given)
         finally:
             self.names, self.weights = names, weights
-            self.trunk = self.lowest_layer if self.shares_trunk else 0
+            self._share(bool(self.shares_trunk))
             self._activate(names[0])
 
     def _compare(self, rows: dict[str, Any], given: bool) -> bool:
@@ -221,7 +224,7 @@ class Members:
             lost("LoRA by views", f"PEFT's LoRA layers can not be computed by views: {reason}")
         self._settle(True)
         if self.lowest_layer > 0:
-            self.trunk = self.lowest_layer
+            self._share(True)
             reason = "a head comes before the layers" if trial.head_first else self._difference(rows, expected)[0]
             self.shares_trunk = reason is None
             if reason is not None:
