@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -72,6 +73,34 @@ def tiny_llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
         "pad_token_id": 0,
     }
     return _build(LlamaForCausalLM, LlamaConfig(**fields | config), seed)
+
+
+class Renamed(nn.Module):
+    """A decoder layer whose arguments have names that nobody has heard of."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def __call__(self, states: torch.Tensor, **kwargs: Any) -> Any:
+        return super().__call__(states2=states, **{f"{name}2": value for name, value in kwargs.items()})
+
+    def forward(self, states2: torch.Tensor, attention_mask2: Any = None, cache2: Any = None, **kwargs: Any) -> Any:
+        known = {"attention_mask2": attention_mask2, "cache2": cache2, **kwargs}
+        given = {name.removesuffix("2"): value for name, value in known.items() if value is not None}
+        return self.layer(states2, **given)
+
+
+def renamed(base: Any) -> Any:
+    """A model whose layers are [`Renamed`]."""
+    base.model.layers = nn.ModuleList(Renamed(layer) for layer in base.model.layers)
+    return base
 
 
 def tiny_llama_12(seed: int = 0, **config: Any) -> LlamaForCausalLM:

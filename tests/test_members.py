@@ -227,37 +227,9 @@ def test_embeddings_of_a_members_own_share_no_trunk() -> None:
     torch.testing.assert_close(answer, one_by_one(model, inputs), **ROUNDING)
 
 
-class Renamed(nn.Module):
-    """A decoder layer whose arguments have names that nobody has heard of."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
-
-    def __call__(self, states: torch.Tensor, **kwargs: Any) -> Any:
-        return super().__call__(states2=states, **{f"{name}2": value for name, value in kwargs.items()})
-
-    def forward(self, states2: torch.Tensor, attention_mask2: Any = None, cache2: Any = None, **kwargs: Any) -> Any:
-        known = {"attention_mask2": attention_mask2, "cache2": cache2, **kwargs}
-        given = {name.removesuffix("2"): value for name, value in known.items() if value is not None}
-        return self.layer(states2, **given)
-
-
-def renamed(base: Any) -> Any:
-    """A model whose layers are [`Renamed`]."""
-    base.model.layers = nn.ModuleList(Renamed(layer) for layer in base.model.layers)
-    return base
-
-
 def test_a_renamed_argument_of_a_layer_changes_nothing() -> None:
     known = by_peft(models.tiny_llama(num_hidden_layers=4), target_modules=["q_proj"])
-    other = by_peft(renamed(models.tiny_llama(num_hidden_layers=4)), target_modules=["q_proj"])
+    other = by_peft(models.renamed(models.tiny_llama(num_hidden_layers=4)), target_modules=["q_proj"])
     inputs = inputs_of("llama")
     ensembles = [S3TEnsemble(model, {"a": 2, "b": 2}).eval() for model in (known, other)]
     for ensemble in ensembles:

@@ -1,4 +1,4 @@
-"""Each seam of answering, when the other library is no longer as it was: a warning for speed, an error for a promise."""
+"""Each seam of answering, when the other library is no longer as it was: a warning for speed, else an error."""
 
 from __future__ import annotations
 
@@ -86,6 +86,21 @@ def test_a_model_that_does_not_say_whether_it_is_checkpointed_is_an_error(monkey
     monkeypatch.setattr(base, "get_base_model", lambda: base, raising=False)
     with pytest.raises(CompatibilityError, match="does not say whether it is checkpointed"):
         Trunk(base, "model.layers").check_checkpointing(2)
+
+
+def test_renamed_arguments_change_no_state_of_the_trunk() -> None:
+    inputs, found = inputs_of("llama"), []
+    for base in (models.tiny_llama(), models.renamed(models.tiny_llama())):
+        base.get_base_model = lambda base=base: base
+        trunk = Trunk(base, "model.layers")
+        trunk.attach(5)
+        with trunk.evaluating():
+            states = trunk.states(inputs, [2, 5])
+            given = list(states[2])
+            found.append((*states.values(), trunk.states(inputs, [5], 2, given)[5]))
+        trunk.detach()
+    assert all(map(torch.equal, *found))
+    assert torch.equal(found[1][1], found[1][2])
 
 
 def test_pipelines_that_know_other_names_cost_a_clean_log(
