@@ -39,19 +39,197 @@ class Seam(NamedTuple):
     until: str
 
 
+PEFT, TRANSFORMERS, TRL = "0.21.2", "5.23 and 5.24", "1.16"
+"""Versions that seams of training were seen with."""
+
 TABLE: dict[str, Seam] = {
     # ---- training: the Trainer and its callbacks, PEFT's tuner, what a recipe is made of ----
-
-
-
+    "peft_type": Seam(
+        "peft",
+        "the members of the enum `PeftType` and the tuners by them, extended by `S3T`",
+        "`register_peft_method` takes no method that the enum lacks",
+        "promise 8",
+        PEFT,
+        "once PEFT lets others add a method",
+    ),
+    "lora_model": Seam(
+        "peft",
+        "`LoraModel`'s methods `_pre_injection_hook`, `_prepare_adapter_config` and `_check_target_module_exists`",
+        "an adapter lies in the layers that its stage owns, and nowhere else",
+        "promise 1",
+        PEFT,
+        "once a config can name modules by their whole paths, one adapter beside another",
+    ),
+    "peft_names": Seam(
+        "peft",
+        "the names that parameters have within adapters (`lora_`, `base_layer`, `modules_to_save`, `original_module`)",
+        "what a stage owns and what belongs to the base is told by names",
+        "promises 1 and 4",
+        PEFT,
+        "once PEFT says which adapter a parameter is of",
+    ),
+    "active_adapters": Seam(
+        "peft",
+        "`active_adapter` of the tuner and of the model, set beside the layers' own",
+        "a stage trains beside its parent: two LoRAs answer and one head does",
+        "promise 2",
+        PEFT,
+        "once `set_adapter` takes several adapters where there are heads",
+    ),
+    "all_linear": Seam(
+        "peft",
+        "`_maybe_include_all_linear_layers`",
+        "the layers are known before the first adapter is made",
+        "promise 8",
+        PEFT,
+        "once PEFT says which modules a config targets",
+    ),
+    "targeting": Seam(
+        "peft",
+        "how `check_target_module_exists` reads a config and a path",
+        "the adapters of the store lie in the same modules when stock PEFT loads them",
+        "promise 8",
+        PEFT,
+        "once PEFT says which modules a config targets",
+    ),
+    "task_heads": Seam(
+        "peft",
+        "the names of the heads that its classes for tasks train whole",
+        "every stage stores the heads that it trains",
+        "promise 2",
+        PEFT,
+        "once PEFT says so before it wraps a model",
+    ),
+    "loading_marks": Seam(
+        "transformers",
+        "the mark `_is_hf_initialized` of parameters that were loaded",
+        "a head that the checkpoint lacks is drawn from the seed alone, and stored",
+        "promise 4",
+        TRANSFORMERS,
+        "once a model says which weights it lacked after it was loaded",
+    ),
+    "drawn_weights": Seam(
+        "transformers",
+        "the method `_init_weights` of models",
+        "a head that the checkpoint lacks is drawn from the seed alone",
+        "promise 4",
+        TRANSFORMERS,
+        "once there is a public method that draws one module",
+    ),
+    "attention": Seam(
+        "transformers",
+        "`_attn_implementation` of a model's config",
+        "cached states are of the kernel that computes now",
+        "promise 4",
+        TRANSFORMERS,
+        "once a config says so under a public name",
+    ),
+    "two_trunks": Seam(
+        "transformers",
+        "`is_encoder_decoder` of a model's config",
+        "an activation cache holds the states of one trunk",
+        "promise 4",
+        TRANSFORMERS,
+        "never: it is public, and only has to be there",
+    ),
+    "layer_drop": Seam(
+        "transformers",
+        "the names of settings by which models leave layers out (`LAYER_DROPS`)",
+        "an activation cache refuses them before the first row",
+        "comfort: an error at once, not at the first layer that is left out",
+        TRANSFORMERS,
+        "once models agree on a name",
+    ),
+    "tokenizer_rules": Seam(
+        "transformers",
+        "`backend_tokenizer` of fast tokenizers",
+        "a tokenizer that works otherwise is another recipe",
+        "promise 4",
+        TRANSFORMERS,
+        "never: it is public, and only has to be there",
+    ),
+    "silent_arguments": Seam(
+        "transformers",
+        "the names of arguments that change no bit (`SILENT`, `CHOOSING`)",
+        "a recipe holds all that changes bits; a name that is not listed is taken for one that does",
+        "promise 4",
+        TRANSFORMERS,
+        "once arguments say what they are for",
+    ),
+    "refused_arguments": Seam(
+        "transformers",
+        "the names of arguments that are refused",
+        "what can not work stage by stage is refused, not ignored",
+        "promises 1 and 4",
+        TRANSFORMERS,
+        "never: they are public, and only have to be there",
+    ),
+    "refused_arguments_of_trl": Seam(
+        "trl",
+        "the names `packing` and `padding_free`",
+        "what joins rows of different slices is refused, not ignored",
+        "promise 2",
+        TRL,
+        "never: they are public, and only have to be there",
+    ),
+    "trainer": Seam(
+        "transformers",
+        "the private methods, attributes and arguments of the `Trainer` that `seams/trainer.py` lists",
+        "stages train one after another in one Trainer, and their checkpoints are found, guarded and never pushed",
+        "promises 1, 5 and 7",
+        TRANSFORMERS,
+        "method by method, once there are callbacks that can do the same",
+    ),
+    "checkpoints": Seam(
+        "transformers",
+        "the name of a checkpoint's folder",
+        "a checkpoint that was not wholly written is never resumed",
+        "promise 5",
+        TRANSFORMERS,
+        "once `on_save` says which folder was written",
+    ),
+    "neftune": Seam(
+        "transformers",
+        "`neftune_hook_handle` of the `Trainer`",
+        "a stage that a deletion stops leaves no noise to the next one",
+        "promise 4",
+        TRANSFORMERS,
+        "once the Trainer takes its hook back after an error, too",
+    ),
+    "callbacks": Seam(
+        "transformers",
+        "the list `callbacks` of the `CallbackHandler`, and when callbacks are told",
+        "a guard looks at what trains, and for deletions, at every optimizer step",
+        "promises 1 and 3",
+        TRANSFORMERS,
+        "never: the events are public, and only have to come",
+    ),
+    "callback_events": Seam(
+        "transformers",
+        "`CallbackHandler.call_event`",
+        "callbacks are told which stage trains, and trackers see one run",
+        "comfort: `stage` in the arguments of callbacks, one run for trackers",
+        TRANSFORMERS,
+        "once callbacks can be told more from outside",
+    ),
+    "trackers": Seam(
+        "transformers",
+        "`get_reporting_integration_callbacks` and `TensorBoardCallback.logging_dir`",
+        "trackers see one run, and tensorboard writes beside the store",
+        "comfort: one run for trackers, tensorboard beside the store",
+        TRANSFORMERS,
+        "once both are documented",
+    ),
+    "progress": Seam(
+        "transformers",
+        "`ProgressCallback.training_bar`",
+        "one progress bar over the whole plan",
+        "comfort: logs that are printed above the progress bar",
+        TRANSFORMERS,
+        "once the progress bar is documented",
+    ),
     # ---- answering: layers, caches, pipelines ----
-
-
-
     # ---- the Hub ----
-
-
-
 }
 """Every seam by its name."""
 
