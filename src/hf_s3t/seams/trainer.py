@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,10 +48,8 @@ class TrainerSeam(TrainerBase):
         theirs = classes_behind(cls, TrainerSeam)
         if theirs:  # else it is a part that no Trainer is mixed into yet
             check_overrides("trainer", theirs, METHODS, ATTRIBUTES)
-            taken = {name for above in theirs for name in inspect.signature(above).parameters}
-            absent = [name for name in PARAMETERS if name not in taken]
-            if absent:
-                raise broken("trainer", f"`{theirs[0].__qualname__}` takes no {' and no '.join(absent)}")
+            check_arguments(theirs)
+            check_own_names(cls, theirs)
 
     # ---- hooks ----
 
@@ -124,6 +122,25 @@ class TrainerSeam(TrainerBase):
             if handle is None:
                 raise broken("neftune", "The Trainer keeps no `neftune_hook_handle`")
             handle.remove()
+
+
+def check_arguments(theirs: Sequence[type]) -> None:
+    """Raises [`CompatibilityError`] unless a Trainer can be made with what is refused."""
+    taken = {name for cls in theirs for name in inspect.signature(cls).parameters}
+    absent = [name for name in PARAMETERS if name not in taken]
+    if absent:
+        raise broken("trainer", f"`{theirs[0].__qualname__}` can not be made with {' or '.join(absent)}")
+
+
+def check_own_names(cls: type, theirs: Sequence[type]) -> None:
+    """Raises [`CompatibilityError`] if a Trainer has a method of its own that ours would replace by chance."""
+    package = __name__.split(".")[0]
+    mixed_in = [ours for ours in cls.__mro__ if ours.__module__.split(".")[0] == package]
+    own = {name for ours in mixed_in for name in vars(ours) if name.startswith("_") and not name.startswith("__")}
+    own |= {name for name in vars(TrainerSeam) if not name.startswith("__")}
+    for name in sorted(own - {*METHODS}):
+        if any(name in vars(other) for other in theirs):
+            raise broken("trainer", f"`{theirs[0].__qualname__}` has a `{name}` now, which ours would replace")
 
 
 def written_checkpoint(running: Path, step: int) -> Path:
