@@ -36,7 +36,7 @@ SYSTEMS = (
      (('"stage_parameters") == "all" else stage.path', '"stage_parameters") != "layer_group" else stage.path'),),
      (R + "the_ensemble_is_its_members",)),
     (2, "a stage of all layers whose newest slice is empty forgets its parent", "tuner.py",
-     (('if "lora_" in name and not self._goes_on:', 'if "lora_" in name:'),),
+     (("if LORA in name and not self._goes_on:", "if LORA in name:"),),
      (REPLAY + "a_stage_whose_newest_slice_is_empty_changes_nothing[all]",)),
     (4, "which examples are replayed depends on how many there are", "partition.py",
      (("_chance(stage, digest) < replay", "_chance(stage, str(len(by_slice[slice_id]))) < replay"),),

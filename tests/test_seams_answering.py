@@ -38,7 +38,7 @@ def test_lora_that_is_computed_otherwise_costs_speed_alone(
     ensembles = [load(trained("llama"), "llama") for _ in range(2)]
     for ensemble in ensembles:
         torch.testing.assert_close(answer_of(ensemble), expected(), **ROUNDING)
-    assert caplog.text.count(TABLE["LoRA by views"].depends) == 1
+    assert caplog.text.count(TABLE["lora_by_views"].depends) == 1
     assert "in turn" not in caplog.text
 
 

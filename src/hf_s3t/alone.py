@@ -10,13 +10,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from .config import S3TConfig
 from .numbered import ROW_NUMBER, NumberingCollator, row_length
+from .recipe import quantization
+from .seams.arguments import setting
+from .seams.models import LAYER_DROPS, is_encoder_decoder
 from .trunk import Trunk
 
 ActivationCache = Literal["off", "memory", "disk"]
+
+CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 
 COMPANY = 4
 """Rows that are computed together, once, to see that it makes no difference."""
@@ -43,9 +51,9 @@ def check_cache(
             f"{config.stage_parameters!r} every layer has one. Use stage_parameters='layer_group', or "
             "activation_cache='off'."
         )
-    if getattr(model.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         raise ValueError("An encoder-decoder model has two trunks. It can not be cached: use activation_cache='off'.")
-    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+    for name in LAYER_DROPS:
         if getattr(model.config, name, 0):
             raise ValueError(
                 f"The model's config has `{name}={getattr(model.config, name)!r}`: the layer that cached states enter "
@@ -57,7 +65,7 @@ def check_cache(
         "padding_free": "it joins the rows of a batch",
     }
     for name, reason in refusals.items():
-        if getattr(args, name, None):
+        if setting(args, name):
             raise ValueError(
                 f"An activation cache does not work with `{name}={getattr(args, name)!r}`: {reason}. Leave it out, or "
                 "use activation_cache='off'."
@@ -88,7 +96,7 @@ class AloneRows:
 
     def inputs(self, batch: Any) -> dict[str, Any]:
         """A batch where the model is."""
-        return self.trainer._prepare_inputs(dict(batch))
+        return send_to_device(dict(batch), self.trainer.args.device)
 
     def states(self, batch: Any, layers: Sequence[int], start: int = 0, given: Any = None) -> dict[int, torch.Tensor]:
         """What enters some layers of a batch of one, each `(positions, hidden)`; the model has to be in eval mode.
@@ -204,12 +212,12 @@ def _refuse_head(module: Any, args: Any) -> None:
 def _is_exact(rows: AloneRows, states: torch.Tensor) -> bool:
     """Whether all of a trunk computes in 32 bits or more: then a batch of another shape moves the last bits only."""
     base, matmul = rows.trunk.base, torch.backends.cuda.matmul
-    if rows.trainer.accelerator.mixed_precision != "no" or getattr(base, "is_quantized", False):
+    if rows.trainer.accelerator.mixed_precision != "no" or quantization(base) is not None:
         return False
     setting = getattr(matmul, "fp32_precision", None)  # torch 2.9 and later
     tf32 = matmul.allow_tf32 if setting is None else setting not in ("none", "ieee")
     if rows.trainer.args.device.type != "cpu":  # cuDNN takes TF32 for convolutions unless told otherwise
-        tf32 |= any(isinstance(module, nn.modules.conv._ConvNd) for module in base.modules())
+        tf32 |= any(isinstance(module, CONVOLUTIONS) for module in base.modules())
     return states.itemsize >= 4 and not tf32
 
 

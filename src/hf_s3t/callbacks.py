@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
 from .errors import IsolationError
 from .plan import Stage
+from .seams.trainer import check_handler, check_progress, check_told, send_tensorboard, tracker_classes
 from .tuner import StageTuner
 
 logger = get_logger(__name__)
@@ -30,19 +32,18 @@ class StageCallbackHandler(CallbackHandler):
     """
 
     def __init__(self, handler: CallbackHandler, report_to: list[str]):
+        check_handler(handler)
         self.callbacks: list[TrainerCallback]
-        super().__init__(
-            handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
-        )
+        self.__dict__.update(vars(handler))  # whatever it is made with
         self.stage: Stage | None = None
-        self.trackers = tuple(get_reporting_integration_callbacks(report_to))
+        self.trackers: tuple[Any, ...] = tracker_classes(report_to)
         self._begun = False
 
     def keep_outside(self, output_dir: str) -> None:
         """Sends tensorboard to `OUTPUT_DIR-runs` unless told otherwise: its default lies in the store."""
         for callback in self.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = f"{os.path.normpath(output_dir)}-runs"
+            if isinstance(callback, TensorBoardCallback):
+                send_tensorboard(callback, f"{os.path.normpath(output_dir)}-runs")
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         everyone = self.callbacks
@@ -75,14 +76,30 @@ class StageGuard(TrainerCallback):
     def __init__(self, tuner: StageTuner, drop_if_hit: Callable[[], None]):
         self.tuner, self.drop_if_hit = tuner, drop_if_hit
         self.waiting: dict[str, torch.nn.Parameter] = {}
-        self.steps = 0
+        self.told: set[str] = set()
+        self.steps = self.first_step = 0
+
+    @contextmanager
+    def stage(self, state: Callable[[], Any]) -> Iterator[None]:
+        """While a stage trains; raises if the Trainer did not tell of it.
+
+        Args:
+            state (`Callable`): gives the Trainer's state.
+        """
+        self.told.clear()
+        self.first_step = 0
+        yield
+        check_told(self.told, state().global_step - self.first_step)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.told.add("on_train_begin")
+        self.first_step = state.global_step
         self.tuner.check_mask()
         self.tuner.check_optimizer(optimizer)
         self.waiting, self.steps = self.tuner.adapter_parameters("default"), 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.told.add("on_pre_optimizer_step")
         self.drop_if_hit()
         self.steps += 1
         reached = [name for name, value in self.waiting.items() if value.grad is not None and bool(value.grad.any())]
@@ -90,6 +107,7 @@ class StageGuard(TrainerCallback):
             del self.waiting[name]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.told.add("on_train_end")
         if not self.steps or not self.waiting:
             return
         if len(self.waiting) == len(self.tuner.training_owned):
@@ -111,6 +129,7 @@ class PlanProgressCallback(ProgressCallback):
 
     def __init__(self, replay: float = 1.0):
         super().__init__()
+        check_progress()
         self.training_bar: Any = None
         self.replay, self.total, self.done = replay, 0.0, 0.0
 

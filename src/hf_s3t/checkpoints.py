@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .errors import StoreError
 from .files import json_bytes, read_json, remove, sync_folder, write_atomic
@@ -34,7 +35,7 @@ def latest_checkpoint(running: Path, mark: Mapping[str, Any]) -> str | None:
     """The newest checkpoint with this mark. A torn one, and one of other data, is removed."""
     complete: list[tuple[int, Path]] = []
     for folder in running.glob("*"):
-        step = folder.name.removeprefix("checkpoint-")
+        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if step.isdigit() and _has_mark(folder, mark):
             complete.append((int(step), folder))
         else:

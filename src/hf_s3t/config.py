@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
-from peft import LoraConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import register_peft_method
+from peft import LoraConfig
 
+from .seams.tuners import add_peft_type, register_tuner
 from .sequences import explicit
 from .survival import checked_prior
 
@@ -57,21 +56,6 @@ REASONS = {
     "trainable_token_indices": "token embeddings lie below every layer group and would be shared by all stages",
     "layer_replication": "replicated layers share weights between layer groups",
 }
-
-
-def add_peft_type(name: str) -> PeftType:
-    """Adds a member to PEFT's enum of methods, which `register_peft_method` insists on. Idempotent.
-
-    PEFT has no public way to do this (the enum is closed at definition); it can go once there is one.
-    """
-    if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
-        member._name_ = member._value_ = name
-        PeftType._member_map_[name] = member
-        PeftType._value2member_map_[name] = member
-        PeftType._member_names_.append(name)
-        type.__setattr__(PeftType, name, member)
-    return PeftType(name)
 
 
 S3T = add_peft_type("S3T")
@@ -250,5 +234,4 @@ class S3TConfig(LoraConfig):
 
 def register(model_cls: type[Any]) -> None:
     """Registers `S3TConfig` and its tuner with PEFT. Idempotent, so that a reload of the package is harmless."""
-    if S3T not in PEFT_TYPE_TO_TUNER_MAPPING:
-        register_peft_method(name="s3t", config_cls=S3TConfig, model_cls=model_cls, prefix="lora_")
+    register_tuner(S3T, S3TConfig, model_cls)

@@ -11,13 +11,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from transformers import Trainer
 
 from .activations import Block, BlockName, Blocks, FileBlocks, MemoryBlocks
 from .alone import ActivationCache, AloneRows, check_model
@@ -29,13 +29,13 @@ from .orders import StageDropped, StageOrder, is_hit
 from .partition import Entry, canonical
 from .plan import Stage
 from .requests import Place
+from .seams.models import computing_settings
+from .seams.trainer import TrainerSeam
 from .staging import on_main_process
 from .trunk import Trunk
 from .tuner import owned_layers
 
 logger = get_logger(__name__)
-
-TrainerBase: Any = Trainer if TYPE_CHECKING else object
 
 Rows = list[tuple[str, int]]
 """Keyed digests of examples, with the numbers of their prepared rows."""
@@ -256,10 +256,7 @@ class TrunkCache:
     @cached_property
     def _model(self) -> dict[str, Any]:
         """What of the base model's config may change a state, as it was before the first training."""
-        config = self.trunk.base.config
-        loaded = {"_name_or_path", "transformers_version"}
-        about = {name: value for name, value in config.to_dict().items() if name not in loaded}
-        return about | {"attention": config._attn_implementation}
+        return computing_settings(self.trunk.base.config)
 
     def _settle(self, rows: Rows) -> None:
         """Chooses what to keep, and says how large that is before anything is written."""
@@ -357,27 +354,26 @@ class TrunkCache:
             raise errors[0]
 
 
-class FedTrainerMixin(TrainerBase):
+class FedTrainerMixin(TrainerSeam):
     """The part of [`S3TMixin`] by which rows keep their numbers on the way to a training step."""
 
     trunk_cache: TrunkCache
-    _signature_columns: Any
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if isinstance(train_dataset, NumberedRows) and hasattr(train_dataset.rows, "column_names"):
-            train_dataset = self._remove_unused_columns(train_dataset.rows)  # what it would see without a cache
-        return super()._get_train_sampler(train_dataset)
+    def rows_to_draw(self, rows: Any) -> Any:
+        """What the sampler would see without a cache."""
+        if isinstance(rows, NumberedRows) and hasattr(rows.rows, "column_names"):
+            return self.without_unused_columns(rows.rows)
+        return rows
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if self.trunk_cache.on and ROW_NUMBER not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, ROW_NUMBER]
+    def more_columns(self) -> list[str]:
+        """With a cache, the column of the rows' numbers."""
+        return [ROW_NUMBER] if self.trunk_cache.on else []
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the Trainer's; where states are cached the model starts at the layer that they enter."""
         if not self.trunk_cache.on:
             return super().training_step(model, inputs, *args, **kwargs)
-        inputs = self._prepare_inputs(inputs)
+        inputs = copy(inputs)  # the row numbers are taken out of it
         with self.trunk_cache.feeding(inputs):
             return super().training_step(model, inputs, *args, **kwargs)
 

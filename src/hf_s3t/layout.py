@@ -11,20 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from .config import S3TConfig
+from .seams.tuners import HEADS_BY_TASK, default_targets, is_targeted, name_all_linear
 
 logger = logging.getLogger(__name__)
-
-HEADS_BY_TASK = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""Heads that PEFT's task classes add to `modules_to_save` on their own."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +72,7 @@ def find_layout(model: nn.Module, config: S3TConfig) -> Layout:
     inside: dict[str, dict[int, list[str]]] = {}
     outside: list[str] = []
     for path, _ in model.named_modules():
-        match = check_target_module_exists(resolved, path) if path else False
-        if not match or isinstance(match, _ExcludedModule):
+        if not path or not is_targeted(resolved, path):
             continue
         place = split_layer_path(path)
         if place is None or not place[2]:
@@ -108,7 +99,7 @@ def _resolve_targets(model: nn.Module, config: S3TConfig) -> tuple[LoraConfig, b
     targets = config.target_modules
     if targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        targets = default_targets(model_type)
         if targets is None:
             raise ValueError(f"PEFT knows no default `target_modules` for model type {model_type!r}; name them.")
     everything_linear = isinstance(targets, str) and targets.lower() == "all-linear"
@@ -118,7 +109,7 @@ def _resolve_targets(model: nn.Module, config: S3TConfig) -> tuple[LoraConfig, b
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
     )
-    return _maybe_include_all_linear_layers(resolved, model), everything_linear
+    return (name_all_linear(resolved, model) if everything_linear else resolved), everything_linear
 
 
 def find_heads(model: nn.Module, config: S3TConfig) -> tuple[str, ...]:
@@ -190,7 +181,7 @@ def _shortest_suffixes(model: nn.Module, layout: Layout) -> tuple[str, ...]:
 
 
 def _found(model: nn.Module, config: LoraConfig) -> set[str]:
-    return {path for path, _ in model.named_modules() if check_target_module_exists(config, path)}
+    return {path for path, _ in model.named_modules() if is_targeted(config, path)}
 
 
 def _outside(model: nn.Module, suffixes: tuple[str, ...]) -> bool:

@@ -221,7 +221,7 @@ class Members:
             if again is not None:
                 self._settle(False, reason)
                 return True
-            lost("LoRA by views", f"PEFT's LoRA layers can not be computed by views: {reason}")
+            lost("lora_by_views", f"PEFT's LoRA layers can not be computed by views: {reason}")
         self._settle(True)
         if self.lowest_layer > 0:
             self._share(True)

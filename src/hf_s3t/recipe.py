@@ -20,19 +20,10 @@ from .config import LORA_FIELDS, S3TConfig
 from .errors import RecipeError
 from .layout import Layout
 from .partition import canonical
-from .tuner import base_name, tensor_digest
-
-SILENT_PREFIXES = (
-    "logging_", "log_", "hub_", "push_to_hub", "report_to", "run_name", "project", "trackio_", "do_", "include_",
-    "skip_memory_metrics", "ddp_", "deepspeed", "fsdp", "local_rank", "disable_tqdm", "debug", "resume_from",
-    "ignore_data_skip", "restore_callback_states", "output_dir", "logging_dir", "torch_empty_cache_steps", "use_cpu",
-    "auto_find_batch_size", "enable_jit", "dataloader_pin_memory", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "place_model_on_device", "fp16_full_eval", "bf16_full_eval", "overwrite",
-)  # fmt: skip
-"""Beginnings of the names of TrainingArguments that change no bit of a stage."""
-
-CHOOSING_PREFIXES = ("eval_", "save_", "per_device_eval", "batch_eval", "prediction_loss", "metric_for_best", "great")
-"""They count only with `load_best_model_at_end`: then the evaluation set chooses the weights."""
+from .seams.arguments import CHOOSING, SILENT
+from .seams.models import tokenizer_rules
+from .seams.tuners import base_name
+from .tuner import tensor_digest
 
 
 def make_recipe(
@@ -77,7 +68,7 @@ def make_recipe(
         "processes": args.world_size,
         "base": {
             "id": base_id,
-            "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+            "revision": config.revision,
             "class": type(bare(model)).__name__,
             "num_labels": bare(model).config.num_labels if layout.heads else None,
             "dtype": str(bare(model).dtype),
@@ -116,8 +107,8 @@ def described(thing: Any) -> Any:
 
 def bit_changing_arguments(args: TrainingArguments) -> dict[str, Any]:
     """The TrainingArguments (of any subclass) that change the bits of a stage."""
-    silent = SILENT_PREFIXES if args.load_best_model_at_end else SILENT_PREFIXES + CHOOSING_PREFIXES
-    kept = {name: value for name, value in args.to_dict().items() if not name.startswith(silent)}
+    silent = SILENT if args.load_best_model_at_end else SILENT | CHOOSING
+    kept = {name: value for name, value in args.to_dict().items() if name not in silent}
     return {name: value for name, value in sorted(kept.items()) if not _is_path(value)}
 
 
@@ -153,8 +144,7 @@ def processing_digest(processing_class: Any) -> str | None:
         return None
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         return hashlib.sha256(canonical(processing_class.to_dict())).hexdigest()
-    backend = getattr(processing_class, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else processing_class.get_vocab()
+    rules = tokenizer_rules(processing_class)
     for changing in ("truncation", "padding"):  # what the last call left in the backend
         rules.pop(changing, None)
     about = (rules, processing_class.chat_template, processing_class.special_tokens_map, processing_class.padding_side)

@@ -6,22 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import Trainer
 
 from .deletion import Receipt
 from .ensemble import S3TEnsemble, read_members
 from .orders import StageOrder
+from .seams.trainer import TrainerSeam
 from .staging import on_main_process
 from .store import S3TStore
 from .tuner import StageTuner
 
-TrainerBase: Any = Trainer if TYPE_CHECKING else object
 
-
-class ServedModelMixin(TrainerBase):
+class ServedModelMixin(TrainerSeam):
     """The part of [`S3TMixin`] that works on the served model."""
 
     model: Any
@@ -56,7 +54,7 @@ class ServedModelMixin(TrainerBase):
             yield
             return
         peft_model = self.model
-        self._set_signature_columns_if_needed()  # of the base model: the ensemble takes whatever it is given
+        self.settle_columns()  # of the base model: the ensemble takes whatever it is given
         self.model = self.model_wrapped = ensemble = S3TEnsemble(peft_model, members)
         try:
             yield
@@ -82,13 +80,13 @@ class ServedModelMixin(TrainerBase):
             self._serve()
         return receipt
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Writes the root adapter and the tokenizer; the store itself holds its root adapter already.
 
         With `args.push_to_hub` the store is pushed, too.
         """
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
+        if self.in_checkpoint:
+            super().save_model(output_dir, *args, **kwargs)
             return
         target = Path(output_dir or self.args.output_dir)
         if self.args.should_save and target.resolve() != self.store.path.resolve():
@@ -142,6 +140,3 @@ class ServedModelMixin(TrainerBase):
         """As upstream's, but a new repository is private unless told otherwise."""
         private = self.args.hub_private_repo if private is None else private
         super().init_hf_repo(token=token, private=private is not False)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: a checkpoint is scratch with optimizer states in it, and the store is whole between stages only."""

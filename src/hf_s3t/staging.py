@@ -21,6 +21,8 @@ from .config import S3TConfig
 from .layout import find_heads
 from .optimal import optimal
 from .plan import Plan, Stage
+from .seams.arguments import setting
+from .seams.tuners import check_base_names, check_heads
 from .sequences import check_count, select_sequences
 from .trees import MAX_COST
 from .tuner import draw_heads
@@ -66,7 +68,7 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
         "use_liger_kernel": "it patches the model at every stage; patch it once before you pass it",
     }
     for name, reason in refusals.items():
-        if getattr(args, name, None):
+        if setting(args, name):
             raise ValueError(f"S3T does not work with `{name}={getattr(args, name)!r}`: {reason}.")
     if args.push_to_hub and "checkpoint" in str(args.hub_strategy.value):
         raise ValueError(
@@ -134,12 +136,16 @@ def wrap_model(model: nn.Module, config: S3TConfig | None, seed: int) -> tuple[P
     heads = find_heads(model, config)
     drawn = draw_heads(model, heads, seed)
     config.modules_to_save = list(heads) or None
-    return get_peft_model(model, copy.deepcopy(config)), config, drawn
+    names = list(model.state_dict())
+    wrapped = get_peft_model(model, copy.deepcopy(config))
+    check_heads(heads, wrapped)
+    check_base_names(names, wrapped)
+    return wrapped, config, drawn
 
 
 def public_id(model: nn.Module) -> str | None:
     """The base model's id on the Hub; `None` where it is a local path or was built from a config."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
     try:
         validate_repo_id(name)
     except HFValidationError:

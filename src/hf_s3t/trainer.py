@@ -39,6 +39,7 @@ from .plan import Stage
 from .recipe import make_recipe
 from .reconcile import Missing, Wanted, plan_repair, reconcile
 from .rows import TrainRows
+from .seams.trainer import written_checkpoint
 from .serving import ServedModelMixin
 from .staging import (
     Repair,
@@ -246,8 +247,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             except StageDropped:
                 logger.warning("stage %s was hit by a deletion: dropped", order.stage.name)
                 self._on_main(partial(remove, running_folder(self.store, order.stage)))
-                if self.neftune_noise_alpha is not None:  # the Trainer takes its hook back only at a normal end
-                    self.neftune_hook_handle.remove()
+                self.remove_noise()
         return outputs
 
     def _next_order(self) -> StageOrder | None:
@@ -270,7 +270,8 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
                     checkpoint = self._on_main(partial(self._resumable_checkpoint, resume))
                     frozen = self.tuner.frozen_digests(self._base_digests)
                     set_seed(seed)
-                    output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+                    with self.guard.stage(lambda: self.state):
+                        output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
                     self._base_digests = self.tuner.check_frozen(frozen)
             else:
                 self.tuner.empty_stage()
@@ -354,9 +355,9 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
     def _running(self) -> Path:
         return running_folder(self.store, self.order.stage)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        # The store receives our files only: the Trainer's checkpoints are scratch.
-        return str(self._running) if self._order else super()._get_output_dir(trial)
+    def checkpoint_folder(self) -> Path | None:
+        """A running stage's own: the store receives our files only, the Trainer's checkpoints are scratch."""
+        return self._running if self._order else None
 
     def _resumable_checkpoint(self, resume: bool) -> str | None:
         """The newest complete checkpoint of the running stage; whatever else lies there is removed."""
@@ -377,14 +378,15 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         """Whether a callback counts evaluations, which a checkpoint does not restore: such a stage starts again."""
         return any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Under the write lock: a deletion either waits for the checkpoint and then removes it, or comes first.
+    @contextmanager
+    def writing_checkpoint(self) -> Iterator[None]:
+        """Under the write lock: a deletion either waits for the checkpoint and then removes it, or comes first."""
         self._on_main(self._enter_checkpoint)
         try:
-            super()._save_checkpoint(model, trial)
+            yield
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                mark_complete(self._running / f"checkpoint-{self.state.global_step}", self.order.mark)
+                mark_complete(written_checkpoint(self._running, self.state.global_step), self.order.mark)
         finally:
             if self.is_world_process_zero():
                 self.store.write_lock.release()
@@ -398,18 +400,14 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             self.store.write_lock.release()
             raise
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def weights_loaded(self) -> None:
+        """Makes the stage's own parameters train again, and no others."""
         self.tuner.arm(training=True)  # loading turns everything in the adapter on, and the prefix off
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.tuner.arm(training=True)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's; metrics of a stage carry its name, and steps count over the whole plan."""
         if self._order is None:
-            super().log(logs, start_time)
+            super().log(logs, *args, **kwargs)
             return
         name = self._order.stage.name
         named = {
@@ -418,7 +416,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         }
         self.state.global_step += self._order.steps_before
         try:
-            super().log(named, start_time)
+            super().log(named, *args, **kwargs)
         finally:
             self.state.global_step -= self._order.steps_before
 

@@ -1,4 +1,4 @@
-"""Which parameters a stage owns, which of them trains, and which prefix is active: all that touches PEFT's inside.
+"""Which parameters a stage owns, which of them trains, and which prefix is active: with PEFT's own means.
 
 ```
 layer          stage 1        stage 2        stage 3        a served prefix of length 2
@@ -26,9 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import set_seed
 
@@ -36,22 +34,26 @@ from .adapter import Adapter
 from .config import LORA_FIELDS, S3TConfig, register
 from .errors import IsolationError
 from .layout import Layout, find_layout, layers_pattern
+from .seams.models import draw_weights, loaded_parameters
+from .seams.tuners import LORA, TunerSeam, activate, adapter_parameters, add_adapter, base_name, set_active
 
 Tensors = dict[str, torch.Tensor]
 
 
-class S3TModel(LoraModel):
+class S3TModel(TunerSeam):
     """A [`~peft.LoraModel`] whose adapters live in the layers that their [`S3TConfig`] owns (`stage_layers`)."""
 
-    def _pre_injection_hook(self, model: nn.Module, config: S3TConfig, adapter_name: str) -> None:
+    def look_at(self, model: nn.Module, config: S3TConfig) -> None:
+        """Finds the layers of the base model."""
         self.layout = find_layout(model, config)
 
-    def _prepare_adapter_config(self, peft_config: S3TConfig, model_config: dict) -> S3TConfig:
-        peft_config.target_modules = set(self.layout.suffixes)
-        return peft_config
+    def target_suffixes(self) -> set[str]:
+        """What PEFT would find the layout's targets by."""
+        return set(self.layout.suffixes)
 
-    def _check_target_module_exists(self, peft_config: S3TConfig, key: str) -> bool:
-        layers = peft_config.stage_layers
+    def is_target(self, config: S3TConfig, key: str) -> bool:
+        """Whether a module is a target, in a layer that the adapter owns."""
+        layers = config.stage_layers
         return key in self.layout.module_names(self.layout.grouped_layers if layers is None else layers)
 
 
@@ -124,8 +126,8 @@ class StageTuner:
         self._inject("default", owned, heads=True)
         self.active, self._goes_on = ["default"], False
         if parent is not None:
-            lora = {key: value for key, value in parent.tensors.items() if "lora_" in key}
-            heads = {key: value for key, value in parent.tensors.items() if "lora_" not in key}
+            lora = {key: value for key, value in parent.tensors.items() if LORA in key}
+            heads = {key: value for key, value in parent.tensors.items() if LORA not in key}
             frozen = frozen_layers(self.config, self.layout, depth)
             if frozen:
                 self._inject("prefix", frozen, heads=False, like=parent)
@@ -159,13 +161,7 @@ class StageTuner:
 
     def arm(self, training: bool) -> None:
         """Sets active adapters, heads and `requires_grad`. Runs after everything that may have changed them."""
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer):
-                module.set_adapter(self.active)
-            elif isinstance(module, ModulesToSaveWrapper):
-                module.set_adapter(self.active[0])
-        self.model.base_model.active_adapter = list(self.active)
-        self.model.active_adapter = self.active[0]
+        activate(self.model, self.active)
         without_grad(self.model)
         owned = self.adapter_parameters("default") if training else {}
         for parameter in owned.values():
@@ -178,12 +174,12 @@ class StageTuner:
         return sum(
             count
             for name, count in self._numel.items()
-            if "lora_" not in name or any(f".{module}" in name for module in inside)
+            if LORA not in name or any(f".{module}" in name for module in inside)
         )
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Named parameters of one adapter: its LoRA matrices and its heads."""
-        return {key: value for key, value in self.model.named_parameters() if f".{name}." in f"{key}."}
+        return adapter_parameters(self.model, name)
 
     def check_mask(self) -> None:
         """Raises [`IsolationError`] unless exactly the stage's own parameters train."""
@@ -244,7 +240,7 @@ class StageTuner:
         """Makes a stage that has no example one without effect: its LoRA is all zeros, or stays its parent's."""
         with torch.no_grad():
             for name, parameter in self.adapter_parameters("default").items():
-                if "lora_" in name and not self._goes_on:
+                if LORA in name and not self._goes_on:
                     parameter.zero_()
 
     def _clear(self) -> None:
@@ -252,7 +248,7 @@ class StageTuner:
             warnings.simplefilter("ignore", UserWarning)  # PEFT warns that it picks a new active adapter; arm() does
             for name in list(self.model.peft_config):
                 self.model.delete_adapter(name)
-        self.model.base_model.active_adapter = []
+        set_active(self.model, [])
 
     def _inject(self, name: str, layers: tuple[int, ...], heads: bool, like: Adapter | None = None) -> None:
         """A fresh adapter in some layers, of the config's rank and scaling or of those of another one."""
@@ -264,10 +260,7 @@ class StageTuner:
             lora_dropout=self.config.lora_dropout if name == "default" else 0.0,
             **{field: of[field] for field in ("r", "lora_alpha", "use_rslora")},
         )
-        if not self.model.base_model.active_adapter:
-            self.model.base_model.active_adapter = [name]
-        # Not `add_adapter` of the task's own class: that one adds heads to every adapter, also to `prefix`.
-        PeftModel.add_adapter(self.model, name, config)
+        add_adapter(self.model, name, config, self.layout.module_names(layers))
 
     def _keys(self, name: str) -> set[str]:
         return set(get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False))
@@ -283,19 +276,6 @@ class StageTuner:
         set_peft_model_state_dict(self.model, tensors, adapter_name=name)
 
 
-def base_name(name: str) -> str | None:
-    """Name of a tensor in the base model, the same with and without adapters around it; `None` for an adapter's own.
-
-    >>> base_name("base_model.model.encoder.query.base_layer.weight")
-    'encoder.query.weight'
-    >>> base_name("base_model.model.encoder.query.lora_A.default.weight")
-    """
-    if "lora_" in name or ".modules_to_save." in f".{name}":  # the model may be a head itself
-        return None
-    plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-    return plain.removeprefix("original_module.")
-
-
 def tensor_digest(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's bytes."""
     data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -307,13 +287,13 @@ def freshly_initialized(model: nn.Module) -> list[str]:
 
     transformers marks every loaded parameter; a model that was built from a config has no marks and is taken as it is.
     """
-    marks = {name: getattr(value, "_is_hf_initialized", False) for name, value in model.named_parameters()}
-    if not any(marks.values()):
+    loaded = loaded_parameters(model)
+    if not loaded:
         return []
     fresh = {
         name.rsplit(".", 1)[0]
         for name, value in model.named_parameters()
-        if not marks[name] and value.is_floating_point()
+        if name not in loaded and value.is_floating_point()
     }
     return sorted(fresh)
 
@@ -338,8 +318,7 @@ def draw_heads(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str,
         number = int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "big") >> 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(number)
-            initialize: Any = model._init_weights
-            initialize(module)
+            draw_weights(model, path)
         joined = b"".join(tensor_digest(value).encode() for _, value in sorted(module.named_parameters()))
         drawn[path] = hashlib.sha256(joined).hexdigest()
     return drawn

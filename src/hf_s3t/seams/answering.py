@@ -76,7 +76,7 @@ def loss_of(base: Any, logits: torch.Tensor, labels: torch.Tensor, items: Any) -
     if "ForMultipleChoice" in type(base).__name__:  # transformers has no loss by that name
         return cross_entropy(logits, labels)
     if not hasattr(base, "loss_function"):
-        raise broken("the model's loss", f"{type(base).__name__} has no `loss_function`")
+        raise broken("models_loss", f"{type(base).__name__} has no `loss_function`")
     kwargs = {"logits": logits, "labels": labels, "config": base.config, "pooled_logits": logits}
     if items is not None:
         kwargs["num_items_in_batch"] = items
@@ -108,5 +108,5 @@ def runs_again(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module | Non
     if not outside:
         return None
     if not hasattr(model, "is_activation_checkpointing"):
-        raise broken("activation checkpointing", f"{type(model).__name__} does not say whether it is checkpointed")
+        raise broken("activation_checkpointing", f"{type(model).__name__} does not say whether it is checkpointed")
     return outside[0] if model.is_activation_checkpointing else None

@@ -1,0 +1,52 @@
+"""The seam to the names of training arguments: which of them change no bit, and which must be there to be refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from . import broken
+
+SILENT = frozenset({
+    "auto_find_batch_size", "bf16_full_eval", "dataloader_persistent_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "debug", "deepspeed", "disable_tqdm", "do_eval",
+    "do_predict", "do_train", "enable_jit_checkpoint", "fp16_full_eval", "fsdp", "fsdp_config", "hub_always_push",
+    "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token", "ignore_data_skip",
+    "include_for_metrics", "include_num_input_tokens_seen", "local_rank", "log_level", "log_level_replica",
+    "log_on_each_node", "logging_dir", "logging_first_step", "logging_nan_inf_filter", "logging_steps",
+    "logging_strategy", "output_dir", "place_model_on_device", "project", "push_to_hub", "report_to",
+    "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "run_name", "skip_memory_metrics",
+    "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "use_cpu",
+})  # fmt: skip
+"""Arguments that change no bit of a stage. One that is not listed counts as one that does."""
+
+CHOOSING = frozenset({
+    "batch_eval_metrics", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches", "eval_on_start",
+    "eval_packing", "eval_steps", "eval_strategy", "eval_use_gather_object", "greater_is_better",
+    "metric_for_best_model", "per_device_eval_batch_size", "prediction_loss_only", "save_on_each_node",
+    "save_only_model", "save_steps", "save_strategy", "save_total_limit",
+})  # fmt: skip
+"""They count only with `load_best_model_at_end`: then the evaluation set chooses the weights."""
+
+TRL_SFT = ("packing", "padding_free")
+"""Arguments of TRL's `SFTConfig` alone that are refused; all others that are refused are of `TrainingArguments`."""
+
+
+def setting(args: Any, name: str) -> Any:
+    """The value of an argument that may have to be refused, `None` where this kind of arguments has no such one.
+
+    Raises:
+        CompatibilityError: it has been there, and is called otherwise now.
+    """
+    known = {field.name for field in fields(args)}
+    if name not in TRL_SFT:
+        if isinstance(args, TrainingArguments) and name not in known:
+            raise broken("refused_arguments", f"`TrainingArguments` have no `{name}`")
+    elif name not in known and any(
+        cls.__name__ == "SFTConfig" and cls.__module__.startswith("trl.") for cls in type(args).__mro__
+    ):
+        raise broken("refused_arguments_of_trl", f"TRL's `SFTConfig` has no `{name}`")
+    return getattr(args, name, None)

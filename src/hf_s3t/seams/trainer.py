@@ -1,0 +1,200 @@
+"""The seam to the Trainer: its private methods, as hooks with names of ours, and its callbacks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+from transformers.trainer_callback import CallbackHandler, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from . import broken, lost
+from .overrides import check_overrides, classes_behind, uses
+
+TrainerBase: Any = Trainer if TYPE_CHECKING else object
+
+METHODS = (
+    "_get_output_dir",
+    "_save_checkpoint",
+    "_load_from_checkpoint",
+    "_load_best_model",
+    "_push_from_checkpoint",
+    "_get_train_sampler",
+    "_set_signature_columns_if_needed",
+    "_remove_unused_columns",
+    "save_model",
+)
+"""Methods of the Trainer that ours override or call, and that it has to call itself."""
+
+ATTRIBUTES = ("callback_handler", "model_wrapped", "optimizer", "lr_scheduler", "is_in_train", "_signature_columns")
+"""Attributes of the Trainer that ours set, and that it has to use."""
+
+PARAMETERS = ("model_init", "optimizers")
+"""What the Trainer can be made with and is refused."""
+
+
+class TrainerSeam(TrainerBase):
+    """A part of a Trainer that overrides its private methods and asks hooks with public names instead."""
+
+    in_checkpoint = False
+    """Whether a running checkpoint is being written."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        theirs = classes_behind(cls, TrainerSeam)
+        if theirs:  # else it is a part that no Trainer is mixed into yet
+            check_overrides("trainer", theirs, METHODS, ATTRIBUTES)
+            check_arguments(theirs)
+            check_own_names(cls, theirs)
+
+    # ---- hooks ----
+
+    def checkpoint_folder(self) -> Path | None:
+        """Hook: where running checkpoints go. `None`: into `args.output_dir`."""
+        return None
+
+    @contextmanager
+    def writing_checkpoint(self) -> Iterator[None]:
+        """Hook: is entered around the writing of a running checkpoint."""
+        yield
+
+    def weights_loaded(self) -> None:
+        """Hook: weights of a checkpoint were put into the model."""
+
+    def rows_to_draw(self, rows: Any) -> Any:
+        """Hook: the train set as the sampler sees it."""
+        return rows
+
+    def more_columns(self) -> list[str]:
+        """Hook: columns that reach the collator beside those that the model takes."""
+        return []
+
+    # ---- overrides ----
+
+    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
+        folder = self.checkpoint_folder()
+        return super()._get_output_dir(*args, **kwargs) if folder is None else str(folder)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.writing_checkpoint():
+            self.in_checkpoint = True
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            finally:
+                self.in_checkpoint = False
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        self.weights_loaded()
+
+    def _load_best_model(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_best_model(*args, **kwargs)
+        self.weights_loaded()
+
+    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a checkpoint is scratch with optimizer states in it, and the store is whole between stages only."""
+
+    def _get_train_sampler(self, train_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_train_sampler(self.rows_to_draw(train_dataset), *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns: Any = [*dict.fromkeys([*self._signature_columns, *self.more_columns()])]
+
+    # ---- what ours call ----
+
+    def settle_columns(self) -> None:
+        """Notes which columns the model takes, before something that takes anything stands in its place."""
+        self._set_signature_columns_if_needed()
+
+    def without_unused_columns(self, rows: Any) -> Any:
+        """Rows as they are without a cache: only with the columns that the model takes."""
+        return self._remove_unused_columns(rows)
+
+    def remove_noise(self) -> None:
+        """Takes NEFTune's hook back, which the Trainer does at a normal end only."""
+        if self.args.neftune_noise_alpha is not None:
+            handle = getattr(self, "neftune_hook_handle", None)
+            if handle is None:
+                raise broken("neftune", "The Trainer keeps no `neftune_hook_handle`")
+            handle.remove()
+
+
+def check_arguments(theirs: Sequence[type]) -> None:
+    """Raises [`CompatibilityError`] unless a Trainer can be made with what is refused."""
+    taken = {name for cls in theirs for name in inspect.signature(cls).parameters}
+    absent = [name for name in PARAMETERS if name not in taken]
+    if absent:
+        raise broken("trainer", f"`{theirs[0].__qualname__}` can not be made with {' or '.join(absent)}")
+
+
+def check_own_names(cls: type, theirs: Sequence[type]) -> None:
+    """Raises [`CompatibilityError`] if a Trainer has a method of its own that ours would replace by chance."""
+    package = __name__.split(".")[0]
+    mixed_in = [ours for ours in cls.__mro__ if ours.__module__.split(".")[0] == package]
+    own = {name for ours in mixed_in for name in vars(ours) if name.startswith("_") and not name.startswith("__")}
+    own |= {name for name in vars(TrainerSeam) if not name.startswith("__")}
+    for name in sorted(own - {*METHODS}):
+        if any(name in vars(other) for other in theirs):
+            raise broken("trainer", f"`{theirs[0].__qualname__}` has a `{name}` now, which ours would replace")
+
+
+def written_checkpoint(running: Path, step: int) -> Path:
+    """Where the Trainer has just written the checkpoint of a step."""
+    folder = running / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    if not folder.is_dir():
+        found = sorted(path.name for path in running.glob("*"))
+        raise broken("checkpoints", f"The Trainer wrote no checkpoint into {folder.name} but {found or 'nothing'}")
+    return folder
+
+
+# ---- callbacks ----
+
+
+def check_handler(handler: Any) -> None:
+    """Raises [`CompatibilityError`] if a Trainer's callbacks are not known, and warns if they are told otherwise."""
+    if not isinstance(getattr(handler, "callbacks", None), list):
+        raise broken("callbacks", f"{type(handler).__name__} has no list of `callbacks`")
+    if not (hasattr(CallbackHandler, "call_event") and uses([CallbackHandler], "call_event")):
+        lost("callback_events", "Callbacks are not told through `CallbackHandler.call_event`")
+
+
+def check_told(events: Container[str], steps: int) -> None:
+    """Raises [`CompatibilityError`] unless the guard of a stage was told of all that it checks.
+
+    Args:
+        events (`set[str]`): what it was told of.
+        steps (`int`): optimizer steps that the stage took.
+    """
+    expected = ("on_train_begin", *(("on_pre_optimizer_step",) if steps else ()), "on_train_end")
+    absent = [event for event in expected if event not in events]
+    if absent:
+        raise broken("callbacks", f"A stage ended and told its callbacks nothing of {' and '.join(absent)}")
+
+
+def tracker_classes(report_to: Any) -> tuple[Any, ...]:
+    """The callbacks by which trackers are told."""
+    try:
+        from transformers.integrations import get_reporting_integration_callbacks
+    except ImportError:
+        lost("trackers", "transformers does not say which callbacks are trackers")
+        return ()
+    return tuple(get_reporting_integration_callbacks(report_to))
+
+
+def send_tensorboard(callback: Any, folder: str) -> None:
+    """Makes tensorboard write into a folder, unless it was told where to write."""
+    if not hasattr(callback, "logging_dir"):
+        lost("trackers", f"{type(callback).__name__} has no `logging_dir`")
+    elif callback.logging_dir is None:
+        callback.logging_dir = folder
+
+
+def check_progress() -> None:
+    """Warns if the Trainer's progress bar is not where ours takes its place."""
+    if not uses([ProgressCallback], "training_bar"):
+        lost("progress", "`ProgressCallback` has no `training_bar`")
