@@ -34,7 +34,7 @@ def test_lora_that_is_computed_otherwise_costs_speed_alone(
     def other(*args: Any) -> torch.Tensor:
         raise AttributeError("lora_A")
 
-    monkeypatch.setattr(members, "add_by_views", other)
+    monkeypatch.setattr(members, "lora_by_views", other)
     ensembles = [load(trained("llama"), "llama") for _ in range(2)]
     for ensemble in ensembles:
         torch.testing.assert_close(answer_of(ensemble), expected(), **ROUNDING)

@@ -175,8 +175,10 @@ def given_base(folder: StoreFolder, model: nn.Module) -> nn.Module:
         ValueError: it is quantised, or has adapters.
         StoreError: it is another one than the store was trained on.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     check_unquantised(getattr(model, "config", None), "The base model")
-    if any(".base_layer." in name for name, _ in model.named_parameters()):
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("`base_model` has adapters already. Load the plain base model once more and pass that.")
     check_base(model, folder.manifest().recipe)
     return copy.deepcopy(model)

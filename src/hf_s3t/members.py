@@ -39,12 +39,13 @@ from .layout import split_layer_path
 from .member_cache import MemberCache
 from .seams import lost
 from .seams.answering import (
+    BASE,
     FUSED_HEAD,
-    add_by_views,
     caches_in,
     check_logits,
     check_one_dimension,
     first_argument,
+    lora_by_views,
     loss_of,
 )
 
@@ -466,7 +467,7 @@ class Members:
         if self._trial is not None:
             self._check_rows(index, type(module).__name__, rows)
         if index < self.trunk:
-            names = ["__base__"] * rows
+            names = [BASE] * rows
         else:
             names = [name for name in self.names for _ in range(rows // count)]
         return args, {**kwargs, "adapter_names": names}
@@ -484,8 +485,7 @@ class Members:
         names = kwargs.get("adapter_names")
         if names is None or not self._views or module.merged or module.disable_adapters or args or len(kwargs) > 1:
             return forward(x, *args, **kwargs)
-        result = module.base_layer(x)
-        return result if names[0] == "__base__" else add_by_views(module, result, x, self.names)
+        return lora_by_views(module, x, () if names[0] == BASE else self.names)
 
 
 def _mapped(function: Callable[[Path, Any], Any], path: Path, value: Any) -> Any:

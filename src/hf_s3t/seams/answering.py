@@ -17,6 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import broken, lost
 
+BASE = "__base__"
+"""Among PEFT's `adapter_names`: a row that is answered without an adapter."""
+
 FUSED_HEAD = "fused_lm_head"
 """The argument by which TRL's SFTTrainer asks for values per token instead of logits, since 1.16."""
 
@@ -51,17 +54,20 @@ def first_argument(forward: Callable[..., Any]) -> str:
     return next(iter(inspect.signature(forward).parameters))
 
 
-def add_by_views(module: Any, result: torch.Tensor, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """What PEFT's LoRA layer adds to its base layer's result, for rows of a member that lie together.
+def lora_by_views(module: Any, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """What a linear layer of PEFT's gives, for rows of members that lie together.
 
     PEFT gathers and scatters the rows by index, which costs up to a third of a forward pass. Views have the same bits.
 
     Args:
-        result (`torch.Tensor`): `(members x rows, ..., out)`; it is changed.
         x (`torch.Tensor`): `(members x rows, ..., in)`.
-        names (`list[str]`): the members' adapters.
+        names (`list[str]`): the members' adapters. Empty: the base layer alone.
+
+    Returns:
+        `torch.Tensor`: `(members x rows, ..., out)`.
     """
-    rows = len(x) // len(names)
+    result = module.base_layer(x)
+    rows = len(x) // max(len(names), 1)
     for turn, name in enumerate(names):
         if name in module.lora_A:
             own = slice(turn * rows, (turn + 1) * rows)
