@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput, ModelOutput
 from transformers.pipelines import base as pipelines
 
 import models
-from hf_s3t import CompatibilityError, S3TEnsemble, members
+from hf_s3t import CompatibilityError, S3TEnsemble, member_rows
 from hf_s3t.seams import TABLE, answering
 from hf_s3t.trunk import Trunk
 from served import ROUNDING, SHAPES, inputs_of, load, mean_probability, trained
@@ -34,7 +34,7 @@ def test_lora_that_is_computed_otherwise_costs_speed_alone(
     def other(*args: Any) -> torch.Tensor:
         raise AttributeError("lora_A")
 
-    monkeypatch.setattr(members, "lora_by_views", other)
+    monkeypatch.setattr(member_rows, "lora_by_views", other)
     ensembles = [load(trained("llama"), "llama") for _ in range(2)]
     for ensemble in ensembles:
         torch.testing.assert_close(answer_of(ensemble), expected(), **ROUNDING)
@@ -53,7 +53,7 @@ def test_without_an_adapter_per_row_members_answer_in_turn(
         return forward(self, x, *args, **kwargs)
 
     monkeypatch.setattr(Linear, "forward", older)
-    monkeypatch.setattr(members.Members, "_by_views", lambda self, module, forward, x, **kwargs: forward(x, **kwargs))
+    monkeypatch.setattr(member_rows.MemberRows, "_by_views", lambda rows, module, forward, x, **given: forward(x, **given))
     torch.testing.assert_close(answer_of(load(trained("llama"), "llama")), expected(), **ROUNDING)
     assert caplog.text.count("answer in turn") == 1
 

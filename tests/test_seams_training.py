@@ -123,7 +123,7 @@ class Calls:
         return self._below_a_decorator()
 
     def outer(self):
-        return [lambda: item._inside_a_function() for item in self]
+        return [lambda item=item: item._inside_a_function() for item in self]
 
     def _only_itself(self):
         return super()._only_itself()

@@ -1,0 +1,157 @@
+"""Whether members can answer one batch together, and share the trunk: found out by trying."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import ModelOutput
+
+from .member_rows import Notes
+from .seams import lost
+from .seams.answering import caches_in
+
+logger = logging.getLogger(__name__)
+
+TRIED_ROWS, TRIED_TOKENS, TRIED_MEMBERS = 3, 5, 2
+"""Of the batch that a model is tried with: no two of rows, members, rows x members and tokens are the same number."""
+
+
+class Trial:
+    """A few rows are answered by two members in turn, by both together, and by both on a shared trunk.
+
+    The logits have to be the same. Nothing depends on what arguments are called, so that a new name changes nothing.
+
+    Args:
+        members ([`Members`]): what is tried; nothing else may ask it meanwhile.
+    """
+
+    def __init__(self, members: Any):
+        self.members = members
+        self.base = members.base
+
+    def run(self, inputs: dict[str, Any] | None = None) -> None:
+        """Finds out whether members answer together (`batched`) and share a trunk (`shares_trunk`).
+
+        Args:
+            inputs (`dict`, *optional*): arguments of a forward pass, with rows to try with. `None`: rows of tokens; of
+                a model that takes something else, nothing is found out.
+        """
+        rows = self._tokens()
+        if rows is not None and self._is_conclusive(rows, given=False):
+            return
+        if inputs is not None:
+            self._is_conclusive(self._some(inputs), given=True)
+
+    def _is_conclusive(self, rows: dict[str, Any], given: bool) -> bool:
+        """Tries with some rows. Those that were `given` the model has to take: they always tell."""
+        members = self.members
+        names, weights = members.names, members.weights
+        members.names, members.weights = names[:TRIED_MEMBERS], None
+        try:
+            with self._evaluating(), torch.no_grad():
+                return self._compare(rows, given)
+        finally:
+            members.names, members.weights = names, weights
+            members.share(bool(members.shares_trunk))
+            members.activate(names[0])
+
+    def _compare(self, rows: dict[str, Any], given: bool) -> bool:
+        members = self.members
+        members.batched, members.trunk, members.views, members.whole = False, 0, True, set()
+        try:
+            expected = members.in_turn(dict(rows))
+        except Exception as error:  # what a model says of rows that it does not take is not ours to foresee
+            if given:
+                self._settle(False, f"it does not take several rows ({error})")
+            return given
+        members.cache_name = next(iter(caches_in(expected)), None)
+        members.batched = True
+        reason, notes = self._difference(rows, expected)
+        if reason is not None:
+            members.views = False
+            again, notes = self._difference(rows, expected)
+            if again is not None:
+                self._settle(False, reason)
+                return True
+            lost("lora_by_views", f"PEFT's LoRA layers can not be computed by views: {reason}")
+        self._settle(True)
+        if members.lowest_layer > 0:
+            members.share(True)
+            reason = "a head comes before the layers" if notes.head_first else self._difference(rows, expected)[0]
+            members.shares_trunk = reason is None
+            if reason is not None:
+                logger.warning("the members share no trunk: it runs for each of them, as %s", reason)
+        return True
+
+    def _settle(self, batched: bool, reason: str = "") -> None:
+        self.members.batched, self.members.tried = batched, True
+        self.members.shares_trunk = None if batched else False
+        if not batched:
+            logger.warning("the members answer in turn, not together, as %s", reason)
+
+    def _difference(self, rows: dict[str, Any], expected: ModelOutput) -> tuple[str | None, Notes]:
+        """Why members do not answer together as they answer in turn, `None` where they do; and what was noted."""
+        notes = self.members.notes = Notes(len(self.members.main_input(rows)))
+        try:
+            found = self.members.together(dict(rows))
+        except Exception as error:  # whatever a model raises when it sees rows that it did not expect
+            return f"together they fail ({type(error).__name__}: {error})", notes
+        finally:
+            self.members.notes = None
+        exact = {value.dtype for value in self.base.parameters()} <= {torch.float32, torch.float64}
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor) and not _close(found[name], value, 1e-4 if exact else 0.05):
+                return f"together they have other {name}", notes
+        return None, notes
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The model is in eval mode, in which a row has the same answer twice."""
+        before = [(module, module.training) for module in self.base.modules()]
+        for module, _ in before:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, training in before:
+                module.training = training
+
+    # ---- rows to try with ----
+
+    def _tokens(self) -> dict[str, Any] | None:
+        """Rows of tokens of different lengths, of a model that takes tokens."""
+        size = getattr(self.base.config.get_text_config(), "vocab_size", None)
+        if self.base.main_input_name != "input_ids" or size is None:
+            return None
+        shape = TRIED_ROWS, TRIED_TOKENS
+        tokens = torch.arange(TRIED_ROWS * TRIED_TOKENS).reshape(shape).mul(7).add(3) % max(size - 1, 1)
+        mask = torch.arange(TRIED_TOKENS) < TRIED_TOKENS - torch.arange(TRIED_ROWS)[:, None]
+        rows = {"input_ids": tokens.to(self.base.device)}
+        if "attention_mask" in self.members.parameters:
+            rows["attention_mask"] = mask.long().to(self.base.device)
+        return self._with_cache(rows)
+
+    def _some(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As many rows as it takes, of those that were given; a row that comes again is moved a little."""
+        count = len(self.members.main_input(inputs))
+        some = {name: value for name, value in inputs.items() if name not in caches_in(inputs)}
+        for name, value in some.items():
+            if isinstance(value, torch.Tensor) and self.members.is_per_row(name, value, count):
+                rows = [
+                    value[row % count].roll(row // count, -1) if value.is_floating_point() else value[row % count]
+                    for row in range(TRIED_ROWS)
+                ]
+                some[name] = torch.stack(rows)
+        return self._with_cache(some)
+
+    def _with_cache(self, rows: dict[str, Any]) -> dict[str, Any]:
+        return {**rows, "use_cache": True} if "use_cache" in self.members.parameters else rows
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
+    """Whether logits differ by no more than a share of their size."""
+    return found.shape == expected.shape and bool((found - expected).norm() <= bound * expected.norm())
