@@ -92,6 +92,15 @@ MUTATIONS = (
     Mutation(1, "the frozen prefix runs with dropout", "tuner.py",
              (('self.config.lora_dropout if name == "default" else 0.0', "self.config.lora_dropout"),),
              (OWNS + LLAMA,)),
+    Mutation(1, "an override that the Trainer never calls passes", "seams/overrides.py",
+             (("        if not uses(classes, name):\n            raise broken(seam, f\"{shown} never",
+               "        if False:\n            raise broken(seam, f\"{shown} never"),),
+             ("test_seams_training.py::test_a_method_that_the_trainer_lacks_or_never_calls",)),
+    Mutation(1, "where an adapter lies is not looked at", "seams/tuners.py",
+             (("    if found != set(places):", "    if False:"),),
+             ("test_seams_training.py::test_an_adapter_that_lies_elsewhere",)),
+    Mutation(4, "a head that was not drawn is kept as it is", "seams/models.py",
+             (("    if left:", "    if False:"),), ("test_seams_training.py::test_a_head_that_is_not_drawn",)),
     # 2. prefix
     Mutation(2, "the head is unversioned: a stage does not store it", "tuner.py", ((
         "copy=True) for name, value in tensors.items()}",

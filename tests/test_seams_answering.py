@@ -53,7 +53,8 @@ def test_without_an_adapter_per_row_members_answer_in_turn(
         return forward(self, x, *args, **kwargs)
 
     monkeypatch.setattr(Linear, "forward", older)
-    monkeypatch.setattr(member_rows.MemberRows, "_by_views", lambda rows, module, forward, x, **given: forward(x, **given))
+    plain = lambda rows, module, forward, x, **given: forward(x, **given)  # noqa: E731
+    monkeypatch.setattr(member_rows.MemberRows, "_by_views", plain)
     torch.testing.assert_close(answer_of(load(trained("llama"), "llama")), expected(), **ROUNDING)
     assert caplog.text.count("answer in turn") == 1
 
