@@ -15,7 +15,14 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments, ViTImagePro
 
 from hf_s3t import RecipeError, S3TConfig
 from hf_s3t.layout import find_layout
-from hf_s3t.recipe import base_digest, bit_changing_arguments, check_same, make_recipe, processing_digest
+from hf_s3t.recipe import (
+    argument_defaults,
+    base_digest,
+    bit_changing_arguments,
+    check_same,
+    make_recipe,
+    processing_digest,
+)
 from hf_s3t.tuner import StageTuner
 from models import tiny_bert, tiny_gpt2, tiny_llama
 
@@ -229,3 +236,14 @@ def test_an_image_processor_is_known_by_its_settings():
     first, second = (ViTImageProcessor(size={"height": edge, "width": edge}) for edge in (8, 16))
     assert processing_digest(first) == processing_digest(copy.deepcopy(first)) != processing_digest(second)
     assert processing_digest(None) is None
+
+
+def test_an_argument_that_a_newer_trainer_brought_is_no_difference_at_its_default(tmp_path):
+    stored, defaults = recipe(tmp_path), argument_defaults(arguments(tmp_path))
+    del stored["arguments"]["adam_beta1"]
+    check_same(stored, recipe(tmp_path), defaults)
+    with pytest.raises(RecipeError, match=r"arguments\.adam_beta1: the store has 0\.9, this run 0\.8"):
+        check_same(stored, recipe(tmp_path, args={"adam_beta1": 0.8}), defaults)
+    stored["arguments"]["of_a_newer_one"] = 1
+    with pytest.raises(RecipeError, match=r"arguments\.of_a_newer_one: the store has 1, this run None"):
+        check_same(stored, recipe(tmp_path), defaults)

@@ -11,6 +11,7 @@ a person sees is laid out in `display.py`, what a person names is read in `readi
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -80,6 +81,8 @@ def status(
     """What is trained, served, missing and deleted, and how many requests are left. 3 while a deletion is pending."""
     if plot is not None and len(stores) > 1:
         raise typer.BadParameter("--plot draws one store. Give one store, or leave it out.")
+    if fail_below is not None and math.isnan(fail_below):  # not every version of typer does
+        raise typer.BadParameter("--fail-below is a number of requests, and nothing is fewer than nan.")
 
     def verb(store: S3TStore) -> Outcome:
         found, unpurged = store.status(parse_prior(prior)), unpurged_of(store)

@@ -36,6 +36,9 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
     if status.dead_shards:
         names = ", ".join(f"shard {shard}" for shard in status.dead_shards)
         rows.insert(4, ("dead", f"{names}: nothing of it can be served until it is trained again"))
+    if len(status.stacks) > 1:
+        lines = [f"{count} stages with {stack}" for stack, count in status.stacks.items()]
+        rows.append(("trained with", "\n".join([*lines, "bit-equality is claimed within one of them"])))
     if status.interrupted_deletions:
         rows.append(("interrupted deletions", f"{status.interrupted_deletions}: the next delete or train() ends them"))
     if status.exports:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -112,6 +113,12 @@ def bit_changing_arguments(args: TrainingArguments) -> dict[str, Any]:
     return {name: value for name, value in sorted(kept.items()) if not _is_path(value)}
 
 
+def argument_defaults(args: TrainingArguments) -> dict[str, Any]:
+    """The values that the TrainingArguments have which nobody set, in the form of a recipe."""
+    defaults = {field.name: field.default for field in fields(args) if field.default is not MISSING}
+    return json.loads(json.dumps(defaults, default=str))
+
+
 def _is_path(value: Any) -> bool:
     return isinstance(value, str) and os.path.isabs(value)
 
@@ -151,8 +158,18 @@ def processing_digest(processing_class: Any) -> str | None:
     return hashlib.sha256(canonical(about)).hexdigest()
 
 
-def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises [`RecipeError`] with every difference, unless two recipes are the same."""
+def check_same(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Raises [`RecipeError`] with every difference, unless two recipes are the same.
+
+    Args:
+        defaults (`dict`, *optional*): values of the TrainingArguments that nobody set. An argument that `stored` does
+            not name came with a newer version of the Trainer: it counts as one that was not set.
+    """
+    if defaults is not None:
+        newer = {name: value for name, value in defaults.items() if name in wanted["arguments"]}
+        stored = {**stored, "arguments": {**newer, **stored["arguments"]}}
     differences = list(_differences(stored, wanted, ""))
     if differences:
         raise RecipeError(

@@ -19,7 +19,7 @@ from .plan import Plan, Stage
 from .recipe import check_same
 from .replanning import best_repair
 from .rows import TrainRows
-from .state import State, key_check_value
+from .state import State, key_check_value, stack_line
 from .store import S3TStore
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Wanted:
         rows ([`TrainRows`]): the train set.
         missing (`"error"`, `"delete"` or `"ignore"`): for rows that are gone or changed.
         extend (`bool`): train stages again that saw other rows than the train set has for them now.
+        defaults (`dict`): values of the TrainingArguments that nobody set.
     """
 
     recipe: dict[str, Any]
@@ -47,6 +48,7 @@ class Wanted:
     rows: TrainRows
     missing: Missing
     extend: bool
+    defaults: dict[str, Any]
 
 
 def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
@@ -66,7 +68,7 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
             )
         return _create(store, config, wanted, wanted.plan)
     manifest, state = store.manifest(), store.state()
-    check_same(manifest.recipe, wanted.recipe)
+    check_same(manifest.recipe, wanted.recipe, wanted.defaults)
     check_generation(store, manifest, state)
     index, rows = store.index(), _unburied(wanted.rows.entries, state)
     comparison = compare(index, rows)
@@ -101,6 +103,18 @@ def plan_repair(store: S3TStore, cost_budget: int, prior: list[float] | None) ->
                 manifest = replace(before, plan=plan, deletion_prior=_chances(prior), repair=repair)
                 store.write_manifest(manifest)
                 return manifest
+
+
+def warn_of_other_stacks(store: S3TStore, manifest: Manifest) -> None:
+    """One warning where live stages were trained with other versions than what is about to be trained."""
+    running = stack_line(deletion.versions())
+    others = {stack: count for stack, count in store.state().stacks(manifest.stages).items() if stack != running}
+    if others:
+        logger.warning(
+            "%d live stages were trained with %s; those to come are trained with %s. What was deleted is in none of "
+            "them, but bit-equality with training from scratch is claimed within one stack only.",
+            sum(others.values()), "; and ".join(others), running,
+        )  # fmt: skip
 
 
 def _best_plan(manifest: Manifest, cost_budget: int, prior: list[float] | None) -> Plan:

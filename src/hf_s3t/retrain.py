@@ -19,6 +19,7 @@ from .files import read_safetensors, write_atomic
 from .folder import StoreFolder
 from .manifest import Manifest
 from .plan import Stage
+from .state import stack_line
 from .store import as_stage
 from .trainer import S3TMixin
 from .verify import Check, Findings, NotChecked, differing_examples, run_check
@@ -100,7 +101,7 @@ def _differences(store: StoreFolder, scratch: StoreFolder, stage: Stage) -> Find
     if old is not None and old["data"] != new["data"]:
         yield differing_examples(stage.name, old["examples"], new["examples"])
     elif old is not None and old["versions"] != new["versions"]:
-        there, here = _text(old["versions"]), _text(new["versions"])
+        there, here = stack_line(old["versions"]), stack_line(new["versions"])
         yield NotChecked(f"{stage.name} differs, but it was trained with {there}, and is now with {here}")
     else:
         yield f"{stage.name}: {', '.join(differing)} differ{_largest(store, scratch, stage)}; expected the same bytes"
@@ -112,7 +113,3 @@ def _largest(store: StoreFolder, scratch: StoreFolder, stage: Stage) -> str:
     if {name: value.shape for name, value in old.items()} != {name: value.shape for name, value in new.items()}:
         return " in which tensors they hold"
     return f" by up to {max(float((old[name] - new[name]).abs().max()) for name in old):.3g}"
-
-
-def _text(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))

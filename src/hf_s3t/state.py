@@ -6,6 +6,7 @@ It is plain data with a strict reader; which file holds it, and when it is writt
 from __future__ import annotations
 
 import hmac
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -77,6 +78,11 @@ class State:
         names = {stage.name for stage in stages}
         return replace(self, stages={name: record for name, record in self.stages.items() if name in names})
 
+    def stacks(self, stages: Iterable[Stage]) -> dict[str, int]:
+        """How many of some stages each set of versions trained, as far as it is on record."""
+        records = [self.stages.get(stage.name, {}) for stage in stages]
+        return dict(Counter(stack_line(record["versions"]) for record in records if "versions" in record))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for `.s3t/state.json`."""
         return {
@@ -129,6 +135,11 @@ class State:
         except DAMAGED as error:
             what = f"{type(error).__name__} {error}"
             raise StateError(f"The state is damaged: {what}. Restore it from a backup.") from None
+
+
+def stack_line(versions: Mapping[str, str]) -> str:
+    """Versions of what computed, as one line."""
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
 
 def united(ours: State, theirs: State) -> State:

@@ -68,7 +68,8 @@ class Status:
 
     `requests` are the deletions received. `life` says how many more requests, each for one example, the store is
     expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under the prior.
-    `repair_budget` is there where the plan is that of a repair by cost: the config's may lack more.
+    `repair_budget` is there where the plan is that of a repair by cost: the config's may lack more. `stacks` says how
+    many live stages each set of versions trained: what is bit-equal is so within one.
     """
 
     path: str
@@ -89,6 +90,7 @@ class Status:
     exports: tuple[str, ...]
     stale_exports: tuple[str, ...]
     life: dict[str, LifeLeft]
+    stacks: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. A life that does not end, because the prior rules its end out, is `None`."""
@@ -161,9 +163,11 @@ class S3TStore(StoreFolder):
         examples: int | None = None
         deleted: int | None = None
         stale: list[str] = []  # with the state lost the record of exports is lost, too
+        stacks: dict[str, int] = {}
         try:
             state = self.state()
             stale = carrying(self, [*state.ids.values(), *state.groups.values()])
+            stacks = state.stacks(manifest.stages)
             examples, deleted = len(self.index()), len(state.ids)
         except StoreError:
             pass
@@ -190,6 +194,7 @@ class S3TStore(StoreFolder):
                 for under, chances in priors.items()
                 if under == "uniform" or chances is not None
             },
+            stacks=stacks,
         )
 
     def locate(self, ids: Iterable[Any] = (), groups: Iterable[Any] = ()) -> list[Location]:

@@ -36,8 +36,8 @@ from .files import remove
 from .folder import LOCK_SECONDS
 from .orders import StageDropped, StageOrder, commit, is_hit, next_order, running_folder
 from .plan import Stage
-from .recipe import make_recipe
-from .reconcile import Missing, Wanted, plan_repair, reconcile
+from .recipe import argument_defaults, make_recipe
+from .reconcile import Missing, Wanted, plan_repair, reconcile, warn_of_other_stacks
 from .rows import TrainRows
 from .seams.trainer import written_checkpoint
 from .serving import ServedModelMixin
@@ -215,13 +215,16 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         )  # fmt: skip
         prior = self.s3t_config.deletion_prior
         wanted_plan = make_plan(self.s3t_config, self.args.seed) if cost_budget is None else None
-        wanted = Wanted(recipe, wanted_plan, prior, self.rows, self.missing, self.extend)
+        defaults = argument_defaults(self.args)
+        wanted = Wanted(recipe, wanted_plan, prior, self.rows, self.missing, self.extend, defaults)
         with self.store.writing():
             manifest = reconcile(self.store, self.s3t_config, wanted)
         if cost_budget is not None:
             manifest = plan_repair(self.store, cost_budget, prior)
         plan = manifest.plan
         missing = plan.missing(manifest.stages)
+        if missing:
+            warn_of_other_stacks(self.store, manifest)
         cost = round(sum(stage.passes(self.s3t_config.replay) for stage in missing), 2)
         layout = self.tuner.layout
         numel = sum(self.tuner.stage_numel(owned_layers(self.s3t_config, layout, stage.depth)) for stage in missing)
