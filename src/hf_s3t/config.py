@@ -6,6 +6,7 @@ sees is for `plan.py`.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
+from .plan import STAGE_PARAMETERS
 from .sequences import explicit
 from .survival import checked_prior
 
@@ -43,9 +45,6 @@ BOOKKEEPING_FIELDS = (
     "inference_mode",
     "runtime_config",
 )
-
-STAGE_PARAMETERS = ("layer_group", "rank_group", "all")
-"""What a stage may own."""
 
 REASONS = {
     "use_dora": "DoRA's magnitude mixes base and adapter weights, so layer groups would not be independent",
@@ -252,3 +251,6 @@ def register(model_cls: type[Any]) -> None:
     """Registers `S3TConfig` and its tuner with PEFT. Idempotent, so that a reload of the package is harmless."""
     if S3T not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name="s3t", config_cls=S3TConfig, model_cls=model_cls, prefix="lora_")
+
+
+importlib.import_module(".tuner", __package__)  # which registers: whoever has the config may hand it to PEFT

@@ -27,12 +27,12 @@ from .deletion import Receipt
 from .errors import S3TError, StoreError
 from .folder import StoreFolder
 from .gate import Gate
-from .hub import is_repo_id
 from .layout import find_layout
 from .manifest import Manifest
 from .members import Combine, MemberCache, Members
 from .plan import Stage
 from .slots import Change, Slot
+from .sources import is_repo_id
 from .store import S3TStore
 from .tuner import plain_lora_config
 

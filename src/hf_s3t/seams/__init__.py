@@ -49,9 +49,55 @@ TABLE: dict[str, Seam] = {
 
 
     # ---- the Hub ----
-
-
-
+    "HTTP library": Seam(
+        "huggingface_hub",
+        "the library with `HTTPError` and `TransportError` that `HfHubHTTPError` inherits from",
+        "a request that failed is told from one whose answer was lost, and what may have arrived is looked for",
+        "promise 7",
+        "1.33 (httpx) to 2.4 (httpx2)",
+        "huggingface_hub exports an error of its own for a Hub that can not be reached",
+    ),
+    "upload mode": Seam(
+        "huggingface_hub",
+        "`CommitOperationAdd._upload_mode` after `preupload_lfs_files`",
+        "weights that git itself would keep are refused before the commit, as no purge removes them",
+        "promise 7",
+        "1.33 to 2.4",
+        "the operation says in public how it was uploaded; the tree after the commit says it too late",
+    ),
+    "large-file listing": Seam(
+        "huggingface_hub",
+        "the route `api/models/{repo}/lfs-files` and its fields `fileOid` and `size`",
+        "every stored large file is seen, also one that no revision names; `list_lfs_files` fails at one without name",
+        "promise 7",
+        "1.33 to 2.4",
+        "`HfApi.list_lfs_files` accepts files without a name",
+    ),
+    "deletion of large files": Seam(
+        "huggingface_hub",
+        "`permanently_delete_lfs_files(repo_id, lfs_files, rewrite_history)`, which reads `file_oid` alone",
+        "contents are deleted of which only the sha256 is known",
+        "promise 7",
+        "1.33 to 2.4",
+        "the client deletes large files by their sha256",
+    ),
+    "requests of our own": Seam(
+        "huggingface_hub",
+        "`utils.get_session` (an httpx client), `utils.build_hf_headers`, the routes `discussions/{n}/ref` and "
+        "`info/lfs/objects/batch`, and the headers `x-linked-etag` and `x-error-code`",
+        "refs of pull requests are removed, and probes see what the Hub answers, not what a client makes of it",
+        "promise 7",
+        "1.33 to 2.4",
+        "the client has methods for them that tell a file that is gone from a repository that is hidden",
+    ),
+    "cache layout": Seam(
+        "huggingface_hub",
+        "the layout of its cache: `models--me--model/{refs,snapshots,trees,blobs}`, `chunk-cache`, `shard-cache`",
+        "old revisions are removed from the disk of whoever deletes, and what else lies there is named",
+        "promise 7",
+        "1.33 to 2.4",
+        "`scan_cache_dir` knows of lists of revisions, broken downloads and the Xet cache",
+    ),
 }
 """Every seam by its name."""
 
