@@ -148,7 +148,7 @@ def widen(tensors: dict[str, torch.Tensor]) -> None:
 
 def to_float16(tensors: dict[str, torch.Tensor]) -> None:
     for name in tensors:
-        tensors[name] = tensors[name].float16()
+        tensors[name] = tensors[name].half()
 
 
 @pytest.mark.parametrize(
