@@ -104,7 +104,7 @@ def served(trainer: S3TTrainer, adapter: Adapter) -> Any:
 def without_lora(adapter: Adapter) -> Adapter:
     """The same head on the bare base model."""
     tensors = {name: value * 0 if is_lora(name) else value for name, value in adapter.tensors.items()}
-    return Adapter(adapter.config, tensors)
+    return Adapter.from_tensors(adapter.config, tensors)
 
 
 def prefix_scores(trainer: S3TTrainer, task: Task) -> dict[str, list[Score]]:

@@ -179,7 +179,8 @@ def build_store(path: Path, settings: Settings, seed: int) -> S3TStore:
             rows, columns = base.get_submodule(module).weight.shape
             for part, shape in (("lora_A", (settings.r, columns)), ("lora_B", (rows, settings.r))):
                 tensors[f"base_model.model.{module}.{part}.weight"] = torch.randn(shape, generator=generator) * 0.05
-        files[stage] = store.write_stage(stage, Adapter(plain_lora_config(config, layout, layers), tensors))
+        adapter = Adapter.from_tensors(plain_lora_config(config, layout, layers), tensors)
+        files[stage] = store.write_stage(stage, adapter)
     manifest = Manifest(0, state.digest(store.key), key_check_value(store.key), recipe, plan, files)
     store.write_manifest(store.write_root(manifest))
     return store

@@ -58,7 +58,7 @@ def stage_adapter(stage: Stage, head: bool = False) -> Adapter:
         "layers_to_transform": layers,
         "auto_mapping": {"parents": [above.name for above in stage.path[:-1]]},
     }
-    return Adapter({**config, "modules_to_save": config["modules_to_save"] or None}, tensors)
+    return Adapter.from_tensors({**config, "modules_to_save": config["modules_to_save"] or None}, tensors)
 
 
 def recipe_config(num_slices: int, head: bool = False) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def adapter(seed, layers, r=2, lora_alpha=3, use_rslora=False, head=False, modul
     if head:
         tensors[HEAD] = torch.randn(3, OUT, generator=generator)
     config = {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora, "layers_to_transform": list(layers)}
-    return Adapter({**config, "auto_mapping": {"parents": ["x"]}, "lora_dropout": 0.1}, tensors)
+    return Adapter.from_tensors({**config, "auto_mapping": {"parents": ["x"]}, "lora_dropout": 0.1}, tensors)
 
 
 def dense(one: Adapter, layer: int, module: str = "q_proj") -> torch.Tensor:

@@ -62,6 +62,20 @@ def test_planning_writes_its_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_startup_writes_its_figures(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks/startup.py"), "--quick", "--json", str(file), "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "of `import transformers, peft`" in done.stdout
+    record = json.loads(file.read_text())
+    assert set(record) == {"name", "commit", "versions", "hardware", "settings", "figures"}
+    assert record["name"] == "startup" and record["settings"]["seed"] == 3
+    for name in ("help", "status", "locate", "delete", "plan", "import"):
+        assert record["figures"][f"{name}_cpu_seconds"] > 0 and record["figures"][f"{name}_over_transformers_peft"] > 0
+
+
+@pytest.mark.slow
 def test_training_writes_its_figures(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [sys.executable, str(ROOT / "benchmarks/training.py"), "--quick", "--json", str(file), "--seed", "3"]

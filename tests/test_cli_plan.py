@@ -100,7 +100,7 @@ def test_every_option_reaches_the_planner(monkeypatch: pytest.MonkeyPatch) -> No
         seen.update(asked)
         raise ValueError("enough.")
 
-    monkeypatch.setattr(cli_plan, "S3TPlanner", planner)
+    monkeypatch.setattr("hf_s3t.planner.S3TPlanner", planner)
     options = (
         "--examples 9 --requests-per-day 2 --horizon-days 3 --shards 4 --slices 5 --budget 6 --cost-budget 7 "
         "--prior 0.4,0.6 --layers 8 --examples-per-person 9 --burst 10 --gpu-hours-per-epoch 11 --adapter-mb 12 "

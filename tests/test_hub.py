@@ -7,17 +7,19 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx2
 import pytest
 from huggingface_hub import HfApi, constants, scan_cache_dir
 
 from hf_s3t import S3TEnsemble, S3TStore, Stage, ensemble, hub
+from hf_s3t.seams.hub import http_library
 from machines import Failed
 from served import SHAPES, copy, inputs_of
 from stores import KEY, make_store, people
 from trainers import BASES, batch, logits, make_trainer
 
 pytest_plugins = ["hub_fixtures"]
+
+HTTP = http_library()
 
 
 @pytest.fixture
@@ -589,10 +591,10 @@ def delete_over_a_bad_line(state, error, arrives, for_good=False):
             HfApi.create_commit = None if arrives else real["create_commit"]
         for name in names[1:]:
             setattr(HfApi, name, unreachable)
-        raise getattr(httpx2, error)("the line broke")
+        raise getattr(HTTP, error)("the line broke")
 
     def unreachable(*args, **kwargs):
-        raise httpx2.ConnectError("no line")
+        raise HTTP.ConnectError("no line")
 
     HfApi.create_commit = broken
     return S3TStore("owner/m", state=state).delete(slices=[(0, 0)]).to_json()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_s3t import Plan, S3TEnsemble, S3TStore, Stage, folder
+from hf_s3t.adapter import Adapter
 from hf_s3t.files import json_bytes, safetensors_bytes
 from machines import Failed
 from stores import make_store, stage_adapter
@@ -85,7 +86,7 @@ def put_stage(server, weights=None, config=None, name=FIRST):
 
 def weights_of(tensors, stage=FIRST, parents=()):
     about = json.dumps({"stage": stage, "parents": list(parents)})
-    return safetensors_bytes(tensors, {"format": "pt", "hf_s3t": about})
+    return safetensors_bytes(Adapter.from_tensors({}, tensors).arrays, {"format": "pt", "hf_s3t": about})
 
 
 def with_manifest(change):
@@ -144,10 +145,10 @@ STAGES = {
     "another type": with_tensors(lambda tensors: tensors.update({A: torch.ones(2, 4).half()})),
     "a part of the base": with_tensors(lambda tensors: tensors.update({"base_model.model.embed": torch.ones(2)})),
     "another stage's name": with_tensors(lambda tensors: None, stage="shard-00/1"),
-    "no name": lambda server: put_stage(server, safetensors_bytes(stage_adapter(Stage.from_name(FIRST)).tensors, {})),
+    "no name": lambda server: put_stage(server, safetensors_bytes(stage_adapter(Stage.from_name(FIRST)).arrays, {})),
     "a name nested beyond bounds": lambda server: put_stage(
         server,
-        safetensors_bytes(stage_adapter(Stage.from_name(FIRST)).tensors, {"format": "pt", "hf_s3t": "[" * 200_000}),
+        safetensors_bytes(stage_adapter(Stage.from_name(FIRST)).arrays, {"format": "pt", "hf_s3t": "[" * 200_000}),
     ),
     "a pickle in its place": lambda server: put_stage(server, pickle.dumps(print)),
     "another scale": with_config(lora_alpha=4000),
@@ -257,8 +258,8 @@ def test_tombstones_that_can_not_be_read_keep_nobody_from_deleting(server, machi
 def test_a_stage_in_another_layout_costs_no_live_stage(server, machine, tmp_path):
     machine(make_and_push, path=tmp_path / "out")
     about = json.dumps({"stage": FIRST, "parents": []})
-    tensors = stage_adapter(Stage.from_name(FIRST)).tensors
-    put_stage(server, safetensors_bytes(tensors, {"format": "pt", "hf_s3t": about, "more": "x"}))
+    arrays = stage_adapter(Stage.from_name(FIRST)).arrays
+    put_stage(server, safetensors_bytes(arrays, {"format": "pt", "hf_s3t": about, "more": "x"}))
     before = everything(tmp_path)
     with pytest.raises(Failed, match="StoreError: shard-00/0 .* was not written by hf_s3t"):
         machine(pull, path=tmp_path / "out")

@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, set_client_factory, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE, HF_XET_CACHE
@@ -21,6 +20,7 @@ from hf_s3t.errors import HubError
 from hf_s3t.hub import HubRepo
 from hf_s3t.probing import recheck
 from hf_s3t.report import read_reports
+from hf_s3t.seams.hub import http_library
 from hub_server import Server
 from machines import Machine
 from purging import NAME, REMOVED, WEIGHTS, Case, again, refused
@@ -28,6 +28,8 @@ from stores import people
 from test_hub_server import seed, sha256
 
 pytest_plugins = ["hub_fixtures"]
+
+HTTP: Any = http_library()
 
 FAULTS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -480,13 +482,13 @@ def test_receipts_from_before_they_named_revisions_are_read() -> None:
 def lost(name: str, pattern: str) -> str:
     """The error of a purge whose connection breaks at one request."""
 
-    class Transport(httpx2.HTTPTransport):
-        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+    class Transport(HTTP.HTTPTransport):
+        def handle_request(self, request: HTTP.Request) -> HTTP.Response:
             if re.search(pattern, request.url.path):
-                raise httpx2.ReadTimeout("nothing came", request=request)
+                raise HTTP.ReadTimeout("nothing came", request=request)
             return super().handle_request(request)
 
-    set_client_factory(lambda: httpx2.Client(transport=Transport(), follow_redirects=True))
+    set_client_factory(lambda: HTTP.Client(transport=Transport(), follow_redirects=True))
     try:
         purging.purge(HubRepo(name), [])
     except HubError as error:

@@ -9,15 +9,17 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from huggingface_hub import set_client_factory
 
 from hf_s3t import S3TStore
 from hf_s3t.errors import HubError
+from hf_s3t.seams.hub import http_library
 from machines import Died
 
 pytest_plugins = ["hub_fixtures"]
+
+HTTP: Any = http_library()
 
 STEPS = ("close", "ref", "branch", "tag", "squash", "purge")
 """The requests of a purge that change something, in no order."""
@@ -34,23 +36,23 @@ def struck(name: str, folder: str, step: str, when: str) -> str:
         "purge": "POST .*/lfs-files/batch$",
     }
 
-    class Transport(httpx2.HTTPTransport):
-        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+    class Transport(HTTP.HTTPTransport):
+        def handle_request(self, request: HTTP.Request) -> HTTP.Response:
             hit = re.match(patterns[step], f"{request.method} {request.url.path}")
             if hit and when == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
             if hit and when == "refused":
-                return httpx2.Response(503, request=request)
+                return HTTP.Response(503, request=request)
             response = super().handle_request(request)
             if hit and when == "after":
                 response.read()
                 os.kill(os.getpid(), signal.SIGKILL)
             if hit and when == "lost":
                 response.read()
-                return httpx2.Response(503, request=request)
+                return HTTP.Response(503, request=request)
             return response
 
-    set_client_factory(lambda: httpx2.Client(transport=Transport(), follow_redirects=True))
+    set_client_factory(lambda: HTTP.Client(transport=Transport(), follow_redirects=True))
     try:
         S3TStore(name, state=f"{folder}/.s3t").purge([])
     except HubError as error:

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments, ViTImagePro
 
 from hf_s3t import RecipeError, S3TConfig
 from hf_s3t.layout import find_layout
+from hf_s3t.manifest import check_same
 from hf_s3t.recipe import (
     argument_defaults,
     base_digest,
     bit_changing_arguments,
-    check_same,
     make_recipe,
     processing_digest,
 )

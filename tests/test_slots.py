@@ -146,15 +146,15 @@ def widen(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = torch.cat([tensors[name], tensors[name]], dim=1)
 
 
-def to_bfloat16(tensors: dict[str, torch.Tensor]) -> None:
+def to_float16(tensors: dict[str, torch.Tensor]) -> None:
     for name in tensors:
-        tensors[name] = tensors[name].bfloat16()
+        tensors[name] = tensors[name].half()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (to_bfloat16, "torch.bfloat16; stages are stored in float32"),
+        (to_float16, "torch.float16; stages are stored in float32"),
         (widen, r"has shape \(2, 64\), the model asks for \(2, 32\)"),
         (lambda tensors: rename(tensors, "layer.2.", "layer.0."), "the model lacks.*layer.0"),
         (lambda tensors: rename(tensors, "classifier", "score"), "the model lacks.*score.*the stage .*classifier"),

@@ -142,7 +142,7 @@ def repair(store: S3TStore, patterns: dict[Any, Adapter], seed: int) -> None:
         for stage in manifest.plan.missing(manifest.stages):
             config, tensors = patterns[stage]
             drawn = {name: 0.2 * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
-            stages[stage] = store.write_stage(stage, Adapter(config, drawn))
+            stages[stage] = store.write_stage(stage, Adapter.from_tensors(config, drawn))
         store.write_manifest(replace(manifest, stages=stages))
 
 

@@ -67,7 +67,7 @@ class Tuned:
     def stage(self, depth: int) -> Adapter:
         """The running stage as the store gets it."""
         config = plain_lora_config(self.config, self.layout, owned_layers(self.config, self.layout, depth))
-        return Adapter(config, self.tuner.stage_tensors())
+        return Adapter.from_tensors(config, self.tuner.stage_tensors())
 
     def join(self, stages: list[Adapter]) -> Adapter:
         """Some stages as the store joins them."""

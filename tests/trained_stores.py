@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import TrainingArguments, default_data_collator
 
 import models
 from hf_s3t import S3TConfig, S3TTrainer, Stage
-from hf_s3t.files import safetensors_bytes
 
 KEY = "0123456789abcdef0123456789abcdef"
 ROWS = 40
@@ -73,7 +72,7 @@ def edit_tensors(store: Path, stage: str, change: Callable[[dict[str, Any]], obj
     change(tensors)
     parents = [above.name for above in Stage.from_name(stage).path[:-1]]
     about = json.dumps({"stage": stage, "parents": parents})
-    file.write_bytes(safetensors_bytes(tensors, {"format": "pt", "hf_s3t": about}))
+    file.write_bytes(save(tensors, {"format": "pt", "hf_s3t": about}))
     forge(store, stage)
 
 

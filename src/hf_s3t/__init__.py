@@ -1,8 +1,18 @@
-"""hf_s3t: fine-tuning with the Hugging Face Trainer that can forget an example exactly, without a gradient step."""
+"""hf_s3t: fine-tuning with the Hugging Face Trainer that can forget an example exactly, without a gradient step.
 
-from .config import S3TConfig
-from .deletion import Receipt
-from .ensemble import S3TEnsemble
+Names are imported when they are first asked for, so that `import hf_s3t` and a deletion need neither torch nor PEFT.
+PEFT learns of the type `S3T` together with the config, or at once where PEFT was imported before. Where PEFT is to
+load a running checkpoint that was written as `S3T`, and nothing else was asked for, ask for the config first:
+
+```py
+from hf_s3t import S3TConfig
+```
+"""
+
+import importlib
+import sys
+import typing
+
 from .errors import (
     CompatibilityError,
     DatasetError,
@@ -14,11 +24,16 @@ from .errors import (
     StoreLockedError,
     UnknownExampleError,
 )
-from .plan import Plan, Stage
-from .planner import S3TPlanner
-from .store import S3TStore
-from .trainer import S3TMixin, S3TTrainer
-from .tuner import S3TModel
+
+if typing.TYPE_CHECKING:
+    from .config import S3TConfig
+    from .deletion import Receipt
+    from .ensemble import S3TEnsemble
+    from .plan import Plan, Stage
+    from .planner import S3TPlanner
+    from .store import S3TStore
+    from .trainer import S3TMixin, S3TTrainer
+    from .tuner import S3TModel
 
 __version__ = "0.1.0.dev0"
 
@@ -43,3 +58,32 @@ __all__ = [
     "StoreLockedError",
     "UnknownExampleError",
 ]
+
+_HOMES = {
+    "Plan": "plan",
+    "Receipt": "deletion",
+    "S3TConfig": "config",
+    "S3TEnsemble": "ensemble",
+    "S3TMixin": "trainer",
+    "S3TModel": "tuner",
+    "S3TPlanner": "planner",
+    "S3TStore": "store",
+    "S3TTrainer": "trainer",
+    "Stage": "plan",
+}
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "peft" in sys.modules:
+    importlib.import_module(".config", __name__)

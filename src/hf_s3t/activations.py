@@ -24,13 +24,14 @@ from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import StoreError
-from .files import DTYPES, remove, sync_folder
+from .files import remove, sync_folder
 from .requests import Place
+
+if TYPE_CHECKING:  # a deletion removes blocks without it
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +173,8 @@ class FileWriter:
 
     def add(self, inputs: str, states: torch.Tensor) -> None:
         """Appends the next row's states."""
+        import torch
+
         self._about["rows"].append((inputs, len(states)))
         self._about |= {"dtype": str(states.dtype), "hidden": states.shape[-1]}
         self._write(states.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -210,6 +213,8 @@ class FileBlocks:
 
     def read(self, name: BlockName) -> Block | None:
         """A block, mapped into memory. A file that is torn, damaged or of other settings is removed."""
+        import torch
+
         path = self.folder / name.file
         try:
             found = path.stat()
@@ -283,7 +288,7 @@ def _block(data: torch.Tensor, examples: list[Any]) -> Block:
     (position,) = HEAD.unpack(data[: HEAD.size].numpy().tobytes())
     length, _ = TAIL.unpack(data[-TAIL.size :].numpy().tobytes())
     about = json.loads(data[len(data) - TAIL.size - length : -TAIL.size].numpy().tobytes())
-    dtype, hidden = {str(known): known for known in DTYPES}[about["dtype"]], about["hidden"]
+    dtype, hidden = _dtype(about["dtype"]), about["hidden"]
     inputs, states, position = [], [], position + HEAD.size
     for digest, rows in about["rows"]:
         end = position + rows * hidden * dtype.itemsize
@@ -291,6 +296,15 @@ def _block(data: torch.Tensor, examples: list[Any]) -> Block:
         states.append(data[position:end].view(dtype).view(rows, hidden))
         position = end
     return Block([(example, content) for example, content in examples], inputs, states)
+
+
+def _dtype(text: str) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, text.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"its states are of an unknown type {text!r:.80}")
+    return found
 
 
 def sweep_activations(private: Path, hit: Container[Place], read_index: Callable[[], Container[str]] | None) -> None:

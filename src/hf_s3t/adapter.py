@@ -1,21 +1,24 @@
 """Arithmetic of LoRA adapters on the CPU: stages joined into a prefix, prefixes averaged into the root adapter.
 
-An adapter here is what an adapter folder holds: the dictionary of `adapter_config.json` and the tensors. No model is
-needed. Which stages to join is for `folder.py`.
+An adapter here is what an adapter folder holds: the dictionary of `adapter_config.json` and the tensors, as numpy
+arrays. No model is needed, and no torch: who has a model asks for [`Adapter.tensors`]. Which stages to join is for
+`folder.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .files import json_bytes, safetensors_bytes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 
 class Adapter(NamedTuple):
@@ -23,11 +26,23 @@ class Adapter(NamedTuple):
 
     Args:
         config (`dict`): the fields of a plain PEFT config of type `LORA`.
-        tensors (`dict[str, torch.Tensor]`): LoRA matrices, A of shape `(r, in)` and B of shape `(out, r)`, and heads.
+        arrays (`dict[str, np.ndarray]`): LoRA matrices, A of shape `(r, in)` and B of shape `(out, r)`, and heads.
     """
 
     config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+    arrays: dict[str, np.ndarray]
+
+    @classmethod
+    def from_tensors(cls, config: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Adapter:
+        """An adapter of tensors, whose memory it shares where they are on the CPU."""
+        return cls(config, {name: value.detach().cpu().numpy() for name, value in tensors.items()})
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The arrays as tensors, of the same memory."""
+        import torch
+
+        return {name: torch.from_numpy(value) for name, value in self.arrays.items()}
 
     @property
     def scaling(self) -> float:
@@ -37,20 +52,33 @@ class Adapter(NamedTuple):
     @property
     def heads(self) -> set[str]:
         """Names of the tensors that are no LoRA matrices."""
-        return {name for name in self.tensors if not is_lora(name)}
+        return {name for name in self.arrays if not is_lora(name)}
 
     def files(self, about: dict[str, Any]) -> dict[str, bytes]:
         """The two files of the adapter folder; `about` goes into the metadata, so that no two share their bytes."""
         described = json_bytes(about).decode().strip()
         return {
             CONFIG_FILE: json_bytes(self.config),
-            WEIGHTS_FILE: safetensors_bytes(self.tensors, {"format": "pt", "hf_s3t": described}),
+            WEIGHTS_FILE: safetensors_bytes(self.arrays, {"format": "pt", "hf_s3t": described}),
         }
 
 
 def is_lora(name: str) -> bool:
     """Whether a tensor of an adapter is a LoRA matrix, not part of a head."""
     return ".lora_A." in name or ".lora_B." in name
+
+
+def split_layer_path(path: str) -> tuple[str, int, str] | None:
+    """Splits a module path at its first number, which is the layer index (later ones number experts and the like).
+
+    >>> split_layer_path("model.layers.11.mlp.experts.5.up_proj")
+    ('model.layers', 11, 'mlp.experts.5.up_proj')
+    """
+    parts = path.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:position]), int(part), ".".join(parts[position + 1 :])
+    return None
 
 
 def scaling_of(config: Mapping[str, Any]) -> float:
@@ -86,18 +114,20 @@ def join(stages: Sequence[Adapter], stage_parameters: str = "layer_group") -> Ad
         stages (`list[Adapter]`): the stages, the first one first.
         stage_parameters (`str`, *optional*, defaults to `"layer_group"`): what a stage owns, as the recipe says.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    import numpy as np
+
+    arrays: dict[str, np.ndarray] = {}
     layers: set[int] = set()
     for stage in stages:
-        tensors.update(stage.tensors)
+        arrays.update(stage.arrays)
         layers.update(stage.config["layers_to_transform"])
     config = {**stages[-1].config, "layers_to_transform": sorted(layers), "auto_mapping": None}
     if stage_parameters == "rank_group":
-        for name in filter(is_lora, tensors):
-            parts = [stage.tensors[name] for stage in stages]
-            tensors[name] = torch.cat(parts, dim=0 if ".lora_A." in name else 1)
+        for name in filter(is_lora, arrays):
+            parts = [stage.arrays[name] for stage in stages]
+            arrays[name] = np.concatenate(parts, axis=0 if ".lora_A." in name else 1)
         config = with_rank(config, sum(stage.config["r"] for stage in stages))
-    return Adapter(config, tensors)
+    return Adapter(config, arrays)
 
 
 def average(members: Sequence[Adapter]) -> Adapter | None:
@@ -109,26 +139,31 @@ def average(members: Sequence[Adapter]) -> Adapter | None:
     Returns:
         [`Adapter`] or `None`: `None` where there is no such adapter: no members, or several members with heads.
     """
+    import numpy as np
+
     if len(members) <= 1:
         return members[0] if members else None
     if any(member.heads for member in members):
         return None
     rank = sum(member.config["r"] for member in members)
-    tensors = {}
-    for name in sorted(set().union(*(member.tensors for member in members))):
-        example = next(member.tensors[name] for member in members if name in member.tensors)
+    arrays = {}
+    for name in sorted(set().union(*(member.arrays for member in members))):
+        example = next(member.arrays[name] for member in members if name in member.arrays)
         parts = [_part(member, name, example, len(members)) for member in members]
-        tensors[name] = torch.cat(parts, dim=0 if ".lora_A." in name else 1).contiguous()
+        arrays[name] = np.concatenate(parts, axis=0 if ".lora_A." in name else 1)
     layers = sorted(set().union(*(member.config["layers_to_transform"] for member in members)))
     config = {**members[0].config, "r": rank, "lora_alpha": rank, "use_rslora": False, "layers_to_transform": layers}
-    return Adapter(config, tensors)
+    return Adapter(config, arrays)
 
 
-def _part(member: Adapter, name: str, example: torch.Tensor, count: int) -> torch.Tensor:
+def _part(member: Adapter, name: str, example: np.ndarray, count: int) -> np.ndarray:
+    import numpy as np
+
     rank = member.config["r"]
-    value = member.tensors.get(name)
+    value = member.arrays.get(name)
     if ".lora_A." in name:
-        return torch.zeros(rank, *example.shape[1:]) if value is None else value
+        return np.zeros((rank, *example.shape[1:]), np.float32) if value is None else value
     if value is None:
-        return torch.zeros(example.shape[0], rank, *example.shape[2:])
-    return (value.double() * (member.scaling / count)).float()
+        return np.zeros((example.shape[0], rank, *example.shape[2:]), np.float32)
+    with np.errstate(over="ignore"):  # as in the model itself, what is too large is infinite
+        return np.multiply(value, member.scaling / count, dtype=np.float64).astype(np.float32)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import nn
-from transformers import AutoConfig
+from typing import TYPE_CHECKING, Any
 
 from .card import AUTO_CLASSES
 from .errors import StoreError
 from .folder import StoreFolder
-from .recipe import bare, base_digest, quantization
+
+if TYPE_CHECKING:  # what needs no base model does without
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,8 @@ def load_base(
         StoreError: it is another one than the store was trained on.
         OSError: it can not be loaded.
     """
+    from transformers import AutoConfig
+
     recipe = store.manifest().recipe
     stored = recipe["base"]
     if name is None:
@@ -74,6 +75,8 @@ def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     Tensors of another dtype or quantisation can not be compared; then a warning says so. Offloaded ones are refused,
     as adapters can not be with them.
     """
+    from .recipe import bare, base_digest, quantization
+
     if any(parameter.is_meta for parameter in model.parameters()):
         raise StoreError("Some layers of the base are offloaded. Load it with a `device_map` that holds all of them.")
     stored = recipe["base"]

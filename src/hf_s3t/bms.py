@@ -9,7 +9,6 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from .sequences import Order, check_budget
 from .survival import checked_prior
@@ -52,6 +51,8 @@ def bms(num_slices: int, budget: int, prior: Sequence[float] | None = None, seed
 
 
 def _matched(chances: np.ndarray, budget: int) -> list[Order]:
+    from scipy.optimize import linear_sum_assignment  # takes longer to import than most plans to find
+
     coldest = np.argsort(chances, kind="stable")[:budget]
     orders: list[Order] = [(slice_id,) for slice_id in range(len(chances))]
     for _ in range(len(chances) - 1):

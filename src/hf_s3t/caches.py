@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
 from huggingface_hub import scan_cache_dir
-from huggingface_hub.constants import HF_HUB_CACHE, HF_XET_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from .seams import hub as seam
+
+logger = logging.getLogger(__name__)
 
 
 def cached_revisions(repo_id: str) -> set[str]:
@@ -17,22 +22,32 @@ def cached_revisions(repo_id: str) -> set[str]:
     return {revision.commit_hash for repo in repos for revision in repo.revisions}
 
 
-def clear_caches(repo_id: str, head: str) -> list[str]:
-    """Removes from this machine's caches every revision of a repository but its head, and returns their names.
+def clear_caches(repo_id: str, head: str) -> tuple[list[str], list[str]]:
+    """Removes from this machine's caches every revision of a repository but its head.
 
     The blocks in the Xet cache do not tell which repository they are of: all of them go, and are fetched again when
     they are needed. Uploads under way there stay.
+
+    Returns:
+        `tuple[list[str], list[str]]`: names of what was removed, and of what is left and may be of an old revision,
+        which is warned of, too.
     """
     cleared: list[str] = []
-    folder = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    folder = seam.cache_folder(repo_id)
     old = sorted(cached_revisions(repo_id) - {head})
     if old:
         scan_cache_dir().delete_revisions(*old).execute()
         cleared += [f"{folder.name}/snapshots/{revision}" for revision in old]
-    for path in sorted([*folder.glob("trees/*.json"), *folder.glob("blobs/*.incomplete")]):
+    for path in seam.cached_listings(repo_id):
         path.unlink(missing_ok=True)
         cleared.append(f"{folder.name}/{path.parent.name}/{path.name}")
-    for path in sorted([*Path(HF_XET_CACHE).glob("**/chunk-cache"), *Path(HF_XET_CACHE).glob("**/shard-cache")]):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in seam.cached_blocks():
+        shutil.rmtree(path, ignore_errors=True)  # what could not be removed is found below
         cleared.append(f"xet/{path.name}, of all repositories")
-    return cleared
+    left = seam.left_in_cache(repo_id, head)
+    if left:
+        logger.warning(
+            "%d files in this machine's caches may hold old revisions of %s, and it is not known how to remove them: "
+            "%s. Remove them by hand (%s).", len(left), repo_id, ", ".join(left[:5]), folder.parent,
+        )  # fmt: skip
+    return cleared, left

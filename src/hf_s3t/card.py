@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from huggingface_hub import ModelCardData
-
 from .adapter import with_rank
 from .manifest import Manifest
 from .plan import Stage
@@ -133,6 +131,8 @@ def prefix_lines(stage: Stage, manifest: Manifest) -> str:
 
 
 def _metadata(base: str | None, task: str | None) -> str:
+    from huggingface_hub import ModelCardData
+
     fields: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "transformers", "hf_s3t", "unlearning"]}
     if base:
         fields["base_model"] = base

@@ -14,7 +14,7 @@ import logging
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group
@@ -43,9 +43,10 @@ from .reading import (
     read_dataset,
     wanted_names,
 )
-from .sources import RepoSource
-from .store import S3TStore, as_stage
-from .verify import Check, VerifyReport, verify
+
+if TYPE_CHECKING:  # each verb imports what it needs
+    from .store import S3TStore
+    from .verify import Check, VerifyReport
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def delete(
             dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
             purge=purge, keep_refs=kept_refs(keep_refs, drop_refs),
         )  # fmt: skip
-        unpurged = {} if dry_run or not isinstance(store.source, RepoSource) else unpurged_of(store)
+        unpurged = {} if dry_run or store.source.repo_id is None else unpurged_of(store)
         pending = receipt.exports or receipt.still_served_at or receipt.status == "pending" or unpurged
         code = PENDING if pending and not dry_run else DONE
         return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt, unpurged))
@@ -222,6 +223,8 @@ def verify_command(
 ) -> None:
     """Check hashes, contents, tombstones and the root adapter; with --retrain train stages again, too."""
 
+    from .verify import verify
+
     def verb(store: S3TStore) -> Outcome:
         if bool(retrain) != bool(trainer and data):
             raise ValueError("Give --retrain, --trainer and --data together, or none of them.")
@@ -262,6 +265,8 @@ def export(
 
 
 def _check_export(store: S3TStore, target: Path, prefix: str | None) -> None:
+    from .store import as_stage
+
     live = store.live()
     if prefix is not None and as_stage(prefix) not in live.stages:
         known = ", ".join(stage.name for stage in sorted(live.stages)) or "none"

@@ -5,24 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import display
-from .deletion import read_receipts, state_or_none
 from .errors import HubError
 from .files import PRIVATE, json_bytes, read_json, write_atomic
-from .folder import StoreFolder
-from .hub import HubRepo
-from .manifest import merged
 from .outcomes import DONE, PENDING, Outcome, outcome_of, run, show
-from .probing import recheck as ask_again
-from .purge import SECONDS
 from .reading import AsJson, DropRefs, KeepRefs, OneStore, StateFolder
-from .report import PurgeReport, covered, file_name, uncovered
-from .sources import RepoSource
-from .store import S3TStore
+from .report import SECONDS, PurgeReport, covered, file_name, uncovered
+
+if TYPE_CHECKING:  # each verb imports what it needs
+    from .store import S3TStore
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +28,10 @@ def unpurged_of(store: S3TStore) -> dict[str, list[str]]:
     Of a folder what its receipts say, without asking the Hub. A repository is asked for what was deleted elsewhere,
     or in a folder and pushed since; what was deleted from it here stays open until a purge from here.
     """
+    from .deletion import read_receipts, state_or_none
+    from .manifest import merged
+    from .sources import RepoSource
+
     receipts = read_receipts(store)
     if not isinstance(store.source, RepoSource):
         found: dict[str, list[str]] = {}
@@ -74,6 +73,8 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Bring a repository on the Hub to what the store holds, in one commit. The state stays here."""
+
+    from .store import S3TStore
 
     def verb(opened: S3TStore) -> Outcome:
         info = opened.push(repo, private=not public, tombstones=tombstones)
@@ -125,6 +126,10 @@ def recheck(
     as_json: AsJson = False,
 ) -> None:
     """Ask again for what a purge report has as pending."""
+
+    from .folder import StoreFolder
+    from .hub import HubRepo
+    from .probing import recheck as ask_again
 
     def verb() -> Outcome:
         known = PurgeReport.from_json(read_json(report))

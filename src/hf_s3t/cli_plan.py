@@ -10,18 +10,20 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
-from .arrivals import RepairPolicy
-from .candidates import BASELINES, Candidate
 from .outcomes import BAD_INPUT, DONE, console
-from .planner import S3TPlanner
 from .reading import parse_prior
+
+if TYPE_CHECKING:  # the other verbs need no planner
+    from .arrivals import RepairPolicy
+    from .candidates import Candidate
+    from .planner import S3TPlanner
 
 ROWS = 26
 ORDERS = 3  # the column that also names the groups of rows
@@ -79,6 +81,8 @@ def plan(
     the slices are in use on average and the chance that a shard is dead, with nothing
     of it to serve until it is trained again, is at most --max-dead.
     """
+    from .planner import S3TPlanner
+
     try:
         asked = S3TPlanner(
             examples=examples, requests_per_day=requests_per_day, horizon_days=horizon_days, shards=shards,
@@ -211,6 +215,8 @@ def _columns(planner: S3TPlanner) -> list[Column]:
 
 
 def _orders(candidate: Candidate) -> str:
+    from .candidates import BASELINES
+
     setting = candidate.setting
     if setting.method != "s3t":
         return BASELINES[setting.method]

@@ -6,12 +6,14 @@ sees is for `plan.py`.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from peft import LoraConfig
 
+from .plan import STAGE_PARAMETERS
 from .seams.tuners import add_peft_type, register_tuner
 from .sequences import explicit
 from .survival import checked_prior
@@ -42,9 +44,6 @@ BOOKKEEPING_FIELDS = (
     "inference_mode",
     "runtime_config",
 )
-
-STAGE_PARAMETERS = ("layer_group", "rank_group", "all")
-"""What a stage may own."""
 
 REASONS = {
     "use_dora": "DoRA's magnitude mixes base and adapter weights, so layer groups would not be independent",
@@ -235,3 +234,6 @@ class S3TConfig(LoraConfig):
 def register(model_cls: type[Any]) -> None:
     """Registers `S3TConfig` and its tuner with PEFT. Idempotent, so that a reload of the package is harmless."""
     register_tuner(S3T, S3TConfig, model_cls)
+
+
+importlib.import_module(".tuner", __package__)  # which registers: whoever has the config may hand it to PEFT

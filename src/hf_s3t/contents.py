@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .adapter import is_lora
+from .adapter import is_lora, split_layer_path
 from .errors import StoreError
-from .layout import split_layer_path
 from .plan import Stage
 
 

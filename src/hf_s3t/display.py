@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from .closed_forms import LifeLeft
-from .deletion import Receipt
-from .exports import Export
-from .store import Location, Status
-from .verify import VerifyReport
+from .reading import WIDTH
 
-WIDTH = 100
+if TYPE_CHECKING:
+    from .closed_forms import LifeLeft
+    from .deletion import Receipt
+    from .exports import Export
+    from .store import Location, Status
+    from .verify import VerifyReport
+
 UNKNOWN = "unknown: the state is not here"
 NONE: Mapping[str, Sequence[str]] = {}
 

@@ -28,13 +28,13 @@ from .deletion import Receipt
 from .errors import S3TError, StoreError
 from .folder import StoreFolder
 from .gate import Gate
-from .hub import is_repo_id
 from .layout import find_layout
 from .manifest import Manifest
 from .members import Members
 from .plan import Stage
 from .seams.answering import caches_in, introduce_to_pipelines
 from .slots import Change, Slot
+from .sources import is_repo_id
 from .store import S3TStore
 from .tuner import plain_lora_config
 

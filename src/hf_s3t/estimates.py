@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-from scipy.special import stdtrit
 
 BAND = (0.05, 0.95)  # of the streams
 
@@ -47,7 +46,7 @@ class Estimate:
 
     @classmethod
     def _around(cls, mean: float, error: float, number: int) -> "Estimate":
-        reach = float(stdtrit(number - 1, 0.975)) * error
+        reach = _quantile(number - 1) * error
         return cls(mean, error, mean - reach, mean + reach)
 
 
@@ -81,7 +80,7 @@ class Curve:
         total, squares = counts @ values, counts @ values**2
         mean = total / streams
         error = np.sqrt(np.maximum(squares - total * mean, 0) / (streams - 1) / streams)
-        reach = stdtrit(streams - 1, 0.975) * error
+        reach = _quantile(streams - 1) * error
         below = counts.cumsum(axis=1)
         band = np.stack([(below >= share * streams).argmax(axis=1) for share in BAND])
         return cls(mean, error, mean - reach, mean + reach, band)
@@ -163,3 +162,10 @@ class Simulation:
     def days_between_repairs(self) -> Estimate | None:
         """All days over all repairs. `None` if there was no repair, or no rate."""
         return Estimate.of_ratio(self.days, self.repairs) if self.days is not None and self.repairs.any() else None
+
+
+def _quantile(freedom: int) -> float:
+    """Student's t below which 97.5 % lie."""
+    from scipy.special import stdtrit  # takes longer to import than a plan of two slices to judge
+
+    return float(stdtrit(freedom, 0.975))

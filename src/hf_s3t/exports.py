@@ -15,9 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average
 from .bases import HAND_IN, check_base, check_unquantised, load_base
@@ -27,6 +25,9 @@ from .folder import StoreFolder
 from .manifest import Manifest
 from .plan import Stage
 from .state import Tombstone
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ def _write_adapter(target: Path, ends: list[Stage], adapter: Adapter) -> Export:
     files = adapter.files({"export": [end.name for end in ends]})
     for name in (WEIGHTS_FILE, CONFIG_FILE):  # as in the store: an older config beside new weights misses layers only
         write_atomic(target / name, files[name])
-    parameters = sum(value.numel() for value in adapter.tensors.values())
+    parameters = sum(value.size for value in adapter.arrays.values())
     return _done(target, ends, adapter, parameters, sum(map(len, files.values())))
 
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from .errors import StoreError, StoreLockedError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_JSON_BYTES = 1 << 30
 
@@ -112,14 +112,14 @@ def inside(root: Path, relative: str) -> Path:
 
 
 DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "float16": "F16", "int32": "I32", "float32": "F32",
+    "float64": "F64", "int64": "I64",
 }  # fmt: skip
-"""The format's names of what a tensor may hold, in the order that the format gives them: wide ones go first."""
+"""The format's names of what an array may hold, in the order that the format gives them: wide ones go first."""
 
 
-def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file, the same bytes for the same tensors: the metadata's order is fixed too.
+def safetensors_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same arrays: the metadata's order is fixed too.
 
     The library's serialiser keeps metadata in a hash map, so that two entries come out in either order, and copies
     the tensors twice. The format: 8 bytes of length, a header of that length (JSON, spaces up to a multiple of 8),
@@ -128,23 +128,30 @@ def safetensors_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
     rank = {dtype: -place for place, dtype in enumerate(DTYPES)}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end, data = 0, []
-    for name, value in sorted(tensors.items(), key=lambda item: (rank[item[1].dtype], item[0])):
-        data.append(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, value in sorted(arrays.items(), key=lambda item: (rank[item[1].dtype.name], item[0])):
+        data.append(value.ravel().view("uint8").data)
         begin, end = end, end + data[-1].nbytes
-        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPES[value.dtype.name], "shape": list(value.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([struct.pack("<Q", len(text)), text, *data])
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file.
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Tensors of a safetensors file, as arrays.
 
     Raises:
-        StoreError: it is absent or truncated.
+        StoreError: it is absent or truncated, or holds numbers of a kind that numpy lacks.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        return load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # no mapping
+            foreign = sorted(name for name, kind in kinds.items() if kind not in DTYPES.values())
+            if foreign:
+                raise StoreError(f"{path}: {foreign[0]} is of type {kinds[foreign[0]]}; stages are stored in float32.")
+            return {name: file.get_tensor(name) for name in kinds}
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist, but the manifest lists it. Restore it from a backup.") from None
     except SafetensorError as error:

@@ -41,11 +41,10 @@ from .files import (
     write_atomic,
     write_durable,
 )
-from .hub import HubRepo, is_repo_id
 from .manifest import DAMAGED, Manifest
 from .partition import Entry, Index
 from .plan import Order, Stage
-from .sources import MANIFEST, FolderSource, RepoSource, default_state
+from .sources import MANIFEST, FolderSource, RepoSource, default_state, is_repo_id
 from .state import State, key_check_value
 
 KEY_VARIABLE = "HF_S3T_KEY"
@@ -111,6 +110,8 @@ class StoreFolder:
         self.private = Path(state) if state else self.path / ".s3t"
         self.knows_state = True
         if is_repo_id(path):
+            from .hub import HubRepo  # a folder needs no client
+
             self.source = RepoSource(HubRepo(str(path), token=token), revision)
             state = state or os.environ.get(STATE_VARIABLE)
             self.private, self.knows_state = Path(state) if state else default_state(str(path)), bool(state)

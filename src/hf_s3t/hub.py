@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -27,10 +25,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers
 
 from .errors import HeadMovedError, HubError, StoreError
 from .files import write_atomic
+from .seams import hub as seam
 
 logger = logging.getLogger(__name__)
 
@@ -39,22 +37,6 @@ ATTEMPTS = 3
 SETTLING_SECONDS = 1.0
 
 _NOTING = threading.Lock()
-
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def is_repo_id(name: str | os.PathLike[str]) -> bool:
-    """Whether a store's name is that of a repository: `"me/model"`, where no such folder exists. A `Path` is a folder.
-
-    >>> is_repo_id("me/model"), is_repo_id(Path("me/model")), is_repo_id("out")
-    (True, False, False)
-    """
-    return isinstance(name, str) and bool(_REPO_ID.fullmatch(name)) and not os.path.exists(name)
-
-
-def hides_repo(name: str) -> bool:
-    """Whether a folder has the name of a repository, which then is not looked for."""
-    return bool(_REPO_ID.fullmatch(name)) and os.path.exists(name)
 
 
 class HubRepo:
@@ -91,7 +73,7 @@ class HubRepo:
         """
         try:
             sha = self._sha(revision)
-        except (OfflineModeIsEnabled, httpx2.TransportError) as error:
+        except (OfflineModeIsEnabled, seam.transport_error()) as error:
             seen = self._cached_sha(revision or self.branch)
             if seen is None:
                 raise HubError(f"{self.repo_id} can not be looked up, and nothing of it is cached: {error}") from None
@@ -126,7 +108,7 @@ class HubRepo:
             return True
         try:
             return bool(self.api.get_paths_info(self.repo_id, [path], revision=revision))
-        except (OfflineModeIsEnabled, httpx2.TransportError) as error:
+        except (OfflineModeIsEnabled, seam.transport_error()) as error:
             raise HubError(
                 f"{path} of {self.repo_id} at {revision} is not in the cache, and the Hub can not be reached: {error}"
             ) from None
@@ -158,24 +140,20 @@ class HubRepo:
         """Whether a file of a revision is in the cache of this machine."""
         return isinstance(try_to_load_from_cache(self.repo_id, path, revision=revision), str)
 
-    @property
-    def _cache(self) -> Path:
-        return Path(HF_HUB_CACHE) / f"models--{self.repo_id.replace('/', '--')}"
-
     def _seen(self, revision: str, sha: str) -> None:
         """Notes what a name leads to, as what this machine saw last: while offline it goes back to nothing older."""
-        ref = self._cache / "refs" / revision
+        ref = seam.ref_file(self.repo_id, revision)
         try:
             with _NOTING:
                 if not ref.exists() or ref.read_text() != sha:
                     # A name that leads to nothing would make the cache count as damaged.
-                    (self._cache / "snapshots" / sha).mkdir(parents=True, exist_ok=True)
+                    seam.snapshot_folder(self.repo_id, sha).mkdir(parents=True, exist_ok=True)
                     write_atomic(ref, sha.encode())
         except OSError as error:
             logger.warning("%s of %s can not be noted in the cache: %s", revision, self.repo_id, error)
 
     def _cached_sha(self, revision: str) -> str | None:
-        ref = self._cache / "refs" / revision
+        ref = seam.ref_file(self.repo_id, revision)
         if ref.exists():
             return ref.read_text().strip()
         return revision if re.fullmatch("[0-9a-f]{40}", revision) else None
@@ -208,7 +186,7 @@ class HubRepo:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 info = self._sent(message, parent, files, removed, last=attempt == ATTEMPTS)
-            except httpx2.TransportError as error:
+            except seam.transport_error() as error:
                 if attempt == ATTEMPTS:
                     raise HubError(
                         f"{self.repo_id} could not be reached while a commit was sent ({error}). Whether it arrived "
@@ -230,7 +208,7 @@ class HubRepo:
             return self._commit_once(message, parent, files, removed)
         except RepositoryNotFoundError:
             raise
-        except (HfHubHTTPError, OSError, httpx2.TransportError) as error:
+        except (HfHubHTTPError, OSError, seam.transport_error()) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in (401, 403):
                 raise self._no_right(error) from None
@@ -257,7 +235,7 @@ class HubRepo:
         plain = [
             operation.path_in_repo
             for operation in operations
-            if operation.path_in_repo.endswith(".safetensors") and operation._upload_mode != "lfs"
+            if operation.path_in_repo.endswith(".safetensors") and not seam.is_large_file(operation)
         ]
         if plain:
             raise StoreError(
@@ -310,7 +288,7 @@ class HubRepo:
 
     def headers(self) -> dict[str, str]:
         """For requests that the client has no method for."""
-        return build_hf_headers(token=self.api.token, library_name=self.api.library_name)
+        return seam.headers(self.api.token, self.api.library_name)
 
     def refs(self) -> list[tuple[str, str]]:
         """Full names of branches, tags, pull requests and converted files, with the commit that each leads to."""
@@ -338,6 +316,6 @@ class HubRepo:
                         serves[revision] = any(wanted(path, entry) for path, entry in self.tree(revision).items())
                 if serves[commits[0]]:
                     names.append(name)
-        except (OfflineModeIsEnabled, httpx2.TransportError) as error:
+        except (OfflineModeIsEnabled, seam.transport_error()) as error:
             raise HubError(f"The history of {self.repo_id} can not be looked at: {error}") from None
         return [*names, *(revision for revision, found in serves.items() if found)]

@@ -13,6 +13,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
+from .adapter import split_layer_path
 from .config import S3TConfig
 from .seams.tuners import HEADS_BY_TASK, default_targets, is_targeted, name_all_linear
 
@@ -46,19 +47,6 @@ class Layout:
     def module_names(self, layers: tuple[int, ...] | list[int]) -> set[str]:
         """Full paths of the target modules in `layers`."""
         return {f"{self.container}.{layer}.{suffix}" for layer in layers for suffix in self.targets[layer]}
-
-
-def split_layer_path(path: str) -> tuple[str, int, str] | None:
-    """Splits a module path at its first number, which is the layer index (later ones number experts and the like).
-
-    >>> split_layer_path("model.layers.11.mlp.experts.5.up_proj")
-    ('model.layers', 11, 'mlp.experts.5.up_proj')
-    """
-    parts = path.split(".")
-    for position, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[:position]), int(part), ".".join(parts[position + 1 :])
-    return None
 
 
 def find_layout(model: nn.Module, config: S3TConfig) -> Layout:

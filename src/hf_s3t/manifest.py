@@ -1,7 +1,7 @@
 """What the store publishes about itself: the manifest `s3t.json`, and in it the log of deletions and readmissions.
 
 It is plain data with a strict reader: a manifest may come from a hostile repository. Which file holds what, and when
-it is written, is for `folder.py`.
+it is written, is for `folder.py`; how a recipe is made, for `recipe.py`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from huggingface_hub.utils import validate_repo_id
-
 from .adapter import CONFIG_FILE, WEIGHTS_FILE
-from .config import STAGE_PARAMETERS
-from .errors import StoreError
-from .plan import Plan, Stage
+from .errors import RecipeError, StoreError
+from .plan import STAGE_PARAMETERS, Plan, Stage
 from .survival import checked_prior
 
 FORMAT = 1
@@ -222,6 +219,8 @@ def _recipe(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(value[name], dict) for name in parts):
         raise ValueError("the recipe has not the sections config, partition and base")
     if value["base"].get("id") is not None:
+        from huggingface_hub.utils import validate_repo_id
+
         validate_repo_id(value["base"]["id"])
     kind, replay = value["config"].get("stage_parameters", "layer_group"), value["config"].get("replay", 1.0)
     if kind not in STAGE_PARAMETERS:  # joined in another kind's way its stages would be another adapter
@@ -259,3 +258,32 @@ def _event(data: Any) -> Event:
     if type(data["named"]) is not bool:
         raise ValueError(f"{data['named']!r:.80} is neither true nor false")
     return Event(places, data["named"])
+
+
+def check_same(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Raises [`RecipeError`] with every difference, unless two recipes are the same.
+
+    Args:
+        defaults (`dict`, *optional*): values of the TrainingArguments that nobody set. An argument that `stored` does
+            not name came with a newer version of the Trainer: it counts as one that was not set.
+    """
+    if defaults is not None:
+        newer = {name: value for name, value in defaults.items() if name in wanted["arguments"]}
+        stored = {**stored, "arguments": {**newer, **stored["arguments"]}}
+    differences = list(_differences(stored, wanted, ""))
+    if differences:
+        raise RecipeError(
+            "The settings differ from those that the store was trained with, so repaired stages would not be what "
+            "training from scratch gives:\n  " + "\n  ".join(differences) + "\nUse the stored settings, or train into "
+            "another output_dir."
+        )
+
+
+def _differences(stored: Any, wanted: Any, path: str) -> Any:
+    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
+        for name in sorted({*stored, *wanted}):
+            yield from _differences(stored.get(name), wanted.get(name), f"{path}.{name}" if path else name)
+    elif stored != wanted:
+        yield f"{path}: the store has {stored!r}, this run {wanted!r}"

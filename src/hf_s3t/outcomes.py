@@ -14,17 +14,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx2
 import typer
 from rich.console import Console, RenderableType
 
-from . import display
 from .errors import DatasetError, HubError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
-from .hub import hides_repo
-from .sources import RepoSource
-from .store import S3TStore
+from .reading import WIDTH
+
+if TYPE_CHECKING:  # `--help` needs no store
+    from .store import S3TStore
 
 DONE, BAD_INPUT, PENDING, UNKNOWN, BROKEN, LOW = 0, 2, 3, 4, 5, 6
 GRAVITY = (DONE, LOW, PENDING, UNKNOWN, BAD_INPUT, BROKEN, 1)
@@ -46,11 +45,13 @@ class Outcome:
         return {"store": self.store, "exit_code": self.exit_code, "result": self.result, "error": self.error}
 
 
-Verb = Callable[[S3TStore], Outcome]
+Verb = Callable[["S3TStore"], Outcome]
 
 
 def run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb, state: Path | None = None) -> None:
     """Applies a verb to each store, and ends the program with what came of it."""
+
+    from .store import S3TStore
 
     def opened(path: str) -> Outcome:
         store = S3TStore(path, key_file.read_text().strip() if key_file else None, state)
@@ -62,7 +63,9 @@ def run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb,
 
 
 def _absent(path: str, store: S3TStore) -> str:
-    if isinstance(store.source, RepoSource):
+    from .sources import hides_repo
+
+    if store.source.repo_id is not None:
         return f"there is no folder {path}, and the repository {path} on the Hub has no s3t.json."
     if hides_repo(path):
         return f"the folder {path}, which holds no store, hides a repository of that name. Work elsewhere to reach it."
@@ -87,7 +90,7 @@ def show(outcomes: list[Outcome], as_json: bool) -> None:
 
 def console() -> Console:
     """Standard output for a person; of a fixed width where it is no terminal."""
-    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else display.WIDTH)
+    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)
 
 
 def outcome_of(name: str, verb: Callable[[], Outcome]) -> Outcome:
@@ -97,13 +100,22 @@ def outcome_of(name: str, verb: Callable[[], Outcome]) -> Outcome:
         except (S3TError, ValueError, OSError) as error:
             code, message = _exit_code(error), str(error)
             described = {"type": type(error).__name__, "message": message}
-        except httpx2.HTTPError as error:
-            code, message = BAD_INPUT, f"the Hub did not answer ({error}). Run it again later: it goes on from there."
-            described = {"type": type(error).__name__, "message": message}
         except Exception as error:
+            if _is_of_the_hub(error):
+                message = f"the Hub did not answer ({error}). Run it again later: it goes on from there."
+                return Outcome(name, BAD_INPUT, error={"type": type(error).__name__, "message": message})
             traceback.print_exc()
             code, described = 1, {"type": type(error).__name__, "message": f"{error} (a fault of this program)"}
     return Outcome(name, code, error=described)
+
+
+def _is_of_the_hub(error: Exception) -> bool:
+    """Whether a request to the Hub failed; without its client there was none."""
+    if "huggingface_hub.errors" not in sys.modules:
+        return False
+    from .seams.hub import http_error
+
+    return isinstance(error, http_error())
 
 
 def _exit_code(error: Exception) -> int:

@@ -16,11 +16,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from .config import S3TConfig
 from .errors import DatasetError
 from .plan import Stage
+
+if TYPE_CHECKING:
+    from .config import S3TConfig
 
 DIGEST_CHARS = 32
 """Length of a keyed digest in the index: 128 bits of HMAC-SHA256, in hexadecimal."""

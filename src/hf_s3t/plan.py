@@ -21,6 +21,9 @@ from .sequences import Order, explicit, prune_orders, training_cost
 
 MAX_SHARDS = 100_000  # bounds the work that an untrusted plan can ask for
 
+STAGE_PARAMETERS = ("layer_group", "rank_group", "all")
+"""What a stage may own."""
+
 
 @dataclass(frozen=True, order=True)
 class Stage:

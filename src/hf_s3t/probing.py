@@ -16,12 +16,12 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import httpx2
 from huggingface_hub import hf_hub_url
-from huggingface_hub.utils import get_session, paginate
 
+from .errors import CompatibilityError
 from .hub import HubRepo
 from .report import Probe, PurgeReport, now
+from .seams import hub as seam
 
 TIMEOUT = 20.0
 """Seconds; the client itself waits for ever."""
@@ -53,7 +53,7 @@ def _asked(repo: HubRepo, report: PurgeReport) -> PurgeReport:
     report = replace(report, probes=sorted(probes, key=lambda probe: (probe.oid, probe.way, probe.at)))
     try:
         head = _branch_head(repo)
-    except (httpx2.HTTPError, OSError):
+    except (seam.http_error(), OSError):
         head = report.head
     status = "pending" if report.pending else "no_longer_served"
     return replace(report, head=head, ended_at=now(), status="begun" if report.status == "begun" else status)
@@ -64,7 +64,7 @@ def ask(repo: HubRepo, probes: Iterable[Probe]) -> list[Probe]:
     probes = list(probes)
     try:
         hidden = None if repo.info() is not None else "the repository is not there, or hidden from this token"
-    except (httpx2.HTTPError, OSError) as error:
+    except (seam.http_error(), OSError) as error:
         hidden = f"no answer: {_short(error)}"
     if hidden is not None:
         return [replace(probe, answer=hidden, served=None, seen_at=now()) for probe in probes]
@@ -98,15 +98,15 @@ def _answer(repo: HubRepo, probe: Probe, listing: set[str] | str, objects: Mappi
         if probe.way == "object":
             return objects[probe.oid]
         return _judge(head_of(repo, *probe.at.split(":", 1)), probe.oid)
-    except (httpx2.HTTPError, OSError) as error:
+    except (seam.http_error(), OSError) as error:
         return None, f"no answer: {_short(error)}"
 
 
 def _judge(response: Any, oid: str) -> Answer:
     """What the answer to a request for a file at a revision says about a content."""
-    status, code = response.status_code, response.headers.get("x-error-code", "")
+    status, code = response.status_code, response.headers.get(seam.ERROR_CODE, "")
     if status < 400:
-        linked = response.headers.get("x-linked-etag", "").strip('"')
+        linked = response.headers.get(seam.LINKED_ETAG, "").strip('"')
         named = re.fullmatch('(?:W/)?"([0-9a-f]{40})"', response.headers.get("etag", "")) if len(oid) == 40 else None
         other = linked != oid if linked else named is not None and named[1] != oid
         return (False, "another content") if other else (True, f"HTTP {status}")
@@ -117,7 +117,7 @@ def _judge(response: Any, oid: str) -> Answer:
 def _listing(repo: HubRepo) -> set[str] | str:
     try:
         return set(stored(repo))
-    except (httpx2.HTTPError, OSError) as error:
+    except (seam.http_error(), OSError, CompatibilityError) as error:
         return f"no list: {_short(error)}"
 
 
@@ -129,7 +129,7 @@ def _objects(repo: HubRepo, probes: Iterable[Probe]) -> dict[str, Answer]:
         batch = oids[start : start + BATCH]
         try:
             answers |= dict.fromkeys(batch, (None, "not answered")) | _batch(repo, {oid: sizes[oid] for oid in batch})
-        except (httpx2.HTTPError, OSError, KeyError, ValueError) as error:
+        except (seam.http_error(), OSError, KeyError, ValueError) as error:
             answers |= dict.fromkeys(batch, (None, f"no answer: {_short(error)}"))
     return answers
 
@@ -139,7 +139,7 @@ def _batch(repo: HubRepo, sizes: Mapping[str, int]) -> dict[str, Answer]:
     media = "application/vnd.git-lfs+json"
     objects = [{"oid": oid, "size": size} for oid, size in sizes.items()]
     body = {"operation": "download", "transfers": ["basic"], "objects": objects, "hash_algo": "sha256"}
-    response = get_session().post(
+    response = seam.session().post(
         f"{repo.api.endpoint}/{repo.repo_id}.git/info/lfs/objects/batch",
         headers={**repo.headers(), "accept": media, "content-type": media}, json=body, timeout=TIMEOUT,
     )  # fmt: skip
@@ -158,9 +158,9 @@ def _object_answer(found: Mapping[str, Any]) -> Answer:
 def _address(probe: Probe) -> Probe:
     """Asks for the first byte: an address is signed for GET, and would refuse HEAD whatever is behind it."""
     try:
-        with get_session().stream("GET", probe.at, headers={"range": "bytes=0-0"}, timeout=TIMEOUT) as response:
+        with seam.session().stream("GET", probe.at, headers={"range": "bytes=0-0"}, timeout=TIMEOUT) as response:
             status = response.status_code
-    except (httpx2.HTTPError, OSError) as error:
+    except (seam.http_error(), OSError) as error:
         return replace(probe, answer=f"no answer: {_short(error)}", served=None, seen_at=now())
     gone = status in (404, 410) or (status == 403 and expired(probe.at))
     served = True if status < 400 else (False if gone else None)
@@ -192,16 +192,14 @@ def expired(address: str) -> bool:
 
 def stored(repo: HubRepo) -> dict[str, int]:
     """sha256 of every large file that the Hub stores for the repository -> its size."""
-    # `HfApi.list_lfs_files` fails where a file has no name, which the Hub's own description allows.
-    url = f"{repo.api.endpoint}/api/models/{repo.repo_id}/lfs-files"
-    return {item["fileOid"]: item.get("size", 1) for item in paginate(url, {}, repo.headers(), timeout=TIMEOUT)}
+    return seam.list_large_files(repo.api, repo.repo_id, TIMEOUT)
 
 
 def head_of(repo: HubRepo, revision: str, path: str) -> Any:
     """The answer to a request for a file at a revision, without following where it leads."""
     # `get_hf_file_metadata` follows redirects inside the Hub and raises what has to be told apart here.
     url = hf_hub_url(repo.repo_id, path, revision=revision, endpoint=repo.api.endpoint)
-    return get_session().head(url, headers=repo.headers(), follow_redirects=False, timeout=TIMEOUT)
+    return seam.session().head(url, headers=repo.headers(), follow_redirects=False, timeout=TIMEOUT)
 
 
 def _branch_head(repo: HubRepo) -> str:

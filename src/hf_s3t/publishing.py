@@ -12,17 +12,18 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-
-from huggingface_hub import CommitInfo
+from typing import TYPE_CHECKING
 
 from . import deletion
 from .errors import StateError, StoreError
 from .folder import StoreFolder, digests, stage_files
-from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
+from .manifest import NOT_KNOWN, Manifest, check_same, merged, places_beyond
 from .plan import Stage
-from .recipe import check_same
 from .sources import TOMBSTONES, RepoSource, on_top
 from .state import State
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 logger = logging.getLogger(__name__)
 

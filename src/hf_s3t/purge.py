@@ -17,24 +17,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import httpx2
 from huggingface_hub import hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import get_session, hf_raise_for_status
+from huggingface_hub.utils import hf_raise_for_status
 
 from .caches import cached_revisions, clear_caches
 from .errors import HubError, StoreError
 from .hub import HubRepo
 from .probing import TIMEOUT, WORKERS, ask, head_of, recheck, stored
-from .report import Probe, PurgeReport, keep, now, uncovered, unfinished
+from .report import SECONDS, Probe, PurgeReport, keep, now, uncovered, unfinished
+from .seams import hub as seam
 
 logger = logging.getLogger(__name__)
-
-SECONDS = 180.0
-"""How long a purge is waited for before what it did not reach counts as pending."""
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """Endings of files that hold weights, wherever git keeps them."""
@@ -108,16 +104,16 @@ def purge(
         kept, dropped = sort_refs(repo, keep_refs)
         report, unwanted = _prepare(repo, kept, dropped, known, protected)
         refuse_if_live(repo, kept, unwanted, protected)
+        delete_large_files = seam.large_file_deletion(repo.api)
         keep(report, folder)
         for ref in dropped:
             _drop_ref(repo, ref)
         for branch in kept:
             _squash(repo, branch)
         refuse_if_live(repo, kept, unwanted, protected)  # somebody may have committed one of them meanwhile
-        doomed: list[Any] = [SimpleNamespace(file_oid=oid) for oid in sorted(unwanted)]  # all that the method reads
-        repo.api.permanently_delete_lfs_files(repo.repo_id, doomed)
+        delete_large_files(repo.repo_id, unwanted)
         left = dict(repo.refs())
-    except (HfHubHTTPError, httpx2.TransportError) as error:
+    except (HfHubHTTPError, seam.transport_error()) as error:
         raise HubError(
             f"The purge of {repo.repo_id} stopped: {error}. What was done stays done, and nothing that is kept was "
             "removed. It needs a token with write access; purge again to go on."
@@ -126,9 +122,12 @@ def purge(
         logger.error("The purge of %s was stopped. What was removed is removed: purge again to end it.", repo.repo_id)
         raise
     logger.info("%s: %d refs and %d large files removed", repo.repo_id, len(dropped), len(unwanted))
-    cleared = {*report.caches_cleared, *clear_caches(repo.repo_id, left[kept[0]])}
+    removed, uncleared = clear_caches(repo.repo_id, left[kept[0]])
+    cleared = {*report.caches_cleared, *removed}
     gone = [ref for ref in report.refs_removed if ref not in left]
-    report = replace(report, status="pending", refs_removed=gone, caches_cleared=sorted(cleared))
+    report = replace(
+        report, status="pending", refs_removed=gone, caches_cleared=sorted(cleared), caches_left=uncleared
+    )  # fmt: skip
     report = recheck(repo, report, seconds)
     keep(report, folder)
     return report
@@ -232,7 +231,7 @@ def _plain_weights(
 def _sha256_of(repo: HubRepo, revision: str, path: str) -> str:
     """Of a file at a revision, without the cache; of one that is not there nothing."""
     url, digest = hf_hub_url(repo.repo_id, path, revision=revision, endpoint=repo.api.endpoint), hashlib.sha256()
-    with get_session().stream("GET", url, headers=repo.headers(), timeout=TIMEOUT) as response:
+    with seam.session().stream("GET", url, headers=repo.headers(), timeout=TIMEOUT) as response:
         if response.status_code == 404:
             return ""
         hf_raise_for_status(response)
@@ -342,9 +341,7 @@ def _drop_ref(repo: HubRepo, ref: str) -> None:
             number = int(ref.removeprefix("refs/pr/"))
             if api.get_discussion_details(name, number).status in ("open", "draft"):
                 api.change_discussion_status(name, number, "closed")
-            # The client has no method for the ref of a pull request.
-            url = f"{api.endpoint}/api/models/{name}/discussions/{number}/ref"
-            hf_raise_for_status(get_session().delete(url, headers=repo.headers(), timeout=TIMEOUT))
+            seam.delete_pull_request_ref(api, name, number, TIMEOUT)
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status != 404 or isinstance(error, RepositoryNotFoundError) or ref in dict(repo.refs()):

@@ -9,12 +9,15 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .partition import keyed_digest, raw_rows, row_digest
-from .store import S3TStore
+if TYPE_CHECKING:
+    from .store import S3TStore
+
+WIDTH = 100
+"""Columns of what is printed where there is no terminal."""
 
 Stores = Annotated[list[str], typer.Argument(help="Stores: the output_dir of a training, or a repository.")]
 OneStore = Annotated[str, typer.Argument(help="A store: the output_dir of a training.")]
@@ -78,6 +81,8 @@ def parse_prior(text: str | None) -> tuple[float, ...] | None:
 
 def digests_not_in(store: S3TStore, file: Path) -> list[str]:
     """Keyed digests of the store's examples that a dataset does not hold."""
+    from .partition import keyed_digest, raw_rows, row_digest
+
     key, index, rows = store.key, store.index(), read_dataset(file)
     column = store.manifest().recipe["partition"]["id_column"]
     if column is not None and column not in rows.column_names:

@@ -18,7 +18,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .config import LORA_FIELDS, S3TConfig
-from .errors import RecipeError
 from .layout import Layout
 from .partition import canonical
 from .seams.arguments import CHOOSING, SILENT
@@ -156,32 +155,3 @@ def processing_digest(processing_class: Any) -> str | None:
         rules.pop(changing, None)
     about = (rules, processing_class.chat_template, processing_class.special_tokens_map, processing_class.padding_side)
     return hashlib.sha256(canonical(about)).hexdigest()
-
-
-def check_same(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
-) -> None:
-    """Raises [`RecipeError`] with every difference, unless two recipes are the same.
-
-    Args:
-        defaults (`dict`, *optional*): values of the TrainingArguments that nobody set. An argument that `stored` does
-            not name came with a newer version of the Trainer: it counts as one that was not set.
-    """
-    if defaults is not None:
-        newer = {name: value for name, value in defaults.items() if name in wanted["arguments"]}
-        stored = {**stored, "arguments": {**newer, **stored["arguments"]}}
-    differences = list(_differences(stored, wanted, ""))
-    if differences:
-        raise RecipeError(
-            "The settings differ from those that the store was trained with, so repaired stages would not be what "
-            "training from scratch gives:\n  " + "\n  ".join(differences) + "\nUse the stored settings, or train into "
-            "another output_dir."
-        )
-
-
-def _differences(stored: Any, wanted: Any, path: str) -> Any:
-    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        for name in sorted({*stored, *wanted}):
-            yield from _differences(stored.get(name), wanted.get(name), f"{path}.{name}" if path else name)
-    elif stored != wanted:
-        yield f"{path}: the store has {stored!r}, this run {wanted!r}"

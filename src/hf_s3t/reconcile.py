@@ -13,10 +13,9 @@ from typing import Any, Literal
 from . import deletion
 from .config import S3TConfig
 from .errors import DatasetError, StateError
-from .manifest import Manifest, RepairBudget
+from .manifest import Manifest, RepairBudget, check_same
 from .partition import Comparison, Entry, Index, compare, examples_digest, warn_of_empty_slices
 from .plan import Plan, Stage
-from .recipe import check_same
 from .replanning import best_repair
 from .rows import TrainRows
 from .state import State, key_check_value, stack_line

@@ -14,6 +14,9 @@ from typing import Any
 from .errors import StoreError
 from .files import PRIVATE, json_bytes, read_json, write_atomic
 
+SECONDS = 180.0
+"""How long a purge is waited for before what it did not reach counts as pending."""
+
 OUT_OF_REACH = (
     "Clones, downloads and caches of others, duplicates of the repository, and runtimes that loaded an adapter.",
     "What the Hub's storage keeps until its garbage is collected: no time is published for it.",
@@ -80,6 +83,7 @@ class PurgeReport:
         refs_removed, refs_kept (`list[str]`): branches, tags and pull requests.
         probes (`list[Probe]`): every probe with its last answer.
         caches_cleared (`list[str]`): of this machine, named below their cache.
+        caches_left (`list[str]`): of this machine, what is there still and was not recognised as the head's.
     """
 
     repo: str
@@ -97,6 +101,7 @@ class PurgeReport:
     not_probed: list[str] = field(default_factory=lambda: list(NOT_PROBED))
     out_of_reach: list[str] = field(default_factory=lambda: list(OUT_OF_REACH))
     references: dict[str, str] = field(default_factory=dict)
+    caches_left: list[str] = field(default_factory=list)
 
     @property
     def pending(self) -> list[Probe]:
@@ -162,6 +167,7 @@ class PurgeReport:
             f"refs {'to be removed' if begun else 'removed'}: {', '.join(self.refs_removed) or 'none'}",
             f"refs kept: {', '.join(self.refs_kept) or 'none'}",
             f"cleared on this machine: {', '.join(self.caches_cleared) or 'nothing'}",
+            *([f"left on this machine, remove it by hand: {', '.join(self.caches_left)}"] if self.caches_left else []),
             "",
             *self._probe_lines(),
             "",

@@ -112,4 +112,4 @@ def _largest(store: StoreFolder, scratch: StoreFolder, stage: Stage) -> str:
     old, new = (read_safetensors(folder.path / stage.name / WEIGHTS_FILE) for folder in (store, scratch))
     if {name: value.shape for name, value in old.items()} != {name: value.shape for name, value in new.items()}:
         return " in which tensors they hold"
-    return f" by up to {max(float((old[name] - new[name]).abs().max()) for name in old):.3g}"
+    return f" by up to {max(float(abs(old[name] - new[name]).max()) for name in old):.3g}"

@@ -17,15 +17,17 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub.constants import HF_HOME
 
 from .adapter import WEIGHTS_FILE
 from .errors import HeadMovedError, StoreError
 from .files import inside, remove, write_atomic
-from .hub import HubRepo
 from .plan import Stage
+
+if TYPE_CHECKING:
+    from .hub import HubRepo
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,23 @@ TRIALS = 12
 """How often something is made anew because others committed first."""
 LONGEST_WAIT = 3.0
 """Seconds between two trials, at most."""
+
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_repo_id(name: str | os.PathLike[str]) -> bool:
+    """Whether a store's name is that of a repository: `"me/model"`, where no such folder exists. A `Path` is a folder.
+
+    >>> is_repo_id("me/model"), is_repo_id(Path("me/model")), is_repo_id("out")
+    (True, False, False)
+    """
+    return isinstance(name, str) and bool(_REPO_ID.fullmatch(name)) and not os.path.exists(name)
+
+
+def hides_repo(name: str) -> bool:
+    """Whether a folder has the name of a repository, which then is not looked for."""
+    return bool(_REPO_ID.fullmatch(name)) and os.path.exists(name)
 
 
 class FolderSource:

@@ -14,10 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitInfo
-
 from . import deletion, publishing
-from . import purge as purging
 from .bases import load_base
 from .closed_forms import LifeLeft, life_left
 from .deletion import Receipt
@@ -36,12 +33,13 @@ from .files import PRIVATE, json_bytes, read_json, write_atomic
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .partition import Entry, keyed_digest
 from .plan import Order, Stage
-from .report import PurgeReport
+from .report import SECONDS, PurgeReport
 from .requests import Place, resolve
 from .sources import RepoSource
 from .state import State, key_check_value, united
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel
 
 
@@ -261,7 +259,9 @@ class S3TStore(StoreFolder):
         self.source.look()
         self.manifest()  # a folder that is no store is refused before a lock file is made in it
         if purge and isinstance(self.source, RepoSource):
-            purging.sort_refs(self.source.repo, keep_refs)  # refused before anything is deleted
+            from .purge import sort_refs
+
+            sort_refs(self.source.repo, keep_refs)  # refused before anything is deleted
         with nullcontext() if dry_run else self.writing():  # a dry run only reads
             request = resolve(self, ids, groups, rows, slices, digests)
             receipt = deletion.delete(
@@ -317,11 +317,13 @@ class S3TStore(StoreFolder):
         with self.writing():
             publishing.pull(self, StoreFolder(repo_id, self._given_key, self.private, token=token))
 
-    def purge(self, keep_refs: Iterable[str] | None = None, seconds: float = purging.SECONDS) -> PurgeReport:
+    def purge(self, keep_refs: Iterable[str] | None = None, seconds: float = SECONDS) -> PurgeReport:
         """Removes from a repository's history what its head does not serve; see [`hf_s3t.purge.purge`].
 
         The report is kept beside the receipts, as `purge-*.json`.
         """
+        from .purge import purge
+
         if not isinstance(self.source, RepoSource):
             raise ValueError(
                 f"{self.path} is a folder, which has no history. Open a repository: `S3TStore('me/model')`."
@@ -329,7 +331,7 @@ class S3TStore(StoreFolder):
         with self.writing():
             protected = {digest for files in self.manifest().stages.values() for digest in files.values()}
             receipts = deletion.read_receipts(self)
-            report = purging.purge(self.source.repo, keep_refs, seconds, protected, receipts, self.private)
+            report = purge(self.source.repo, keep_refs, seconds, protected, receipts, self.private)
             self.source.look()
         return report
 

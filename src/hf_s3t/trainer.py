@@ -298,7 +298,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             "seconds": round(time.monotonic() - started, 3),
             "versions": versions(),
         }
-        self._on_main(partial(commit, self.store, order, Adapter(config, tensors), record))
+        self._on_main(partial(commit, self.store, order, Adapter.from_tensors(config, tensors), record))
         numel = sum(value.numel() for value in tensors.values())
         logger.info(
             "stage %s: layers %s, %d examples, %d trainable parameters, loss %.4f, %.1f s",
