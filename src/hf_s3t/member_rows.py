@@ -125,8 +125,8 @@ class MemberRows:
                 return value
             return _mapped(note, path, value)
 
-        for place, value in [*enumerate(args), *kwargs.items()]:
-            note((place,), value)
+        _mapped(note, (), args)
+        _mapped(note, (), kwargs)
 
     def _first_member(self, rows: int, total: int, path: Path, value: Any) -> Any:
         """The first member's rows of what has rows for all. What has none, as was seen in the trial, stays."""

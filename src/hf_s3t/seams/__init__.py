@@ -4,8 +4,7 @@ No other file does so (`tests/test_seams.py`). A seam is not as expected after a
 promise of the library must not break in silence: [`broken`] makes the error for a seam that a promise depends on, and
 [`lost`] gives one warning for a seam that only speed or comfort depends on.
 
-[`TABLE`] (`table.py`) lists them: what is touched, why, what depends on it, the versions that were seen, and when it can
-go.
+[`TABLE`] (`table.py`) lists them: what is touched, why, what depends on it, the versions seen, and when it can go.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from ..errors import CompatibilityError
 from .table import TABLE, Seam
 
-logger = logging.getLogger(__name__)
-
-
 __all__ = ["TABLE", "Seam", "broken", "lost"]
+
+logger = logging.getLogger(__name__)
 
 _told: set[str] = set()
 
