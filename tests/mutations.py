@@ -111,7 +111,7 @@ MUTATIONS = (
     Mutation(2, "the parent's LoRA is not loaded", "tuner.py",
              (('self._load("prefix", lora, whole=True)', "pass"),), (BEGINS + LLAMA, STOCK + LLAMA)),
     Mutation(2, "the first head along a prefix wins, not the last", "adapter.py",
-             (("tensors.update(stage.tensors)", "tensors = {**stage.tensors, **tensors}"),), (STOOD + BERT,)),
+             (("arrays.update(stage.arrays)", "arrays = {**stage.arrays, **arrays}"),), (STOOD + BERT,)),
     Mutation(2, "a stage of all layers starts fresh, not at its parent", "tuner.py",
              (("{**heads, **lora} if self._goes_on else heads", "heads"),), (BEGINS + "[llama-all]",)),
     # 3. never seen
@@ -200,7 +200,7 @@ MUTATIONS = (
     Mutation(8, "the card loads the last stage of a prefix alone", "card.py",
              (("for above in stage.path)", "for above in stage.path[-1:])"),), (CARD,)),
     Mutation(8, "the average is not divided by the number of shards", "adapter.py",
-             (("* (member.scaling / count)", "* member.scaling"),), (SHARDS,)),
+             (("member.scaling / count, dtype", "member.scaling, dtype"),), (SHARDS,)),
     Mutation(8, "adapters in the store are of type S3T", "tuner.py",
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip

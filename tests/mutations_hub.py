@@ -77,7 +77,7 @@ ON_THE_HUB = (
      (('        for branch in kept:\n            _squash(repo, branch)\n', ''),),
      (COLD,)),
     (10, 'large files stay in storage', 'purge.py',
-     (('        repo.api.permanently_delete_lfs_files(repo.repo_id, doomed)\n', ''),),
+     (('        delete_large_files(repo.repo_id, unwanted)\n', ''),),
      (COLD,)),
     (10, 'no answer counts as gone', 'probing.py',
      (('return False if gone else None, f"HTTP {status} {code}".strip()', 'return False, f"HTTP {status} {code}".strip()'),),
