@@ -29,13 +29,16 @@ os.environ.update(
 for _name in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK", "HF_S3T_KEY", "HF_TOKEN"):
     os.environ.pop(_name, None)
 
+import gc  # noqa: E402
 import ipaddress  # noqa: E402
 import logging  # noqa: E402
 import socket  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
+from functools import cache  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+import jinja2  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -46,6 +49,25 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def pytest_unconfigure() -> None:
     _home.cleanup()
+
+
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Of a test with the mark `brief("one", "two")`, all parameters but those are slow."""
+    for item in items:
+        brief = item.get_closest_marker("brief")
+        if brief and item.callspec.id not in brief.args:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow(items)
+
+
+def pytest_collection_finish() -> None:
+    """Accelerate collects garbage at every stage, and most of what it walks is what was imported by now."""
+    gc.collect()
+    gc.freeze()
 
 
 def _is_local(host: str) -> bool:
@@ -69,6 +91,16 @@ def no_network() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick() -> Iterator[None]:
+    """Nothing waits for the disk, as no test takes the power away, and a template is compiled once, though PEFT writes
+    its card into every checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(jinja2.Environment, "compile", cache(jinja2.Environment.compile))
         yield
 
 

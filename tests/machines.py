@@ -27,6 +27,10 @@ from typing import Any
 from hub_server import Server
 
 HERE = Path(__file__).parent
+LATE = ("HTTP_PROXY", "NO_PROXY", "no_proxy")
+"""Variables that are read when a connection is made, so that they need no process that imports with them."""
+OFF = {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
+"""Of a machine that reaches no server."""
 
 
 class Failed(Exception):
@@ -59,11 +63,12 @@ class Machine:
 
     def __init__(self, server: Server, home: Path, token: str | None = None, xet: bool = False, **variables: str):
         self.home = home.resolve()
-        self.environment = {name: value for name, value in variables.items() if name.startswith("HF_S3T_")}
-        self.environment["HF_TOKEN"] = server.token if token is None else token
-        given = server.variables(self.home, xet=xet) | variables
+        late = {name: value for name, value in variables.items() if name.startswith("HF_S3T_") or name in LATE}
+        self.environment = late | {"HF_TOKEN": server.token if token is None else token}
+        self.environment["HF_HUB_DISABLE_XET"] = "0" if xet else "1"
+        given = server.variables(self.home) | {name: value for name, value in variables.items() if name not in late}
         given = {name: value.replace(str(self.home), ".") for name, value in given.items()}
-        self._given = {name: value for name, value in given.items() if name not in self.environment}
+        self._given = {name: value for name, value in given.items() if name in LATE or name not in self.environment}
         self._lines: Any = None
         self._pid = 0
 
@@ -179,6 +184,8 @@ def _call(told: dict[str, Any]) -> dict[str, Any]:
     os.makedirs(told["home"], exist_ok=True)
     os.chdir(told["home"])
     os.environ.update(told["environment"])
+    constants = importlib.import_module("huggingface_hub.constants")
+    constants.HF_HUB_DISABLE_XET = os.environ["HF_HUB_DISABLE_XET"] == "1"  # type: ignore[attr-defined]
     try:
         function: Any = sys.modules[told["module"]]
         for part in told["name"].split("."):

@@ -8,7 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ from trainings import (
 
 STEADY = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
 """Fields of a model's config that take dropout out of its trunk."""
+SHALLOW = CASES | {
+    "llama": replace(CASES["llama"], make_model=partial(models.tiny_llama, num_hidden_layers=6), layers=6)
+}
+"""Two layers of the Llama to a stage, not four."""
 
 
 class CachedWorld(World):
@@ -75,22 +80,24 @@ class CachedWorld(World):
         return losses_of(self.trainer(self.folder / "uncached", activation_cache="off"))
 
 
-@pytest.fixture(scope="module", params=CASES)
-def any_world(request, tmp_path_factory):
-    return CachedWorld(CASES[request.param], "layer_group", tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(case, marks=() if case == "llama" else pytest.mark.slow) for case in CASES],
-)
-def world(request, tmp_path_factory):
-    return CachedWorld(CASES[request.param], "layer_group", tmp_path_factory.mktemp(request.param))
-
-
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return CachedWorld(CASES["llama"], "layer_group", tmp_path_factory.mktemp("llama"))
+def worlds(tmp_path_factory):
+    return {name: CachedWorld(case, "layer_group", tmp_path_factory.mktemp(name)) for name, case in SHALLOW.items()}
+
+
+@pytest.fixture(params=CASES)
+def any_world(request, worlds):
+    return worlds[request.param]
+
+
+@pytest.fixture(params=[pytest.param(case, marks=() if case == "llama" else pytest.mark.slow) for case in CASES])
+def world(request, worlds):
+    return worlds[request.param]
+
+
+@pytest.fixture
+def llama(worlds):
+    return worlds["llama"]
 
 
 def losses_of(trainer: Any) -> list[float]:
@@ -137,6 +144,7 @@ def pad(rows: list[dict[str, Any]], left: bool = False) -> dict[str, torch.Tenso
 # ---- the same training ----
 
 
+@pytest.mark.brief("llama")
 def test_losses_are_those_without_a_cache(any_world, tmp_path):
     losses = losses_of(any_world.trainer(tmp_path / "out"))
     assert len(losses) == len(any_world.uncached) > 20
@@ -317,13 +325,13 @@ def test_layers_that_belong_to_no_stage_are_trunk(tmp_path):
 
 
 def test_blocks_are_filled_from_the_block_below(llama, tmp_path):
-    """Slice 1 comes second at first, and only what enters layer 4 is kept of it; then it comes first, too."""
+    """Slice 1 comes second at first, and only what enters layer 2 is kept of it; then it comes first, too."""
     path, options = tmp_path / "out", {"args": {"num_train_epochs": 2}}
     llama.trainer(path, sequence_selection=[[0, 1, 2]], **options).train()
-    assert blocks_of(path).keys() == {"0-8", "0-4", "1-4"}
+    assert blocks_of(path).keys() == {"0-4", "0-2", "1-2"}
     options["sequence_selection"] = [[1, 0]]
     llama.trainer(path, **options).train()
-    assert blocks_of(path).keys() == {"0-8", "0-4", "1-8", "1-4"}
+    assert blocks_of(path).keys() == {"0-4", "0-2", "1-4", "1-2"}
     llama.trainer(tmp_path / "scratch", activation_cache_gb=1e-9, **options).train()
     llama.assert_stages(path, tmp_path / "scratch", "1", "1-0")
 
@@ -331,7 +339,7 @@ def test_blocks_are_filled_from_the_block_below(llama, tmp_path):
 def test_rows_that_came_later_make_a_block_anew(llama, tmp_path):
     """Stages that were there keep what they saw; later ones see more."""
     llama.trainer(tmp_path / "out", llama.rows.select(range(16)), sequence_selection=[[0, 1]]).train()
-    assert blocks_of(tmp_path / "out").keys() == {"0-4"}
+    assert blocks_of(tmp_path / "out").keys() == {"0-2"}
     for name in ("out", "scratch"):
         llama.trainer(tmp_path / name, sequence_selection=[[1, 0]]).train()
     llama.assert_stages(tmp_path / "out", tmp_path / "scratch", "1", "1-0")
@@ -360,6 +368,7 @@ class Weighted(S3TTrainer):
         return torch.utils.data.WeightedRandomSampler(lengths, len(lengths))
 
 
+@pytest.mark.brief("length")
 @pytest.mark.parametrize("sampling", ["own sampler", "length", "length column"])
 def test_a_sampler_that_reads_a_column_draws_as_without_a_cache(tmp_path, sampling):
     rows = ragged().add_column("length", [7 * row % 5 + 1 for row in range(24)])
@@ -540,7 +549,7 @@ def test_a_deletion_while_states_are_written_leaves_none_of_them(llama, tmp_path
 
 
 def test_what_is_in_memory_is_dropped_with_its_example(llama, tmp_path):
-    """While stage 2 trains an example of slice 1 is deleted. Stage 0-1 is next, and enters at layer 4, not at 8."""
+    """While stage 2 trains an example of slice 1 is deleted. Stage 0-1 is next, and enters at layer 2, not at 4."""
     path, held = tmp_path / "out", []
     digest = keyed_digest(bytes.fromhex(KEY), "id", llama.victim)
 
@@ -556,7 +565,7 @@ def test_what_is_in_memory_is_dropped_with_its_example(llama, tmp_path):
     options = {"callbacks": [Delete()], "activation_cache": "memory", "args": {"num_train_epochs": 2}}
     trainer = llama.trainer(path, **options)
     trainer.train()
-    two = [BlockName(0, VICTIM_SLICE, layer) for layer in (4, 8)]
+    two = [BlockName(0, VICTIM_SLICE, layer) for layer in (2, 4)]
     assert [sorted(names) for names in held[3:]] == [two, two, two, *[[]] * (len(held) - 6)]
     assert trainer.trunk_cache.blocks is None
 
@@ -577,6 +586,7 @@ def runs(tmp_path_factory):
     return {case: CachedRun(case, "layer_group", tmp_path_factory.mktemp(case)) for case in CASES}
 
 
+@pytest.mark.brief("0-llama-rename")
 @pytest.mark.parametrize(("case", "category"), [("llama", "other"), ("llama", "rename"), ("bert", "deletion")])
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_an_instant_and_run_again_is_never_killed(runs, tmp_path, case, category, number):
@@ -656,6 +666,7 @@ def test_a_file_of_other_settings_is_removed(tmp_path, caplog):
     assert not list(tmp_path.glob("activations/*")) and "another base model" in caplog.text
 
 
+@pytest.mark.brief("torn")
 @pytest.mark.parametrize("breaking", ["damaged", "torn"])
 def test_a_broken_file_is_made_anew(llama, tmp_path, breaking):
     store = llama.copy(tmp_path)
@@ -685,6 +696,7 @@ OTHER_MODELS = {
 }
 
 
+@pytest.mark.brief("no config tells")
 @pytest.mark.parametrize("change", ["config", pytest.param("attention", marks=pytest.mark.slow), "no config tells"])
 def test_states_of_another_model_are_made_anew(llama, tmp_path, change):
     store = llama.copy(tmp_path)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from hf_s3t import S3TStore, cli
 from hub_server import Server
-from machines import Machine
+from machines import OFF, Machine
 from purging import pushed, refs
 from stores import stage_adapter
 
@@ -179,7 +179,7 @@ def test_a_hub_that_does_not_answer_is_a_message(machine: Machine, new_machine: 
     data = json.loads(report.read_text())
     data["probes"][0]["served"] = None
     report.write_text(json.dumps(data))
-    run = Terminal(new_machine(home=machine.home, HF_ENDPOINT="http://127.0.0.1:9"), HF_S3T_STATE=state)
+    run = Terminal(new_machine(home=machine.home, **OFF), HF_S3T_STATE=state)
     for line in (["purge", "owner/model"], ["push", tmp_path / "out", "owner/model"]):
         text = run(*line, code=2)
         assert "Traceback" not in text and ("did not answer" in text or "can not be" in text or "cached" in text)

@@ -16,9 +16,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TrainingArguments
 
 from hf_s3t import S3TConfig, S3TTrainer
-from hub_server import start
+from hub_server import Server
 from machines import Machine
 
+pytest_plugins = ["hub_fixtures"]
 ROOT = Path(__file__).parent.parent
 
 
@@ -101,17 +102,12 @@ def follow(page: str, folder: str) -> list[list]:
     return done
 
 
-def test_the_page_on_the_hub(out: Path) -> None:
+def test_the_page_on_the_hub(out: Path, server: Server, machine: Machine) -> None:
     page = (ROOT / "docs/hub.md").read_text(encoding="utf-8").replace("me/model", "owner/model")
     shutil.copytree(out, out.parent / "copy")
-    with start(out.parent / "hub") as server:
-        machine = Machine(server, out.parent / "home")
-        try:
-            done = machine(follow, page=page, folder=str(out.parent))
-        finally:
-            machine.stop()
-        files = server.repository("owner/model").entries("main")
-        assert len(server.repository("owner/model").log()) == 1 and not [path for path in files if ".s3t" in path]
+    done = machine(follow, page=page, folder=str(out.parent))
+    files = server.repository("owner/model").entries("main")
+    assert len(server.repository("owner/model").log()) == 1 and not [path for path in files if ".s3t" in path]
     codes = [(command, code) for command, code, _ in done]
     assert codes == [
         ("hf-s3t push out owner/model", 0),

@@ -161,6 +161,7 @@ def test_a_loss_comes_with_labels(stores: dict[str, Path]) -> None:
         assert "loss" not in ensemble(input_ids=inputs["input_ids"])
 
 
+@pytest.mark.brief("regression")
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
 def test_values_and_independent_labels_are_averaged_as_what_they_are(tmp_path: Path, problem: str) -> None:
     count = 1 if problem == "regression" else 3
@@ -233,6 +234,7 @@ def test_greedy_generation_is_the_loop_without_a_cache(stores: dict[str, Path]) 
         assert not torch.equal(alone, expected)
 
 
+@pytest.mark.brief("True")
 @pytest.mark.parametrize("several", [False, True])
 def test_a_row_that_ended_is_padded_and_generation_stops_with_the_last(stores: dict[str, Path], several: bool) -> None:
     inputs, build = left_padded(), BASES["llama"][0]

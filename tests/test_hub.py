@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, constants, scan_cache_dir
 
 from hf_s3t import S3TEnsemble, S3TStore, Stage, ensemble, hub
 from hf_s3t.seams.hub import http_library
-from machines import Failed
+from machines import OFF, Failed
 from served import SHAPES, copy, inputs_of
 from stores import KEY, make_store, people
 from trainers import BASES, batch, logits, make_trainer
@@ -247,7 +247,7 @@ def test_what_is_asked_decides_what_is_downloaded(server, machine, newcomer, tmp
 def test_what_is_cached_is_read_without_the_hub(server, machine, newcomer, new_machine, tmp_path, gone):
     machine(make_and_push, path=tmp_path / "out")
     before = newcomer(assemble)
-    variables = {"HF_HUB_OFFLINE": "1"} if gone == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    variables = {"HF_HUB_OFFLINE": "1"} if gone == "offline" else OFF
     again = new_machine(home=newcomer.home, **variables)
     assert again(assemble) == before
     with pytest.raises(Failed, match="StoreError|HubError"):
@@ -261,7 +261,7 @@ def test_without_the_hub_a_machine_does_not_go_back_to_before_its_own_deletion(
     machine(make_and_push, path=tmp_path / "out")
     machine(assemble)
     machine(delete, state=tmp_path / "out/.s3t", slices=[(0, 0)])
-    variables = {"HF_HUB_OFFLINE": "1"} if gone == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    variables = {"HF_HUB_OFFLINE": "1"} if gone == "offline" else OFF
     again = new_machine(home=machine.home, **variables)
     with pytest.raises(Failed, match="HubError: s3t.json .* is not in the cache, and the Hub can not be reached"):
         again(assemble)
@@ -291,6 +291,7 @@ def delete_at(revision, state):
 # What others load
 
 
+@pytest.mark.brief("bert")
 @pytest.mark.parametrize("base", ["llama", "bert"])
 def test_stock_peft_and_the_ensemble_answer_as_the_store_does(server, machine, newcomer, tmp_path, base):
     pushed = machine(train_and_push, path=tmp_path / "out", base=base)
@@ -493,6 +494,7 @@ def removed(server):
     return manifest["generation"], {(shard, slice_id) for shard in range(2) for slice_id in range(3)} - there
 
 
+@pytest.mark.brief("somebody else deletes meanwhile-marks")
 @pytest.mark.parametrize("look", ["status", "marks"])
 @pytest.mark.parametrize("other", [False, True], ids=["", "somebody else deletes meanwhile"])
 def test_a_thread_that_looks_does_not_change_what_another_commits(server, machine, tmp_path, look, other):
@@ -570,6 +572,7 @@ def look_late(state):
     return [stage.name for stage in store.live().stages]
 
 
+@pytest.mark.brief("ConnectError-False", "ReadTimeout-True")
 @pytest.mark.parametrize("arrives", [True, False])
 @pytest.mark.parametrize("error", ["ReadTimeout", "ConnectError"])
 def test_a_commit_whose_connection_broke_is_made_once(server, machine, tmp_path, error, arrives):
@@ -600,6 +603,7 @@ def delete_over_a_bad_line(state, error, arrives, for_good=False):
     return S3TStore("owner/m", state=state).delete(slices=[(0, 0)]).to_json()
 
 
+@pytest.mark.brief("True")
 @pytest.mark.parametrize("arrives", [True, False])
 def test_where_the_hub_stays_away_the_deletion_is_carried_out_by_the_next_command(server, machine, tmp_path, arrives):
     machine(make_and_push, path=tmp_path / "out")

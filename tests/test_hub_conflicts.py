@@ -188,6 +188,7 @@ def test_two_that_delete_at_once_both_delete(server, stores):
     assert len(json.loads(S3TStore(at_a).private.joinpath("state.json").read_text())["ids"]) == 2
 
 
+@pytest.mark.brief("True")
 @pytest.mark.parametrize("private", [True, False])
 def test_a_push_that_a_deletion_overtakes_does_not_bring_a_stage_back(server, stores, private):
     a, b, at_a, at_b, known = stores
@@ -260,6 +261,7 @@ def test_what_was_repaired_is_not_lost_when_deletions_meet(server, stores):
     assert len(stages_of(server)) == 4 and a(broken, path=at_a) == b(broken, path=at_b) == []
 
 
+@pytest.mark.brief("True")
 @pytest.mark.parametrize("private", [True, False])
 def test_what_was_readmitted_can_be_pushed(server, stores, private):
     a, _, at_a, _, known = stores
@@ -502,6 +504,7 @@ def test_a_head_that_is_shown_late_is_asked_for_again(server, stores):
     assert stages_of(server) == {"shard-00/1"}
 
 
+@pytest.mark.brief("before the commit", "after the commit")
 @pytest.mark.parametrize("when", ["before the commit", "after the commit", "before the receipt"])
 def test_a_deletion_that_was_killed_ends_with_the_next_command(server, stores, when):
     a, b, at_a, _, known = stores
@@ -596,6 +599,7 @@ def train_without(path, name):
     return artefacts(path)
 
 
+@pytest.mark.brief("True")
 @pytest.mark.parametrize("also", [False, True])
 def test_where_tombstones_do_not_travel_training_is_refused(server, pair, tmp_path, also):
     """Also where both deleted one: then the generations are alike."""

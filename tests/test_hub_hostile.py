@@ -163,6 +163,11 @@ def everything(root):
     return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and "write." not in path.name}
 
 
+@pytest.mark.brief(
+    "a path that leaves the folder", "a file beyond the two", "a pickle", "nested beyond bounds", "a huge plan",
+    "wrong hashes", "tensors of another group", "another rank", "another stage's name", "a name nested beyond bounds",
+    "a pickle in its place", "another scale", "a huge config",
+)  # fmt: skip
 @pytest.mark.parametrize("name", [*MANIFESTS, *STAGES])
 def test_what_a_training_did_not_write_is_refused(server, machine, tmp_path, name):
     machine(make_and_push, path=tmp_path / "out")
@@ -199,6 +204,7 @@ def test_what_lies_beside_the_store_is_not_looked_at(server, machine, tmp_path):
     assert not list(tmp_path.rglob("*.bin")) and not list(machine.home.rglob("*.bin"))
 
 
+@pytest.mark.brief("added", "emptied")
 @pytest.mark.parametrize("forged", ["added", "emptied", "no state"])
 def test_tombstones_that_were_made_without_the_key_are_not_believed(server, machine, tmp_path, forged):
     """Whoever may write to the repository makes nobody delete, and nobody train again."""

@@ -89,6 +89,7 @@ def assert_served(ensemble: S3TEnsemble, store: S3TStore) -> None:
 # What a deletion does to the model
 
 
+@pytest.mark.brief("llama", "bert")
 @KINDS
 def test_a_deletion_overwrites_in_place_and_equals_a_fresh_load(shape: str, tmp_path: Path) -> None:
     store, inputs = copy(shape, tmp_path), inputs_of(shape)

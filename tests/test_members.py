@@ -400,6 +400,7 @@ def test_detached_the_base_answers_by_itself() -> None:
 # Generation
 
 
+@pytest.mark.brief("llama-even-together", "llama-even-in turn", "llama-uneven-together", "gpt2-uneven-in turn")
 @WAYS
 @UNEVEN
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "llama-all"])
@@ -418,6 +419,7 @@ def test_greedy_generation_is_the_loop_over_members(
     assert torch.equal(without, generated)
 
 
+@pytest.mark.brief("llama-together", "gpt2-in turn")
 @WAYS
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
 def test_sampling_draws_from_the_mean_probability(shape: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +435,7 @@ def test_sampling_draws_from_the_mean_probability(shape: str, way: str, monkeypa
     assert not torch.equal(drawn[0], drawn[1])
 
 
+@pytest.mark.brief("llama-even-together", "llama-even-in turn", "llama-uneven-together")
 @WAYS
 @UNEVEN
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mutations
+from conftest import mark_slow
 
 
 @pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda mutation: mutation.about)
@@ -34,3 +35,35 @@ def test_the_recorded_table_has_a_row_for_every_mutation():
     table = mutations.TABLE.read_text()
     for mutation in mutations.MUTATIONS:
         assert f"| {mutation.promise} | {mutation.about} | `{mutation.file}` | `test_" in table, mutation.about
+
+
+def items_of(request: pytest.FixtureRequest, file: str) -> list[pytest.Item]:
+    """The tests of a file, also those that this run leaves out."""
+    module = pytest.Module.from_parent(request.session, path=request.path.with_name(file))
+    items = [*request.session.genitems(module)]
+    mark_slow(items)
+    return items
+
+
+def test_each_has_a_test_among_those_that_run_by_default(request):
+    """A change has to pass what runs by default, so something of that has to turn red."""
+    names = {test for mutation in mutations.MUTATIONS for test in mutation.tests}
+    default = set()
+    for file in sorted({name.split("::")[0] for name in names}):
+        for item in items_of(request, file):
+            if not item.get_closest_marker("slow"):
+                default |= {f"{file}::{item.name}", f"{file}::{item.originalname}"}
+    assert not names - default
+
+
+def test_brief_tests_have_the_parameters_that_they_name(request):
+    given, named = {}, {}
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        if "mark.brief(" not in path.read_text() and path.name != "test_promises_8bit.py":
+            continue
+        for item in items_of(request, path.name):
+            brief = item.get_closest_marker("brief")
+            if brief:
+                given.setdefault(item.function, set()).add(item.callspec.id)
+                named[item.function] = set(brief.args)
+    assert named and all(named[function] <= given[function] for function in named)

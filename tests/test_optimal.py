@@ -53,6 +53,7 @@ def rotations(num_slices, budget):
 # A number of sequences
 
 
+@pytest.mark.brief("uniform")
 @pytest.mark.parametrize(
     "prior, area",
     [([1 / 8] * 8, 52.31), (zipf(8), 90.17), (two_level(8), 145.935)],
@@ -71,6 +72,7 @@ def test_where_greedy_loses_to_cyclic_the_search_does_not():
     assert measure.value(best_orders(measure, 6)) == pytest.approx(31.9, abs=1e-3)
 
 
+@pytest.mark.brief("5-3-6-two levels", "None-3-6-zipf")
 @every_prior
 @pytest.mark.parametrize(
     "num_slices, most", [(2, 2), (3, 6)] + [pytest.param(4, b, marks=pytest.mark.slow) for b in (3, 4)]
@@ -383,6 +385,7 @@ def test_a_large_plan_of_twelve_slices():
 # More than 16 slices
 
 
+@pytest.mark.brief("17-3-two levels", "20-20-zipf")
 @every_prior
 @pytest.mark.parametrize("num_slices, budget", [(17, 3), (20, 20)])
 def test_many_slices_are_never_below_rotations_on_held_out_streams(quick, family, num_slices, budget):

@@ -91,6 +91,7 @@ def test_a_stage_stores_its_own_layers_and_heads(world):
         assert {value.shape[0] for name, value in tensors.items() if ".lora_A." in name} == {2}
 
 
+@pytest.mark.brief("llama-layer_group", "bert-layer_group")
 def test_the_base_model_comes_out_as_it_went_in(world, tmp_path):
     base = world.case.make_model()
     before = {name: tensor_bytes(value) for name, value in base.state_dict().items()}
@@ -157,6 +158,7 @@ def same_logits(world: World, found: torch.Tensor, expected: torch.Tensor) -> bo
 # ---- 3. never seen ----
 
 
+@pytest.mark.brief("llama-layer_group", "bert-layer_group", "vit-layer_group", "layer_group")
 def test_after_delete_nothing_served_ever_saw_the_example(world, tmp_path):
     store = world.copy(tmp_path)
     receipt = store.delete(ids=[world.victim])
@@ -169,6 +171,7 @@ def test_after_delete_nothing_served_ever_saw_the_example(world, tmp_path):
     assert all(same_tensors(ours[name].tensors, theirs[name].tensors) for name in theirs)
 
 
+@pytest.mark.brief("llama-layer_group", "bert-layer_group", "vit-layer_group", "layer_group")
 def test_the_model_in_memory_forgets_too(world, tmp_path):
     store = world.copy(tmp_path)
     trainer = world.trainer(store.path)
@@ -184,6 +187,7 @@ def test_the_model_in_memory_forgets_too(world, tmp_path):
 # ---- 4. repair ----
 
 
+@pytest.mark.brief("llama-layer_group", "bert-rank_group", "layer_group")
 def test_delete_and_train_is_training_from_scratch_without_the_example(world, tmp_path):
     store = world.copy(tmp_path)
     store.delete(ids=[world.victim])
@@ -194,6 +198,7 @@ def test_delete_and_train_is_training_from_scratch_without_the_example(world, tm
     assert {name.rsplit("/", 1)[0] for name in changed if "/" in name} == HIT
 
 
+@pytest.mark.brief("llama-all", "bert-layer_group")
 def test_a_whole_slice_deleted_one_by_one_and_repaired(world, tmp_path):
     store = world.copy(tmp_path)
     for name in sorted(world.slice_ids):
@@ -209,6 +214,7 @@ def test_a_whole_slice_deleted_one_by_one_and_repaired(world, tmp_path):
     assert all(value.any() for name, value in child.items() if ".lora_" in name)
 
 
+@pytest.mark.brief("vit-layer_group")
 def test_readmitted_and_trained_is_never_deleted(world, tmp_path):
     store = world.copy(tmp_path)
     store.delete(ids=[world.victim])
@@ -217,12 +223,14 @@ def test_readmitted_and_trained_is_never_deleted(world, tmp_path):
     world.assert_stages(store.path, world.trained, "0", "0-1", "1")
 
 
+@pytest.mark.brief("llama-layer_group", "vit-layer_group", "layer_group")
 def test_the_order_of_the_rows_changes_no_bit(world, tmp_path):
     shuffled = world.rows.select(torch.randperm(24, generator=torch.Generator().manual_seed(5)).tolist())
     world.trainer(tmp_path / "out", shuffled, sequence_selection=[[0, 1, 2]]).train()
     world.assert_stages(tmp_path / "out", world.trained, "0", "0-1", "0-1-2")
 
 
+@pytest.mark.brief("llama-layer_group", "bert-layer_group", "vit-layer_group")
 def test_a_stage_depends_on_its_prefix_alone(world):
     """Trained in another plan, after other stages, and in the company of other rows."""
     full, partial = published(world.trained), published(world.never_had_slice)
@@ -233,6 +241,7 @@ def test_a_stage_depends_on_its_prefix_alone(world):
 # ---- 6. tombstones ----
 
 
+@pytest.mark.brief("llama-layer_group", "bert-rank_group")
 def test_a_deleted_example_that_is_handed_in_again_is_not_trained_on(world, tmp_path):
     store = world.copy(tmp_path)
     store.delete(ids=[world.victim])
@@ -241,6 +250,7 @@ def test_a_deleted_example_that_is_handed_in_again_is_not_trained_on(world, tmp_
     assert store.locate(ids=[world.victim])[0].found == "deleted"
 
 
+@pytest.mark.brief("llama-layer_group")
 def test_a_machine_with_an_old_state_trains_nothing(world, tmp_path):
     here, there = world.copy(tmp_path, "here"), world.copy(tmp_path, "there")
     here.delete(ids=[world.victim])

@@ -33,7 +33,10 @@ def saved(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=["layer_group", "all", pytest.param("rank_group", marks=pytest.mark.slow)])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("all", "rank_group")]
+
+
+@pytest.fixture(scope="module", params=["layer_group", *SLOW])
 def world(request, saved, tmp_path_factory):
     def load():
         quantization = BitsAndBytesConfig(load_in_8bit=True)

@@ -130,6 +130,10 @@ def check_kill(run: Run, path: Path, category: str, number: int) -> None:
     check_leftovers(path)
 
 
+@pytest.mark.brief(
+    "llama-layer_group-step-0", "llama-layer_group-checkpoint-7", "bert-layer_group-rename-9",
+    "llama-layer_group-manifest-14", "bert-all-deletion-18",
+)  # fmt: skip
 @pytest.mark.parametrize(("case", "kind", "category", "number"), KILLS)
 def test_killed_at_an_instant_and_run_again_is_never_killed(runs, tmp_path, case, kind, category, number):
     check_kill(runs[case, kind], tmp_path / "out", category, number)
@@ -148,6 +152,7 @@ def test_every_kind_of_instant_is_drawn(runs):
     assert set(run.categories) == set(CATEGORIES)
 
 
+@pytest.mark.brief("0", "3")
 @pytest.mark.parametrize("number", range(6))
 def test_a_full_disk_leaves_nothing_half_written(runs, tmp_path, number):
     run, path = runs[PAIRS[number]], tmp_path / "out"
@@ -188,6 +193,7 @@ class Killer(TrainerCallback):
             kill()
 
 
+@pytest.mark.brief("llama-layer_group", "bert-rank_group")
 @pytest.mark.parametrize(("case", "kind"), PAIRS)
 def test_a_killed_stage_goes_on_where_its_checkpoint_was_written(runs, tmp_path, case, kind):
     run, path, whole = runs[case, kind], tmp_path / "out", tmp_path / "whole"
@@ -260,6 +266,7 @@ class DeleteFromElsewhere(TrainerCallback):
 EVENTS = [("on_step_end", 3), ("on_step_end", 2), ("on_step_end", 6), ("on_train_end", 6)]
 
 
+@pytest.mark.brief("layer_group-on_step_end-3", "layer_group-on_step_end-2", "layer_group-on_train_end-6")
 @pytest.mark.parametrize(("event", "step"), EVENTS)
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k == "rank_group")) for k in KINDS])
 def test_a_deletion_does_not_wait_for_the_stage_that_it_drops(runs, tmp_path, monkeypatch, kind, event, step):

@@ -28,6 +28,7 @@ from scanner import find, needles_of, tensor_needles
 from trainings import CASES, KINDS, WEIGHTS, WORLDS, World, logits_of, make_trainer, probe
 
 PAIRS = [(case, kind) for case in CASES for kind in KINDS]
+SHORT = [("llama", "layer_group"), ("bert", "layer_group"), ("bert", "rank_group"), ("vit", "all")]
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -64,6 +65,7 @@ def optimizer_needles(path: Path) -> dict[str, bytes]:
     return needles
 
 
+@pytest.mark.brief("llama-layer_group", "bert-layer_group")
 def test_after_delete_no_file_holds_anything_of_the_example(world, tmp_path):
     """Two sequences are trained and a stage of a third is under way: stages, root and running checkpoints are hit."""
     path, plan = tmp_path / "out", {"sequence_selection": [[1, 2], [0]]}
@@ -228,10 +230,11 @@ assert "hf_s3t" not in sys.modules
 '''
 
 
-def test_stock_peft_loads_root_and_prefix_by_the_lines_of_the_card(tmp_path):
+@pytest.mark.parametrize("pairs", [SHORT, pytest.param(PAIRS, marks=pytest.mark.slow)], ids=["short", "all"])
+def test_stock_peft_loads_root_and_prefix_by_the_lines_of_the_card(tmp_path, pairs):
     """On a machine without hf_s3t, where the base model's id leads to the base model."""
     jobs, expected = [], {}
-    for case, kind in PAIRS:
+    for case, kind in pairs:
         name, path = f"{case}-{kind}", tmp_path / f"store-{case}-{kind}"
         base = CASES[case].make_model(num_hidden_layers=2)
         base.save_pretrained(tmp_path / "tiny" / case)

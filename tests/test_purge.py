@@ -214,6 +214,7 @@ def delete_too(name: str, folder: str) -> str:
     return ""
 
 
+@pytest.mark.brief("reader_token")
 @pytest.mark.parametrize("who", ["reader_token", "stranger_token"])
 def test_without_the_right_to_write_nothing_is_changed(new_case: Any, who: str) -> None:
     case = new_case()

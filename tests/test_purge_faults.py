@@ -86,6 +86,7 @@ def check(new_case: Any, tmp_path: Path, step: str, when: str) -> None:
     case.check_gone()
 
 
+@pytest.mark.brief("tag-lost")
 @pytest.mark.parametrize(("step", "when"), [("squash", "after"), ("tag", "lost")])
 def test_a_purge_that_was_stopped_ends_like_one_that_was_not(
     new_case: Any, tmp_path: Path, step: str, when: str

@@ -94,6 +94,7 @@ def test_every_slice_of_the_demo_has_at_least_four_people():
     assert len(people) >= 48 and len(counts) == 8 and min(counts.values()) >= 4
 
 
+@pytest.mark.slow
 def test_instruction_tuning_in_8_bit_deletes_and_repairs_with_two_processes(tmp_path):
     pytest.importorskip("bitsandbytes")
     data = write_instructions(tmp_path / "data", 32)

@@ -82,6 +82,7 @@ def served_lengths(printed: str) -> list[str]:
 
 
 # The tasks are chosen so that each kind of them is there: two texts, a regression, several choices.
+@pytest.mark.brief("rte-s3t")
 @pytest.mark.parametrize(("task", "method"), [("rte", "s3t"), ("stsb", "sisa"), ("copa", "full")])
 def test_glue_trains_deletes_and_repairs(task, method, roberta, tmp_path, capsys):
     data = write_glue(tmp_path / "data", task)
@@ -122,6 +123,7 @@ def test_vision_trains_deletes_and_repairs(dataset, method, vit, tmp_path, capsy
     assert "classifier" in S3TStore(tmp_path / "out").manifest().recipe["config"]["modules_to_save"]
 
 
+@pytest.mark.brief("s3t")
 @pytest.mark.parametrize("method", METHODS)
 def test_instruction_tuning_trains_deletes_and_repairs(method, tmp_path, capsys):
     data = write_instructions(tmp_path / "data", 16)

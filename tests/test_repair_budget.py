@@ -56,6 +56,7 @@ def value(manifest) -> float:
     return sum(lattice.value(surviving.get(shard, ())) for shard in range(manifest.plan.num_shards))
 
 
+@pytest.mark.brief("5")
 @pytest.mark.parametrize("cost_budget", [2, 5, 8])
 def test_the_budget_is_kept_and_what_lives_stays(world, hit, cost_budget):
     before, bytes_before = S3TStore(hit).manifest(), published(hit)

@@ -60,6 +60,7 @@ DAMAGED = [
 ]
 
 
+@pytest.mark.brief("(2, 7, 9)-skewed-alive2", "(2, 7, 9)-uniform-alive0")
 @pytest.mark.parametrize("alive", DAMAGED)
 @pytest.mark.parametrize("prior", [None, SKEWED], ids=["uniform", "skewed"])
 @pytest.mark.parametrize("budgets", [(2, 7, 9), pytest.param(range(1, 15), marks=pytest.mark.slow)], ids=str)
@@ -83,6 +84,7 @@ def test_what_is_alive_comes_first_and_stays_whole(alive, budget):
         assert Plan.make_per_shard(3, repair, prune=False).cost == sum(map(training_cost, repair))
 
 
+@pytest.mark.brief("hits0-4")
 @pytest.mark.parametrize(
     "num_slices, prior", [(4, [0.4, 0.3, 0.2, 0.1]), pytest.param(5, None, marks=pytest.mark.slow)], ids=["4", "5"]
 )

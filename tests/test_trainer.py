@@ -282,6 +282,7 @@ def test_accumulated_batches_give_what_one_large_batch_gives(tmp_path: Path) -> 
     torch.testing.assert_close(tensors_of(many), tensors_of(one), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.brief("llama")
 @pytest.mark.parametrize("base", ["llama", "bert"])
 def test_activation_checkpointing_changes_no_bit(tmp_path: Path, base: str) -> None:
     plain = make_trainer(tmp_path / "plain", base=base)

@@ -29,6 +29,7 @@ def shifted_loss(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Ten
 # One shard
 
 
+@pytest.mark.brief("bert")
 @BASE_NAMES
 def test_one_shard_is_served_as_its_root_adapter(tmp_path: Path, base: str) -> None:
     trainer = make_trainer(tmp_path / "store", base=base, config={"budget": 2})
@@ -81,6 +82,7 @@ def test_a_deletion_by_another_process_is_seen_after_the_next_training(tmp_path:
 # Several shards
 
 
+@pytest.mark.brief("bert")
 @BASE_NAMES
 def test_several_shards_are_served_as_the_average_of_their_probabilities(tmp_path: Path, base: str) -> None:
     trainer = make_trainer(tmp_path / "store", base=base, config={"num_shards": 3})
@@ -126,6 +128,7 @@ def test_metrics_are_computed_from_the_ensemble(tmp_path: Path) -> None:
 # Saving
 
 
+@pytest.mark.brief("bert")
 @BASE_NAMES
 def test_save_model_writes_what_export_writes(tmp_path: Path, base: str) -> None:
     trainer = make_trainer(tmp_path / "store", base=base)
