@@ -70,6 +70,7 @@ RUNNING = CRASH + "a_deletion_does_not_wait_for_the_stage_that_it_drops"
 NOTHING_LEFT = FILES + "after_delete_no_file_holds_anything_of_the_example"
 CARD = FILES + "stock_peft_loads_root_and_prefix_by_the_lines_of_the_card"
 SHARDS = ROWS + "several_shards"
+MEAN = "test_adapter.py::test_the_average_adds_the_mean_of_what_its_members_add"
 
 MUTATIONS = (
     # 1. isolation
@@ -200,7 +201,7 @@ MUTATIONS = (
     Mutation(8, "the card loads the last stage of a prefix alone", "card.py",
              (("for above in stage.path)", "for above in stage.path[-1:])"),), (CARD,)),
     Mutation(8, "the average is not divided by the number of shards", "adapter.py",
-             (("member.scaling / count, dtype", "member.scaling, dtype"),), (SHARDS,)),
+             (("member.scaling / count, dtype", "member.scaling, dtype"),), (SHARDS, MEAN)),
     Mutation(8, "adapters in the store are of type S3T", "tuner.py",
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
