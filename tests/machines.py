@@ -142,6 +142,7 @@ def _origin(given: tuple[tuple[str, str], ...]) -> tuple[socket.socket, subproce
 def _main() -> None:
     for name in ("hf_s3t.cli", "stores", "trainers"):
         importlib.import_module(name)
+    os.fsync = lambda descriptor: None  # nothing takes the power away
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -153,8 +153,8 @@ def test_losses_are_those_without_a_cache(any_world, tmp_path):
 
 def test_losses_of_rows_of_different_lengths(tmp_path):
     common = {"rows": ragged(), "data_collator": pad}
-    cached = losses_of(make_trainer(tmp_path / "cached", CASES["llama"], activation_cache="disk", **common))
-    plain = losses_of(make_trainer(tmp_path / "plain", CASES["llama"], **common))
+    cached = losses_of(make_trainer(tmp_path / "cached", SHALLOW["llama"], activation_cache="disk", **common))
+    plain = losses_of(make_trainer(tmp_path / "plain", SHALLOW["llama"], **common))
     torch.testing.assert_close(torch.tensor(cached), torch.tensor(plain), rtol=0, atol=1e-5)
     lengths = {len(states) for file in blocks_of(tmp_path / "cached").values() for states in block(file).states}
     assert lengths == set(range(4, 13))
@@ -213,6 +213,7 @@ def by_slice(lengths: dict[int, int]) -> Dataset:
     return Dataset.from_list(rows)
 
 
+@pytest.mark.slow
 def test_a_limit_holds_beside_blocks_that_are_larger_than_rows_are_on_average(tmp_path):
     """Rows of slice 1 are long, and their block is there; those of slice 0, which comes first, are short."""
     path, rows = tmp_path / "out", by_slice({0: 4, 1: 48, 2: 4})
@@ -383,6 +384,7 @@ def test_a_sampler_that_reads_a_column_draws_as_without_a_cache(tmp_path, sampli
     torch.testing.assert_close(losses["disk"], losses["off"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_that_give_more_values_all_of_them_none(tmp_path):
     config = DebertaV2Config(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
@@ -511,7 +513,8 @@ def test_states_of_an_example_that_left_the_index_elsewhere_are_removed(llama, t
     assert left == sorted([*whole, *(f"{name}.part" for name in whole)])
 
 
-def test_a_deletion_while_a_stage_trains_takes_its_states_along(llama, tmp_path):
+@pytest.mark.parametrize("cache", ["disk", pytest.param("memory", marks=pytest.mark.slow)])
+def test_a_deletion_while_a_stage_trains_takes_its_states_along(llama, tmp_path, cache):
     path = tmp_path / "out"
     seen = []
 
@@ -522,13 +525,10 @@ def test_a_deletion_while_a_stage_trains_takes_its_states_along(llama, tmp_path)
                 assert in_child(lambda: S3TStore(path).delete(ids=[llama.victim])) == 0
                 seen.extend([before, set(blocks_of(path))])
 
-    for cache in ("disk", "memory"):
-        path = tmp_path / cache
-        seen.clear()
-        llama.trainer(path, callbacks=[Delete()], activation_cache=cache).train()
-        assert_same_stores(path, llama.never_had)
-        if cache == "disk":
-            assert {name.split("-")[0] for name in seen[0] - seen[1]} == {str(VICTIM_SLICE)}
+    llama.trainer(path, callbacks=[Delete()], activation_cache=cache).train()
+    assert_same_stores(path, llama.never_had)
+    if cache == "disk":
+        assert {name.split("-")[0] for name in seen[0] - seen[1]} == {str(VICTIM_SLICE)}
 
 
 def test_a_deletion_while_states_are_written_leaves_none_of_them(llama, tmp_path, monkeypatch):
@@ -749,6 +749,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_changes_no_bit(llama, tmp_p
     assert_same_stores(tmp_path / "out", llama.trained)
 
 
+@pytest.mark.slow
 def test_what_the_cache_takes_is_said_before_it_is_written(tmp_path, caplog):
     """To whoever leaves logging as it is. Rows of all slices count, not only those of the slice that comes first."""
     options = {"rows": by_slice({0: 4, 1: 8, 2: 40}), "data_collator": pad, "activation_cache": "disk"}

@@ -73,6 +73,7 @@ def test_dead_shards_drop_out(stores: dict[str, Path], base: str, tmp_path: Path
     assert ensemble.members == [] and torch.equal(logits(ensemble, inputs), logits(build(), inputs))
 
 
+@pytest.mark.brief("llama")
 @BASE_NAMES
 def test_every_surviving_sequence_answers_by_its_length(base: str, tmp_path: Path) -> None:
     build, inputs = BASES[base][0], batch(ROWS[base])

@@ -92,6 +92,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 # ---- a second stack loads them ----
 
 
+@pytest.mark.brief("one shard with a head")
 @pytest.mark.parametrize("shape", ["one shard", "one shard with a head"])
 def test_the_root_of_one_shard_answers_as_the_served_model(open_store, tmp_path, shape):
     (base, _), (store, folder) = SHAPES[shape], open_store(shape)

@@ -364,6 +364,7 @@ def members(revision):
     return S3TEnsemble.from_pretrained(S3TStore("owner/m", revision=revision), BASES["llama"][0]()).members
 
 
+@pytest.mark.slow
 def test_revision_token_and_state_are_the_stores_not_the_bases(server, machine, new_machine, tmp_path):
     first, state = machine(make_and_push, path=tmp_path / "out"), str(tmp_path / "out/.s3t")
     machine(delete, state=state, slices=[(0, 0), (0, 1), (0, 2)])

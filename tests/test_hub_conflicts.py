@@ -224,6 +224,7 @@ def forget_one(path):
         store.write_manifest(store.write_root(manifest))
 
 
+@pytest.mark.slow
 def test_a_machine_that_deleted_more_often_still_obeys_the_others(server, stores):
     """What counts is which deletions were seen, not how many."""
     a, b, at_a, at_b, known = stores
@@ -261,7 +262,7 @@ def test_what_was_repaired_is_not_lost_when_deletions_meet(server, stores):
     assert len(stages_of(server)) == 4 and a(broken, path=at_a) == b(broken, path=at_b) == []
 
 
-@pytest.mark.brief("True")
+@pytest.mark.slow
 @pytest.mark.parametrize("private", [True, False])
 def test_what_was_readmitted_can_be_pushed(server, stores, private):
     a, _, at_a, _, known = stores

@@ -477,6 +477,7 @@ def test_git_clones_the_repository_and_git_lfs_its_large_files(server, tmp_path)
     assert git("-C", str(clone), "ls-tree", "origin/main", "s00/").stdout.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_more_large_files_than_one_purge_takes(server, tmp_path):
     repository = seed(server, {f"{k:04}/a.safetensors": f"weights {k}" for k in range(1100)})
 
@@ -544,6 +545,7 @@ def test_xet_files_are_uploaded_downloaded_and_purged(server, tmp_path, together
 # As a program
 
 
+@pytest.mark.slow
 def test_as_a_program_it_keeps_its_repositories_and_takes_switches(tmp_path):
     def run():
         command = [sys.executable, "-m", "hub_server", "--json", "--folder", str(tmp_path / "hub"), "gc=lazy"]

@@ -98,6 +98,9 @@ def test_one_sequence_is_the_coldest_first(quick, family):
         )
 
 
+@pytest.mark.brief(
+    "None-False-3-zipf", "12-True-3-two levels", "None-False-3-mixed up", "12-True-3-uniform", "12-True-5-two levels",
+)  # fmt: skip
 @every_prior
 @pytest.mark.parametrize("num_slices", [3, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 6, 8))])
 @pytest.mark.parametrize("requests, performance", [(None, False), (12, True)])
@@ -167,6 +170,7 @@ def test_the_known_numbers_of_stages_for_the_full_budget():
     assert sum(map(len, every)) == 96  # without sharing
 
 
+@pytest.mark.brief("4-9-28-1.16-28", "4-9-40-1.233-32", "6-15-69-1.566-69")
 @pytest.mark.parametrize(
     "num_slices, horizon, cost_budget, value, most",
     [(4, 9, 28, 1.160, 28), (4, 9, 40, 1.233, 32), (6, 15, 69, 1.566, 69), (6, 15, 126, 1.750, 126)],
@@ -197,6 +201,7 @@ def every_family(measure):
             yield measure.worth(lengths[held].max(axis=0)), int(sizes[held].sum())
 
 
+@pytest.mark.brief("3-None-zipf")
 @every_prior
 @pytest.mark.parametrize(
     "num_slices, requests",
@@ -216,6 +221,7 @@ def test_the_best_of_all_trees_is_found(family, num_slices, requests):
             assert measure.value(orders) >= best * (1 - 1e-12)
 
 
+@pytest.mark.brief("None-3-zipf", "15-3-two levels", "15-3-mixed up", "None-3-uniform", "15-5-two levels")
 @every_prior
 @pytest.mark.parametrize("num_slices", [3, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8))])
 @pytest.mark.parametrize("requests", [None, 15])

@@ -154,6 +154,7 @@ def test_many_shards_are_drawn_once_where_they_look_the_same(tmp_path):
     assert overlapping(figure) == []
 
 
+@pytest.mark.slow
 def test_more_than_twelve_kinds_of_shards(tmp_path):
     plan = Plan.make_per_shard(4, [[order] for order in random_orders(4, 14, seed=0)])
     figure = draw_tree(plan, None, tmp_path / "tree.png", title="A title that costs $5 or $6, " * 8)
@@ -163,6 +164,7 @@ def test_more_than_twelve_kinds_of_shards(tmp_path):
     assert overlapping(figure) == []
 
 
+@pytest.mark.slow
 def test_a_very_large_plan_has_no_numbers_and_says_so(tmp_path):
     plan = Plan.make(1, 16, PREFIXES[::10], prune=False)
     figure = draw_tree(plan, None, tmp_path / "tree.pdf")

@@ -110,6 +110,7 @@ def test_an_address_that_an_edge_still_answers_is_pending(new_case: Any) -> None
     assert later["status"] == "no_longer_served" and "signature" not in json.dumps(later)
 
 
+@pytest.mark.slow
 def test_asking_for_an_address_does_not_warm_the_edge(new_case: Any) -> None:
     case = new_case("owner/cool", others=False, cdn_ttl=1000, purge_delay=1000)
     report = case.purge(seconds=0.5)
@@ -120,6 +121,7 @@ def test_asking_for_an_address_does_not_warm_the_edge(new_case: Any) -> None:
     assert later["status"] == "no_longer_served", [probe for probe in later["probes"] if probe["served"] is not False]
 
 
+@pytest.mark.slow
 def test_what_settles_late_is_pending_until_it_has(new_case: Any) -> None:
     case = new_case(purge_delay=1000, gc="lazy")
     report = case.purge(seconds=0.5)
@@ -133,6 +135,7 @@ def test_what_settles_late_is_pending_until_it_has(new_case: Any) -> None:
     case.check_gone()
 
 
+@pytest.mark.slow
 def test_a_kept_tag_and_pull_request_lose_the_weights_and_keep_plain_files(new_case: Any) -> None:
     case = new_case()
     report = case.purge(keep_refs=["refs/tags/v1", "refs/pr/1"])
@@ -405,6 +408,7 @@ def removed_bytes(case: Case) -> dict[str, bytes]:
     return {oid: (case.pushed / path).read_bytes() for path, oid in case.oids().items()}
 
 
+@pytest.mark.slow
 def test_removed_weights_at_the_head_under_another_name_are_held(new_case: Any) -> None:
     case = new_case(others=False)
     oid, other, _ = sorted(case.oids().values())
@@ -557,6 +561,7 @@ def test_short_names_of_refs_are_understood(new_case: Any) -> None:
     assert "refs/tags/v1" in case.purge(keep_refs=["v1", "dev"])["data"]["refs_kept"]
 
 
+@pytest.mark.slow
 def test_a_short_name_of_two_refs_is_refused(new_case: Any) -> None:
     """To guess would remove the other one."""
     case = new_case()

@@ -18,7 +18,8 @@ def test_the_python_example_trains_deletes_and_repairs(tmp_path, monkeypatch, ca
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(use, "README.md", "exec"), names)
+    assert "num_train_epochs=1)" in use
+    exec(compile(use.replace("num_train_epochs=1)", "max_steps=2)"), "README.md", "exec"), names)
     line = [line for line in capsys.readouterr().out.splitlines() if " -> " in line][-1]
     assert re.fullmatch(r"6 examples; \{'0': \[\d, \d, \d, \d\]\} -> \{'0': \[[\d, ]+\]\}", line)
     assert names["trainer"].store.status().missing == ()

@@ -158,6 +158,7 @@ def test_without_ids_to_delete_nothing_is_trained(text, message, vit, tmp_path):
     assert not (tmp_path / "out/s3t.json").exists()
 
 
+@pytest.mark.slow
 def test_rows_that_are_gone_are_deleted_where_the_recipe_is_told(roberta, tmp_path, capsys):
     data = write_glue(tmp_path / "data", "rte")
     told = ["--task", "rte", *flags(tmp_path, data, roberta, "full")]

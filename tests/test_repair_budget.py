@@ -107,6 +107,7 @@ def test_called_again_it_trains_nothing_and_after_a_deletion_it_plans_anew(world
     assert not again.plan.missing(again.stages)
 
 
+@pytest.mark.slow
 def test_a_readmission_is_no_reason_to_plan_anew_but_another_prior_is(world, hit):
     first = repaired(world, hit, repair="best", cost_budget=4)
     S3TStore(hit).readmit(ids=victims(world)[:1])
@@ -133,6 +134,7 @@ def test_a_deletion_does_not_wait_for_the_search_and_begins_it_again(world, hit,
     assert after.repair.deletions == after.deletions == 2 and not after.plan.missing(after.stages)
 
 
+@pytest.mark.slow
 def test_another_budget_is_spent_on_top(world, hit):
     first = repaired(world, hit, repair="best", cost_budget=2)
     second = repaired(world, hit, repair="best", cost_budget=3)

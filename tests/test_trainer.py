@@ -163,6 +163,7 @@ def test_a_tracker_sees_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert events == ["on_train_begin", *["on_log"] * 3, "on_train_end"]
 
 
+@pytest.mark.slow
 def test_tensorboard_writes_one_file_beside_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
@@ -269,6 +270,7 @@ def test_the_best_checkpoint_of_a_stage_is_stored_and_the_recipe_says_so(tmp_pat
 # How a batch is made
 
 
+@pytest.mark.slow
 def test_accumulated_batches_give_what_one_large_batch_gives(tmp_path: Path) -> None:
     rows = models.llama_rows(16).add_column("shard", [0] * 16).add_column("slice", [0, 1] * 8)
     kwargs = {"train_dataset": rows, "config": {"slice_columns": ("shard", "slice")}}

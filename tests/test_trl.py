@@ -130,6 +130,7 @@ def test_rows_that_trl_drops_are_known_and_untrained(tmp_path: Path, make: Any, 
     assert artefacts(tmp_path / "dropping") == artefacts(tmp_path / "without")
 
 
+@pytest.mark.slow
 def test_prompts_and_completions(tmp_path: Path, make: Any) -> None:
     """Only completions carry a loss; TRL's own collator makes the batches, and resuming keeps the bits."""
     rows = texts()
@@ -151,6 +152,7 @@ def test_prompts_and_completions(tmp_path: Path, make: Any) -> None:
     assert artefacts(tmp_path / "never") == artefacts(tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_several_shards_evaluate_as_an_ensemble(tmp_path: Path, make: Any) -> None:
     held_out = Dataset.from_list([{"text": text} for text in texts(28)["text"][24:]])  # one batch
     args = {"bf16": False, "per_device_eval_batch_size": 4}
