@@ -25,6 +25,8 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
 )
+# What is trained once for all processes of a run lies with the first, which ends last.
+os.environ.setdefault("HF_S3T_TESTS_SHARED", _home.name)
 # These would choose another device, number of processes, partition or place than the test asks for.
 for _name in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK", "HF_S3T_KEY", "HF_TOKEN"):
     os.environ.pop(_name, None)

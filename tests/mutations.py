@@ -227,6 +227,7 @@ def run_tests(source: Path, tests: tuple[str, ...], log: Path) -> int:
             os.dup2(file.fileno(), 2)
         os.chdir(REPOSITORY)
         os.environ["PYTHONPATH"] = str(source)
+        os.environ["HF_S3T_TESTS_SHARED"] = tempfile.mkdtemp(dir=source.parent)  # nothing that others trained
         sys.path.insert(0, str(source))
         import pytest
 

@@ -1,21 +1,22 @@
 """Trained stores of several shapes of models, and their ensembles: loaded, and put together by hand from stock PEFT.
 
-Every store has three shards of three slices and two orders, `(0, 1, 2)` and `(2, 0)`. It is trained once per process;
-tests that change one take a copy.
+Every store has three shards of three slices and two orders, `(0, 1, 2)` and `(2, 0)`. The process that needs it first
+trains it for all processes of a run; tests that change one take a copy.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import default_data_collator
@@ -59,15 +60,24 @@ SHAPES = {
     "roberta": Shape(models.tiny_roberta, models.bert_rows, _bert),
     "vit": Shape(models.tiny_vit, models.vit_rows, _vit),
 }
-_home = tempfile.TemporaryDirectory(prefix="hf_s3t-served-")
 
 
 @functools.cache
 def trained(shape: str) -> Path:
     """The store of a shape; nobody may change it."""
+    path = Path(os.environ["HF_S3T_TESTS_SHARED"], "served", shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not Path(f"{path}.trained").exists():
+            train(shape, path)
+            Path(f"{path}.trained").touch()
+    return path
+
+
+def train(shape: str, path: Path) -> None:
+    """Trains the store of a shape into a folder."""
     build, rows, config = SHAPES[shape]
     fields = {"num_shards": 3, "num_slices": 3, "sequence_selection": ORDERS, "r": 2, "lora_alpha": 8}
-    path = Path(_home.name, shape)
     trainer = S3TTrainer(
         build(),
         make_args(path, learning_rate=5e-2),
@@ -77,7 +87,6 @@ def trained(shape: str) -> Path:
         partition_key=b"the partition key of the tests",
     )
     trainer.train()
-    return path
 
 
 def copy(shape: str, path: Path) -> S3TStore:
