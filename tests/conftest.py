@@ -97,7 +97,7 @@ def no_network() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_waiting() -> Iterator[None]:
+def no_waste() -> Iterator[None]:
     """Nothing waits for the disk, as no test takes the power away, and a template is compiled once, though PEFT writes
     its card into every checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
