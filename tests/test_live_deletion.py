@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import models
 from hf_s3t import S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError, deletion
+from hf_s3t.adapter import Adapter
 from hf_s3t.seams.answering import caches_in
 from hf_s3t.slots import Slot
 from served import ROUNDING, SHAPES, copy, inputs_of, load, prompts, shorten, trained
@@ -310,7 +311,7 @@ def repair(store: S3TStore, source: Path) -> None:
         for stage in manifest.plan.missing(manifest.stages):
             adapter = whole.read_stage(stage)
             tensors = {name: 1.5 * value for name, value in adapter.tensors.items()}
-            stages[stage] = store.write_stage(stage, adapter._replace(tensors=tensors))
+            stages[stage] = store.write_stage(stage, Adapter.from_tensors(adapter.config, tensors))
         store.write_manifest(replace(manifest, stages=stages))
     assert store.manifest().generation == generation
 
