@@ -67,10 +67,9 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# Each worker has one thread (tests/conftest.py sees to that): runs are compared bit by bit. Three keep two cores busy, as
-# some tests wait for servers and processes.
+# Each worker has one thread (tests/conftest.py sees to that): runs are compared bit by bit.
 test: install
-	$(PYTEST) -n 3 --dist worksteal
+	$(PYTEST) -n 2 --dist worksteal
 
 # A store of the lowest versions is repaired by the running ones. For Python 3.13 they have no wheels: that test then says
 # what it lacks, and is left out.

@@ -35,14 +35,17 @@ import gc  # noqa: E402
 import ipaddress  # noqa: E402
 import logging  # noqa: E402
 import socket  # noqa: E402
+import ssl  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from functools import cache  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 from typing import Any  # noqa: E402
 
 import jinja2  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.utils import memory  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -67,7 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Accelerate collects garbage at every stage, and most of what it walks is what was imported by now."""
+    """What was imported by now is not walked again for garbage."""
     gc.collect()
     gc.freeze()
 
@@ -98,11 +101,14 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waste() -> Iterator[None]:
-    """Nothing waits for the disk, as no test takes the power away, and a template is compiled once, though PEFT writes
-    its card into every checkpoint."""
+    """Nothing waits for the disk, as no test takes the power away. A template is compiled once, though PEFT writes its
+    card into every checkpoint; certificates, which no server here has, are read once, not for every client. Garbage is
+    collected when Python does it by itself, and not by Accelerate at every stage."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(jinja2.Environment, "compile", cache(jinja2.Environment.compile))
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        patch.setattr(memory, "gc", SimpleNamespace(collect=lambda: 0))
         yield
 
 

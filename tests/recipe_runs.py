@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import sys
@@ -29,9 +28,6 @@ import people_demo  # noqa: E402
 import vision  # noqa: E402
 
 __all__ = ["alpaca", "common", "glue", "glue_metrics", "instructions", "people_demo", "vision"]
-
-# Accelerate collects garbage whenever a stage begins; what the imports made is none, and there is much of it.
-gc.freeze()
 
 KEY = "746573746b65796f6672656369706573"
 SMALL = [

@@ -8,8 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +57,6 @@ from trainings import (
 
 STEADY = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
 """Fields of a model's config that take dropout out of its trunk."""
-SHALLOW = CASES | {
-    "llama": replace(CASES["llama"], make_model=partial(models.tiny_llama, num_hidden_layers=6), layers=6)
-}
-"""Two layers of the Llama to a stage, not four."""
 
 
 class CachedWorld(World):
@@ -82,7 +77,7 @@ class CachedWorld(World):
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    return {name: CachedWorld(case, "layer_group", tmp_path_factory.mktemp(name)) for name, case in SHALLOW.items()}
+    return {name: CachedWorld(case, "layer_group", tmp_path_factory.mktemp(name)) for name, case in CASES.items()}
 
 
 @pytest.fixture(params=CASES)
@@ -153,8 +148,8 @@ def test_losses_are_those_without_a_cache(any_world, tmp_path):
 
 def test_losses_of_rows_of_different_lengths(tmp_path):
     common = {"rows": ragged(), "data_collator": pad}
-    cached = losses_of(make_trainer(tmp_path / "cached", SHALLOW["llama"], activation_cache="disk", **common))
-    plain = losses_of(make_trainer(tmp_path / "plain", SHALLOW["llama"], **common))
+    cached = losses_of(make_trainer(tmp_path / "cached", CASES["llama"], activation_cache="disk", **common))
+    plain = losses_of(make_trainer(tmp_path / "plain", CASES["llama"], **common))
     torch.testing.assert_close(torch.tensor(cached), torch.tensor(plain), rtol=0, atol=1e-5)
     lengths = {len(states) for file in blocks_of(tmp_path / "cached").values() for states in block(file).states}
     assert lengths == set(range(4, 13))
@@ -909,7 +904,7 @@ def test_layers_above_that_depend_on_more_than_the_states_are_refused(tmp_path):
     model.model.layers[0].register_forward_hook(lambda layer, args, output: seen.append(output))
     model.model.norm.register_forward_hook(lambda norm, args, output: output + seen[-1])
     trainer = make_trainer(tmp_path / "out", CASES["llama"], model=model, activation_cache="disk")
-    with pytest.raises(ValueError, match="What enters layer 8 is not all that the layers above depend on"):
+    with pytest.raises(ValueError, match="What enters layer 4 is not all that the layers above depend on"):
         trainer.train()
 
 

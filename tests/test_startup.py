@@ -118,10 +118,12 @@ assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType("S3T")].__name__ == "S3TModel"
 """
 
 
-@pytest.mark.slow
+@pytest.mark.brief("import peft, hf_s3t")
 @pytest.mark.parametrize(
     "first",
     [
+        "import peft, hf_s3t",
+        "from hf_s3t import S3TConfig",
         "from hf_s3t.config import S3TConfig",
         "from hf_s3t.tuner import S3TModel",
         "import hf_s3t; hf_s3t.S3TTrainer",
@@ -129,9 +131,4 @@ assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType("S3T")].__name__ == "S3TModel"
     ],
 )
 def test_peft_knows_the_config_whatever_is_imported_first(first: str) -> None:
-    loaded(f"{first}\n{REGISTERED}")
-
-
-@pytest.mark.parametrize("first", ["from hf_s3t import S3TConfig", "import peft, hf_s3t"])
-def test_peft_knows_the_config_as_soon_as_it_can_be_used(first: str) -> None:
     loaded(f"{first}\n{REGISTERED}")

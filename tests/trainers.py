@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from functools import partial
 from pathlib import Path
@@ -22,9 +21,6 @@ BASES = {
     "bert": (models.tiny_bert, models.bert_rows, "SEQ_CLS"),
 }
 TARGETS = {"CAUSAL_LM": ["q_proj", "down_proj"], "SEQ_CLS": ["query", "output.dense"]}
-
-# Accelerate collects garbage whenever a training begins; what the imports made is none, and there is much of it.
-gc.freeze()
 
 
 def make_args(path: Path | str, **changes: Any) -> TrainingArguments:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,6 @@ TRAINER_OPTIONS = (
     "activation_cache", "activation_cache_gb", "eval_trunk",
 )  # fmt: skip
 
-# The Trainer collects garbage at every stage, and what was imported (transformers, torch, pytest) takes most of it.
-gc.collect()
-gc.freeze()
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,9 @@ class Case:
 
 CASES = {
     "llama": Case(
-        "llama", models.tiny_llama_12, models.llama_rows,
+        "llama", partial(models.tiny_llama, num_hidden_layers=6), models.llama_rows,
         {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]},
-        "AutoModelForCausalLM", "model.layers", 12,
+        "AutoModelForCausalLM", "model.layers", 6,
     ),
     "bert": Case(
         "bert", models.tiny_bert, models.bert_rows,
