@@ -5,6 +5,7 @@ Every process writes what it saw to `FOLDER/SCENARIO-RANK.json`.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -184,6 +185,7 @@ def lonely(folder: Path) -> dict[str, Any]:
 def main(folder: Path, names: list[str]) -> None:
     """Runs scenarios one after the other."""
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not walked for garbage at every stage
     for name in names:
         seen = globals()[name](folder)
         if name != "lonely":
