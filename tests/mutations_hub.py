@@ -8,8 +8,24 @@ ORDERS = "test_orders.py::test_"
 REFUSED = HOSTILE + "what_a_training_did_not_write_is_refused"
 NO_STATE = MEET + "where_tombstones_do_not_travel_training_is_refused"
 COLD = PURGE + "a_cold_client_reaches_no_removed_weight"
+SEAMS = "test_seams_hub.py::test_"
 
 ON_THE_HUB = (
+    (10, 'any HTTP library passes for the one that huggingface_hub raises from', 'seams/hub.py',
+     (('if isinstance(transport, type) and issubclass(transport, base):', 'if True:'),),
+     (SEAMS + 'an_unknown_http_library_is_an_error',)),
+    (10, 'an upload that does not say whether it is large passes', 'seams/hub.py',
+     (('if mode not in ("lfs", "regular"):', 'if False:'),),
+     (SEAMS + 'an_upload_that_says_something_else_is_an_error',)),
+    (10, 'large files are deleted by a method that takes something else', 'seams/hub.py',
+     (('if not {"repo_id", "lfs_files", "rewrite_history"} <= known.keys():', 'if False:'),),
+     (SEAMS + 'a_deletion_of_large_files_with_other_parameters_is_an_error',)),
+    (10, 'downloaded blocks in an unknown place are not named', 'seams/hub.py',
+     (('return left + [f"xet/{path.relative_to(xet).as_posix()}" for path in sorted(blocks)]', 'return left'),),
+     (SEAMS + 'blocks_under_an_unknown_name_are_named',)),
+    (10, 'what is left in a cache that is laid out otherwise is not named', 'seams/hub.py',
+     (('for path in sorted(found - fine)]', 'for path in ()]'),),
+     (SEAMS + 'what_is_left_in_the_cache_is_named',)),
     (6, 'tombstones that travel are not taken over', 'deletion.py',
      (('    if state != ours:\n        folder.write_state(state)', '    if False:\n        folder.write_state(state)'),),
      (MEET + 'a_row_that_was_deleted_elsewhere_is_not_trained_on',)),

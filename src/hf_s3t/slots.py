@@ -20,6 +20,7 @@ from .folder import StoreFolder
 from .layout import split_layer_path
 from .manifest import Manifest
 from .plan import Stage
+from .seams.tuners import adapter_tensors
 
 Owner = tuple[Stage, str]
 """A stage as it was trained: its name and the sha256 of its tensors."""
@@ -59,15 +60,7 @@ class Slot:
     @classmethod
     def of(cls, model: nn.Module, name: str, rank: int | None = None) -> Slot:
         """The tensors of a PEFT model's adapter; of rank groups of some `rank`, stacked."""
-        found: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        lora, head = f".{name}.", f".modules_to_save.{name}."
-        tensors = {}
-        for path, tensor in found.items():
-            if head in path:
-                tensors[path.replace(head, ".")] = tensor
-            elif lora in path:
-                tensors[path.replace(lora, ".")] = tensor
-        slot = cls(name, tensors, {}, rank=rank)
+        slot = cls(name, adapter_tensors(model, name), {}, rank=rank)
         places = {path: split_layer_path(path) for path in slot.tensors if is_lora(path)}
         slot.layers = {path: place[1] for path, place in places.items() if place is not None}
         return slot

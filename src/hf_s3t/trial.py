@@ -98,6 +98,8 @@ class Trial:
         notes = self.members.notes = Notes(len(self.members.main_input(rows)))
         try:
             found = self.members.together(dict(rows))
+        except torch.OutOfMemoryError:  # says nothing of the model, which would be slow from then on
+            raise
         except Exception as error:  # whatever a model raises when it sees rows that it did not expect
             return f"together they fail ({type(error).__name__}: {error})", notes
         finally:

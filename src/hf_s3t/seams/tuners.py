@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Any
 
+import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraLayer
@@ -116,6 +117,12 @@ def add_adapter(model: PeftModel, name: str, config: Any, places: Collection[str
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Named parameters of one adapter: its LoRA matrices and its heads."""
     return {key: value for key, value in model.named_parameters() if f".{name}." in f"{key}."}
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of one adapter, by their names in its file."""
+    found: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {_as_stored(key, name): value for key, value in found.items() if f".{name}." in f"{key}."}
 
 
 def _as_stored(key: str, name: str) -> str:
