@@ -34,7 +34,7 @@ def store(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "store"))
 
 
-def run(*arguments: object, stdin: str | None = None) -> Result:
+def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
     result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
@@ -138,7 +138,7 @@ def test_locate(store: Path) -> None:
     known = row_ids()[0]
     (outcome,) = outcomes("locate", store, "--ids", known, "--groups", "person-0")
     assert [found["found"] for found in outcome["result"]] == ["live", "live"]
-    assert set(outcome["result"][0]) == {"asked", "found", "places", "stages"}
+    assert set(outcome["result"][0]) == {"asked", "found", "places", "stages", "looks_like"}
     result = run("locate", store, "--ids", known, "--ids", "nobody [red]")
     assert result.exit_code == 4
     assert "nobody [red]" in result.stdout and "unknown" in result.stdout

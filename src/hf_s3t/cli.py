@@ -39,6 +39,7 @@ from .reading import (
     digests_not_in,
     load_factory,
     parse_prior,
+    parse_share,
     parse_slice,
     read_dataset,
     wanted_names,
@@ -139,6 +140,9 @@ def delete(
     not_in: Annotated[
         Path | None, typer.Option(help="Dataset file or folder; every example that is not in it is deleted.")
     ] = None,
+    at_most: Annotated[
+        str, typer.Option(help="With --not-in: the share of the examples that may be missing there.")
+    ] = "10%",
     slices: Annotated[list[str] | None, typer.Option(help="SHARD:SLICE; works with the state lost, too.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
     reference: Reference = None,
@@ -159,11 +163,11 @@ def delete(
 ) -> None:
     """Remove everything that depends on some examples. Needs no model, no dataset and no GPU."""
     wanted = wanted_names(ids, ids_file, groups, groups_file)
-    places = [parse_slice(text) for text in slices or ()]
+    places, share = [parse_slice(text) for text in slices or ()], parse_share(at_most)
 
     def verb(store: S3TStore) -> Outcome:
         path = str(store.path)
-        digests = digests_not_in(store, not_in) if not_in else []
+        digests = digests_not_in(store, not_in, share) if not_in else []
         if not_in and not any((digests, *wanted.values(), places)):
             return Outcome(path, DONE, None, f"Every example of {path} is in {not_in}. Nothing was changed.")
         receipt = store.delete(
@@ -174,6 +178,8 @@ def delete(
         unpurged = {} if dry_run or store.source.repo_id is None else unpurged_of(store)
         pending = receipt.exports or receipt.still_served_at or receipt.status == "pending" or unpurged
         code = PENDING if pending and not dry_run else DONE
+        if receipt.asked and receipt.found == receipt.already_deleted == 0:  # --missing-ok, of which nothing was found
+            code = UNKNOWN
         return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt, unpurged))
 
     run(stores, key_file, as_json, verb, state)

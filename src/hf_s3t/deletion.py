@@ -99,6 +99,13 @@ class Receipt:
         return asdict(self)
 
 
+def _alike(request: Request) -> str:
+    """A sentence on what looks like something that was asked for, and is something else."""
+    alike = [(asked, found) for asked, others in request.look_alikes.items() for found in others]
+    pairs = [f"{ascii(found)} (like {ascii(asked)})" for asked, found in alike]
+    return f" The store knows {', '.join(pairs[:5])}." if pairs else ""
+
+
 def delete(
     folder: StoreFolder,
     request: Request,
@@ -113,9 +120,11 @@ def delete(
     if request.unknown and not missing_ok:
         shown = ", ".join(map(repr, request.unknown[:5]))
         raise UnknownExampleError(
-            f"{len(request.unknown)} of {request.asked} are not known to {folder.path}: {shown}. Nothing was changed. "
-            "Check them (`locate`), or pass `missing_ok=True` to delete the others."
+            f"{len(request.unknown)} of {request.asked} are not known to {folder.path}: {shown}. Nothing was changed."
+            f"{_alike(request)} Check them (`locate`), or pass `missing_ok=True` to delete the others."
         )
+    if request.look_alikes:
+        logger.warning("Not deleted, as nobody asked for it:%s", _alike(request))
     receipt = _preview(folder, request, reference)
     if dry_run:
         return replace(receipt, status="dry run")

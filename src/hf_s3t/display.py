@@ -85,7 +85,9 @@ def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
         column.overflow = "fold"
     for location in locations:
         places = ", ".join(f"{shard}: {slice_id}" for shard, slice_id in location.places)
-        table.add_row(location.asked, location.found, places, ", ".join(location.stages))
+        like = f" (looks like {ascii(location.looks_like)})" if location.looks_like else ""
+        asked = ascii(location.asked) + like if like else location.asked
+        table.add_row(asked, location.found, places, ", ".join(location.stages))
     return table
 
 

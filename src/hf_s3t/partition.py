@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from .errors import DatasetError
 from .plan import Stage
+from .spelling import id_text, same_to_the_eye
 
 if TYPE_CHECKING:
     from .config import S3TConfig
@@ -89,9 +90,13 @@ def _without_path(value: Any) -> Any:
 
 
 def keyed_digest(key: bytes, kind: Literal["id", "group", "content", "key check"], value: Any) -> str:
-    """HMAC-SHA256 of an id, group or content digest, in hexadecimal. An id `17` and an id `"17"` are the same id."""
-    text = str(value) if isinstance(value, str | int) else canonical(value).decode()
-    return hmac.new(key, f"{kind}\0{text}".encode(), hashlib.sha256).hexdigest()[:DIGEST_CHARS]
+    """HMAC-SHA256 of an id, group or content digest, in hexadecimal. An id `17` and an id `"17"` are the same id.
+
+    Raises:
+        ValueError: the value is no id; see [`id_text`].
+    """
+    message = f"{kind}\0{id_text(value)}".encode(errors="surrogatepass")
+    return hmac.new(key, message, hashlib.sha256).hexdigest()[:DIGEST_CHARS]
 
 
 def assign(key: bytes, digest: str, num_shards: int, num_slices: int) -> tuple[int, int]:
@@ -156,6 +161,7 @@ def read_rows(dataset: Any, key: bytes, config: S3TConfig) -> list[tuple[str, En
     """
     digests: list[tuple[str, Entry]] = []
     names: dict[str, Any] = {}
+    people: dict[str, Any] = {}
     twice: list[Any] = []
     source: str | None = None
     for position, row in enumerate(raw_rows(dataset)):
@@ -163,21 +169,45 @@ def read_rows(dataset: Any, key: bytes, config: S3TConfig) -> list[tuple[str, En
             source = id_source(config, list(row))
         content = row_digest(row)
         name = content if source is None else row.get(source)
-        if name is None:
-            raise ValueError(f"Row {position} has no id: column {source!r} is None there. Every row needs one.")
-        digest = keyed_digest(key, "id", name)
+        digest = _digest(key, "id", name, position, source)
         if source is not None and digest in names:
             twice.append(name)
         names[digest] = name
         person = None if config.group_column is None else row.get(config.group_column)
-        group = None if person is None else keyed_digest(key, "group", person)
+        group = None if person is None else _digest(key, "group", person, position, config.group_column)
+        if group is not None:
+            people[group] = person
         place = _place(row, position, group or digest, key, config)
         digests.append((digest, Entry(*place, group, keyed_digest(key, "content", content))))
     if twice:
         shown = ", ".join(map(repr, twice[:5]))
         raise ValueError(f"{len(twice)} ids occur more than once in column {source!r}, e.g. {shown}. Make ids unique.")
     _check_groups(digests)
+    for column, values in ((source, names), (config.group_column, people)):
+        if column is not None:
+            _warn_of_look_alikes(column, values.values())
     return digests
+
+
+def _digest(key: bytes, kind: Literal["id", "group"], value: Any, position: int, column: str | None) -> str:
+    try:
+        return keyed_digest(key, kind, value)
+    except ValueError as error:
+        raise ValueError(f"Row {position} has no {kind} in column {column!r}: {error}") from None
+
+
+def _warn_of_look_alikes(column: str, values: Iterable[Any]) -> None:
+    """Warns of names that are one to the eye and two to a deletion."""
+    pairs = same_to_the_eye(map(id_text, values))
+    if pairs:
+        shown = "; ".join(" and ".join(map(ascii, pair)) for pair in pairs[:5])
+        warnings.warn(
+            f"{len(pairs)} names in column {column!r} are written in several Unicode forms that look the same, e.g. "
+            f"{shown}. To a deletion they are different: who asks for one of them is not found in rows of the other. "
+            "Normalise the column (`unicodedata.normalize('NFC', text)`) before the first training.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _place(row: Mapping[str, Any], position: int, digest: str, key: bytes, config: S3TConfig) -> tuple[int, int]:

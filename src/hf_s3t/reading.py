@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
+import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +42,7 @@ Prior = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document: a list with an outcome per store.")]
 
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
@@ -51,13 +54,18 @@ def wanted_names(
 
 
 def _lines(file: Path | None) -> list[str]:
+    """The lines of a file or of standard input that are not empty. UTF-8, or UTF-16 with its mark."""
     if file is None:
         return []
     try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        text = data.decode("utf-16" if data[:2] in UTF16_MARKS else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"{file} is no UTF-8 text ({error}): save it as UTF-8, or names with accents would not be found."
+        raise typer.BadParameter(message) from None
+    except OSError as error:
         raise typer.BadParameter(f"{file} can not be read: {error}") from None
-    return [line for line in text.split("\n") if line.strip()]
+    return [line for line in re.split("\r\n|\r|\n", text) if line.strip()]
 
 
 def parse_slice(text: str) -> tuple[int, int]:
@@ -79,19 +87,77 @@ def parse_prior(text: str | None) -> tuple[float, ...] | None:
         raise ValueError(message) from None
 
 
-def digests_not_in(store: S3TStore, file: Path) -> list[str]:
-    """Keyed digests of the store's examples that a dataset does not hold."""
-    from .partition import keyed_digest, raw_rows, row_digest
+def parse_share(text: str) -> float:
+    """A share from `"10%"`."""
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)%", text)
+    if not match or float(match[1]) > 100:
+        raise typer.BadParameter(f"{text!r} is no share. Write it as a percentage, for example 10%.")
+    return float(match[1]) / 100
 
-    key, index, rows = store.key, store.index(), read_dataset(file)
+
+def digests_not_in(store: S3TStore, file: Path, at_most: float) -> list[str]:
+    """Keyed digests of the store's examples that a dataset does not hold.
+
+    Args:
+        at_most (`float`): the share of the examples that may be missing.
+
+    Raises:
+        ValueError: more are missing, or some may be there in another spelling: nothing is to be deleted by mistake.
+    """
+    from .partition import keyed_digest, raw_rows, row_digest
+    from .requests import LookAlikes
+
+    key, index = store.key, store.index()
     column = store.manifest().recipe["partition"]["id_column"]
-    if column is not None and column not in rows.column_names:
-        raise ValueError(f"{file} has no column {column!r}, which names the examples of {store.path}.")
-    names = (row_digest(row) if column is None else row[column] for row in raw_rows(rows))
+    names = [row_digest(row) for row in raw_rows(read_dataset(file))] if column is None else ids_in(file, column)
     kept = {keyed_digest(key, "id", name) for name in names}
     if index and not index.keys() & kept:
         raise ValueError(f"{file} holds none of the {len(index)} examples of {store.path}. Is it another dataset?")
-    return sorted(index.keys() - kept)
+    missing = index.keys() - kept
+    alike = LookAlikes({digest: index[digest] for digest in missing}, key)
+    strange = [name for name in names if keyed_digest(key, "id", name) not in index] if missing else []
+    pairs = [f"{ascii(text)} for {ascii(name)}" for name in strange for text, _ in alike.of("id", name)]
+    if pairs:
+        raise ValueError(
+            f"{len(pairs)} ids of {file} are spelled otherwise in {store.path}, e.g. {', '.join(pairs[:5])}. Write "
+            "them as the store knows them, or name what is to be deleted with --ids-file."
+        )
+    if len(missing) > at_most * len(index):
+        raise ValueError(
+            f"{len(missing)} of the {len(index)} examples of {store.path} are not in {file}: "
+            f"{len(missing) / len(index):.1%}, and --at-most allows {at_most:.0%}. Nothing was deleted. If all are to "
+            "go, raise it."
+        )
+    if missing:
+        typer.echo(f"{len(missing)} of the {len(index)} examples of {store.path} are not in {file}", err=True)
+    return sorted(missing)
+
+
+def ids_in(file: Path, column: str) -> list[Any]:
+    """The ids in a column of a dataset's file or folder. In a text file they are texts, whatever they look like."""
+    if file.suffix == ".csv" and file.is_file():
+        csv.field_size_limit(2**31 - 1)
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            return _column(csv.DictReader(lines), file, column)
+    if file.suffix in (".json", ".jsonl") and file.is_file():
+        text = file.read_text(encoding="utf-8-sig")
+        lines = [line for line in text.split("\n") if line.strip()]
+        is_list = text.lstrip().startswith("[")
+        return _column(json.loads(text) if is_list else map(json.loads, lines), file, column)
+    rows = read_dataset(file)
+    if column not in rows.column_names:
+        raise ValueError(_NO_COLUMN.format(file=file, column=column))
+    return list(rows.with_format(None)[column])
+
+
+_NO_COLUMN = "{file} has no column {column!r}, which names the examples of the store."
+
+
+def _column(rows: Iterable[Mapping[str, Any]], file: Path, column: str) -> list[Any]:
+    found = [row.get(column) for row in rows]
+    if None in found:
+        raise ValueError(_NO_COLUMN.format(file=file, column=column) + f" Row {found.index(None)} lacks it.")
+    return found
 
 
 def read_dataset(path: Path) -> Any:

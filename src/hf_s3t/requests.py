@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .errors import StoreError
 from .folder import StoreFolder
 from .manifest import Manifest
 from .partition import Index, keyed_digest, row_digest
+from .spelling import id_text, look_alikes, same_to_the_eye
 from .state import State, Tombstone
 
 Place = tuple[int, int]
@@ -27,6 +28,7 @@ class Request:
         places (`set`): every `(shard, slice)` that is hit.
         asked, already (`int`): numbers of things asked for, and deleted before.
         unknown (`tuple`): what was asked for and is not known, as it was asked.
+        look_alikes (`dict[str, list]`): of what was asked for, other spellings that are known.
         stones (`tuple[Tombstone, ...]`): of what was deleted before.
     """
 
@@ -37,6 +39,24 @@ class Request:
     already: int
     unknown: tuple[Any, ...]
     stones: tuple[Tombstone, ...] = ()
+    look_alikes: Mapping[str, list[str]] = field(default_factory=dict)
+
+
+class LookAlikes:
+    """What an index knows that an id or a group may have been meant to be."""
+
+    def __init__(self, index: Index, key: bytes):
+        self.key = key
+        groups = {entry.group for entry in index.values() if entry.group is not None}
+        self.known = {"id": index.keys(), "group": groups}
+
+    def of(self, kind: Kind, value: Any) -> list[tuple[str, str]]:
+        """Other spellings that are known, with their keyed digests; of one that is known, in other Unicode alone."""
+        texts = look_alikes(value)
+        if keyed_digest(self.key, kind, value) in self.known[kind]:
+            texts = [text for text in texts if same_to_the_eye([text, id_text(value)])]
+        found = [(text, keyed_digest(self.key, kind, text)) for text in texts]
+        return [(text, digest) for text, digest in found if digest in self.known[kind]]
 
 
 def resolve(
@@ -71,7 +91,15 @@ def resolve(
         return _slices_request(folder, hit)
     key = folder.key if wanted else b""
     known += [(value, keyed_digest(key, kind, value), kind) for value, kind in wanted]
-    request = _look_up(folder.index(), folder.state(), known)
+    index = folder.index()
+    alike = LookAlikes(index, key)
+    asked = {digest for _, digest, _ in known}
+    others = {
+        id_text(value): found
+        for value, kind in wanted
+        if (found := [text for text, digest in alike.of(kind, value) if digest not in asked])
+    }
+    request = replace(_look_up(index, folder.state(), known), look_alikes=others)
     extra = _slices_request(folder, hit) if hit else None
     if extra is None:
         return request
@@ -116,7 +144,8 @@ def _look_up(index: Index, state: State, known: Sequence[tuple[Any, str, Kind]])
     groups: dict[str, tuple[Place, ...]] = {}
     unknown: list[Any] = []
     stones: list[Tombstone] = []
-    for value, digest, kind in dict.fromkeys(known):
+    distinct = {(digest, kind): value for value, digest, kind in reversed(known)}
+    for (digest, kind), value in reversed(distinct.items()):
         if kind == "id" and digest in index:
             ids[digest] = (index[digest][:2],)
         elif kind == "group" and digest in members:
@@ -128,4 +157,4 @@ def _look_up(index: Index, state: State, known: Sequence[tuple[Any, str, Kind]])
         else:
             unknown.append(value)
     places = frozenset(place for found in (*ids.values(), *groups.values()) for place in found)
-    return Request(ids, groups, places, len(dict.fromkeys(known)), len(stones), tuple(unknown), tuple(stones))
+    return Request(ids, groups, places, len(distinct), len(stones), tuple(unknown), tuple(stones))

@@ -34,8 +34,9 @@ from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .partition import Entry, keyed_digest
 from .plan import Order, Stage
 from .report import SECONDS, PurgeReport
-from .requests import Place, resolve
+from .requests import Kind, LookAlikes, Place, resolve
 from .sources import RepoSource
+from .spelling import id_text
 from .state import State, key_check_value, united
 
 if TYPE_CHECKING:
@@ -52,12 +53,14 @@ class Location:
         found (`str`): `"live"`, `"deleted"` (a tombstone) or `"unknown"`.
         places (`tuple[tuple[int, int], ...]`): its `(shard, slice)`s.
         stages (`tuple[str, ...]`): live stages that were computed with it, or would be.
+        looks_like (`str`): nobody asked for this one: it is another spelling of what was asked for.
     """
 
     asked: str
     found: str
     places: tuple[Place, ...]
     stages: tuple[str, ...]
+    looks_like: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,14 +199,21 @@ class S3TStore(StoreFolder):
         )
 
     def locate(self, ids: Iterable[Any] = (), groups: Iterable[Any] = ()) -> list[Location]:
-        """Tells for each id and group whether and where it is, and which live stages saw it."""
+        """Tells for each id and group whether and where it is, and which live stages saw it.
+
+        Other spellings that are known follow what they look like.
+        """
         self.source.look()
         key, index, state, manifest = self.key, self.index(), self.state(), self.live()
+        alike = LookAlikes(index, key)
+        wanted: list[tuple[Kind, Any]] = [*(("id", value) for value in ids), *(("group", value) for value in groups)]
         found = []
-        for kind, values in (("id", ids), ("group", groups)):
-            for value in values:
-                digest = keyed_digest(key, "id" if kind == "id" else "group", value)
-                found.append(_locate(value, digest, kind, index, state, manifest.stages))
+        for kind, value in wanted:
+            digest = keyed_digest(key, kind, value)
+            found.append(_locate(value, digest, kind, index, state, manifest.stages))
+            for text, other in alike.of(kind, value):
+                location = _locate(text, other, kind, index, state, manifest.stages)
+                found.append(replace(location, looks_like=id_text(value)))
         return found
 
     # ---- deleting ----
@@ -472,5 +482,7 @@ def _locate(value: Any, digest: str, kind: str, index: Any, state: State, traine
         stone = state.groups.get(digest)
     if places:
         stages = tuple(stage.name for stage in sorted(trained) if stage.slices & set(places))
-        return Location(str(value), "live", tuple(places), stages)
-    return Location(str(value), "deleted" if stone else "unknown", tuple(sorted(stone.places)) if stone else (), ())
+        return Location(id_text(value), "live", tuple(places), stages)
+    if stone:
+        return Location(id_text(value), "deleted", tuple(sorted(stone.places)), ())
+    return Location(id_text(value), "unknown", (), ())
