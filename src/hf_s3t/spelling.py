@@ -40,7 +40,7 @@ def id_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     raise ValueError(
-        f"{value!r:.80} ({type(value).__name__}) is no id. An id is a text, a number, a date, bytes or a list, and not "
+        f"{value!r:.80} ({type(value).__name__}) is no id. An id is a text, a number, a date, bytes or a list, not "
         "None or NaN. Make a text of it."
     )
 
