@@ -141,9 +141,9 @@ def ids_in(file: Path, column: str) -> list[Any]:
             return _column(csv.DictReader(lines), file, column)
     if file.suffix in (".json", ".jsonl") and file.is_file():
         text = file.read_text(encoding="utf-8-sig")
-        lines = [line for line in text.split("\n") if line.strip()]
         is_list = text.lstrip().startswith("[")
-        return _column(json.loads(text) if is_list else map(json.loads, lines), file, column)
+        rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
+        return _column(rows, file, column)
     rows = read_dataset(file)
     if column not in rows.column_names:
         raise ValueError(_NO_COLUMN.format(file=file, column=column))
