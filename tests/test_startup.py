@@ -89,9 +89,11 @@ def test_a_plan_loads_no_torch() -> None:
 
 
 def test_a_dataset_is_read_where_one_is_named(store: Path) -> None:
-    rows = store.parent / "rows.jsonl"
-    models.llama_rows(trained_stores.ROWS).to_json(rows)
-    assert "datasets" in loaded(COMMAND, "delete", store, "--not-in", rows)
+    rows = models.llama_rows(trained_stores.ROWS)
+    rows.to_json(store.parent / "rows.jsonl")
+    rows.to_parquet(store.parent / "rows.parquet")
+    assert loaded(COMMAND, "delete", store, "--not-in", store.parent / "rows.jsonl") == ["numpy"]
+    assert "datasets" in loaded(COMMAND, "delete", store, "--not-in", store.parent / "rows.parquet")
 
 
 def test_the_import_loads_nothing() -> None:

@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from .config import S3TConfig
-from .numbered import ROW_NUMBER, NumberingCollator, row_length
+from .numbered import ROW_NUMBER, NumberingCollator, row_length, without_marks
 from .recipe import quantization
 from .seams.arguments import setting
 from .seams.models import LAYER_DROPS, is_encoder_decoder
@@ -96,7 +96,7 @@ class AloneRows:
 
     def inputs(self, batch: Any) -> dict[str, Any]:
         """A batch where the model is."""
-        return send_to_device(dict(batch), self.trainer.args.device)
+        return send_to_device(dict(without_marks(batch)), self.trainer.args.device)
 
     def states(self, batch: Any, layers: Sequence[int], start: int = 0, given: Any = None) -> dict[int, torch.Tensor]:
         """What enters some layers of a batch of one, each `(positions, hidden)`; the model has to be in eval mode.
@@ -120,8 +120,8 @@ class AloneRows:
 
     def lengths(self, numbers: Sequence[int]) -> list[int]:
         """Positions that rows take in the model, of whatever stage; the model has to be in eval mode."""
-        rows = self.trainer.rows.dataset
-        batches = [self.loader.collate_fn([{**rows[number], ROW_NUMBER: number}]) for number in numbers]
+        rows, mark = self.trainer.rows.dataset, self.trainer.train_dataset.mark
+        batches = [self.loader.collate_fn([{**rows[number], ROW_NUMBER: mark(number)}]) for number in numbers]
         return [len(self.states(batch, [0])[0]) for batch in batches]
 
     def company(self, numbers: Sequence[int]) -> list[int]:

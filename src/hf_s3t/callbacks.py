@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,10 +16,21 @@ from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
 from .errors import IsolationError
 from .plan import Stage
-from .seams.trainer import check_handler, check_progress, check_told, send_tensorboard, tracker_classes
+from .seams.trainer import (
+    check_handler,
+    check_progress,
+    check_told,
+    kept_generators,
+    send_tensorboard,
+    tracker_classes,
+)
 from .tuner import StageTuner
 
 logger = get_logger(__name__)
+
+
+LOOKING = ("on_log", "on_save", "on_evaluate", "on_predict", "on_prediction_step")
+"""Events that come as often as arguments say which change no bit: what callbacks draw then is not missed."""
 
 
 class StageCallbackHandler(CallbackHandler):
@@ -52,7 +63,8 @@ class StageCallbackHandler(CallbackHandler):
             self.callbacks = [callback for callback in everyone if not isinstance(callback, self.trackers)]
         self._begun = self._begun or event == "on_train_begin"
         try:
-            return super().call_event(event, args, state, control, stage=self.stage, **kwargs)
+            with kept_generators() if event in LOOKING else nullcontext():
+                return super().call_event(event, args, state, control, stage=self.stage, **kwargs)
         finally:
             self.callbacks = everyone
 
@@ -71,10 +83,11 @@ class StageGuard(TrainerCallback):
     Args:
         tuner ([`StageTuner`]): knows what the stage owns.
         drop_if_hit (`Callable`): raises when an intent covers the running stage.
+        check_rows (`Callable`): raises when the rows of a step were not looked at.
     """
 
-    def __init__(self, tuner: StageTuner, drop_if_hit: Callable[[], None]):
-        self.tuner, self.drop_if_hit = tuner, drop_if_hit
+    def __init__(self, tuner: StageTuner, drop_if_hit: Callable[[], None], check_rows: Callable[[], None]):
+        self.tuner, self.drop_if_hit, self.check_rows = tuner, drop_if_hit, check_rows
         self.waiting: dict[str, torch.nn.Parameter] = {}
         self.told: set[str] = set()
         self.steps = self.first_step = 0
@@ -100,6 +113,7 @@ class StageGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.told.add("on_pre_optimizer_step")
+        self.check_rows()
         self.drop_if_hit()
         self.steps += 1
         reached = [name for name, value in self.waiting.items() if value.grad is not None and bool(value.grad.any())]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .errors import StoreError
 from .files import json_bytes, read_json, remove, sync_folder, write_atomic
 from .partition import canonical
+from .seams.trainer import kept_generators
 
 MARK = "hf_s3t.json"
 
@@ -52,13 +50,8 @@ def _has_mark(folder: Path, mark: Mapping[str, Any]) -> bool:
 
 def collates_the_same(dataset: Any, collator: Any, size: int) -> bool:
     """Whether dataset and collator give the first batch twice alike: otherwise a resumed stage sees other data."""
-    python, arrays, tensors = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    try:
+    with kept_generators():
         first, second = (_plain_batch(dataset, collator, size) for _ in range(2))
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-        torch.random.set_rng_state(tensors)
     return first == second
 
 

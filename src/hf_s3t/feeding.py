@@ -24,7 +24,7 @@ from .alone import ActivationCache, AloneRows, check_model
 from .deletion import versions
 from .keeping import Demand, choose_blocks, drop_beyond
 from .manifest import Manifest
-from .numbered import ROW_NUMBER, NumberedRows, NumberingCollator
+from .numbered import ROW_NUMBER, NumberedRows, NumberingCollator, RowGuard, without_marks
 from .orders import StageDropped, StageOrder, is_hit
 from .partition import Entry, canonical
 from .plan import Stage
@@ -72,18 +72,17 @@ class TrunkCache:
 
     @contextmanager
     def stage(self, order: StageOrder) -> Iterator[None]:
-        """The trainer's rows and collator carry row numbers, and every state that the stage wants is known."""
+        """Every state that the stage wants is known, and the trainer's collator compares rows with them."""
         self._forget_deleted()
         entrance = self._entrance_of(order.stage)
         if not self.on or entrance == 0:
             yield
             return
-        trainer, collate = self.trainer, self.trainer.data_collator
+        trainer, marking = self.trainer, self.trainer.data_collator
         rows = trainer.rows.numbered(order.examples)
         self._entrance, self.trunk = entrance, Trunk(trainer.model, trainer.tuner.layout.container)
-        self.collator = NumberingCollator(collate, self.trunk.main_input, trainer.rows.key)
+        self.collator = NumberingCollator(marking.collate, self.trunk.main_input, trainer.rows.key)
         self.trunk.check_checkpointing(entrance)
-        trainer.train_dataset = NumberedRows(trainer.train_dataset, [number for _, number in rows])
         trainer.data_collator = self.collator
         self.trunk.attach(entrance)
         try:
@@ -92,7 +91,7 @@ class TrunkCache:
             yield
         finally:
             self.trunk.detach()
-            trainer.data_collator = collate
+            trainer.data_collator = marking
             self._sources = {}
             for name in ("trunk", "collator", "_rows"):
                 vars(self).pop(name, None)
@@ -231,15 +230,14 @@ class TrunkCache:
     # ---- a batch ----
 
     @contextmanager
-    def feeding(self, inputs: MutableMapping[str, Any]) -> Iterator[None]:
-        """The model starts a training step at the stage's own layer."""
-        numbers = inputs.pop(ROW_NUMBER, None)
-        if numbers is None:
+    def feeding(self, inputs: MutableMapping[str, Any], numbers: Sequence[int]) -> Iterator[None]:
+        """The model starts a training step on some rows at the stage's own layer, where states are cached."""
+        if not self._sources:
             yield
             return
         states: list[Any] = []
         with self.trunk.evaluating() if self._computes else nullcontext():
-            for number in numbers.tolist():
+            for number in numbers:
                 layer, found = self._sources[number]
                 if layer < self._entrance:
                     found = self._rows.states(self._rows.batch(number), [self._entrance], layer, found)[self._entrance]
@@ -355,27 +353,46 @@ class TrunkCache:
 
 
 class FedTrainerMixin(TrainerSeam):
-    """The part of [`S3TMixin`] by which rows keep their numbers on the way to a training step."""
+    """The part of [`S3TMixin`] by which rows keep their marks on the way to a step, and are looked at there."""
 
     trunk_cache: TrunkCache
+    train_dataset: Any
+    row_guard: RowGuard | None = None
+
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; rows are fetched without the columns that no batch has."""
+        rows = self.train_dataset
+        if isinstance(rows, NumberedRows) and hasattr(rows.rows, "column_names"):
+            self.train_dataset = rows.of(self.without_unused_columns(rows.rows))
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
 
     def rows_to_draw(self, rows: Any) -> Any:
-        """What the sampler would see without a cache."""
-        if isinstance(rows, NumberedRows) and hasattr(rows.rows, "column_names"):
-            return self.without_unused_columns(rows.rows)
-        return rows
+        """What the sampler would see without marks."""
+        return rows.rows if isinstance(rows, NumberedRows) else rows
 
     def more_columns(self) -> list[str]:
-        """With a cache, the column of the rows' numbers."""
-        return [ROW_NUMBER] if self.trunk_cache.on else []
+        """The column of the rows' marks."""
+        return [ROW_NUMBER]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the Trainer's; where states are cached the model starts at the layer that they enter."""
-        if not self.trunk_cache.on:
+        """As the Trainer's, on rows of the stage alone; where states are cached the model starts at their layer."""
+        if self.row_guard is None:
+            return super().training_step(model, without_marks(inputs), *args, **kwargs)
+        inputs = copy(inputs)  # the marks are taken out of it
+        numbers = self.row_guard.take(inputs)
+        self.before_forward()
+        with self.trunk_cache.feeding(inputs, numbers):
             return super().training_step(model, inputs, *args, **kwargs)
-        inputs = copy(inputs)  # the row numbers are taken out of it
-        with self.trunk_cache.feeding(inputs):
-            return super().training_step(model, inputs, *args, **kwargs)
+
+    def before_forward(self) -> None:
+        """Hook: a training step is about to run the model."""
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; a callback may evaluate on rows of the train set."""
+        return super().prediction_step(model, without_marks(inputs), *args, **kwargs)
 
 
 def _sample(numbers: Sequence[int]) -> Sequence[int]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import Subset
 
 from .config import S3TConfig
+from .numbered import NumberedRows
 from .partition import Entry, id_source, raw_rows, read_rows, stage_examples
 from .plan import Stage
 from .state import State
@@ -42,6 +43,7 @@ class TrainRows:
         self._digests = [digest for digest, _ in pairs]
         self._positions: dict[str, list[int]] = {}
         self.dataset: Any = None
+        self._serial = 0
         logger.info("examples are named by %s", self.id_column or "a digest of their raw content")
 
     def marked(self, dataset: Any) -> Any:
@@ -85,10 +87,13 @@ class TrainRows:
         """Some examples with the numbers of their prepared rows, which may be several, in their order."""
         return [(digest, position) for digest in examples for position in self._positions.get(digest, ())]
 
-    def select(self, examples: Sequence[str]) -> Any:
-        """The prepared rows of some examples, in their order."""
-        positions = [position for _, position in self.numbered(examples)]
-        return self.dataset.select(positions) if hasattr(self.dataset, "select") else Subset(self.dataset, positions)
+    def select(self, examples: Sequence[str]) -> NumberedRows:
+        """The prepared rows of some examples, in their order, with a mark of their own each time."""
+        numbers = [number for _, number in self.numbered(examples)]
+        whole = self.dataset
+        rows = whole.select(numbers) if hasattr(whole, "select") else Subset(whole, numbers)
+        self._serial += 1
+        return NumberedRows(rows, numbers, self._serial)
 
     @property
     def cache_files(self) -> list[str]:

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from .deletion import Receipt
 from .ensemble import S3TEnsemble, read_members
 from .orders import StageOrder
-from .seams.trainer import TrainerSeam
+from .seams.trainer import TrainerSeam, kept_generators
 from .staging import on_main_process
 from .store import S3TStore
 from .tuner import StageTuner
@@ -65,12 +65,12 @@ class ServedModelMixin(TrainerSeam):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, of the served model; while a stage trains, of that stage."""
-        with self._served_model():
+        with self._served_model(), kept_generators():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, of the served model."""
-        with self._served_model():
+        with self._served_model(), kept_generators():
             return super().predict(*args, **kwargs)
 
     def delete(self, ids: Any = (), groups: Any = (), rows: Any = (), slices: Any = (), **kwargs: Any) -> Receipt:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -34,12 +35,13 @@ from .errors import IsolationError
 from .feeding import FedTrainerMixin, TrunkCache
 from .files import remove
 from .folder import LOCK_SECONDS
+from .numbered import MarkingCollator, RowGuard
 from .orders import StageDropped, StageOrder, commit, is_hit, next_order, running_folder
 from .plan import Stage
 from .recipe import argument_defaults, make_recipe
 from .reconcile import Missing, Wanted, plan_repair, reconcile, warn_of_other_stacks
 from .rows import TrainRows
-from .seams.trainer import written_checkpoint
+from .seams.trainer import kept_generators, written_checkpoint
 from .serving import ServedModelMixin
 from .staging import (
     Repair,
@@ -107,6 +109,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         **kwargs: Any,
     ):
         self.train_dataset: Any
+        self.data_collator: Any
         self.callback_handler: Any
         refuse_arguments(model, args, kwargs, missing)
         if base_model_id is not None:
@@ -129,7 +132,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         self.tuner = StageTuner(self.model)
         if self._rows is not None:
             self.train_dataset = self._rows.adopt(self.train_dataset)
-        self.guard = StageGuard(self.tuner, self._drop_if_hit)
+        self.guard = StageGuard(self.tuner, self._drop_if_hit, self._check_rows)
         self.callback_handler = StageCallbackHandler(self.callback_handler, self.args.report_to)
         self.callback_handler.keep_outside(self.args.output_dir)
         self.add_callback(self.guard)
@@ -190,7 +193,6 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             self._on_main(self._close_store)
         self.callback_handler.end_run(self.args, self.state, self.control)
         self.progress.close()
-        self.train_dataset = self.rows.dataset
         self._serve()
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
             self.push_to_hub()
@@ -250,7 +252,6 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             except StageDropped:
                 logger.warning("stage %s was hit by a deletion: dropped", order.stage.name)
                 self._on_main(partial(remove, running_folder(self.store, order.stage)))
-                self.remove_noise()
         return outputs
 
     def _next_order(self) -> StageOrder | None:
@@ -261,28 +262,60 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         """One stage from its fresh parameters to its place in the store."""
         started, seed = time.monotonic(), stage_seed(self.args.seed, order.stage)
         self._order, self.callback_handler.stage = order, order.stage
+        given = self.train_dataset, self.data_collator
+        drop_last = self.args.dataloader_drop_last
         try:
+            self.begin_afresh()
             self.tuner.begin(order.stage.depth, seed, order.parent)
-            # A second `Trainer.train()` would go on with the old optimizer, and with DDP's view of the old parameters.
-            self.optimizer = self.lr_scheduler = None
-            self.model_wrapped = self.model
             output = TrainOutput(0, 0.0, {})
             if order.examples:
-                self.train_dataset = self.rows.select(order.examples)
+                self._hand_rows(order)
                 with self.trunk_cache.stage(order):
                     checkpoint = self._on_main(partial(self._resumable_checkpoint, resume))
                     frozen = self.tuner.frozen_digests(self._base_digests)
                     set_seed(seed)
                     with self.guard.stage(lambda: self.state):
                         output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+                    self.remove_noise()
                     self._base_digests = self.tuner.check_frozen(frozen)
             else:
                 self.tuner.empty_stage()
             self._store_stage(order, output, started)
+        except IndexError as error:
+            raise _drawn_beyond(error, order) from error
         finally:
-            self._order = self.callback_handler.stage = self._members = None
+            self._order = self.callback_handler.stage = self._members = self.row_guard = None
             self.is_in_train = False
+            self.remove_noise(ended=False)
+            self.args.dataloader_drop_last = drop_last
+            self.train_dataset, self.data_collator = given
         return output
+
+    def _hand_rows(self, order: StageOrder) -> None:
+        """Gives the Trainer the rows of a stage, marked, and a guard that lets no others in."""
+        rows = self.rows.select(order.examples)
+        self.train_dataset, self.data_collator = rows, MarkingCollator(self.data_collator)
+        self.row_guard, self._mask_moved = RowGuard(rows), False
+        batch = self.args.train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and len(rows) < batch:
+            self.args.dataloader_drop_last = False
+            logger.warning(
+                "stage %s has %d rows, fewer than a batch of %d: that batch is kept although `dataloader_drop_last` "
+                "is set, as the stage would not be trained at all", order.stage.name, len(rows), batch,
+            )  # fmt: skip
+
+    def before_forward(self) -> None:
+        """Nothing but what the stage owns trains, whatever happened since the last step."""
+        if self.tuner.hold_mask() and not self._mask_moved:
+            self._mask_moved = True
+            logger.warning(
+                "stage %s: something (a callback, a loss, `set_adapter`) changed which parameters train or which "
+                "adapters answer. That was put right before the step; take it out.", self.order.stage.name,
+            )  # fmt: skip
+
+    def _check_rows(self) -> None:
+        if self.row_guard is not None:
+            self.row_guard.check_step()
 
     def _store_stage(self, order: StageOrder, output: TrainOutput, started: float) -> None:
         tensors = self.tuner.stage_tensors()
@@ -365,7 +398,8 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
     def _resumable_checkpoint(self, resume: bool) -> str | None:
         """The newest complete checkpoint of the running stage; whatever else lies there is removed."""
         for other in self.store.private.glob("running/*"):
-            if other != self._running or not resume or self.args.save_only_model or self._stops_early:
+            again = not resume or self.args.save_only_model or self.args.torch_compile or self._stops_early
+            if other != self._running or again:
                 remove(other)
         checkpoint = latest_checkpoint(self._running, self.order.mark)
         if checkpoint is not None:
@@ -419,7 +453,8 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         }
         self.state.global_step += self._order.steps_before
         try:
-            super().log(named, *args, **kwargs)
+            with kept_generators():
+                super().log(named, *args, **kwargs)
         finally:
             self.state.global_step -= self._order.steps_before
 
@@ -427,6 +462,18 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
 
     def _on_main(self, function: Callable[[], Any]) -> Any:
         return on_main_process(self.args, function)
+
+
+def _drawn_beyond(error: IndexError, order: StageOrder) -> Exception:
+    """What an index error of a loader means."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if not any("torch" in Path(file).parts and "data" in Path(file).parts for file in files):
+        return error
+    return IsolationError(
+        f"A sampler drew a row that stage {order.stage.name} does not have ({error}): its length is that of the whole "
+        "train set or of another stage. Make it anew from `self.train_dataset` in `_get_train_sampler` or "
+        "`get_train_dataloader`."
+    )
 
 
 def _summary(outputs: Mapping[Stage, TrainOutput]) -> TrainOutput:

@@ -109,6 +109,7 @@ class StageTuner:
         self.layout: Layout = model.base_model.layout
         self.active: list[str] = []
         self.training_owned: frozenset[str] = frozenset()
+        self._mask: list[tuple[nn.Parameter, bool]] = []
         self._goes_on = False  # from its parent's LoRA, which is not frozen beside it
         self._numel = {name: value.numel() for name, value in self.adapter_parameters("default").items()}
 
@@ -167,6 +168,17 @@ class StageTuner:
         for parameter in owned.values():
             parameter.requires_grad = True
         self.training_owned = frozenset(owned)
+        self._mask = [(value, name in owned) for name, value in self.model.named_parameters()]
+
+    def hold_mask(self) -> bool:
+        """Arms the stage again if something has moved what trains or answers since; whether it had."""
+        if not self._mask or not self.training_owned:
+            return False
+        moved = any(value.requires_grad != trains for value, trains in self._mask)
+        if moved or list(self.model.base_model.active_adapters) != self.active:
+            self.arm(training=True)
+            return True
+        return False
 
     def stage_numel(self, layers: tuple[int, ...]) -> int:
         """Numbers that a stage stores which owns `layers`: its LoRA and its heads."""

@@ -183,6 +183,14 @@ TABLE: dict[str, Seam] = {
         TRANSFORMERS,
         "once the Trainer takes its hook back after an error, too",
     ),
+    "accelerator": Seam(
+        "accelerate",
+        "`scaler`, and `gradient_state` with its `sync_gradients` and `dataloader_references`",
+        "a stage begins from its recipe, its examples and its parent, and from nothing that an earlier one left",
+        "promises 3 and 4",
+        "1.15",
+        "once a Trainer can be told to begin afresh",
+    ),
     "callbacks": Seam(
         "transformers",
         "the list `callbacks` of the `CallbackHandler`, and when callbacks are told",

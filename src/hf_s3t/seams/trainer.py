@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import random
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
-from transformers.trainer_callback import CallbackHandler, ProgressCallback
+import numpy as np
+import torch
+from transformers import Trainer, TrainerControl
+from transformers.trainer_callback import CallbackHandler, ExportableState, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import broken, lost
@@ -80,7 +84,7 @@ class TrainerSeam(TrainerBase):
         return super()._get_output_dir(*args, **kwargs) if folder is None else str(folder)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.writing_checkpoint():
+        with self.writing_checkpoint(), kept_generators():
             self.in_checkpoint = True
             try:
                 super()._save_checkpoint(*args, **kwargs)
@@ -99,7 +103,8 @@ class TrainerSeam(TrainerBase):
         """Nothing: a checkpoint is scratch with optimizer states in it, and the store is whole between stages only."""
 
     def _get_train_sampler(self, train_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return super()._get_train_sampler(self.rows_to_draw(train_dataset), *args, **kwargs)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(self.rows_to_draw(rows), *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -115,13 +120,75 @@ class TrainerSeam(TrainerBase):
         """Rows as they are without a cache: only with the columns that the model takes."""
         return self._remove_unused_columns(rows)
 
-    def remove_noise(self) -> None:
-        """Takes NEFTune's hook back, which the Trainer does at a normal end only."""
-        if self.args.neftune_noise_alpha is not None:
-            handle = getattr(self, "neftune_hook_handle", None)
-            if handle is None:
-                raise broken("neftune", "The Trainer keeps no `neftune_hook_handle`")
+    def remove_noise(self, ended: bool = True) -> None:
+        """Takes NEFTune's hook back, which the Trainer does at a normal end only.
+
+        Args:
+            ended (`bool`): whether the training came to its end, so that there was a hook for sure.
+        """
+        handle = getattr(self, "neftune_hook_handle", None)
+        if handle is not None:
             handle.remove()
+        elif ended and self.args.neftune_noise_alpha is not None:
+            raise broken("neftune", "The Trainer keeps no `neftune_hook_handle`")
+
+    def begin_afresh(self) -> None:
+        """Nothing of an earlier training is left in the Trainer, in accelerate or in callbacks with a state.
+
+        Optimizer and scheduler are made anew; so are the scaler of mixed precision, which learns from overflows, the
+        control flags, the count of accumulated batches, and what a callback says of itself in `state()`, such as the
+        patience of early stopping. What was compiled for other batches is compiled again.
+        """
+        # A second `Trainer.train()` would go on with the old optimizer, and with DDP's view of the old parameters.
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        self.control = TrainerControl()
+        self._fresh = getattr(self, "_fresh", None) or Pristine()
+        self._fresh.restore(self.accelerator, self.callback_handler.callbacks)
+        if self.args.torch_compile:
+            torch.compiler.reset()
+
+
+class Pristine:
+    """What a Trainer carries from one training to the next, as it was before the first."""
+
+    def __init__(self) -> None:
+        self._scalers: dict[int, Any] = {}
+        self._attributes: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+    def restore(self, accelerator: Any, callbacks: Sequence[Any]) -> None:
+        """Puts it back; what is met for the first time is taken as it is."""
+        if not hasattr(accelerator, "scaler"):
+            raise broken("accelerator", "The accelerator has no `scaler`")
+        scaler = accelerator.scaler
+        if scaler is not None:
+            pristine = self._scalers.pop(id(scaler), None) or copy.deepcopy(scaler)
+            accelerator.scaler = copy.deepcopy(pristine)
+            self._scalers[id(accelerator.scaler)] = pristine
+        state = accelerator.gradient_state
+        try:
+            state.sync_gradients, state.dataloader_references = True, [None]
+        except AttributeError as error:
+            raise broken("accelerator", f"The count of accumulated batches can not be set ({error})") from error
+        for callback in callbacks:
+            if isinstance(callback, ExportableState):
+                now = callback.state().get("attributes", {})
+                _, first = self._attributes.setdefault(id(callback), (callback, copy.deepcopy(now)))
+                for name, value in first.items():
+                    setattr(callback, name, copy.deepcopy(value))
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Puts back Python's, numpy's and torch's generators: what happens inside draws without a trace."""
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
 
 
 def check_arguments(theirs: Sequence[type]) -> None:

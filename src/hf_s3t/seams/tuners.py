@@ -63,6 +63,9 @@ def register_tuner(peft_type: PeftType, config_cls: type[Any], model_cls: type[A
 class TunerSeam(LoraModel):
     """A [`~peft.LoraModel`] that asks a subclass where its LoRA goes."""
 
+    _trained: list[tuple[nn.Parameter, bool]] | None = None
+    """While adapters are off: what trained before."""
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         overridden = ("_pre_injection_hook", "_prepare_adapter_config", "_check_target_module_exists")
@@ -79,6 +82,20 @@ class TunerSeam(LoraModel):
     def is_target(self, config: Any, key: str) -> bool:
         """Hook: whether an adapter has a LoRA in the module of this path."""
         raise NotImplementedError
+
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's, which also freezes what trains: what did so is noted."""
+        if self._trained is None:
+            self._trained = [(value, value.requires_grad) for value in self.model.parameters()]
+        super().disable_adapter_layers()
+
+    def enable_adapter_layers(self) -> None:
+        """As PEFT's, but what trained before trains again, not every active adapter."""
+        trained = self._trained or [(value, value.requires_grad) for value in self.model.parameters()]
+        self._trained = None
+        super().enable_adapter_layers()
+        for value, trains in trained:
+            value.requires_grad = trains
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.look_at(model, config)
