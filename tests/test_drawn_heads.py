@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification, BertModel
+from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM
 
 from hf_s3t.tuner import draw_heads, freshly_initialized
-from models import tiny_bert
+from models import VOCABULARY, tiny_bert, tiny_llama
 
 
 def same(first, second) -> bool:
@@ -62,6 +63,35 @@ def test_a_fresh_module_that_no_stage_stores_is_refused(headless, tmp_path):
     with pytest.raises(ValueError, match="lacks weights for bert.pooler.dense, which"):
         draw_heads(poolerless, ("classifier",), 3)
     assert draw_heads(poolerless, ("classifier", "bert.pooler"), 3).keys() == {"bert.pooler.dense", "classifier"}
+
+
+def test_what_was_resized_or_replaced_after_loading_is_not_drawn(tmp_path, caplog):
+    tiny_llama(num_hidden_layers=2, tie_word_embeddings=False).save_pretrained(tmp_path)
+    for change in ("resized", "replaced"):
+        model = LlamaForCausalLM.from_pretrained(tmp_path)
+        if change == "resized":
+            model.resize_token_embeddings(VOCABULARY + 3)
+        else:
+            model.lm_head = torch.nn.Linear(*reversed(model.lm_head.weight.shape), bias=False)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        assert draw_heads(model, ("lm_head",), 3) == {}
+        assert same(before, model.state_dict())
+    assert "hf_s3t" not in caplog.text
+
+
+def test_where_the_checkpoint_is_gone_nothing_is_drawn_and_the_log_says_so(headless, tmp_path, caplog):
+    gone = shutil.copytree(headless, tmp_path / "gone")
+    model = BertForSequenceClassification.from_pretrained(gone)
+    shutil.rmtree(gone)
+    assert draw_heads(model, ("classifier",), 3) == {}
+    assert "a head that the checkpoint lacks is not drawn" in caplog.text
+
+
+def test_a_head_of_another_size_than_the_checkpoints_is_drawn(tmp_path):
+    tiny_bert().save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    model = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    assert draw_heads(model, ("classifier",), 3).keys() == {"classifier"}
 
 
 def test_a_model_that_is_whole_or_built_from_a_config_is_taken_as_it_is(tmp_path):

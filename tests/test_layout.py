@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from hf_s3t import S3TConfig
 from hf_s3t.layout import find_heads, find_layout, layers_pattern, split_layer_path
@@ -117,8 +119,17 @@ def test_several_stacks_are_refused():
     small = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 2, "decoder_layers": 2}
     bart = BartForConditionalGeneration(BartConfig(**small, **heads, max_position_embeddings=16))
-    with pytest.raises(ValueError, match="several lists: model.decoder.layers, model.encoder.layers"):
-        find_layout(bart, config(target_modules=["q_proj"]))
+    small = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 32}
+    t5 = T5ForConditionalGeneration(T5Config(**small))
+    for model, targets in ((bart, ["q_proj"]), (t5, ["q"])):
+        with pytest.raises(ValueError, match=r"several lists: (model\.)?decoder\.\w+, \S*encoder\.\w+") as found:
+            find_layout(model, config(num_slices=2, target_modules=targets))
+        advice = ast.literal_eval(str(found.value).split("`target_modules=")[1].split("`")[0])
+        assert find_layout(model, config(num_slices=2, target_modules=advice)).container.endswith(
+            ("decoder.layers", "decoder.block")
+        )
+    with pytest.raises(ValueError, match="None of them is in one stack alone"):
+        find_layout(bart, config(target_modules=["self_attn.q_proj"]))
     # Its other stack has modules of the same names, and a plain config tells stacks apart by no other means.
     with pytest.raises(ValueError, match="plain PEFT configs can not express"):
         find_layout(bart, config(target_modules=["q_proj"], exclude_modules=r".*encoder.*"))

@@ -13,12 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel, LlamaForCausalLM
 
 import models
 from hf_s3t import DatasetError, RecipeError, S3TStore, S3TTrainer, StateError, StoreError, StoreLockedError
 from stores import tree
-from trainers import BASES, KEY, ROWS, Recorder, artefacts, make_args, make_config, make_trainer
+from trainers import (
+    BASES,
+    KEY,
+    ROWS,
+    Recorder,
+    artefacts,
+    batch,
+    logits,
+    make_args,
+    make_config,
+    make_trainer,
+)
 
 FIRST, SECOND = "shard-00/0", "shard-00/0-1"
 
@@ -306,3 +318,52 @@ def test_a_missing_module_that_no_stage_would_store(tmp_path: Path) -> None:
     trainer.train()
     stored = trainer.store.assemble(0, (0, 1)).tensors
     assert any("pooler" in name for name in stored) and any("classifier" in name for name in stored)
+
+
+# What would be lost or replaced
+
+
+def test_a_model_that_holds_an_adapter_is_refused(tmp_path: Path) -> None:
+    targets: dict[str, Any] = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    other = get_peft_model(models.tiny_llama(num_hidden_layers=4), LoraConfig(**targets))
+    with pytest.raises(ValueError, match=r"adapters of another type \(default\).* merge it first"):
+        make_trainer(tmp_path / "out", model=other)
+    added = inject_adapter_in_model(LoraConfig(**targets), models.tiny_llama(num_hidden_layers=4))
+    with pytest.raises(ValueError, match="holds an adapter already .*merge it first"):
+        make_trainer(tmp_path / "out", model=added)
+    first = make_trainer(tmp_path / "first")
+    first.train()
+    with pytest.raises(ValueError, match="an S3T adapter that was trained|adapters of another type"):
+        make_trainer(tmp_path / "out", model=first.model)
+    assert not (tmp_path / "out/s3t.json").exists()
+
+
+def test_the_way_out_of_a_model_with_an_adapter_works(tmp_path: Path) -> None:
+    other = get_peft_model(models.tiny_llama(num_hidden_layers=4), LoraConfig(target_modules=["q_proj"]))
+    for name, value in other.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(value, std=0.1)
+    inputs = batch(models.llama_rows(6))
+    expected = logits(other, inputs)
+    other.merge_and_unload().save_pretrained(tmp_path / "base")
+    trainer = make_trainer(tmp_path / "out", model=LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+    torch.testing.assert_close(logits(trainer.model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "adapter_model.safetensors", "shard-00"])
+def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("somebody's")
+    with pytest.raises(ValueError, match=f"holds {name} and no store"):
+        make_trainer(tmp_path / "out").train()
+    assert (tmp_path / "out" / name).read_text() == "somebody's"
+    assert not (tmp_path / "out/s3t.json").exists()
+
+
+def test_what_can_not_be_evaluated_fails_before_the_first_stage(tmp_path: Path) -> None:
+    rows = models.llama_rows(8).remove_columns(["labels", "input_ids"])
+    trainer = make_trainer(tmp_path / "out", eval_dataset={"odd": rows})
+    with pytest.raises(ValueError) as found:
+        trainer.train()
+    assert "tried with one batch before the first stage" in str(found.value.__notes__)
+    assert not trainer.store.manifest().stages

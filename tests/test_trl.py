@@ -9,9 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hf_s3t import S3TConfig, S3TMixin, S3TStore, Stage
+from hf_s3t import DatasetError, S3TConfig, S3TMixin, S3TStore, Stage
 from trainers import KEY, Recorder, artefacts
 
 trl = pytest.importorskip("trl")
@@ -190,3 +190,102 @@ def test_packing_is_refused(tmp_path: Path, make: Any) -> None:
         make(tmp_path, args={"packing": True})
     assert not list(tmp_path.iterdir())
     assert not S3TStore(tmp_path).exists
+
+
+# Preferences: a reference model, and rows that other rows are mixed into
+
+
+class S3TDPOTrainer(S3TMixin, trl.DPOTrainer):
+    """Preference optimisation that can forget; the reference is the model without its adapter."""
+
+
+class S3TKTOTrainer(S3TMixin, trl.KTOTrainer):
+    """Its loss compares completions with those of other rows."""
+
+
+def preferences(count: int = 24) -> Dataset:
+    """Prompts with a better and a worse completion."""
+    rows = texts(count)["text"]
+    pairs = [(text[:20], text[20:], text[20:][::-1]) for text in rows]
+    return Dataset.from_list([
+        {"id": f"row-{row}", "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        for row, (prompt, chosen, rejected) in enumerate(pairs)
+    ])  # fmt: skip
+
+
+@pytest.fixture
+def make_dpo(shared_data: Path) -> Any:
+    """Makes a DPO trainer of the small pretrained Llama."""
+    folder = shared_data / "llama_stories260k"
+
+    def make(path: Path, rows: Any = None, config: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        args = trl.DPOConfig(str(path), **BRIEF | kwargs.pop("args", {}))
+        fields = {"num_slices": 2, "target_modules": ["q_proj", "down_proj"], "r": 2, "lora_dropout": 0.1}
+        return S3TDPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder),
+            args=args,
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            train_dataset=preferences() if rows is None else rows,
+            peft_config=S3TConfig(task_type="CAUSAL_LM", **fields | (config or {})),
+            partition_key=KEY,
+            **kwargs,
+        )
+
+    return make
+
+
+class Stop(TrainerCallback):
+    """A crash in the second stage."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, stage: Stage, **kwargs: Any) -> None:
+        if stage.depth == 2 and state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("default:.*is deprecated and will be removed:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_preferences_are_trained_resumed_deleted_and_repaired(
+    tmp_path: Path, make_dpo: Any, checkpointing: bool
+) -> None:
+    args = {"activation_checkpointing": checkpointing}
+    make_dpo(tmp_path / "never", args=args).train()
+    with pytest.raises(KeyboardInterrupt):
+        make_dpo(tmp_path / "out", args=args, callbacks=[Stop()]).train()
+    trainer = make_dpo(tmp_path / "out", args=args)
+    trainer.train()
+    assert artefacts(tmp_path / "out") == artefacts(tmp_path / "never")
+    trainer.delete(ids=["row-3"])
+    rest = preferences().filter(lambda row: row["id"] != "row-3", keep_in_memory=True)
+    make_dpo(tmp_path / "out", rows=rest, args=args).train()
+    make_dpo(tmp_path / "scratch", rows=rest, args=args).train()
+    assert artefacts(tmp_path / "out") == artefacts(tmp_path / "scratch")
+
+
+def test_preferences_of_several_shards_are_evaluated_one_by_one(
+    tmp_path: Path, make_dpo: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_dpo(tmp_path / "out", config={"num_shards": 2}, eval_dataset=preferences(4))
+    trainer.train()
+    found = trainer.evaluate()
+    assert "evaluates them one by one" in caplog.text
+    apart = []
+    for name in trainer.store.live().to_json()["served"]:
+        trainer.tuner.activate(name.split("/")[0])
+        apart.append(trl.DPOTrainer.evaluate(trainer)["eval_loss"])  # TRL's own, of the adapter that is active
+    assert found["eval_loss"] == pytest.approx(sum(apart) / len(apart), rel=1e-5)
+
+
+def test_a_preparation_that_mixes_rows_is_refused(tmp_path: Path, shared_data: Path) -> None:
+    folder = shared_data / "llama_stories260k"
+    rows = [{"id": f"row-{row}", "prompt": text[:20], "completion": text[20:], "label": row % 2 == 0}
+            for row, text in enumerate(texts()["text"])]  # fmt: skip
+    with pytest.raises(DatasetError, match="add_kl_completion_ids` prepares a row otherwise alone"):
+        S3TKTOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder),
+            args=trl.KTOConfig(str(tmp_path / "out"), **BRIEF),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            train_dataset=Dataset.from_list(rows),
+            peft_config=S3TConfig(task_type="CAUSAL_LM", num_slices=2, target_modules=["q_proj"], r=2),
+            partition_key=KEY,
+        )
+    assert not (tmp_path / "out/s3t.json").exists()

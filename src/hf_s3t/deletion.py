@@ -39,6 +39,7 @@ LIMITS = (
     "Nothing is said of what the base model saw in pretraining.",
     "Copies that others made, dataset caches, experiment trackers and backups outside the store are not reached.",
     "A request that was chosen by looking at the model is not covered.",
+    "Numbers that user code computed from the whole train set (class weights, statistics) keep what they saw.",
     "Until repair the model misses whole slices; only after repair is it what training without the examples gives.",
 )
 

@@ -122,9 +122,19 @@ def _only_container(inside: Mapping[str, Any], config: S3TConfig) -> str:
     if len(inside) > 1:
         raise ValueError(
             f"`target_modules` match layers in several lists: {', '.join(sorted(inside))}. S3T needs one stack of "
-            "layers; leave the others out with `exclude_modules`."
+            f"layers, and a plain PEFT config names modules of all stacks alike. {_of_one_stack(inside)}"
         )
     return next(iter(inside))
+
+
+def _of_one_stack(inside: Mapping[str, Mapping[int, list[str]]]) -> str:
+    """Which of the matched modules only one stack has."""
+    suffixes = {stack: {name for names in layers.values() for name in names} for stack, layers in inside.items()}
+    for stack, own in sorted(suffixes.items()):
+        alone = own.difference(*(others for other, others in suffixes.items() if other != stack))
+        if alone:
+            return f"Name modules that {stack} alone has: `target_modules={sorted(alone)}`."
+    return "None of them is in one stack alone: take a model of one stack."
 
 
 def _layer_groups(num_layers: int, targets: Mapping[int, Any], config: S3TConfig) -> tuple[tuple[int, ...], ...]:

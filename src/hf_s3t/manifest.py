@@ -272,6 +272,8 @@ def check_same(
     if defaults is not None:
         newer = {name: value for name, value in defaults.items() if name in wanted["arguments"]}
         stored = {**stored, "arguments": {**newer, **stored["arguments"]}}
+    if "user_values" not in stored:  # recipes from before there was one do not name it
+        stored = {**stored, "user_values": wanted.get("user_values")}
     differences = list(_differences(stored, wanted, ""))
     if differences:
         raise RecipeError(

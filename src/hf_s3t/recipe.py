@@ -7,10 +7,12 @@ has never heard of counts as one that changes bits.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +86,7 @@ def make_recipe(
         recipe["config"]["replay"] = config.replay
     recipe["collator_settings"] = described(collator)
     recipe["user_code"] = described(user_code)
+    recipe["user_values"] = {"code": carried(user_code), "collator": carried(collator)}
     if cached_trunk:
         recipe["cached_trunk"] = True
     return json.loads(json.dumps(recipe, default=str, sort_keys=True))
@@ -97,12 +100,59 @@ def described(thing: Any) -> Any:
         return {str(name): described(value) for name, value in thing.items()}
     if isinstance(thing, list | tuple):
         return [described(value) for value in thing]
+    if isinstance(thing, partial):
+        return {"class": "partial", "function": described(thing.func)}
     name = getattr(thing, "__qualname__", None)
     if name is not None:
         return name
     fields = getattr(thing, "__dict__", {}).items()
     plain = {name: value for name, value in fields if isinstance(value, str | int | float)}
     return {"class": type(thing).__name__, **described(plain)}
+
+
+def carried(thing: Any) -> Any:
+    """What functions carry along, where it can be seen, as plain data: of tensors and arrays digests.
+
+    That is what a partial was given, the defaults of a function, and the numbers, texts and tensors that it closes
+    over: class weights, for one, that were computed from the rows of a train set.
+    """
+    if isinstance(thing, list | tuple):
+        return [carried(value) for value in thing]
+    if isinstance(thing, partial):
+        given = {"arguments": _values(enumerate(thing.args)), "keywords": _values(thing.keywords.items())}
+        return {**given, "function": carried(thing.func)}
+    function = getattr(thing, "__func__", thing)
+    if not inspect.isfunction(function):
+        return None
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    closed = [(name, cell.cell_contents) for name, cell in cells if _is_filled(cell)]
+    defaults = [*enumerate(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
+    return _values([*closed, *defaults]) or None
+
+
+def _values(named: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
+    """Plain values and digests of tensors and arrays; what else there is, nobody can see into."""
+    found: dict[str, Any] = {}
+    for name, value in named:
+        if isinstance(value, torch.Tensor):
+            found[str(name)] = f"{value.dtype} {tuple(value.shape)} {tensor_digest(value)}"
+        elif type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+            found[str(name)] = f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+        elif isinstance(value, bool | int | float | str) and not _is_path(value):
+            found[str(name)] = value
+        elif isinstance(value, tuple):
+            found[str(name)] = _values(enumerate(value))
+        elif isinstance(value, partial) or inspect.isfunction(value):
+            found[str(name)] = carried(value)
+    return found
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def bit_changing_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from . import deletion
+from .adapter import CONFIG_FILE, WEIGHTS_FILE
 from .config import S3TConfig
 from .errors import DatasetError, StateError
 from .manifest import Manifest, RepairBudget, check_same
@@ -129,6 +130,7 @@ def _chances(prior: list[float] | None) -> tuple[float, ...] | None:
 
 def _create(store: S3TStore, config: S3TConfig, wanted: Wanted, plan: Plan) -> Manifest:
     key = store.key
+    _refuse_foreign_files(store)
     # A state that was imported, or is left from a store that is gone: what it buries stays buried.
     state = replace(deletion.state_or_none(store) or State(key_check=key_check_value(key)), stages={})
     if state.key_check not in ("", key_check_value(key)):
@@ -147,6 +149,17 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted, plan: Plan) -> M
     store.write_state(state)
     _write(store, manifest, index, wanted)
     return manifest
+
+
+def _refuse_foreign_files(store: S3TStore) -> None:
+    """Raises `ValueError` if a folder without a store holds files that a store would replace."""
+    ours = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "shard-*")
+    found = sorted(path.name for name in ours for path in store.path.glob(name))
+    if found:
+        raise ValueError(
+            f"{store.path} holds {', '.join(found[:5])} and no store: another training, perhaps, which would be "
+            "replaced. Name an empty folder as `output_dir`, or move these files away."
+        )
 
 
 def _outdated(manifest: Manifest, state: State, rows: TrainRows) -> list[Stage]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,31 @@ from .staging import on_main_process
 from .store import S3TStore
 from .tuner import StageTuner
 
+logger = logging.getLogger(__name__)
+
+
+def _is_data(value: Any) -> bool:
+    """Whether something is made of numbers and texts alone."""
+    if isinstance(value, Mapping):
+        return all(map(_is_data, value.values()))
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
 
 class ServedModelMixin(TrainerSeam):
     """The part of [`S3TMixin`] that works on the served model."""
 
     model: Any
     model_wrapped: Any
+    eval_dataset: Any
     store: S3TStore
     tuner: StageTuner
     _order: StageOrder | None
     _members: dict[str, int] | None
     _served_marks: Any = None
+    _apart = False
+    """Whether members are evaluated one by one."""
 
     def _marks_now(self) -> Any:
         return self.store.marks() if self.store.exists else None
@@ -65,8 +81,50 @@ class ServedModelMixin(TrainerSeam):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, of the served model; while a stage trains, of that stage."""
-        with self._served_model(), kept_generators():
-            return super().evaluate(*args, **kwargs)
+        evaluate = partial(super().evaluate, *args, **kwargs)
+        with kept_generators():
+            if not self._apart:
+                try:
+                    with self._served_model():
+                        return evaluate()
+                except (AttributeError, TypeError) as error:
+                    if self._order is not None or len(self._members or {}) < 2:
+                        raise
+                    logger.warning(
+                        "%s does not take the ensemble of the shards (%s: %s): it evaluates them one by one, and "
+                        "gives the means of their metrics", type(self).__name__, type(error).__name__, error,
+                    )  # fmt: skip
+                    self._apart = True
+            return self._evaluate_apart(evaluate)
+
+    def _evaluate_apart(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The means over the live shards of what an evaluation gives."""
+        with self._served_model():
+            members = list(self._members or {})
+        try:
+            found = []
+            for name in members:
+                self.tuner.activate(name)
+                found.append(evaluate())
+        finally:
+            self.tuner.activate(members[0])
+        return {key: sum(metrics[key] for metrics in found) / len(found) for key in found[0]}
+
+    def try_evaluation(self) -> None:
+        """Runs one batch of each evaluation set through the model, so that what can not be evaluated fails at once."""
+        sets = self.eval_dataset
+        counted = {name: deepcopy(value) for name, value in vars(self).items() if _is_data(value)}
+        with kept_generators():
+            for name in sets if isinstance(sets, Mapping) else (None,) if sets is not None else ():
+                self.model.eval()
+                for batch in self.get_eval_dataloader(name):
+                    try:
+                        self.prediction_step(self.model, batch, prediction_loss_only=True)
+                    except Exception as error:
+                        error.add_note("The evaluation set was tried with one batch before the first stage.")
+                        raise
+                    break
+        vars(self).update(counted)  # type: ignore[attr-defined]  # what a subclass counts for its log
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, of the served model."""

@@ -31,7 +31,7 @@ from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
 from .checkpoints import collates_the_same, latest_checkpoint, mark_complete
 from .config import S3TConfig
 from .deletion import versions
-from .errors import IsolationError
+from .errors import DatasetError, IsolationError
 from .feeding import FedTrainerMixin, TrunkCache
 from .files import remove
 from .folder import LOCK_SECONDS
@@ -40,7 +40,8 @@ from .orders import StageDropped, StageOrder, commit, is_hit, next_order, runnin
 from .plan import Stage
 from .recipe import argument_defaults, make_recipe
 from .reconcile import Missing, Wanted, plan_repair, reconcile, warn_of_other_stacks
-from .rows import TrainRows
+from .rows import DIGEST_COLUMN, TrainRows
+from .seams.preparation import watched_preparation
 from .seams.trainer import kept_generators, written_checkpoint
 from .serving import ServedModelMixin
 from .staging import (
@@ -128,7 +129,10 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             key = on_main_process(args, self.store.ensure_key)
             self._rows = TrainRows(train_dataset, key, self.s3t_config)
             train_dataset = self._rows.marked(train_dataset)
-        super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
+        with watched_preparation(DIGEST_COLUMN, _mixing):
+            super().__init__(
+                model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs
+            )
         self.tuner = StageTuner(self.model)
         if self._rows is not None:
             self.train_dataset = self._rows.adopt(self.train_dataset)
@@ -187,6 +191,8 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         with self._training_lock():
             logger.info("%s", self._on_main(partial(self._open_store, cost_budget)))
             try:
+                if self.progress.total:
+                    self.try_evaluation()
                 outputs = self._train_missing(resume_from_checkpoint is not False, ignore_keys_for_eval)
             finally:
                 self.trunk_cache.close()
@@ -462,6 +468,16 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
 
     def _on_main(self, function: Callable[[], Any]) -> Any:
         return on_main_process(self.args, function)
+
+
+def _mixing(function: str) -> Exception:
+    """What a function is told that makes a row out of several."""
+    return DatasetError(
+        f"`{function}` prepares a row otherwise alone than in a batch with others, so that prepared rows hold "
+        "something of other examples (a completion, a length to pad to), in whatever slice these lie. Deleting "
+        "one would leave it in others. Prepare rows one by one, pad in the collator, or choose a loss "
+        "that needs no other rows."
+    )
 
 
 def _drawn_beyond(error: IndexError, order: StageOrder) -> Exception:

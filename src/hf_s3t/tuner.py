@@ -34,7 +34,7 @@ from .adapter import Adapter
 from .config import LORA_FIELDS, S3TConfig, register
 from .errors import IsolationError
 from .layout import Layout, find_layout, layers_pattern
-from .seams.models import draw_weights, loaded_parameters
+from .seams.models import draw_weights, loaded_parameters, missing_weights
 from .seams.tuners import LORA, TunerSeam, activate, adapter_parameters, add_adapter, base_name, set_active
 
 Tensors = dict[str, torch.Tensor]
@@ -298,16 +298,12 @@ def freshly_initialized(model: nn.Module) -> list[str]:
     """Paths of the modules that `from_pretrained` drew at random because the checkpoint lacks them.
 
     transformers marks every loaded parameter; a model that was built from a config has no marks and is taken as it is.
+    What was resized or replaced after loading has no mark either, so the report of the loading decides.
     """
     loaded = loaded_parameters(model)
-    if not loaded:
-        return []
-    fresh = {
-        name.rsplit(".", 1)[0]
-        for name, value in model.named_parameters()
-        if name not in loaded and value.is_floating_point()
-    }
-    return sorted(fresh)
+    fresh = {name for name, value in model.named_parameters() if name not in loaded and value.is_floating_point()}
+    missing = missing_weights(model) if loaded and fresh else set()
+    return sorted({name.rsplit(".", 1)[0] for name in fresh & missing})
 
 
 def draw_heads(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str, str]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from . import broken
+from . import broken, lost
 
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Names under which configs of models have the chance that a layer is left out in training."""
@@ -31,6 +32,35 @@ def loaded_parameters(model: nn.Module) -> set[str]:
 
 def _is_marked(parameter: nn.Parameter) -> bool:
     return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def missing_weights(model: Any) -> set[str]:
+    """Names of the weights that the checkpoint of a loaded model lacks, as `from_pretrained` reports them.
+
+    The checkpoint is loaded once more for it, without its numbers. Where that is impossible, none are and the log says
+    so: what the model has is taken as it is.
+    """
+    config, level = model.config, logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        where = {"revision": getattr(config, "_commit_hash", None) or "main", "local_files_only": True}
+        own = type(config).from_pretrained(config.name_or_path, **where)
+        own.num_labels = config.num_labels
+        with torch.random.fork_rng(devices=[]):
+            _, report = type(model).from_pretrained(
+                config.name_or_path, config=own, output_loading_info=True, device_map="meta",
+                ignore_mismatched_sizes=True, **where,
+            )  # fmt: skip
+        return {*report["missing_keys"], *(found[0] for found in report["mismatched_keys"])}
+    except Exception as error:  # whatever a checkpoint that is no longer there, or of another kind, raises
+        lost("loading_report", f"{config.name_or_path!r} can not be asked ({type(error).__name__}: {error})")
+        return set()
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 class _OneNumber(PreTrainedModel):

@@ -95,6 +95,22 @@ TABLE: dict[str, Seam] = {
         TRANSFORMERS,
         "once a model says which weights it lacked after it was loaded",
     ),
+    "preparation": Seam(
+        "datasets",
+        "`Dataset.map`, which is replaced while a Trainer prepares its rows",
+        "a prepared row holds something of its own example alone, not of others in its batch",
+        "promises 3 and 4",
+        "4.7 to 5.2",
+        "once a Trainer prepares rows after it was told which of them belong together",
+    ),
+    "loading_report": Seam(
+        "transformers",
+        "`_commit_hash` of a model's config, and `from_pretrained(device_map='meta', output_loading_info=True)`",
+        "of the weights without a mark, those are drawn that the checkpoint lacks, and no others",
+        "comfort: a head that the checkpoint lacks is not drawn from the seed; name a checkpoint that can be read",
+        TRANSFORMERS,
+        "once a model says which weights it lacked after it was loaded",
+    ),
     "drawn_weights": Seam(
         "transformers",
         "the method `_init_weights` of models",
