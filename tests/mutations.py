@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutations_hub import ON_THE_HUB
+from mutations_isolation import ISOLATION
 from mutations_planning import PLANNING
 from mutations_serving import SERVING
 from mutations_speed import SPEED
@@ -79,7 +80,7 @@ MUTATIONS = (
         "return any(name.split('.self')[0] in key and key.endswith(name.split('.')[-1])\n"
         "                   for name in self.layout.module_names(layers or self.layout.grouped_layers))",
     ),), (OWNS + LLAMA, STORES + LLAMA)),
-    Mutation(1, "the optimizer of the last stage is kept", "trainer.py",
+    Mutation(1, "the optimizer of the last stage is kept", "seams/trainer.py",
              (("self.optimizer = self.lr_scheduler = None", "pass"),), (OWNS + LLAMA,)),
     Mutation(1, "requires_grad is not looked at", "tuner.py",
              (("if training != self.training_owned or not training:", "if not training:"),), (ROGUE,)),
@@ -206,7 +207,7 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB, *PLANNING, *SPEED, *SYSTEMS))
+MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB, *PLANNING, *SPEED, *SYSTEMS, *ISOLATION))
 
 
 def check_anchors(mutation: Mutation) -> list[str]:

@@ -708,9 +708,11 @@ def test_states_are_made_anew_after_the_collator_was_edited(llama, tmp_path, cap
     """It has the same name, so that the recipe does not tell."""
 
     def trainer(rows, ignored):
+        edited = {"ignored": ignored}  # nobody looks into it
+
         def collate(found):
             batch = pad(found)
-            batch["labels"][:, -1] = -100 if ignored else batch["labels"][:, -1]
+            batch["labels"][:, -1] = -100 if edited["ignored"] else batch["labels"][:, -1]
             return batch
 
         options = {"data_collator": collate, "activation_cache": "disk", "sequence_selection": [[0, 1]]}

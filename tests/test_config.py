@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_the_fields_and_their_defaults_are_those_of_the_design():
 def test_every_field_of_its_own_is_documented_twice():
     for field in dataclasses.fields(S3TConfig):
         if field.name in OWN:
-            assert field.metadata["help"].endswith(".") and f"\n        {field.name} (`" in S3TConfig.__doc__
+            assert field.metadata["help"].endswith(".") and re.search(rf"^ +{field.name} \(`", S3TConfig.__doc__, re.M)
 
 
 def test_every_lora_field_is_supported_kept_by_peft_or_refused():

@@ -6,7 +6,10 @@ import copy
 import json
 import socket
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -37,6 +40,9 @@ def recipe(folder, *, model=None, args=None, processing_class=None, base_id="me/
     layout, args = find_layout(model, config), arguments(folder, **args or {})
     return make_recipe(config, layout, config.id_column, args, model, processing_class, default_data_collator, base_id,
                        heads or {})  # fmt: skip
+
+
+FIELDS = S3TConfig(num_slices=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
 def differences(stored, wanted) -> set[str]:
@@ -236,6 +242,38 @@ def test_an_image_processor_is_known_by_its_settings():
     first, second = (ViTImageProcessor(size={"height": edge, "width": edge}) for edge in (8, 16))
     assert processing_digest(first) == processing_digest(copy.deepcopy(first)) != processing_digest(second)
     assert processing_digest(None) is None
+
+
+def weighted(loss: Any, weights: Any, *, scale: float = 1.0) -> Any:
+    return (loss * weights).sum() * scale
+
+
+def closing_over(weights: Any) -> Any:
+    return lambda loss: (loss * weights).sum()
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (partial(weighted, weights=torch.tensor([1.0, 2.0])), partial(weighted, weights=torch.tensor([1.0, 3.0]))),
+        (partial(weighted, weights=np.array([1.0])), partial(weighted, weights=np.array([2.0]))),
+        (partial(weighted, scale=2.0), partial(weighted, scale=3.0)),
+        (closing_over(torch.tensor([1.0])), closing_over(torch.tensor([2.0]))),
+        (closing_over((1, "a")), closing_over((1, "b"))),
+        (partial(closing_over(1.0)), partial(closing_over(2.0))),
+    ],
+)
+def test_what_a_loss_was_given_is_part_of_the_recipe(tmp_path, first, other):
+    def made(loss: Any) -> Any:
+        model, collator = tiny_llama(), default_data_collator
+        layout, args = find_layout(model, FIELDS), arguments(tmp_path)
+        return make_recipe(FIELDS, layout, None, args, model, None, collator, None, {}, (None, loss))
+
+    stored = made(first)
+    check_same(stored, made(first))
+    assert differences(stored, made(other)) == {"user_values.code"}
+    older = {name: value for name, value in stored.items() if name != "user_values"}
+    check_same(older, made(other))  # was written before anybody looked
 
 
 def test_an_argument_that_a_newer_trainer_brought_is_no_difference_at_its_default(tmp_path):

@@ -86,7 +86,7 @@ def make_recipe(
         recipe["config"]["replay"] = config.replay
     recipe["collator_settings"] = described(collator)
     recipe["user_code"] = described(user_code)
-    recipe["user_values"] = {"code": carried(user_code), "collator": carried(collator)}
+    recipe["user_values"] = {"code": _digest(carried(user_code)), "collator": _digest(carried(collator))}
     if cached_trunk:
         recipe["cached_trunk"] = True
     return json.loads(json.dumps(recipe, default=str, sort_keys=True))
@@ -100,14 +100,17 @@ def described(thing: Any) -> Any:
         return {str(name): described(value) for name, value in thing.items()}
     if isinstance(thing, list | tuple):
         return [described(value) for value in thing]
-    if isinstance(thing, partial):
-        return {"class": "partial", "function": described(thing.func)}
     name = getattr(thing, "__qualname__", None)
     if name is not None:
         return name
     fields = getattr(thing, "__dict__", {}).items()
     plain = {name: value for name, value in fields if isinstance(value, str | int | float)}
     return {"class": type(thing).__name__, **described(plain)}
+
+
+def _digest(values: Any) -> str:
+    """sha256 over plain data, of which nothing is to be published itself."""
+    return hashlib.sha256(canonical(values)).hexdigest()
 
 
 def carried(thing: Any) -> Any:
@@ -120,7 +123,7 @@ def carried(thing: Any) -> Any:
         return [carried(value) for value in thing]
     if isinstance(thing, partial):
         given = {"arguments": _values(enumerate(thing.args)), "keywords": _values(thing.keywords.items())}
-        return {**given, "function": carried(thing.func)}
+        return {**given, "name": described(thing.func), "function": carried(thing.func)}
     function = getattr(thing, "__func__", thing)
     if not inspect.isfunction(function):
         return None
