@@ -48,7 +48,7 @@ ISOLATION = (
      (('            self.args.dataloader_drop_last = False\n', '            pass\n'),),
      (ISOLATED + 'a_stage_smaller_than_a_batch_is_trained_although_batches_are_dropped',)),
     (4, 'numbers that a loss was given are not part of the recipe', 'recipe.py',
-     (('"code": carried(user_code), ', ''),),
+     (('"code": _digest(carried(user_code))', '"code": None'),),
      ('test_recipe.py::test_what_a_loss_was_given_is_part_of_the_recipe',)),
     (4, 'what was resized after loading is drawn anew', 'tuner.py',
      (('for name in fresh & missing})', 'for name in fresh})'),),
