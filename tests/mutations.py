@@ -79,7 +79,7 @@ MUTATIONS = (
         "return key in self.layout.module_names(self.layout.grouped_layers if layers is None else layers)",
         "return any(name.split('.self')[0] in key and key.endswith(name.split('.')[-1])\n"
         "                   for name in self.layout.module_names(layers or self.layout.grouped_layers))",
-    ),), (OWNS + LLAMA, STORES + LLAMA)),
+    ),), ("test_tuner.py::test_layers_are_told_by_their_whole_numbers",)),
     Mutation(1, "the optimizer of the last stage is kept", "seams/trainer.py",
              (("self.optimizer = self.lr_scheduler = None", "pass"),), (OWNS + LLAMA,)),
     Mutation(1, "requires_grad is not looked at", "tuner.py",
@@ -151,7 +151,8 @@ MUTATIONS = (
              (P + "a_whole_slice_deleted_one_by_one_and_repaired[llama-all]",)),
     # 5. resume
     Mutation(5, "requires_grad is not set again after a resume", "trainer.py",
-             (("self.tuner.arm(training=True)  # loading", "pass  # loading"),), (RESUMED,)),
+             (("self.tuner.arm(training=True)  # loading", "pass  # loading"),
+              ("if self.tuner.hold_mask() and not self._mask_moved:", "if False:")), (RESUMED,)),
     Mutation(5, "the marker of a complete checkpoint is not looked at", "checkpoints.py",
              (("if step.isdigit() and _has_mark(folder, mark):", "if step.isdigit():"),), (KILLED,)),
     Mutation(5, "the manifest is written before the stage's folder", "orders.py", (

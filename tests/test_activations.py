@@ -816,7 +816,6 @@ def test_an_encoder_decoder_is_refused(tmp_path):
         ({"activation_cache_gb": 0}, "must be above 0, got 0"),
         ({"stage_parameters": "all"}, "with stage_parameters='all' every layer has one"),
         ({"args": {"neftune_noise_alpha": 5.0}}, "`neftune_noise_alpha=5.0`: it adds noise to the embeddings"),
-        ({"args": {"torch_compile": True}}, "`torch_compile=True`: a compiled model"),
     ],
 )
 def test_what_is_refused_before_anything_is_written(tmp_path, options, message):

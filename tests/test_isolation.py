@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerCallback, default_data_collator
 
 import models
-from hf_s3t import IsolationError, RecipeError, S3TStore, S3TTrainer, Stage
+from hf_s3t import IsolationError, S3TStore, S3TTrainer, Stage
 from hf_s3t.numbered import ROW_NUMBER, NumberedRows, RowGuard
 from trainers import ROWS, artefacts, make_trainer
 
@@ -380,38 +380,6 @@ def test_after_an_error_the_same_trainer_goes_on_as_a_new_one(tmp_path: Path, er
     assert not trainer.is_in_train and trainer.row_guard is None
     trainer.train()
     assert artefacts(tmp_path / "failed") == artefacts(tmp_path / "never")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_a_compiled_model_remembers_no_batches_of_other_stages(tmp_path: Path) -> None:
-    """What is compiled is specialised to the shapes that it saw; rows of different lengths give many."""
-    rows = models.llama_rows(ROWS)
-    names = ("input_ids", "attention_mask", "labels")
-    cut = rows.map(lambda row, number: {name: row[name][: 5 + number % 6] for name in names}, with_indices=True,
-                   keep_in_memory=True)  # fmt: skip
-
-    def pad_to_longest(found: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in found)
-        padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-        return {
-            name: torch.tensor([row[name] + [padding[name]] * (longest - len(row[name])) for row in found])
-            for name in names
-        }
-
-    def make(path: Path, train: Any, **args: Any) -> S3TTrainer:
-        return make_trainer(path, train_dataset=train, data_collator=pad_to_longest, config=dict(LIVE),
-                            args={"torch_compile": True, **args})  # fmt: skip
-
-    first = make(tmp_path / "out", cut)
-    first.train()
-    first.delete(ids=[cut["id"][0]])
-    rest = cut.select(range(1, ROWS))
-    make(tmp_path / "out", rest).train()
-    make(tmp_path / "scratch", rest).train()
-    assert artefacts(tmp_path / "out") == artefacts(tmp_path / "scratch")
-    with pytest.raises(RecipeError, match="eval_strategy"):
-        make(tmp_path / "out", rest, eval_strategy="epoch", save_strategy="no").train()
 
 
 # ---- generators ----

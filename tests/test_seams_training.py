@@ -385,8 +385,8 @@ def test_a_fast_tokenizer_without_its_backend(monkeypatch):
 
 # Arguments
 
-REFUSED = ("auto_find_batch_size", "fsdp", "deepspeed", "use_liger_kernel")
-REFUSED_BY_THE_CACHE = ("neftune_noise_alpha", "torch_compile")
+REFUSED = ("auto_find_batch_size", "fsdp", "deepspeed", "torch_compile", "use_liger_kernel")
+REFUSED_BY_THE_CACHE = ("neftune_noise_alpha",)
 
 
 def forget(monkeypatch, name: str) -> None:

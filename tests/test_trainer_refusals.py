@@ -57,6 +57,7 @@ def running_python(code: str, *arguments: str) -> str:
 @pytest.mark.parametrize(
     "name, value, message",
     [
+        ("torch_compile", True, "specialised to the batches of earlier stages"),
         ("auto_find_batch_size", True, "starts again on weights that were updated already; set the batch size"),
         ("packing", True, "joins examples of different slices; set `packing=False`"),
         ("fsdp", "full_shard", "use DDP"),

@@ -100,6 +100,13 @@ def same(first, second) -> bool:
 # What a stage owns and trains
 
 
+def test_layers_are_told_by_their_whole_numbers():
+    """Layer 1 is not the beginning of layers 10 and 11."""
+    tuned = Tuned("llama")
+    tuned.tuner.begin(4, seed=0, parent=None)
+    assert tuned.layers_of(tuned.tuner.training_owned) == {0, 1, 2}
+
+
 def test_a_stage_trains_its_layers_and_the_head_and_what_lies_beyond_holds_no_lora(tuned):
     groups, stages = tuned.layout.groups, []
     for depth in range(1, 4):

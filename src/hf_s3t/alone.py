@@ -61,7 +61,6 @@ def check_cache(
             )
     refusals = {
         "neftune_noise_alpha": "it adds noise to the embeddings, below what is cached",
-        "torch_compile": "a compiled model can not be entered at a layer",
         "padding_free": "it joins the rows of a batch",
     }
     for name, reason in refusals.items():

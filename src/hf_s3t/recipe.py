@@ -160,8 +160,7 @@ def _is_filled(cell: Any) -> bool:
 
 def bit_changing_arguments(args: TrainingArguments) -> dict[str, Any]:
     """The TrainingArguments (of any subclass) that change the bits of a stage."""
-    looks = args.load_best_model_at_end or args.torch_compile  # what is compiled depends on every batch that it saw
-    silent = SILENT if looks else SILENT | CHOOSING
+    silent = SILENT if args.load_best_model_at_end else SILENT | CHOOSING
     kept = {name: value for name, value in args.to_dict().items() if name not in silent}
     return {name: value for name, value in sorted(kept.items()) if not _is_path(value)}
 

@@ -66,6 +66,8 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
         "packing": "it joins examples of different slices; set `packing=False`",
         "fsdp": "stages need whole tensors on every process; use DDP",
         "deepspeed": "stages need whole tensors on every process; use DDP",
+        "torch_compile": "what is compiled is specialised to the batches of earlier stages, which moves last bits of "
+        "later ones; leave it out",
         "use_liger_kernel": "it patches the model at every stage; patch it once before you pass it",
     }
     for name, reason in refusals.items():

@@ -404,8 +404,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
     def _resumable_checkpoint(self, resume: bool) -> str | None:
         """The newest complete checkpoint of the running stage; whatever else lies there is removed."""
         for other in self.store.private.glob("running/*"):
-            again = not resume or self.args.save_only_model or self.args.torch_compile or self._stops_early
-            if other != self._running or again:
+            if other != self._running or not resume or self.args.save_only_model or self._stops_early:
                 remove(other)
         checkpoint = latest_checkpoint(self._running, self.order.mark)
         if checkpoint is not None:

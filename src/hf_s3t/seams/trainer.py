@@ -137,7 +137,7 @@ class TrainerSeam(TrainerBase):
 
         Optimizer and scheduler are made anew; so are the scaler of mixed precision, which learns from overflows, the
         control flags, the count of accumulated batches, and what a callback says of itself in `state()`, such as the
-        patience of early stopping. What was compiled for other batches is compiled again.
+        patience of early stopping.
         """
         # A second `Trainer.train()` would go on with the old optimizer, and with DDP's view of the old parameters.
         self.optimizer = self.lr_scheduler = None
@@ -145,8 +145,6 @@ class TrainerSeam(TrainerBase):
         self.control = TrainerControl()
         self._fresh = getattr(self, "_fresh", None) or Pristine()
         self._fresh.restore(self.accelerator, self.callback_handler.callbacks)
-        if self.args.torch_compile:
-            torch.compiler.reset()
 
 
 class Pristine:
