@@ -18,6 +18,7 @@ ways take turns; a figure is the median of the repeats after a warm-up, `_p10` a
   backwards of those down to the stage's lowest, and the head.
 * `fill_over_pass`: filling the cache, row by row, over one forward pass of the trunk in batches, which is what
   counting operations gives it of (c).
+* `marks_over_step`: what it takes to look at the marks of a batch's rows and at what trains, over the step, of (c).
 * `bert_stock_over_cached`: (b)/(d) on a BERT-shaped classifier of which half of the layers are trained.
 * `full_budget_paper_over_ours`: every order's retention for four slices. The paper's way trains the 24 orders one by
   one, 240 slice passes; ours the cheapest tree that keeps as much, 32, with a cache. Whole trainings, set-up and
@@ -66,6 +67,7 @@ from transformers import (
 
 from hf_s3t import S3TConfig, S3TTrainer
 from hf_s3t.feeding import TrunkCache
+from hf_s3t.numbered import RowGuard
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEY = "benchmarks/training.py"
@@ -362,6 +364,35 @@ def measure_llama(settings: Settings, seed: int) -> dict[str, Any]:
     return figures | {f"{name}_seconds": statistics.median(times) for name, times in found.items()}
 
 
+def measure_marks(settings: Settings, seed: int) -> dict[str, Any]:
+    """What promise 1 costs while training: the look at rows and parameters before each step."""
+    bench, looking, shares = Bench(settings.llama, seed), [0.0], []
+
+    def timed(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            started = time.process_time_ns()
+            try:
+                return plain(*args)
+            finally:
+                looking[0] += (time.process_time_ns() - started) / 1e9
+
+        return wrapper
+
+    take, check, before = RowGuard.take, RowGuard.check_step, S3TTrainer.before_forward
+    patches = ((RowGuard, "take", take), (RowGuard, "check_step", check), (S3TTrainer, "before_forward", before))
+    try:
+        for owner, name, plain in patches:
+            setattr(owner, name, timed(plain))
+        for _ in range(settings.repeats):
+            looking[0] = 0.0
+            seconds = step_seconds(partial(bench.ours, "off"))()
+            shares.append(looking[0] / seconds)
+    finally:
+        for owner, name, plain in patches:
+            setattr(owner, name, plain)
+    return spread("marks_over_step", shares)
+
+
 def measure_bert(settings: Settings, seed: int) -> dict[str, Any]:
     """Stock and cached on the BERT-shaped model."""
     bench = BertBench(settings.bert, seed)
@@ -402,7 +433,8 @@ def measure_full_budget(settings: Settings, seed: int) -> dict[str, Any]:
 def run(settings: Settings, seed: int) -> dict[str, Any]:
     """All figures by name."""
     figures = {}
-    for title, measure in (("Llama", measure_llama), ("BERT", measure_bert), ("full budget", measure_full_budget)):
+    measures = {"Llama": measure_llama, "marks": measure_marks, "BERT": measure_bert, "full": measure_full_budget}
+    for title, measure in measures.items():
         print(title)
         figures |= measure(settings, seed)
     return figures

@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, default_data_co
 import models
 from hf_s3t import IsolationError, S3TStore, S3TTrainer, Stage
 from hf_s3t.numbered import ROW_NUMBER, NumberedRows, RowGuard
+from hf_s3t.seams.arguments import CHOOSING, SILENT
 from trainers import ROWS, artefacts, make_trainer
 
 SECOND = "shard-00/0-1"
@@ -429,3 +430,56 @@ def test_a_repair_with_other_silent_arguments_is_equal(tmp_path: Path, caplog: p
     make_trainer(tmp_path / "out", config=copy.deepcopy(config), train_dataset=rest, **evaluating).train()
     make_trainer(tmp_path / "scratch", config=copy.deepcopy(config), train_dataset=rest).train()
     assert artefacts(tmp_path / "out") == artefacts(tmp_path / "scratch")
+
+
+# ---- arguments that are called silent ----
+
+OTHERWISE: dict[str, Any] = {
+    "bf16_full_eval": True, "dataloader_pin_memory": False, "debug": "",
+    "ddp_broadcast_buffers": True, "ddp_bucket_cap_mb": 1, "ddp_find_unused_parameters": True, "ddp_timeout": 60,
+    "ddp_static_graph": True, "disable_tqdm": False, "do_eval": True, "do_predict": True, "do_train": True,
+    "fp16_full_eval": True, "hub_always_push": True, "hub_model_id": "me/x", "hub_private_repo": True,
+    "ignore_data_skip": True, "include_for_metrics": ["inputs"], "include_num_input_tokens_seen": "all",
+    "log_level": "error", "log_level_replica": "error", "log_on_each_node": False, "logging_first_step": True,
+    "logging_nan_inf_filter": False, "logging_steps": 1, "logging_strategy": "epoch", "run_name": "other",
+    "restore_callback_states_from_checkpoint": True, "skip_memory_metrics": False, "torch_empty_cache_steps": 1,
+    "project": "other", "save_only_model": True, "save_steps": 1, "save_strategy": "epoch", "save_total_limit": 1,
+    "save_on_each_node": True, "eval_strategy": "epoch", "eval_steps": 1, "eval_delay": 1, "eval_on_start": True,
+    "eval_accumulation_steps": 1, "batch_eval_metrics": False, "eval_do_concat_batches": False,
+    "eval_use_gather_object": True, "per_device_eval_batch_size": 2, "prediction_loss_only": True,
+    "greater_is_better": True, "metric_for_best_model": "loss",
+}  # fmt: skip
+"""Another value of each than the default, where one process on a CPU can have one."""
+ELSEWHERE = {
+    "auto_find_batch_size", "dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_backend", "deepspeed",
+    "fsdp", "fsdp_config",
+    "enable_jit_checkpoint", "hub_revision", "hub_strategy", "hub_token", "local_rank", "logging_dir", "output_dir",
+    "place_model_on_device", "push_to_hub", "report_to", "resume_from_checkpoint", "trackio_bucket_id",
+    "trackio_space_id", "trackio_static_space_id", "use_cpu", "eval_packing",
+}  # fmt: skip
+"""Refused, or of a tracker, a repository, several processes or another device."""
+
+
+def test_every_silent_argument_is_tried_or_named() -> None:
+    assert SILENT | CHOOSING == OTHERWISE.keys() | ELSEWHERE and not OTHERWISE.keys() & ELSEWHERE
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A training that logs, saves and evaluates nothing."""
+    path = tmp_path_factory.mktemp("quiet")
+    make_trainer(path, config={"lora_dropout": 0.3}).train()
+    return artefacts(path)
+
+
+@pytest.mark.brief("logging_first_step", "include_num_input_tokens_seen", "eval_on_start")
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_silent_argument_changes_no_bit(tmp_path: Path, quiet: dict[str, str], name: str) -> None:
+    more = (
+        {"eval_strategy": "steps", "eval_steps": 1} if name.startswith(("eval_", "batch_eval", "per_device")) else {}
+    )
+    more |= {"save_strategy": "steps", "save_steps": 1} if name.startswith("save_") else {}
+    args = more | {name: OTHERWISE[name]}
+    rows = models.llama_rows(28).select(range(24, 28))
+    make_trainer(tmp_path / "out", config={"lora_dropout": 0.3}, args=args, eval_dataset=rows).train()
+    assert artefacts(tmp_path / "out") == quiet
