@@ -312,7 +312,8 @@ def test_an_evaluation_while_a_stage_trains_runs_the_whole_model(world, tmp_path
 def test_layers_that_belong_to_no_stage_are_trunk(tmp_path):
     """12 layers in 3 groups of 3: of every stage the lowest 3 are cached; 4 in 4 of 1: the last has nothing below."""
     options = {"activation_cache": "disk", "layers_per_slice": 3, "sequence_selection": [[0, 1, 2], [1, 0]]}
-    make_trainer(tmp_path / "left", CASES["llama"], args={"num_train_epochs": 3}, **options).train()
+    model = CASES["llama"].make_model(num_hidden_layers=12)
+    make_trainer(tmp_path / "left", CASES["llama"], model=model, args={"num_train_epochs": 3}, **options).train()
     assert {name.split("-")[1] for name in blocks_of(tmp_path / "left")} == {"9", "6", "3"}
     options = {"activation_cache": "disk", "num_slices": 4, "sequence_selection": [[0, 1, 2, 3], [1, 0]]}
     model = CASES["llama"].make_model(num_hidden_layers=4)

@@ -62,10 +62,9 @@ def owned(world: World, stage: Stage, name: str) -> bool:
 
 def owned_layers(world: World, stage: Stage) -> set[int]:
     top, size = world.case.layers, world.case.layers // 3
-    if world.kind == "rank_group":
+    if world.kind != "layer_group":
         return set(range(top))
-    groups = range(1, 4) if world.kind == "all" else [stage.depth]
-    return {top - size * group + offset for group in groups for offset in range(size)}
+    return {top - size * stage.depth + offset for offset in range(size)}
 
 
 # ---- 1. isolation ----
