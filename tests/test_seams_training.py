@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraModel
 from peft.tuners import tuners_utils
 from transformers import BertForSequenceClassification, PreTrainedConfig, PreTrainedTokenizerFast, Trainer
@@ -21,12 +22,13 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
 import models
-from hf_s3t import CompatibilityError, S3TMixin, S3TTrainer, seams
+from hf_s3t import CompatibilityError, DatasetError, S3TMixin, S3TTrainer, seams
 from hf_s3t.alone import check_cache
 from hf_s3t.callbacks import PlanProgressCallback, StageCallbackHandler
 from hf_s3t.recipe import bit_changing_arguments
 from hf_s3t.seams import arguments, overrides, trainer, tuners
 from hf_s3t.seams import models as model_seams
+from hf_s3t.seams.preparation import watched_preparation
 from hf_s3t.seams.trainer import ATTRIBUTES, METHODS, PARAMETERS
 from hf_s3t.tuner import S3TModel, StageTuner, draw_heads
 from trainers import BASES, make_args, make_config, make_trainer, tensors_of
@@ -437,3 +439,30 @@ def test_all_as_expected(tmp_path, caplog):
         made.train()
     assert len(stages(tmp_path)) >= 2 and all(isinstance(value, torch.Tensor) for value in tensors_of(made).values())
     assert not [record for record in caplog.records if record.name.startswith("hf_s3t.seams")]
+
+
+# Preparation
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+@pytest.mark.parametrize("how", ["alone", "longest", "plain rows"])
+def test_rows_that_are_prepared_with_others_are_told(form, how):
+    def double(batch):
+        return {"twice": [[2 * int(token) for token in row] for row in batch["tokens"]]}
+
+    def pad(batch):
+        longest = max(map(len, batch["tokens"]))
+        return {"twice": [[int(token) for token in row] + [0] * (longest - len(row)) for row in batch["tokens"]]}
+
+    rows = Dataset.from_dict({"tokens": [list(range(1 + row % 5)) for row in range(40)], "mark": list(range(40))})
+    rows = rows.with_format(form)
+    before = Dataset.map
+    with watched_preparation("mark", lambda name: DatasetError(name)):
+        if how == "longest":
+            with pytest.raises(DatasetError, match="pad"):
+                rows.map(pad, batched=True, keep_in_memory=True)
+        elif how == "alone":
+            assert len(rows.map(double, batched=True, keep_in_memory=True)) == 40
+        else:
+            rows.remove_columns("mark").map(pad, batched=True, keep_in_memory=True)  # of no train set
+    assert Dataset.map is before

@@ -368,3 +368,18 @@ def test_what_can_not_be_evaluated_fails_before_the_first_stage(tmp_path: Path) 
         trainer.train()
     assert "tried with one batch before the first stage" in str(found.value.__notes__)
     assert not trainer.store.manifest().stages
+
+
+def test_the_trial_of_an_evaluation_leaves_no_trace_in_what_is_counted(tmp_path: Path) -> None:
+    class Counting(S3TTrainer):
+        def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+            self.asked.append(1)
+            self.counts["asked"] = len(self.asked)
+            return super().prediction_step(*args, **kwargs)
+
+    trainer = make_trainer(tmp_path / "out", trainer_class=Counting, eval_dataset=models.llama_rows(4))
+    trainer.asked, trainer.counts = asked, counts = [], {}
+    trainer.try_evaluation()
+    assert trainer.asked is asked and trainer.counts is counts and not asked and not counts
+    trainer.evaluate()
+    assert asked and counts

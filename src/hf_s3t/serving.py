@@ -32,6 +32,18 @@ def _is_data(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
+def _put_back(owner: Any, name: str, value: Any) -> None:
+    """Gives an attribute its old value; a list or a dict that somebody else may hold stays the same object."""
+    now = getattr(owner, name)
+    if isinstance(now, dict) and isinstance(value, dict):
+        now.clear()
+        now.update(value)
+    elif isinstance(now, list) and isinstance(value, list):
+        now[:] = value
+    else:
+        setattr(owner, name, value)
+
+
 class ServedModelMixin(TrainerSeam):
     """The part of [`S3TMixin`] that works on the served model."""
 
@@ -124,7 +136,8 @@ class ServedModelMixin(TrainerSeam):
                         error.add_note("The evaluation set was tried with one batch before the first stage.")
                         raise
                     break
-        vars(self).update(counted)  # type: ignore[attr-defined]  # what a subclass counts for its log
+        for name, value in counted.items():  # what a subclass counts for its log
+            _put_back(self, name, value)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, of the served model."""

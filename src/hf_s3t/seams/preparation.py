@@ -54,13 +54,14 @@ def _is_row_by_row(before: Any, after: Any, given: dict[str, Any]) -> bool:
     it is told elsewhere."""
     if len(before) != len(after):
         return True
-    rows, names = before.with_format(None), given["input_columns"]
+    names = given["input_columns"]
     found = after.with_format(None)
     for position in range(0, len(before), max(len(before) // LOOKED_AT, 1)):
-        batch = rows[position : position + 1]
+        batch = before[position : position + 1]  # in the form in which the function sees it
         picked = [batch[name] for name in ([names] if isinstance(names, str) else names)] if names else [batch]
         indices = [[position]] if given["with_indices"] else []
         alone = given["function"](*picked, *indices, **(given["fn_kwargs"] or {})) or {}
+        alone = alone.to_pydict() if hasattr(alone, "to_pydict") else alone  # an arrow table
         for name, values in alone.items():
             if name in found.column_names and _plain(values[0]) != _plain(found[position][name]):
                 return False
