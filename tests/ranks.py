@@ -67,7 +67,8 @@ class AtStep(TrainerCallback):
 def train(folder: Path) -> dict[str, Any]:
     """Trains, is refused with other settings, deletes, repairs."""
     digests, steps = StageDigests(), Recorder("on_step_end")
-    trainer = two_process_trainer(folder / "store", callbacks=[digests, steps])
+    rows = models.llama_rows(8, seed=1)
+    trainer = two_process_trainer(folder / "store", callbacks=[digests, steps], eval_dataset=rows)  # tried beforehand
     digests.trainer = trainer
     trainer.train()
     trained = dict(digests.seen)
@@ -76,9 +77,9 @@ def train(folder: Path) -> dict[str, Any]:
         two_process_trainer(folder / "store", args={"learning_rate": 0.5}).train()
     except S3TError as error:
         refusal = f"{type(error).__name__}: {error}"
-    losses = [trainer.evaluate(models.llama_rows(8, seed=1))["eval_loss"]]
+    losses = [trainer.evaluate()["eval_loss"]]
     receipt = trainer.delete(ids=[train_rows()["id"][1]])
-    losses.append(trainer.evaluate(models.llama_rows(8, seed=1))["eval_loss"])
+    losses.append(trainer.evaluate()["eval_loss"])
     trainer.train()
     return {
         "trained": trained,

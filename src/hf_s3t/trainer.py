@@ -191,7 +191,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
         with self._training_lock():
             logger.info("%s", self._on_main(partial(self._open_store, cost_budget)))
             try:
-                if self.progress.total:
+                if self._on_main(lambda: self.progress.total):
                     self.try_evaluation()
                 outputs = self._train_missing(resume_from_checkpoint is not False, ignore_keys_for_eval)
             finally:
