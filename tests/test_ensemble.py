@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import BertForQuestionAnswering
 
 import models
 from hf_s3t import Plan, S3TEnsemble, S3TStore, Stage, StoreError
 from served import copy, load, members
-from trainers import BASES, batch, logits, make_trainer
+from trainers import BASES, artefacts, batch, logits, make_trainer
 
 ROWS = {"llama": models.llama_rows(12, seed=1), "bert": models.bert_rows(12, seed=1)}
 BASE_NAMES = pytest.mark.parametrize("base", ["llama", "bert"])
@@ -190,6 +191,38 @@ def test_values_and_independent_labels_are_averaged_as_what_they_are(tmp_path: P
     ensemble = S3TEnsemble.from_pretrained(tmp_path, build())
     torch.testing.assert_close(logits(ensemble, inputs), expected, atol=1e-5, rtol=1e-5)
     assert trainer.evaluate(held_out)["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_an_answer_in_a_text_is_where_the_members_think_it_is(tmp_path: Path) -> None:
+    def build() -> BertForQuestionAnswering:
+        torch.manual_seed(0)
+        return BertForQuestionAnswering(models.tiny_bert(num_labels=2).config)
+
+    def asked(count: int, seed: int = 0) -> Any:
+        rows = models.bert_rows(count, seed=seed).remove_columns("labels")
+        places = [token % 5 for (token, *_) in rows["input_ids"]]
+        return rows.add_column("start_positions", places).add_column("end_positions", [place + 2 for place in places])
+
+    rows, config = asked(24), {"num_shards": 2, "task_type": "QUESTION_ANS"}
+    trainer = make_trainer(tmp_path / "out", base="bert", model=build(), train_dataset=rows, config=config)
+    trainer.train()
+    held_out = asked(8, seed=1)
+    inputs = batch(held_out, 8)
+    with torch.no_grad():
+        parts = [one(**inputs) for one in members(trainer.store, build)]
+        output = S3TEnsemble.from_pretrained(tmp_path / "out", build())(**inputs)
+    losses = []
+    for side in ("start", "end"):
+        expected = log_mean_softmax([part[f"{side}_logits"] for part in parts])
+        torch.testing.assert_close(output[f"{side}_logits"], expected, atol=1e-5, rtol=1e-5)
+        losses.append(torch.nn.functional.nll_loss(expected, inputs[f"{side}_positions"]))
+    assert output.loss.item() == pytest.approx(sum(losses).item() / 2, rel=1e-5)
+    assert trainer.evaluate(held_out)["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+    trainer.delete(ids=[rows["id"][3]])
+    trainer.train()
+    rest = rows.select([row for row in range(24) if row != 3])
+    make_trainer(tmp_path / "scratch", base="bert", model=build(), train_dataset=rest, config=config).train()
+    assert artefacts(tmp_path / "out") == artefacts(tmp_path / "scratch")
 
 
 # Generation

@@ -435,11 +435,11 @@ def test_a_repair_with_other_silent_arguments_is_equal(tmp_path: Path, caplog: p
 # ---- arguments that are called silent ----
 
 OTHERWISE: dict[str, Any] = {
-    "bf16_full_eval": True, "dataloader_pin_memory": False, "debug": "",
+    "dataloader_pin_memory": False, "debug": "",
     "ddp_broadcast_buffers": True, "ddp_bucket_cap_mb": 1, "ddp_find_unused_parameters": True, "ddp_timeout": 60,
     "ddp_static_graph": True, "disable_tqdm": False, "do_eval": True, "do_predict": True, "do_train": True,
-    "fp16_full_eval": True, "hub_always_push": True, "hub_model_id": "me/x", "hub_private_repo": True,
-    "ignore_data_skip": True, "include_for_metrics": ["inputs"], "include_num_input_tokens_seen": "all",
+    "hub_always_push": True, "hub_model_id": "me/x", "hub_private_repo": True,
+    "include_for_metrics": ["inputs"], "include_num_input_tokens_seen": "all",
     "log_level": "error", "log_level_replica": "error", "log_on_each_node": False, "logging_first_step": True,
     "logging_nan_inf_filter": False, "logging_steps": 1, "logging_strategy": "epoch", "run_name": "other",
     "restore_callback_states_from_checkpoint": True, "skip_memory_metrics": False, "torch_empty_cache_steps": 1,

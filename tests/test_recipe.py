@@ -14,20 +14,28 @@ import pytest
 import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TrainingArguments, ViTImageProcessor, default_data_collator
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    ViTImageProcessor,
+    default_data_collator,
+)
 
 from hf_s3t import RecipeError, S3TConfig
 from hf_s3t.layout import find_layout
 from hf_s3t.manifest import check_same
 from hf_s3t.recipe import (
     argument_defaults,
+    base_config,
     base_digest,
     bit_changing_arguments,
     make_recipe,
     processing_digest,
+    steering_by,
 )
 from hf_s3t.tuner import StageTuner
-from models import tiny_bert, tiny_gpt2, tiny_llama
+from models import bert_rows, llama_rows, tiny_bert, tiny_gpt2, tiny_llama
 
 
 def arguments(folder, **fields) -> TrainingArguments:
@@ -92,6 +100,12 @@ COUNTS = {
     "bf16": ({"args": {"bf16": True}}, "arguments.bf16"),
     "base id": ({"base_id": "me/other"}, "base.id"),
     "base": ({"model": tiny_llama(seed=1)}, "base.sha256"),
+    "dropout of the base": ({"model": tiny_llama(attention_dropout=0.5)}, "base.config.attention_dropout"),
+    "attention kernel": ({"model": tiny_llama(attn_implementation="eager")}, "base.config.attention"),
+    "positions": (
+        {"model": tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 9.0})},
+        "base.config.rope_parameters.rope_theta",
+    ),
     "drawn head": ({"heads": {"score": "0" * 64}}, "base.drawn_heads.score"),
     "tokenizer": ({"processing_class": ViTImageProcessor()}, "processing"),
 }
@@ -108,6 +122,7 @@ SILENT = {
     "evaluation": {"args": {"eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 2}},
     "trackers": {"args": {"run_name": "another"}},
     "pinning": {"args": {"dataloader_pin_memory": False}},
+    "cache of keys": {"model": tiny_llama(use_cache=False)},
 }
 
 
@@ -136,6 +151,66 @@ def test_the_evaluation_counts_where_it_chooses_the_weights(tmp_path):
     second = recipe(tmp_path, args=choosing | {"eval_steps": 10, "save_steps": 10})
     assert differences(first, second) == {"arguments.eval_steps", "arguments.save_steps"}
     assert "arguments.load_best_model_at_end" in differences(first, recipe(tmp_path))
+
+
+def steered(folder, args=None, callbacks=(), rows=4):
+    eval_dataset = None if rows is None else llama_rows(rows)
+    return {"steering": steering_by(arguments(folder, **args or {}), callbacks, eval_dataset)}
+
+
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+LOOKING = {"eval_strategy": "steps", "eval_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "changed"),
+    [
+        ({"args": PLATEAU | {"eval_steps": 5}}, {"args": PLATEAU | {"eval_steps": 9}},
+         {"steering.arguments.eval_steps"}),
+        ({"args": PLATEAU}, {"args": PLATEAU, "rows": 5}, {"steering.evaluation."}),
+        ({"args": {"load_best_model_at_end": True} | LOOKING | {"save_strategy": "steps", "save_steps": 5}},
+         {"args": {"load_best_model_at_end": True} | LOOKING | {"save_strategy": "steps", "save_steps": 5}, "rows": 5},
+         {"steering.evaluation."}),
+        ({"callbacks": [EarlyStoppingCallback(2)]}, {"callbacks": [EarlyStoppingCallback(3)]}, {"steering.callbacks"}),
+        ({"callbacks": [EarlyStoppingCallback(2)]}, {"callbacks": [EarlyStoppingCallback(2)], "rows": 5},
+         {"steering.evaluation."}),
+        ({"callbacks": [EarlyStoppingCallback(2)]}, {}, {"steering"}),
+        ({"args": LOOKING}, {"args": LOOKING | {"eval_steps": 10}, "rows": 5}, set()),
+        ({"args": LOOKING}, {"rows": None}, set()),
+    ],
+)  # fmt: skip
+def test_what_an_evaluation_steers_by_is_part_of_the_recipe(tmp_path, first, second, changed):
+    made = recipe(tmp_path)
+    first, second = made | steered(tmp_path, **first), made | steered(tmp_path, **second)
+    assert differences(first, second) == changed
+    check_same({name: value for name, value in first.items() if name != "steering"}, second)  # of an older version
+    check_same(first, {name: value for name, value in second.items() if name != "steering"})
+
+
+def test_a_streamed_evaluation_set_counts_as_well(tmp_path):
+    args = arguments(tmp_path, **PLATEAU)
+    whole = steering_by(args, (), llama_rows(4))
+    assert steering_by(args, (), llama_rows(4).to_iterable_dataset()) == whole
+    assert steering_by(args, (), {"a": llama_rows(4), "b": llama_rows(5)})["evaluation"].keys() == {"a", "b"}
+
+
+def test_fields_that_one_version_of_a_config_has_are_no_difference(tmp_path):
+    stored, wanted = recipe(tmp_path), recipe(tmp_path)
+    del stored["base"]["config"]["attention_dropout"], wanted["base"]["config"]["hidden_act"]
+    check_same(stored, wanted)
+    del stored["base"]["config"]
+    check_same(stored, wanted)
+    check_same(wanted, stored)
+
+
+def test_the_kind_of_loss_that_a_first_step_finds_out_is_no_difference(tmp_path):
+    model = tiny_bert()
+    before = base_config(model)
+    rows = bert_rows(2)
+    model(input_ids=torch.tensor(rows["input_ids"]), labels=torch.tensor(rows["labels"]))
+    assert model.config.problem_type is not None and "problem_type" not in before
+    after = base_config(model)
+    assert after.pop("problem_type") and after == before
 
 
 def test_an_argument_that_was_never_heard_of_counts(tmp_path):

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import models
-from hf_s3t import S3TConfig, S3TMixin, S3TStore, S3TTrainer, Stage
+from hf_s3t import DatasetError, S3TConfig, S3TMixin, S3TStore, S3TTrainer, Stage
 from test_trl import BRIEF, S3TDPOTrainer, S3TKTOTrainer, S3TSFTTrainer, preferences, texts
 from trainers import KEY, artefacts
 
@@ -168,6 +168,22 @@ BRIEFLY = {"sft": 0, "tokens": 1, "seq2seq": 2}
 """Those of the default run: trainers whose other tests are few, one setting each."""
 
 
+def test_sequences_of_several_shards_are_evaluated_one_by_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An encoder-decoder answers with one member at a time; its evaluation must not fail when all is trained."""
+    settings = EVERY[0] | {"shards": 2}
+    trainer = seq2seq(tmp_path, models.llama_rows(24), settings)
+    trainer.train()
+    found = trainer.evaluate()
+    assert "evaluates them one by one" in caplog.text
+    apart = []
+    for shard in range(2):
+        trainer.tuner.activate(f"shard-{shard:02d}")
+        apart.append(Seq2SeqTrainer.evaluate(trainer)["eval_loss"])
+    assert found["eval_loss"] == pytest.approx(sum(apart) / 2, rel=1e-6) and apart[0] != apart[1]
+
+
 class Stop(TrainerCallback):
     """A crash in the middle of the second stage."""
 
@@ -196,7 +212,7 @@ def test_repaired_is_never_seen_and_resumed_is_never_killed(
         return artefacts(tmp_path / path)
 
     if name in REFUSED:
-        with pytest.raises(ValueError, match=REFUSED[name]):
+        with pytest.raises(DatasetError, match=REFUSED[name]):
             trained(Path("out"))
         assert not S3TStore(tmp_path / "out").exists
         return

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from transformers import AutoTokenizer, BertForSequenceClassification, BertModel, LlamaForCausalLM
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel, LlamaForCausalLM, TrainingArguments
 
 import models
 from hf_s3t import DatasetError, RecipeError, S3TStore, S3TTrainer, StateError, StoreError, StoreLockedError
@@ -63,6 +63,9 @@ def running_python(code: str, *arguments: str) -> str:
         ("fsdp", "full_shard", "use DDP"),
         ("deepspeed", {"zero_optimization": {"stage": 1}}, "use DDP"),
         ("use_liger_kernel", True, "patch it once before you pass it"),
+        ("ignore_data_skip", True, "begin with rows that it has seen, and miss others"),
+        ("bf16_full_eval", True, "leave the base and the stages in bfloat16"),
+        ("fp16_full_eval", True, "leave the base and the stages in float16"),
     ],
 )
 def test_arguments_that_can_not_work_stage_by_stage(tmp_path: Path, name: str, value: Any, message: str) -> None:
@@ -70,6 +73,20 @@ def test_arguments_that_can_not_work_stage_by_stage(tmp_path: Path, name: str, v
     setattr(args, name, value)  # as it stands after parsing; some of these ask for more to be installed
     with pytest.raises(ValueError, match=f"S3T does not work with `{name}=.*{message}"):
         S3TTrainer(BASES["llama"][0](), args, train_dataset=models.llama_rows(4), peft_config=make_config())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", [{"dispatch_batches": True}, {"use_seedable_sampler": False}])
+def test_loaders_that_begin_otherwise_when_resumed(tmp_path: Path, setting: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match=f"accelerator_config=.*{next(iter(setting))}.*go on with other batches"):
+        make_trainer(tmp_path, args={"accelerator_config": setting})
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_process_with_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="over 2 GPUs.*accelerate launch.*CUDA_VISIBLE_DEVICES=0"):
+        make_trainer(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

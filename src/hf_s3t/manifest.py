@@ -267,13 +267,13 @@ def check_same(
 
     Args:
         defaults (`dict`, *optional*): values of the TrainingArguments that nobody set. An argument that `stored` does
-            not name came with a newer version of the Trainer: it counts as one that was not set.
+            not name came with a newer version of the Trainer: it counts as one that was not set. A field of the base's
+            config that only one of both has came or went with a version of transformers: it is no difference.
     """
     if defaults is not None:
         newer = {name: value for name, value in defaults.items() if name in wanted["arguments"]}
         stored = {**stored, "arguments": {**newer, **stored["arguments"]}}
-    if "user_values" not in stored:  # recipes from before there was one do not name it
-        stored = {**stored, "user_values": wanted.get("user_values")}
+    stored, wanted = _comparable(stored, wanted)
     differences = list(_differences(stored, wanted, ""))
     if differences:
         raise RecipeError(
@@ -283,9 +283,19 @@ def check_same(
         )
 
 
+def _comparable(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Recipes without what one of them does not name, as it was written before there was such a part."""
+    late = [name for name in ("user_values", "steering") if not all(name in recipe for recipe in recipes)]
+    kept = [{name: value for name, value in recipe.items() if name not in late} for recipe in recipes]
+    if not all("config" in recipe.get("base", ()) for recipe in kept):
+        kept = [{**recipe, "base": {**recipe.get("base", {}), "config": {}}} for recipe in kept]
+    return kept
+
+
 def _differences(stored: Any, wanted: Any, path: str) -> Any:
     if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        for name in sorted({*stored, *wanted}):
+        names = stored.keys() & wanted.keys() if path.startswith("base.config") else stored.keys() | wanted.keys()
+        for name in sorted(names):
             yield from _differences(stored.get(name), wanted.get(name), f"{path}.{name}" if path else name)
     elif stored != wanted:
         yield f"{path}: the store has {stored!r}, this run {wanted!r}"

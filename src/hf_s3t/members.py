@@ -31,7 +31,7 @@ from transformers.modeling_outputs import ModelOutput
 from .averages import Combine, average_logits, by_token
 from .member_cache import MemberCache
 from .member_rows import MemberRows
-from .seams.answering import FUSED_HEAD, caches_in, check_logits, check_one_dimension, loss_of
+from .seams.answering import FUSED_HEAD, caches_in, check_logits, check_one_dimension, loss_of, taken_labels
 from .trial import Trial
 
 
@@ -115,7 +115,7 @@ class Members(MemberRows):
             return self._forward(*args, **kwargs)
         self.refuse_encoder_decoder()
         kwargs |= zip(self.parameters, args, strict=False)
-        labels, items = kwargs.pop("labels", None), kwargs.pop("num_items_in_batch", None)
+        labels, items = taken_labels(kwargs), kwargs.pop("num_items_in_batch", None)
         fused = kwargs.pop(FUSED_HEAD, False)
         as_tuple, kwargs["return_dict"] = kwargs.pop("return_dict", None) is False, True
         if not self.tried:
@@ -123,9 +123,9 @@ class Members(MemberRows):
         kwargs = self._with_members_cache(kwargs)
         output = self.together(kwargs) if self.batched else self.in_turn(kwargs)
         if fused:
-            return by_token(output["logits"], labels)
-        if labels is not None:
-            output["loss"] = loss_of(self.base, output["logits"], labels, items)
+            return by_token(output["logits"], labels["labels"])
+        if labels:
+            output["loss"] = loss_of(self.base, output, labels, items)
         return output.to_tuple() if as_tuple else output
 
     def refuse_encoder_decoder(self) -> None:

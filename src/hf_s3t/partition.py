@@ -126,7 +126,7 @@ def raw_rows(dataset: Any) -> Iterable[Mapping[str, Any]]:
     for position in range(len(dataset)):
         row = dataset[position]
         if not isinstance(row, Mapping):
-            raise ValueError(f"Rows of the train set must be mappings from column to value, got {type(row).__name__}.")
+            raise ValueError(f"Rows must be mappings from column to value, got {type(row).__name__}.")
         yield row
 
 

@@ -10,20 +10,20 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import MISSING, fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from .config import LORA_FIELDS, S3TConfig
 from .layout import Layout
-from .partition import canonical
-from .seams.arguments import CHOOSING, SILENT
-from .seams.models import tokenizer_rules
+from .partition import canonical, raw_rows, row_digest
+from .seams.arguments import CHOOSING, SILENT, is_evaluation_heard
+from .seams.models import computing_settings, tokenizer_rules
 from .seams.tuners import base_name
 from .tuner import tensor_digest
 
@@ -40,6 +40,7 @@ def make_recipe(
     heads: Mapping[str, str],
     user_code: Any = (),
     cached_trunk: bool = False,
+    steering: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The recipe of a run.
 
@@ -47,6 +48,7 @@ def make_recipe(
         heads (`dict[str, str]`): digests of the heads that the base lacked and that were drawn.
         user_code (`tuple`): what else of the user's changes bits: the optimizer with its settings, the loss function.
         cached_trunk (`bool`): whether what enters a stage is computed row by row, as an activation cache needs it.
+        steering (`dict`, *optional*): see [`steering_by`].
     """
     lora = {name: getattr(config, name) for name in LORA_FIELDS if name != "exclude_modules"}
     recipe = {
@@ -75,6 +77,7 @@ def make_recipe(
             "num_labels": bare(model).config.num_labels if layout.heads else None,
             "dtype": str(bare(model).dtype),
             "quantization": quantization(model),
+            "config": base_config(model),
             "sha256": base_digest(model, layout.heads),
             "drawn_heads": dict(heads),
             "heads": {head: base_digest(bare(model).get_submodule(head)) for head in layout.heads},
@@ -87,9 +90,64 @@ def make_recipe(
     recipe["collator_settings"] = described(collator)
     recipe["user_code"] = described(user_code)
     recipe["user_values"] = {"code": _digest(carried(user_code)), "collator": _digest(carried(collator))}
+    recipe["steering"] = steering
     if cached_trunk:
         recipe["cached_trunk"] = True
     return json.loads(json.dumps(recipe, default=str, sort_keys=True))
+
+
+def base_config(model: nn.Module) -> dict[str, Any]:
+    """What a base's config says of how it computes (dropout, attention kernel, positions and so on), as plain data."""
+    config = getattr(bare(model), "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return {}
+    settings = _without(computing_settings(config), NOT_COMPUTED)
+    if settings.get("problem_type", "") is None:  # the first loss finds it out, and writes it into the config
+        del settings["problem_type"]
+    return settings
+
+
+NOT_COMPUTED = frozenset({
+    "_commit_hash", "_name_or_path", "architectures", "dtype", "id2label", "label2id", "name_or_path",
+    "output_attentions", "output_hidden_states", "quantization_config", "return_dict", "task_specific_params",
+    "torch_dtype", "transformers_version", "use_cache",
+})  # fmt: skip
+"""Fields of a config, and of the configs in it, that change no bit of a stage or are in the recipe by themselves."""
+
+
+def _without(settings: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    return {
+        name: _without(value, names) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if name not in names and not _is_path(value)
+    }
+
+
+def steering_by(args: TrainingArguments, callbacks: Iterable[Any], eval_dataset: Any) -> dict[str, Any] | None:
+    """What an evaluation steers a stage by, if it does: `None` where it only looks.
+
+    It does where it chooses the weights, drives the learning rate, or where a callback with a state listens to it, as
+    one that stops early. Then the evaluation set is part of the recipe, and so is how often it is asked.
+
+    Raises:
+        ValueError: a row of the evaluation set has no canonical form.
+    """
+    told = [(type(callback).__name__, callback.state().get("args", {})) for callback in callbacks]
+    if not told and not is_evaluation_heard(args):
+        return None
+    sets = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    return {
+        "callbacks": described(sorted(told, key=canonical)),
+        "arguments": {name: value for name, value in sorted(args.to_dict().items()) if name in CHOOSING},
+        "evaluation": {name: _digest_of_rows(rows) for name, rows in sets.items() if rows is not None},
+    }
+
+
+def _digest_of_rows(rows: Any) -> str:
+    digest = hashlib.sha256()
+    for row in raw_rows(rows) if hasattr(rows, "__len__") else rows:
+        digest.update(row_digest(row).encode())
+    return digest.hexdigest()
 
 
 def described(thing: Any) -> Any:

@@ -99,7 +99,7 @@ class ServedModelMixin(TrainerSeam):
                 try:
                     with self._served_model():
                         return evaluate()
-                except (AttributeError, TypeError) as error:
+                except (AttributeError, TypeError, ValueError) as error:
                     if self._order is not None or len(self._members or {}) < 2:
                         raise
                     logger.warning(

@@ -22,7 +22,7 @@ from .config import S3TConfig
 from .layout import find_heads
 from .optimal import optimal
 from .plan import Plan, Stage
-from .seams.arguments import setting
+from .seams.arguments import loader_setting, setting
 from .seams.tuners import check_base_names, check_heads
 from .sequences import check_count, select_sequences
 from .trees import MAX_COST
@@ -63,6 +63,9 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
         raise ValueError(f"`missing` must be 'error', 'delete' or 'ignore', got {missing!r}.")
     refusals = {
         "auto_find_batch_size": "it starts again on weights that were updated already; set the batch size",
+        "ignore_data_skip": "a killed stage would begin with rows that it has seen, and miss others; leave it out",
+        "bf16_full_eval": "an evaluation would leave the base and the stages in bfloat16; load the base in bfloat16",
+        "fp16_full_eval": "an evaluation would leave the base and the stages in float16; load the base in float16",
         "packing": "it joins examples of different slices; set `packing=False`",
         "fsdp": "stages need whole tensors on every process; use DDP",
         "deepspeed": "stages need whole tensors on every process; use DDP",
@@ -73,6 +76,18 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
     for name, reason in refusals.items():
         if setting(args, name):
             raise ValueError(f"S3T does not work with `{name}={getattr(args, name)!r}`: {reason}.")
+    for name, wanted in {"dispatch_batches": (None, False), "use_seedable_sampler": (None, True)}.items():
+        if loader_setting(args, name) not in wanted:
+            raise ValueError(
+                f"S3T does not work with `accelerator_config={{{name!r}: {loader_setting(args, name)!r}}}`: a killed "
+                "stage would go on with other batches. Leave it out."
+            )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process would spread every batch over {args.n_gpu} GPUs (`DataParallel`), which changes what a "
+            "batch is. Start one process per GPU with `accelerate launch`, or let this one see a single GPU "
+            "(`CUDA_VISIBLE_DEVICES=0`)."
+        )
     if args.push_to_hub and "checkpoint" in str(args.hub_strategy.value):
         raise ValueError(
             f"`hub_strategy={args.hub_strategy.value!r}` would push running checkpoints, whose optimizer states are "

@@ -38,7 +38,7 @@ from .folder import LOCK_SECONDS
 from .numbered import MarkingCollator, RowGuard
 from .orders import StageDropped, StageOrder, commit, is_hit, next_order, running_folder
 from .plan import Stage
-from .recipe import argument_defaults, make_recipe
+from .recipe import argument_defaults, make_recipe, steering_by
 from .reconcile import Missing, Wanted, plan_repair, reconcile, warn_of_other_stacks
 from .rows import DIGEST_COLUMN, TrainRows
 from .seams.preparation import watched_preparation
@@ -220,6 +220,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
             self.data_collator, self.base_model_id, self._drawn_heads,
             user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.on,
+            steering=steering_by(self.args, self.stateful_callbacks(), self.eval_dataset),
         )  # fmt: skip
         prior = self.s3t_config.deletion_prior
         wanted_plan = make_plan(self.s3t_config, self.args.seed) if cost_budget is None else None

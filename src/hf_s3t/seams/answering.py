@@ -77,13 +77,23 @@ def lora_by_views(module: Any, x: torch.Tensor, names: Sequence[str]) -> torch.T
     return result
 
 
-def loss_of(base: Any, logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
-    """The loss that a model computes from its logits."""
+def taken_labels(kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Takes out of the arguments of a forward pass what its loss compares the answer with, if a loss is due."""
+    names = ("start_positions", "end_positions") if "start_positions" in kwargs else ("labels",)
+    taken = {name: kwargs.pop(name, None) for name in names}
+    return {} if any(value is None for value in taken.values()) else taken
+
+
+def loss_of(base: Any, output: Any, labels: dict[str, torch.Tensor], items: Any) -> torch.Tensor:
+    """The loss that a model computes from its logits and from what [`taken_labels`] took."""
     if "ForMultipleChoice" in type(base).__name__:  # transformers has no loss by that name
-        return cross_entropy(logits, labels)
+        return cross_entropy(output["logits"], labels["labels"])
     if not hasattr(base, "loss_function"):
         raise broken("models_loss", f"{type(base).__name__} has no `loss_function`")
-    kwargs = {"logits": logits, "labels": labels, "config": base.config, "pooled_logits": logits}
+    if "start_positions" in labels:
+        return base.loss_function(output["start_logits"], output["end_logits"], **labels)
+    logits = output["logits"]
+    kwargs = {"logits": logits, **labels, "config": base.config, "pooled_logits": logits}
     if items is not None:
         kwargs["num_items_in_batch"] = items
     return base.loss_function(**kwargs, vocab_size=getattr(base.config, "vocab_size", None))

@@ -10,11 +10,11 @@ from transformers import TrainingArguments
 from . import broken
 
 SILENT = frozenset({
-    "auto_find_batch_size", "bf16_full_eval", "dataloader_persistent_workers", "dataloader_pin_memory",
+    "auto_find_batch_size", "dataloader_persistent_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb",
     "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "debug", "deepspeed", "disable_tqdm", "do_eval",
-    "do_predict", "do_train", "enable_jit_checkpoint", "fp16_full_eval", "fsdp", "fsdp_config", "hub_always_push",
-    "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token", "ignore_data_skip",
+    "do_predict", "do_train", "enable_jit_checkpoint", "fsdp", "fsdp_config", "hub_always_push",
+    "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
     "include_for_metrics", "include_num_input_tokens_seen", "local_rank", "log_level", "log_level_replica",
     "log_on_each_node", "logging_dir", "logging_first_step", "logging_nan_inf_filter", "logging_steps",
     "logging_strategy", "output_dir", "place_model_on_device", "project", "push_to_hub", "report_to",
@@ -31,8 +31,28 @@ CHOOSING = frozenset({
 })  # fmt: skip
 """They count only with `load_best_model_at_end`: then the evaluation set chooses the weights."""
 
+BY_METRICS = ("reduce_lr_on_plateau", "greedy")
+"""Schedules of the learning rate that an evaluation drives."""
+
 TRL_SFT = ("packing", "padding_free")
 """Arguments of TRL's `SFTConfig` alone that are refused; all others that are refused are of `TrainingArguments`."""
+
+
+def is_evaluation_heard(args: TrainingArguments) -> bool:
+    """Whether what an evaluation finds changes how a stage goes on."""
+    return bool(args.load_best_model_at_end) or getattr(args.lr_scheduler_type, "value", None) in BY_METRICS
+
+
+def loader_setting(args: Any, name: str) -> Any:
+    """The value of one of `accelerator_config`'s fields.
+
+    Raises:
+        CompatibilityError: it is called otherwise now.
+    """
+    config = setting(args, "accelerator_config")
+    if not hasattr(config, name):
+        raise broken("refused_arguments", f"`accelerator_config` has no `{name}`")
+    return getattr(config, name)
 
 
 def setting(args: Any, name: str) -> Any:

@@ -147,6 +147,16 @@ class TrainerSeam(TrainerBase):
         self._fresh.restore(self.accelerator, self.callback_handler.callbacks)
 
 
+    def stateful_callbacks(self) -> list[Any]:
+        """Callbacks that say of themselves what they were made with and how far they are: early stopping, for one."""
+        return with_state(self.callback_handler.callbacks)
+
+
+def with_state(callbacks: Sequence[Any]) -> list[Any]:
+    """Those of some callbacks that have a `state()`."""
+    return [callback for callback in callbacks if isinstance(callback, ExportableState)]
+
+
 class Pristine:
     """What a Trainer carries from one training to the next, as it was before the first."""
 
@@ -168,12 +178,11 @@ class Pristine:
             state.sync_gradients, state.dataloader_references = True, [None]
         except AttributeError as error:
             raise broken("accelerator", f"The count of accumulated batches can not be set ({error})") from error
-        for callback in callbacks:
-            if isinstance(callback, ExportableState):
-                now = callback.state().get("attributes", {})
-                _, first = self._attributes.setdefault(id(callback), (callback, copy.deepcopy(now)))
-                for name, value in first.items():
-                    setattr(callback, name, copy.deepcopy(value))
+        for callback in with_state(callbacks):
+            now = callback.state().get("attributes", {})
+            _, first = self._attributes.setdefault(id(callback), (callback, copy.deepcopy(now)))
+            for name, value in first.items():
+                setattr(callback, name, copy.deepcopy(value))
 
 
 @contextmanager
