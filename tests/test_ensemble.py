@@ -15,7 +15,7 @@ from transformers import BertForQuestionAnswering
 
 import models
 from hf_s3t import Plan, S3TEnsemble, S3TStore, Stage, StoreError
-from served import copy, load, members
+from served import copy, inputs_of, load, members
 from trainers import BASES, artefacts, batch, logits, make_trainer
 
 ROWS = {"llama": models.llama_rows(12, seed=1), "bert": models.bert_rows(12, seed=1)}
@@ -191,6 +191,30 @@ def test_values_and_independent_labels_are_averaged_as_what_they_are(tmp_path: P
     ensemble = S3TEnsemble.from_pretrained(tmp_path, build())
     torch.testing.assert_close(logits(ensemble, inputs), expected, atol=1e-5, rtol=1e-5)
     assert trainer.evaluate(held_out)["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_a_base_of_another_config_is_named(stores: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    S3TEnsemble.from_pretrained(stores["bert"], models.tiny_bert())
+    assert "config differs" not in caplog.text
+    S3TEnsemble.from_pretrained(stores["bert"], models.tiny_bert(hidden_act="relu"))
+    assert "the base model's config differs from that of the training (hidden_act)" in caplog.text
+
+
+def test_what_torch_compile_returned_is_no_base(stores: dict[str, Path]) -> None:
+    with pytest.raises(StoreError, match=r"what `torch\.compile` made of a model.*compile the ensemble"):
+        S3TEnsemble.from_pretrained(stores["bert"], torch.compile(models.tiny_bert()))
+
+
+@pytest.mark.slow
+def test_a_compiled_ensemble_answers_and_forgets_as_one_that_is_not(tmp_path: Path) -> None:
+    store, inputs = copy("llama", tmp_path), inputs_of("llama-even", 4)
+    ensemble = load(store, "llama")
+    compiled = torch.compile(ensemble)
+    for gone in (None, (0, 1), (1, 0)):
+        if gone is not None:
+            ensemble.delete(slices=[gone])
+        expected = logits(load(store, "llama"), inputs)
+        torch.testing.assert_close(logits(compiled, inputs), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_answer_in_a_text_is_where_the_members_think_it_is(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import EarlyStoppingCallback, TrainerCallback, default_data_collator
 
 import models
-from hf_s3t import IsolationError, S3TStore, S3TTrainer, Stage
+from hf_s3t import IsolationError, RecipeError, S3TStore, S3TTrainer, Stage
 from hf_s3t.numbered import ROW_NUMBER, NumberedRows, RowGuard
 from hf_s3t.seams.arguments import CHOOSING, SILENT
 from trainers import ROWS, artefacts, make_trainer
@@ -430,6 +430,38 @@ def test_a_repair_with_other_silent_arguments_is_equal(tmp_path: Path, caplog: p
     make_trainer(tmp_path / "out", config=copy.deepcopy(config), train_dataset=rest, **evaluating).train()
     make_trainer(tmp_path / "scratch", config=copy.deepcopy(config), train_dataset=rest).train()
     assert artefacts(tmp_path / "out") == artefacts(tmp_path / "scratch")
+
+
+def test_an_evaluation_set_that_chooses_is_part_of_the_recipe(tmp_path: Path) -> None:
+    choosing = LOUD | {"load_best_model_at_end": True, "metric_for_best_model": "loss", "num_train_epochs": 3}
+    rows, held_out = models.llama_rows(ROWS), models.llama_rows(28).select(range(24, 28))
+    rest = rows.select(range(1, ROWS))
+
+    def make(path: str, some: Any = rows, evaluated: Any = held_out, **kwargs: Any) -> S3TTrainer:
+        stop = EarlyStoppingCallback(kwargs.pop("patience", 2))
+        given = {"config": copy.deepcopy(LIVE), "args": choosing | kwargs, "callbacks": [stop]}
+        return make_trainer(tmp_path / path, train_dataset=some, eval_dataset=evaluated, **given)
+
+    make("out").train()
+    S3TStore(tmp_path / "out").delete(ids=[rows["id"][0]])
+    before = artefacts(tmp_path / "out")
+    for other in ({"evaluated": models.llama_rows(4, seed=9)}, {"patience": 3}, {"eval_steps": 2, "save_steps": 2}):
+        with pytest.raises(RecipeError, match=r"steering\."):
+            make("out", rest, **other).train()
+    assert artefacts(tmp_path / "out") == before
+    make("out", rest).train()
+    make("scratch", rest).train()
+    assert artefacts(tmp_path / "out") == artefacts(tmp_path / "scratch")
+
+
+def test_a_base_that_computes_otherwise_repairs_nothing(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "out", config=copy.deepcopy(LIVE)).train()
+    S3TStore(tmp_path / "out").delete(slices=[(0, 1)])
+    others = {"attention_dropout": {"attention_dropout": 0.5}, "attention": {"attn_implementation": "eager"}}
+    for field, other in others.items():
+        model = models.tiny_llama(num_hidden_layers=4, **other)
+        with pytest.raises(RecipeError, match=rf"base\.config\.{field}: the store has"):
+            make_trainer(tmp_path / "out", config=copy.deepcopy(LIVE), model=model).train()
 
 
 # ---- arguments that are called silent ----

@@ -90,6 +90,29 @@ def test_one_process_with_several_gpus(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
+def compiled_whole() -> Any:
+    return torch.compile(BASES["llama"][0]())
+
+
+def compiled_in_place() -> Any:
+    model = BASES["llama"][0]()
+    model.compile()
+    return model
+
+
+def compiled_layer() -> Any:
+    model = BASES["llama"][0]()
+    model.model.layers[1].compile()
+    return model
+
+
+@pytest.mark.parametrize("build", [compiled_whole, compiled_in_place, compiled_layer])
+def test_a_compiled_base(tmp_path: Path, build: Any) -> None:
+    with pytest.raises(ValueError, match="was compiled: .* specialised to the batches of earlier stages"):
+        make_trainer(tmp_path, model=build())
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_arguments_at_all() -> None:
     with pytest.raises(ValueError, match="S3T needs `args`: .* names the store"):
         S3TTrainer(BASES["llama"][0](), train_dataset=models.llama_rows(4), peft_config=make_config())

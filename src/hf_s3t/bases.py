@@ -75,11 +75,21 @@ def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     Tensors of another dtype or quantisation can not be compared; then a warning says so. Offloaded ones are refused,
     as adapters can not be with them.
     """
-    from .recipe import bare, base_digest, quantization
+    from .recipe import bare, base_config, base_digest, quantization
+    from .seams.models import original
 
+    if original(model) is not model:
+        raise StoreError("This is what `torch.compile` made of a model. Give the model, and compile the ensemble.")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise StoreError("Some layers of the base are offloaded. Load it with a `device_map` that holds all of them.")
     stored = recipe["base"]
+    config = stored.get("config") or {}
+    fields = [name for name, value in base_config(model).items() if name in config and value != config[name]]
+    if fields:
+        logger.warning(
+            "the base model's config differs from that of the training (%s): so may its answers",
+            ", ".join(sorted(fields)),
+        )
     if stored.get("sha256") is None:
         return
     found = {"dtype": str(bare(model).dtype), "quantization": quantization(model)}

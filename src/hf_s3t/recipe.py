@@ -104,7 +104,7 @@ def base_config(model: nn.Module) -> dict[str, Any]:
     settings = _without(computing_settings(config), NOT_COMPUTED)
     if settings.get("problem_type", "") is None:  # the first loss finds it out, and writes it into the config
         del settings["problem_type"]
-    return settings
+    return json.loads(json.dumps(settings, default=str))
 
 
 NOT_COMPUTED = frozenset({

@@ -23,6 +23,7 @@ from .layout import find_heads
 from .optimal import optimal
 from .plan import Plan, Stage
 from .seams.arguments import loader_setting, setting
+from .seams.models import is_compiled
 from .seams.tuners import check_base_names, check_heads
 from .sequences import check_count, select_sequences
 from .trees import MAX_COST
@@ -49,6 +50,9 @@ def on_main_process(args: TrainingArguments, function: Callable[[], Any]) -> Any
     return outcome[0]
 
 
+COMPILED = "what is compiled is specialised to the batches of earlier stages, which moves last bits of later ones"
+
+
 def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str) -> None:
     """Raises `ValueError` for what can not work stage by stage, with the way out."""
     if args is None:
@@ -61,6 +65,11 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
         raise ValueError("A ready optimizer holds the parameters of one stage. Use `optimizer_cls_and_kwargs`.")
     if missing not in ("error", "delete", "ignore"):
         raise ValueError(f"`missing` must be 'error', 'delete' or 'ignore', got {missing!r}.")
+    if is_compiled(model):
+        raise ValueError(
+            f"The model, or a module of it, was compiled: {COMPILED}. Pass it as it was loaded; the ensemble that is "
+            "served may be compiled."
+        )
     refusals = {
         "auto_find_batch_size": "it starts again on weights that were updated already; set the batch size",
         "ignore_data_skip": "a killed stage would begin with rows that it has seen, and miss others; leave it out",
@@ -69,8 +78,7 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
         "packing": "it joins examples of different slices; set `packing=False`",
         "fsdp": "stages need whole tensors on every process; use DDP",
         "deepspeed": "stages need whole tensors on every process; use DDP",
-        "torch_compile": "what is compiled is specialised to the batches of earlier stages, which moves last bits of "
-        "later ones; leave it out",
+        "torch_compile": f"{COMPILED}; leave it out",
         "use_liger_kernel": "it patches the model at every stage; patch it once before you pass it",
     }
     for name, reason in refusals.items():

@@ -109,6 +109,22 @@ def is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model, or a module of it, was handed to `torch.compile`.
+
+    Raises:
+        CompatibilityError: modules of torch do not tell.
+    """
+    if not hasattr(model, "_compiled_call_impl"):
+        raise broken("compiled", "`torch.nn.Module` has no `_compiled_call_impl`")
+    return any(module._compiled_call_impl is not None or original(module) is not module for module in model.modules())
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given, of what it returned; of any other module the module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def computing_settings(config: Any) -> dict[str, Any]:
     """What of a model's config may change the last bit of what it computes, as plain data."""
     if not hasattr(config, "_attn_implementation"):

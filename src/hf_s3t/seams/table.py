@@ -119,6 +119,14 @@ TABLE: dict[str, Seam] = {
         TRANSFORMERS,
         "once there is a public method that draws one module",
     ),
+    "compiled": Seam(
+        "torch",
+        "`_compiled_call_impl` of a module, `_orig_mod` of one that `torch.compile` returned",
+        "a compiled base is specialised to the batches of all stages so far, and is refused",
+        "promise 4",
+        "2.6 to 2.15",
+        "once torch says in public whether a module is compiled",
+    ),
     "attention": Seam(
         "transformers",
         "`_attn_implementation` of a model's config",
