@@ -7,7 +7,10 @@ One sequence of four stages of eight layers each, in the four ways of `training.
 * `_peak_gb`: the most memory that PyTorch had allocated, in 10^9 bytes.
 
 `8bit_off_bit_equal` and so on say whether a sequence trained twice under `full_determinism` gave the same files,
-with and without the activation cache, which is on the disk. One run, no repeats: the figures are of one machine.
+with and without the activation cache, which is on the disk. `bf16_fp16_alone_equal` says whether the last stage is the
+same where a new trainer trains it alone, on what the others left: under fp16 a scaler learns from overflows, and those
+of other stages must not count. fp16 needs a GPU; without one `bf16_bf16_alone_equal` says the same of bf16. One run,
+no repeats: the figures are of one machine.
 Without a GPU it runs too, on the CPU and without figures of memory; then give it `--quick`.
 
 ```bash
@@ -58,7 +61,7 @@ class DeviceBench(Bench):
     eval_trunk = True  # 8-bit layers may compute otherwise in training than in eval mode
 
     def __init__(self, shape: Shape, seed: int, precision: str, folder: Path):
-        self.precision, self.folder, self.repeatable = precision, folder, False
+        self.precision, self.folder, self.repeatable, self.autocast = precision, folder, False, "bf16"
         super().__init__(shape, seed)
 
     def make(self) -> Any:
@@ -93,7 +96,7 @@ class DeviceBench(Bench):
         return TrainingArguments(
             folder, num_train_epochs=self.shape.epochs, per_device_train_batch_size=self.shape.batch, report_to=[],
             save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
-            bf16=True, full_determinism=self.repeatable, **more,
+            full_determinism=self.repeatable, **{self.autocast: True}, **more,
         )  # fmt: skip
 
 
@@ -165,6 +168,26 @@ def measure_repeats(bench: DeviceBench) -> dict[str, bool]:
     return figures
 
 
+def measure_alone(bench: DeviceBench) -> dict[str, bool]:
+    """Whether the last stage of a sequence is the same where its trainer has trained no other."""
+    bench.repeatable, bench.autocast = True, "fp16" if torch.cuda.is_available() else "bf16"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = bench.trainer(folder, "off", TrainerCallback())
+            trainer.train()
+            store = trainer.store
+            manifest = store.manifest()
+            last = max(manifest.stages, key=lambda stage: stage.depth)
+            files = manifest.stages[last]
+            store.write_manifest(manifest.without([last]))
+            bench.trainer(folder, "off", TrainerCallback()).train()
+            equal = store.manifest().stages[last] == files
+        return {f"{bench.precision}_{bench.autocast}_alone_equal": equal}
+    finally:
+        bench.repeatable, bench.autocast = False, "bf16"
+        torch.use_deterministic_algorithms(False)
+
+
 def trained_digest(bench: DeviceBench, cache: str) -> str:
     """sha256 over the stages of one sequence."""
     with tempfile.TemporaryDirectory() as folder:
@@ -182,6 +205,8 @@ def run(settings: Settings, seed: int) -> dict[str, Any]:
         for precision in PRECISIONS:
             bench = DeviceBench(settings.llama, seed, precision, Path(folder) / "base")
             figures |= measure_stages(bench) | measure_repeats(bench)
+            if precision == "bf16":
+                figures |= measure_alone(bench)
             del bench
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -108,6 +108,7 @@ def test_gpu_writes_its_figures_without_a_gpu(tmp_path: Path) -> None:
             for stage in (1, 2, 3, 4):
                 assert figures[f"{precision}_{way}_stage{stage}_tokens_per_s"] > 0
         assert figures[f"{precision}_off_bit_equal"] and figures[f"{precision}_disk_bit_equal"]
+    assert figures["bf16_bf16_alone_equal"]
 
 
 @pytest.mark.slow

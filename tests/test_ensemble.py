@@ -207,7 +207,7 @@ def test_what_torch_compile_returned_is_no_base(stores: dict[str, Path]) -> None
 
 @pytest.mark.slow
 def test_a_compiled_ensemble_answers_and_forgets_as_one_that_is_not(tmp_path: Path) -> None:
-    store, inputs = copy("llama", tmp_path), inputs_of("llama-even", 4)
+    store, inputs = copy("llama", tmp_path), inputs_of("llama", 4)
     ensemble = load(store, "llama")
     compiled = torch.compile(ensemble)
     for gone in (None, (0, 1), (1, 0)):

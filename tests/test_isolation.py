@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -338,8 +340,20 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def in_this_process(setting: str, path: Path, prefix: tuple[int, ...]) -> None:
+    config = {"sequence_selection": [prefix], "num_slices": 2, "budget": None}
+    SETTINGS[setting](path, config=config).train()
+
+
+def in_a_new_process(setting: str, path: Path, prefix: tuple[int, ...]) -> None:
+    code = f"import conftest, test_isolation as t; t.in_this_process({setting!r}, t.Path({str(path)!r}), {prefix})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("train", [in_this_process, pytest.param(in_a_new_process, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_stage_trained_alone_is_the_one_trained_in_sequence(tmp_path: Path, setting: str) -> None:
+def test_a_stage_trained_alone_is_the_one_trained_in_sequence(tmp_path: Path, setting: str, train: Any) -> None:
     """Each of the first stages, by a new trainer on a store that has nothing but what stands above it."""
     whole = SETTINGS[setting](tmp_path / "whole", config=dict(LIVE))
     whole.train()
@@ -348,8 +362,7 @@ def test_a_stage_trained_alone_is_the_one_trained_in_sequence(tmp_path: Path, se
     assert len(stages) == 3
     for stage in stages:
         path = tmp_path / stage.name.replace("/", "_")
-        config = {"sequence_selection": [stage.prefix], "num_slices": 2, "budget": None}
-        SETTINGS[setting](path, config=config).train()
+        train(setting, path, stage.prefix)
         found = artefacts(path)
         assert {name: expected[name] for name in found if stage.name in name} == {
             name: digest for name, digest in found.items() if stage.name in name
