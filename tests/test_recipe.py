@@ -203,6 +203,13 @@ def test_fields_that_one_version_of_a_config_has_are_no_difference(tmp_path):
     check_same(wanted, stored)
 
 
+def test_special_tokens_count_where_no_tokenizer_names_them(tmp_path):
+    other, words = tiny_llama(), tokenizer()
+    other.config.pad_token_id = 5
+    assert differences(recipe(tmp_path), recipe(tmp_path, model=other)) == {"base.config.pad_token_id"}
+    check_same(*(recipe(tmp_path, model=model, processing_class=words) for model in (None, other)))
+
+
 def test_the_kind_of_loss_that_a_first_step_finds_out_is_no_difference(tmp_path):
     model = tiny_bert()
     before = base_config(model)

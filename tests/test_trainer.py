@@ -245,7 +245,7 @@ def test_the_best_checkpoint_of_a_stage_is_stored_and_the_recipe_says_so(tmp_pat
             self.seen.setdefault(stage.name, []).append(metrics["eval_loss"])
 
     choosing = {
-        "num_train_epochs": 8, "learning_rate": 0.3, "eval_strategy": "epoch", "save_strategy": "epoch",
+        "num_train_epochs": 20, "learning_rate": 0.3, "eval_strategy": "epoch", "save_strategy": "epoch",
         "load_best_model_at_end": True, "metric_for_best_model": "loss",
     }  # fmt: skip
     held_out, losses = models.bert_rows(16, seed=1), Losses()
@@ -253,7 +253,7 @@ def test_the_best_checkpoint_of_a_stage_is_stored_and_the_recipe_says_so(tmp_pat
     trainer = make_trainer(tmp_path, callbacks=[losses, EarlyStoppingCallback(2)], **settings)
     trainer.train()
     for name, seen in losses.seen.items():
-        assert len(seen) < 8  # stopped early
+        assert len(seen) < 20  # stopped early
         assert min(seen) == seen[-3] < seen[-1]  # with patience 2, and the best is not the last
         trainer.store.export(tmp_path.with_name("exported"), prefix=name)
         stored = PeftModel.from_pretrained(models.tiny_bert(), tmp_path.with_name("exported")).eval()

@@ -77,7 +77,7 @@ def make_recipe(
             "num_labels": bare(model).config.num_labels if layout.heads else None,
             "dtype": str(bare(model).dtype),
             "quantization": quantization(model),
-            "config": base_config(model),
+            "config": base_config(model, processing_class is not None),
             "sha256": base_digest(model, layout.heads),
             "drawn_heads": dict(heads),
             "heads": {head: base_digest(bare(model).get_submodule(head)) for head in layout.heads},
@@ -96,12 +96,12 @@ def make_recipe(
     return json.loads(json.dumps(recipe, default=str, sort_keys=True))
 
 
-def base_config(model: nn.Module) -> dict[str, Any]:
+def base_config(model: nn.Module, has_tokenizer: bool = False) -> dict[str, Any]:
     """What a base's config says of how it computes (dropout, attention kernel, positions and so on), as plain data."""
     config = getattr(bare(model), "config", None)
     if not isinstance(config, PreTrainedConfig):
         return {}
-    settings = _without(computing_settings(config), NOT_COMPUTED)
+    settings = _without(computing_settings(config), NOT_COMPUTED | (SPECIAL_TOKENS if has_tokenizer else frozenset()))
     if settings.get("problem_type", "") is None:  # the first loss finds it out, and writes it into the config
         del settings["problem_type"]
     return json.loads(json.dumps(settings, default=str))
@@ -113,6 +113,8 @@ NOT_COMPUTED = frozenset({
     "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
 """Fields of a config, and of the configs in it, that change no bit of a stage or are in the recipe by themselves."""
+SPECIAL_TOKENS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+"""Fields that the Trainer brings into line with the tokenizer, if there is one, when it begins."""
 
 
 def _without(settings: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
