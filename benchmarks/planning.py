@@ -5,7 +5,7 @@ its first R requests, R being the expected number of requests until every slice 
 16 slices. With more it is a mean over sampled deletion streams that no plan was searched on, the same for all plans.
 
 Three deletion priors: `uniform`; `zipf`, p_j ~ 1 / j; `two_level`, a quarter of the slices is 10 times likelier than
-the others. `hf_s3t.optimal.optimal` is told the prior and R. It optimises the mean of the values under it and under a
+the others. `hf_s3t.plan.optimal.optimal` is told the prior and R. It optimises the mean of the values under it and under a
 uniform one, its default; judged is under the prior itself.
 
 Compared with the paper (S3T, arXiv 2406.16257), re-implemented from its description: the cyclic rotation with B = L,
@@ -20,7 +20,7 @@ numbers in `KNOWN` were computed independently of the library, and are computed 
 * `plan_seconds_L<L>`: choosing such a tree, the median over the priors. `plan_seconds_L12_B24`: 24 sequences of 12.
 * `wrong_prior_loss_B<B>`, `wrong_prior_loss_cost`: what a plan for the reversed Zipf prior retains less over its whole
   life than the rotation does, for as many sequences and for its cost; `..._alone`: had it trusted that prior alone.
-* `simulator_speedup`: a plain loop over `hf_s3t.simulate.simulate`, which does the same arithmetic (and draws the
+* `simulator_speedup`: a plain loop over `hf_s3t.planner.simulate.simulate`, which does the same arithmetic (and draws the
   requests as well, which the loop is given). They have to agree on every stream.
 * `known_missed`: how many of the known numbers did not come out.
 
@@ -53,19 +53,19 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from serving import REPOSITORY, ratios, shown, spread
 
-from hf_s3t.arrivals import DeletionRequests
-from hf_s3t.bms import bms
-from hf_s3t.bounds import budget_bound, cost_bound
-from hf_s3t.closed_forms import distinct_hits, lemma_2, life_until_all_dead, place_chances, random_survival
-from hf_s3t.estimates import Simulation
-from hf_s3t.optimal import optimal
-from hf_s3t.plan import Plan
-from hf_s3t.search import best_orders
-from hf_s3t.sequences import Order, prune_orders, rotation, training_cost
-from hf_s3t.simulate import simulate
-from hf_s3t.streams import Streams
-from hf_s3t.survival import LATTICE_SLICES, Lattice, set_of, weights_after
-from hf_s3t.trees import best_tree
+from hf_s3t.plan.bms import bms
+from hf_s3t.plan.bounds import budget_bound, cost_bound
+from hf_s3t.plan.life import distinct_hits, lemma_2, life_until_all_dead, place_chances, random_survival
+from hf_s3t.plan.optimal import optimal
+from hf_s3t.plan.search import best_orders
+from hf_s3t.plan.sequences import Order, prune_orders, rotation, training_cost
+from hf_s3t.plan.streams import Streams
+from hf_s3t.plan.survival import LATTICE_SLICES, Lattice, set_of, weights_after
+from hf_s3t.plan.tree import Plan
+from hf_s3t.plan.trees import best_tree
+from hf_s3t.planner.arrivals import DeletionRequests
+from hf_s3t.planner.estimates import Simulation
+from hf_s3t.planner.simulate import simulate
 
 ROUNDING = 1e-12  # as much of a retention counts as none
 SEARCHED_SLICES = 12  # up to here the least cost is searched for
@@ -148,7 +148,7 @@ def paper_bms(prior: Sequence[float]) -> list[Order]:
 
     Step `i` gives every sequence another slice, by the matching with the highest sum of scores: `i (1 - p)^100`, where
     `p` is the chance of the longer prefix, beside what the sequence has scored so far. Later scores are so small that
-    they get lost beside the first ones, and ties decide; `hf_s3t.bms.bms` avoids that.
+    they get lost beside the first ones, and ties decide; `hf_s3t.plan.bms.bms` avoids that.
     """
     orders: list[Order] = [(slice_id,) for slice_id in range(len(prior))]
     scored = [(1 - chance) ** PAPER_REQUESTS for chance in prior]

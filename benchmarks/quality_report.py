@@ -368,7 +368,7 @@ def draw(found: Found, file: Path) -> None:
     """Left accuracy over requests, right the loss by prefix length of each task, over the base model's."""
     from matplotlib.figure import Figure
 
-    from hf_s3t.pictures import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILLION
+    from hf_s3t.planner.pictures import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILLION
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)

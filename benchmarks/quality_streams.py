@@ -17,11 +17,11 @@ from quality_tasks import Settings, Task, score_of
 from quality_training import run, served, train_full, train_s3t
 
 from hf_s3t import Plan, S3TEnsemble, Stage
-from hf_s3t.arrivals import RepairPolicy
-from hf_s3t.closed_forms import first_slice_chances, life_until_all_dead, uniform_life
-from hf_s3t.optimal import optimal
-from hf_s3t.sequences import select_sequences
-from hf_s3t.simulate import simulate, simulate_full_retraining, simulate_sisa
+from hf_s3t.plan.life import first_slice_chances, life_until_all_dead, uniform_life
+from hf_s3t.plan.optimal import optimal
+from hf_s3t.plan.sequences import select_sequences
+from hf_s3t.planner.arrivals import RepairPolicy
+from hf_s3t.planner.simulate import simulate, simulate_full_retraining, simulate_sisa
 
 Answers = dict[Stage, torch.Tensor]
 FEWER_PASSES = 10  # of 12 that the rotation of three slices costs

@@ -16,7 +16,7 @@ from quality_tasks import Score, Task
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_s3t import S3TConfig, S3TTrainer
-from hf_s3t.adapter import Adapter, is_lora
+from hf_s3t.lora.adapter import Adapter, is_lora
 
 
 def arguments(task: Task, folder: Path, rate: float, epochs: float) -> TrainingArguments:

@@ -70,14 +70,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
 
 from hf_s3t import Plan, S3TConfig, S3TEnsemble, S3TStore, Stage
-from hf_s3t.adapter import WEIGHTS_FILE, Adapter
-from hf_s3t.layout import find_layout
-from hf_s3t.manifest import Manifest
-from hf_s3t.members import average_logits
-from hf_s3t.partition import read_rows
-from hf_s3t.recipe import make_recipe
-from hf_s3t.state import State, key_check_value
-from hf_s3t.tuner import plain_lora_config
+from hf_s3t.lora.adapter import WEIGHTS_FILE, Adapter
+from hf_s3t.lora.layout import find_layout
+from hf_s3t.lora.tuner import plain_lora_config
+from hf_s3t.serving.members import average_logits
+from hf_s3t.store.manifest import Manifest
+from hf_s3t.store.partition import read_rows
+from hf_s3t.store.recipe import make_recipe
+from hf_s3t.store.state import State, key_check_value
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEY = "benchmarks/serving.py"

@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def commands(store: Path, copy: Path) -> dict[str, list[str]]:
     """What is measured, by name: each as the arguments of a Python."""
-    verb = ["-c", "from hf_s3t.cli import app; app()"]  # what the script `hf-s3t` does
+    verb = ["-c", "from hf_s3t.cli.main import app; app()"]  # what the script `hf-s3t` does
     return {
         "help": [*verb, "--help"],
         "status": [*verb, "status", str(store)],

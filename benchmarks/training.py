@@ -66,8 +66,8 @@ from transformers import (
 )
 
 from hf_s3t import S3TConfig, S3TTrainer
-from hf_s3t.feeding import TrunkCache
-from hf_s3t.numbered import RowGuard
+from hf_s3t.training.trunk_cache import TrunkCache
+from hf_s3t.trunk.row_numbers import RowGuard
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEY = "benchmarks/training.py"

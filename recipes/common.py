@@ -80,7 +80,7 @@ class RecipeArguments:
         default=None,
         metadata={
             "help": "File of ids to delete after training, one a line; repairs. Without a column of ids an id is "
-            "`hf_s3t.partition.row_digest(row)` of the undecoded row, which `raw_rows(dataset)` beside it gives."
+            "`hf_s3t.store.partition.row_digest(row)` of the undecoded row, which `raw_rows(dataset)` beside it gives."
         },
     )
 

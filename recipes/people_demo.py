@@ -18,8 +18,8 @@ from instructions import ALL_PROJECTIONS, InstructionCollator, load_model, load_
 from transformers import TrainingArguments
 
 from hf_s3t import S3TConfig, S3TEnsemble, S3TStore, S3TTrainer
-from hf_s3t.partition import assign, keyed_digest
-from hf_s3t.state import key_check_value
+from hf_s3t.store.partition import assign, keyed_digest
+from hf_s3t.store.state import key_check_value
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_KEY = "7075626c6963206b6579206f66207468652064656d6f203030303037"

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from hf_s3t import deletion, trainer
+from hf_s3t.store import deletion
+from hf_s3t.training import trainer
 
 CATEGORIES = ("step", "checkpoint", "rename", "manifest", "deletion", "other")
 MODES = ("before", "amid", "after")

@@ -141,7 +141,7 @@ def _origin(given: tuple[tuple[str, str], ...]) -> tuple[socket.socket, subproce
 
 
 def _main() -> None:
-    for name in ("hf_s3t.cli", "hf_s3t.purge", "encodings.idna", "stores", "trainers"):
+    for name in ("hf_s3t.cli.main", "hf_s3t.hub.purge", "encodings.idna", "stores", "trainers"):
         importlib.import_module(name)
     os.fsync = lambda descriptor: None  # nothing takes the power away
     context = ssl.create_default_context()  # reads all certificates, which no server here has

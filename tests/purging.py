@@ -14,10 +14,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_url, snapshot_down
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from hf_s3t import Plan, S3TStore
-from hf_s3t.hub import HubRepo
-from hf_s3t.probing import recheck
-from hf_s3t.report import PurgeReport
-from hf_s3t.sequences import cyclic
+from hf_s3t.hub.probes import recheck
+from hf_s3t.hub.purge_report import PurgeReport
+from hf_s3t.hub.repo import HubRepo
+from hf_s3t.plan.sequences import cyclic
 from hub_server import Server
 from machines import Machine
 from stores import make_store

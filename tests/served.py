@@ -23,7 +23,7 @@ from transformers import default_data_collator
 
 import models
 from hf_s3t import S3TConfig, S3TEnsemble, S3TStore, S3TTrainer, Stage
-from hf_s3t.card import prefix_lines
+from hf_s3t.store.card import prefix_lines
 from trainers import batch, make_args
 
 ORDERS = [[0, 1, 2], [2, 0]]

@@ -16,11 +16,11 @@ import torch
 from datasets import Dataset
 
 from hf_s3t import Plan, S3TConfig, S3TStore, Stage
-from hf_s3t.adapter import Adapter
-from hf_s3t.manifest import Manifest
-from hf_s3t.partition import Entry, Index, examples_digest, id_source, read_rows
-from hf_s3t.sequences import cyclic
-from hf_s3t.state import State, key_check_value
+from hf_s3t.lora.adapter import Adapter
+from hf_s3t.plan.sequences import cyclic
+from hf_s3t.store.manifest import Manifest
+from hf_s3t.store.partition import Entry, Index, examples_digest, id_source, read_rows
+from hf_s3t.store.state import State, key_check_value
 
 KEY = bytes(range(100, 132))
 PASSING = ("write.lock", "write.holder", "train.lock", "train.holder")

@@ -32,10 +32,10 @@ from transformers import (
 
 import models
 from hf_s3t import RecipeError, S3TConfig, S3TMixin, S3TStore, S3TTrainer
-from hf_s3t.activations import BlockName, FileBlocks, FileWriter
-from hf_s3t.alone import check_cache
-from hf_s3t.keeping import choose_blocks, layer_passes
-from hf_s3t.partition import keyed_digest
+from hf_s3t.store.activation_blocks import BlockName, FileBlocks, FileWriter
+from hf_s3t.store.partition import keyed_digest
+from hf_s3t.trunk.choice import choose_blocks, layer_passes
+from hf_s3t.trunk.row_states import check_cache
 from killing import in_child
 from scanner import find
 from test_promises import bring_published_files

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_s3t.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, is_lora, join, scaling_of, with_rank
+from hf_s3t.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, is_lora, join, scaling_of, with_rank
 
 IN, OUT = 6, 5
 HEAD = "base_model.model.score.weight"

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 import models
 import trained_stores
-from hf_s3t import IsolationError, S3TStore, StoreLockedError, cli
-from hf_s3t.closed_forms import life_until_first_dead
+from hf_s3t import IsolationError, S3TStore, StoreLockedError
+from hf_s3t.cli import main as cli
+from hf_s3t.plan.life import life_until_first_dead
 from trained_stores import WEIGHTS, edit_json, tree
 
 TESTS = Path(__file__).parent
@@ -188,7 +189,7 @@ def test_dry_run_changes_no_byte(store: Path, leave: str, monkeypatch: pytest.Mo
             raise InterruptedError
 
         with monkeypatch.context() as patch:
-            patch.setattr("hf_s3t.deletion.carry_out", killed)
+            patch.setattr("hf_s3t.store.deletion.carry_out", killed)
             assert run("delete", store, "--ids", row_ids()[1]).exit_code == 2
     before = tree(store)
     result = run("delete", store, "--ids", row_ids()[0], "--dry-run")
@@ -463,7 +464,7 @@ def test_state_goes_out_and_in(store: Path, tmp_path: Path) -> None:
 
 def test_as_a_program(store: Path) -> None:
     """Several seconds go into importing torch and transformers, so it is one call."""
-    command = [sys.executable, "-c", "from hf_s3t.cli import app; app()", "delete", store.name, "absent", "--json"]
+    command = [sys.executable, "-c", "from hf_s3t.cli.main import app; app()", "delete", store.name, "absent", "--json"]
     done = subprocess.run([*command, "--ids", row_ids()[0]], cwd=store.parent, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert [outcome["exit_code"] for outcome in json.loads(done.stdout)] == [0, 2]

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hf_s3t import S3TStore, cli
+from hf_s3t import S3TStore
+from hf_s3t.cli import main as cli
 from hub_server import Server
 from machines import OFF, Machine
 from purging import pushed, refs

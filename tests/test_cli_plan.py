@@ -12,9 +12,11 @@ from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hf_s3t import S3TConfig, S3TPlanner, cli, cli_plan
-from hf_s3t.arrivals import RepairPolicy
-from hf_s3t.staging import make_plan
+from hf_s3t import S3TConfig, S3TPlanner
+from hf_s3t.cli import main as cli
+from hf_s3t.cli import plan as cli_plan
+from hf_s3t.planner.arrivals import RepairPolicy
+from hf_s3t.training.staging import make_plan
 
 ASKED = "--examples 52002 --shards 2 --slices 4 --budget 4 --requests-per-day 1 --horizon-days 40 --streams 50"
 
@@ -100,7 +102,7 @@ def test_every_option_reaches_the_planner(monkeypatch: pytest.MonkeyPatch) -> No
         seen.update(asked)
         raise ValueError("enough.")
 
-    monkeypatch.setattr("hf_s3t.planner.S3TPlanner", planner)
+    monkeypatch.setattr("hf_s3t.planner.planner.S3TPlanner", planner)
     options = (
         "--examples 9 --requests-per-day 2 --horizon-days 3 --shards 4 --slices 5 --budget 6 --cost-budget 7 "
         "--prior 0.4,0.6 --layers 8 --examples-per-person 9 --burst 10 --gpu-hours-per-epoch 11 --adapter-mb 12 "

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from hf_s3t.closed_forms import (
+from hf_s3t.plan.life import (
     cyclic_slices_in_use,
     cyclic_survival,
     distinct_hits,
@@ -23,8 +23,7 @@ from hf_s3t.closed_forms import (
     sisa_slices_in_use,
     uniform_life,
 )
-from hf_s3t.plan import Plan, Stage
-from hf_s3t.sequences import (
+from hf_s3t.plan.sequences import (
     cyclic,
     expected_surviving_prefix,
     prune_orders,
@@ -32,6 +31,7 @@ from hf_s3t.sequences import (
     spaced,
     surviving_length,
 )
+from hf_s3t.plan.tree import Plan, Stage
 
 
 def uniform(num_shards, num_slices, budget):

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-import hf_s3t.config
+import hf_s3t.lora.config
 from hf_s3t import S3TConfig, S3TModel
-from hf_s3t.config import BOOKKEEPING_FIELDS, LORA_FIELDS, REASONS, add_peft_type, register
+from hf_s3t.lora.config import BOOKKEEPING_FIELDS, LORA_FIELDS, REASONS, add_peft_type, register
 from models import bert_rows, llama_rows, tiny_bert, tiny_llama
 
 OWN = {
@@ -205,15 +205,15 @@ def test_registration_may_be_repeated():
 
 
 def test_a_reload_of_the_module_is_harmless():
-    kept = dict(vars(hf_s3t.config))
+    kept = dict(vars(hf_s3t.lora.config))
     before = list(PeftType)
     try:
-        importlib.reload(hf_s3t.config)
-        hf_s3t.config.register(S3TModel)
-        assert hf_s3t.config.S3TConfig().peft_type is PeftType.S3T and list(PeftType) == before
+        importlib.reload(hf_s3t.lora.config)
+        hf_s3t.lora.config.register(S3TModel)
+        assert hf_s3t.lora.config.S3TConfig().peft_type is PeftType.S3T and list(PeftType) == before
         assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.S3T] is S3TConfig
     finally:  # other modules hold the classes of the first import
-        vars(hf_s3t.config).update(kept)
+        vars(hf_s3t.lora.config).update(kept)
 
 
 def test_a_config_survives_the_disk(tmp_path):

@@ -9,10 +9,10 @@ import shutil
 import pytest
 
 from hf_s3t import Plan, S3TStore, StoreError, UnknownExampleError
-from hf_s3t.deletion import LIMITS, read_receipts
-from hf_s3t.ensemble import read_members
-from hf_s3t.manifest import NOT_KNOWN
-from hf_s3t.partition import keyed_digest
+from hf_s3t.serving.ensemble import read_members
+from hf_s3t.store.deletion import LIMITS, read_receipts
+from hf_s3t.store.manifest import NOT_KNOWN
+from hf_s3t.store.partition import keyed_digest
 from stores import Known, make_store, people, stage_folders, tree
 
 FORK = multiprocessing.get_context("fork")

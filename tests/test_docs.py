@@ -82,7 +82,7 @@ def follow(page: str, folder: str) -> list[list]:
     """Runs a page in a folder: each command and each block of Python with its exit code and what it printed."""
     from typer.testing import CliRunner
 
-    from hf_s3t.cli import app
+    from hf_s3t.cli.main import app
 
     os.chdir(folder)
     done: list[list] = []

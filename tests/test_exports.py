@@ -26,8 +26,8 @@ from transformers import (
 import models
 from conftest import REPOSITORY
 from hf_s3t import Receipt, S3TEnsemble, S3TStore, Stage, StateError, StoreError
-from hf_s3t.deletion import read_receipts
-from hf_s3t.exports import read_exports
+from hf_s3t.store.deletion import read_receipts
+from hf_s3t.store.exports import read_exports
 from stores import tree
 from test_recovery import Disk, Killed
 from trainers import BASES, batch, logits, make_trainer
@@ -197,7 +197,7 @@ def test_the_page_on_exports_runs_as_it_stands(open_store, tmp_path, monkeypatch
 
 def test_what_is_written_is_told(open_store, tmp_path, caplog):
     store, folder = open_store("two shards")
-    with caplog.at_level("INFO", "hf_s3t.exports"):
+    with caplog.at_level("INFO", "hf_s3t.store.exports"):
         done = store.export(tmp_path / "adapter", "shard-00/0")
         whole = store.export(tmp_path / "whole", merge=True, base_model=str(folder))
     tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
@@ -205,7 +205,7 @@ def test_what_is_written_is_told(open_store, tmp_path, caplog):
     for told, name in ((done, "adapter"), (whole, "whole")):
         assert told.bytes == sum(file.stat().st_size for file in (tmp_path / name).iterdir())
     assert whole.stages == ("shard-00/0-1-2", "shard-01/0-1-2") and (done.rank, whole.rank) == (2, 4)
-    lines = [record.getMessage() for record in caplog.records if record.name == "hf_s3t.exports"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "hf_s3t.store.exports"]
     size = f"{done.parameters} parameters, {done.bytes} bytes"
     assert lines[0] == f"adapter of shard-00/0 in {tmp_path / 'adapter'}: rank 2, {size}" and len(lines) == 2
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".whole")]
@@ -434,7 +434,7 @@ def influence(path: Path, carried: set[str]) -> bool:
 
 @pytest.mark.slow
 def test_killed_at_any_instant_no_copy_carries_the_influence_unreported(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_s3t.deletion._receipt_name", lambda: "receipt-1")  # it is in the manifest
+    monkeypatch.setattr("hf_s3t.store.deletion._receipt_name", lambda: "receipt-1")  # it is in the manifest
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     made_store = made("one shard")
     folder, first = made_store.parent / "llama", tmp_path / "first"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hf_s3t import S3TError
-from hf_s3t.gate import Gate
+from hf_s3t.serving.gate import Gate
 
 LONG = 10.0
 """Seconds after which something that should happen at once has not happened."""

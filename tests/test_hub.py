@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants, scan_cache_dir
 
-from hf_s3t import S3TEnsemble, S3TStore, Stage, ensemble, hub
+from hf_s3t import S3TEnsemble, S3TStore, Stage
+from hf_s3t.hub import repo as hub
 from hf_s3t.seams.hub import http_library
+from hf_s3t.serving import ensemble
 from machines import OFF, Failed
 from served import SHAPES, copy, inputs_of
 from stores import KEY, make_store, people

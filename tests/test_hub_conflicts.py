@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_s3t import Plan, S3TStore, Stage, cli_hub
-from hf_s3t.partition import keyed_digest
-from hf_s3t.verify import verify
+from hf_s3t import Plan, S3TStore, Stage
+from hf_s3t.cli import hub as cli_hub
+from hf_s3t.store.audit import verify
+from hf_s3t.store.partition import keyed_digest
 from machines import Died, Failed
 from models import llama_rows
 from stores import KEY, Known, make_store, stage_adapter
@@ -55,7 +56,7 @@ def delete_there(state, **request):
 
 def delete_impatiently(state, **request):
     """Tries as often as ever, with shorter pauses in between."""
-    from hf_s3t import sources
+    from hf_s3t.store import sources
 
     assert sources.LONGEST_WAIT > 0
     sources.LONGEST_WAIT = 0.01
@@ -72,7 +73,7 @@ def readmit(path, **request):
 
 def begun(path, deletion):
     """Reads the head, waits until another has committed, and goes on."""
-    from hf_s3t.hub import HubRepo
+    from hf_s3t.hub.repo import HubRepo
 
     commit = HubRepo.commit
 
@@ -109,7 +110,7 @@ def dies(path, when, name):
     """A deletion whose process ends before the commit, right after it, or before the receipt is written."""
     from huggingface_hub import HfApi
 
-    from hf_s3t import deletion
+    from hf_s3t.store import deletion
 
     commit = HfApi.create_commit
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_s3t import Plan, S3TEnsemble, S3TStore, Stage, folder
-from hf_s3t.adapter import Adapter
+from hf_s3t import Plan, S3TEnsemble, S3TStore, Stage
 from hf_s3t.files import json_bytes, safetensors_bytes
+from hf_s3t.lora.adapter import Adapter
+from hf_s3t.store import folder
 from machines import Failed
 from stores import make_store, stage_adapter
 

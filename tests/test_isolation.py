@@ -18,8 +18,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback, default_data_co
 
 import models
 from hf_s3t import IsolationError, RecipeError, S3TStore, S3TTrainer, Stage
-from hf_s3t.numbered import ROW_NUMBER, NumberedRows, RowGuard
 from hf_s3t.seams.arguments import CHOOSING, SILENT
+from hf_s3t.trunk.row_numbers import ROW_NUMBER, NumberedRows, RowGuard
 from trainers import ROWS, artefacts, make_trainer
 
 SECOND = "shard-00/0-1"

@@ -19,10 +19,11 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import models
-from hf_s3t import S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError, deletion
-from hf_s3t.adapter import Adapter
+from hf_s3t import S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError
+from hf_s3t.lora.adapter import Adapter
 from hf_s3t.seams.answering import caches_in
-from hf_s3t.slots import Slot
+from hf_s3t.serving.slots import Slot
+from hf_s3t.store import deletion
 from served import ROUNDING, SHAPES, copy, inputs_of, load, prompts, shorten, trained
 from stores import tree
 from trained_stores import WEIGHTS, edit_tensors

@@ -10,10 +10,10 @@ import random
 import pytest
 
 from hf_s3t import Plan, Stage, StateError, StoreError
-from hf_s3t.deletion import _with_tombstones
 from hf_s3t.files import json_bytes
-from hf_s3t.manifest import FORMAT, Event, Manifest, merged, places_beyond
-from hf_s3t.state import State, Tombstone, key_check_value, united
+from hf_s3t.store.deletion import _with_tombstones
+from hf_s3t.store.manifest import FORMAT, Event, Manifest, merged, places_beyond
+from hf_s3t.store.state import State, Tombstone, key_check_value, united
 
 HASH = "0123456789abcdef" * 4
 LOG = {f"receipt-{number}": Event(((0, number),), number > 0) for number in range(3)}

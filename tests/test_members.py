@@ -34,11 +34,11 @@ from transformers import (
 
 import models
 from hf_s3t import S3TEnsemble, S3TStore
-from hf_s3t.averages import average_logits
-from hf_s3t.member_cache import MemberCache
-from hf_s3t.member_rows import OtherRows
-from hf_s3t.members import Members
 from hf_s3t.seams.answering import caches_in
+from hf_s3t.serving.averages import average_logits
+from hf_s3t.serving.member_cache import MemberCache
+from hf_s3t.serving.member_rows import OtherRows
+from hf_s3t.serving.members import Members
 from served import (
     ROUNDING,
     SHAPES,
@@ -87,7 +87,7 @@ def test_a_batch_has_the_bits_of_its_members_one_by_one(
     store = store_of(shape, uneven, tmp_path)
     parts, ensemble = members(store, SHAPES[shape].build), load(store, shape)
     logits(ensemble, inputs_of(shape))
-    assert not [record for record in caplog.records if record.name in ("hf_s3t.trial", "hf_s3t.seams")]
+    assert not [record for record in caplog.records if record.name in ("hf_s3t.serving.trial", "hf_s3t.seams")]
     assert len(parts) == len(ensemble.members) == 3 - uneven
     for count in (4, 6):  # 3 members x 4 rows is the number of tokens in a row
         inputs = inputs_of(shape, count)

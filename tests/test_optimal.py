@@ -6,16 +6,16 @@ import math
 import numpy as np
 import pytest
 
-from hf_s3t import streams
-from hf_s3t.bms import bms
-from hf_s3t.bounds import budget_bound, cost_bound
-from hf_s3t.closed_forms import life_until_all_dead
-from hf_s3t.optimal import Selection, optimal
-from hf_s3t.plan import Plan
-from hf_s3t.search import best_orders, coldest_first, symmetric_chains
-from hf_s3t.sequences import cyclic, explicit, prune_orders, rotation, spaced, training_cost
-from hf_s3t.survival import Lattice, set_of
-from hf_s3t.trees import best_tree, every_set
+from hf_s3t.plan import streams
+from hf_s3t.plan.bms import bms
+from hf_s3t.plan.bounds import budget_bound, cost_bound
+from hf_s3t.plan.life import life_until_all_dead
+from hf_s3t.plan.optimal import Selection, optimal
+from hf_s3t.plan.search import best_orders, coldest_first, symmetric_chains
+from hf_s3t.plan.sequences import cyclic, explicit, prune_orders, rotation, spaced, training_cost
+from hf_s3t.plan.survival import Lattice, set_of
+from hf_s3t.plan.tree import Plan
+from hf_s3t.plan.trees import best_tree, every_set
 
 
 def normal(chances):

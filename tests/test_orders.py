@@ -7,9 +7,9 @@ from datasets import Dataset
 
 import models
 from hf_s3t import S3TStore, StateError
-from hf_s3t.adapter import Adapter
-from hf_s3t.manifest import NOT_KNOWN, Event
-from hf_s3t.orders import StageDropped, commit, is_hit, next_order
+from hf_s3t.lora.adapter import Adapter
+from hf_s3t.store.manifest import NOT_KNOWN, Event
+from hf_s3t.training.stage_orders import StageDropped, commit, is_hit, next_order
 from trainers import make_trainer
 
 ROWS = 24

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from scipy.stats import chisquare
 
 from hf_s3t import DatasetError, S3TConfig
-from hf_s3t.partition import (
+from hf_s3t.store.partition import (
     Entry,
     assign,
     canonical,

@@ -11,16 +11,16 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from hf_s3t import pictures
-from hf_s3t.arrivals import DeletionRequests, RepairPolicy
-from hf_s3t.closed_forms import cyclic_slices_in_use, sisa_cost_per_request
-from hf_s3t.comparison import Retention, courses, default_horizon, from_now_on
-from hf_s3t.optimal import optimal
-from hf_s3t.pictures import draw_plan, draw_retention, draw_slices_in_use, draw_store, draw_tree
-from hf_s3t.plan import Plan, Stage
-from hf_s3t.sequences import cyclic, prune_orders, random_orders, spaced, training_cost
-from hf_s3t.simulate import simulate, simulate_full_retraining, simulate_sisa
-from hf_s3t.survival import Lattice, weights_after
+from hf_s3t.plan.life import cyclic_slices_in_use, sisa_cost_per_request
+from hf_s3t.plan.optimal import optimal
+from hf_s3t.plan.sequences import cyclic, prune_orders, random_orders, spaced, training_cost
+from hf_s3t.plan.survival import Lattice, weights_after
+from hf_s3t.plan.tree import Plan, Stage
+from hf_s3t.planner import pictures
+from hf_s3t.planner.arrivals import DeletionRequests, RepairPolicy
+from hf_s3t.planner.comparison import Retention, courses, default_horizon, from_now_on
+from hf_s3t.planner.pictures import draw_plan, draw_retention, draw_slices_in_use, draw_store, draw_tree
+from hf_s3t.planner.simulate import simulate, simulate_full_retraining, simulate_sisa
 
 SMALL = Plan.make(1, 4, cyclic(4, 4))
 FIVE = Plan.make(5, 4, cyclic(4, 4))
@@ -349,18 +349,18 @@ def test_a_failure_leaves_the_old_picture(tmp_path, monkeypatch):
 def test_the_package_does_without_matplotlib_and_pictures_without_pyplot(tmp_path):
     script = f"""
         import sys
-        import hf_s3t, hf_s3t.cli
-        assert not {{"matplotlib", "hf_s3t.pictures"}} & set(sys.modules)
+        import hf_s3t, hf_s3t.cli.main
+        assert not {{"matplotlib", "hf_s3t.planner.pictures"}} & set(sys.modules)
         sys.modules["matplotlib"] = None  # an import of it now fails
-        import hf_s3t.comparison, hf_s3t.tree_picture
+        import hf_s3t.planner.comparison, hf_s3t.planner.tree_picture
         try:
-            from hf_s3t.pictures import draw_tree
+            from hf_s3t.planner.pictures import draw_tree
         except ImportError as error:
             assert 'pip install "hf-s3t[plots]"' in str(error), error
         else:
             raise AssertionError("matplotlib was imported")
         del sys.modules["matplotlib"]
-        from hf_s3t.pictures import draw_tree
+        from hf_s3t.planner.pictures import draw_tree
         draw_tree(hf_s3t.Plan.make(1, 2, [(0, 1)]), None, {str(tmp_path / "tree.png")!r})
         assert "matplotlib.pyplot" not in sys.modules
     """

@@ -9,8 +9,8 @@ from itertools import permutations
 
 import pytest
 
-from hf_s3t.plan import Plan, Stage
-from hf_s3t.sequences import cyclic, random_orders, requests_until_dead, spaced, surviving_length, training_cost
+from hf_s3t.plan.sequences import cyclic, random_orders, requests_until_dead, spaced, surviving_length, training_cost
+from hf_s3t.plan.tree import Plan, Stage
 
 
 def quiet_cyclic(num_slices, budget):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from hf_s3t import Plan, S3TConfig, S3TPlanner
-from hf_s3t.arrivals import DeletionRequests, RepairPolicy
-from hf_s3t.candidates import BASELINES, Candidate, Measure, Setting, expected_in_use, marked
-from hf_s3t.cli_plan import shortlist
-from hf_s3t.closed_forms import cyclic_slices_in_use, sisa_cost_per_request
-from hf_s3t.sequences import cyclic
-from hf_s3t.staging import make_plan
+from hf_s3t.cli.plan import shortlist
+from hf_s3t.plan.life import cyclic_slices_in_use, sisa_cost_per_request
+from hf_s3t.plan.sequences import cyclic
+from hf_s3t.planner.arrivals import DeletionRequests, RepairPolicy
+from hf_s3t.planner.candidates import BASELINES, Candidate, Measure, Setting, expected_in_use, marked
+from hf_s3t.training.staging import make_plan
 
 ASKED = {"examples": 52_002, "requests_per_day": 2, "horizon_days": 60, "shards": 5, "slices": 4, "budget": 4}
 NEVER = RepairPolicy()
@@ -380,7 +380,7 @@ def test_the_line_names_the_cost_that_is_used(rows):
 
 def test_a_cost_that_gives_another_plan_is_not_named(monkeypatch):
     trees = {14: ((0, 1), (1,)), 4: ((1, 0), (0,))}
-    monkeypatch.setattr("hf_s3t.candidates._optimal", lambda num_slices, cost_budget, prior: trees[cost_budget])
+    monkeypatch.setattr("hf_s3t.planner.candidates._optimal", lambda num_slices, cost_budget, prior: trees[cost_budget])
     assert Setting("s3t", 1, 2, "optimal", cost_budget=14).with_cost_used().cost_budget == 14
 
 

@@ -15,11 +15,11 @@ from huggingface_hub import CommitOperationAdd, HfApi, set_client_factory, snaps
 from huggingface_hub.constants import HF_HUB_CACHE, HF_XET_CACHE
 
 from hf_s3t import S3TStore, StoreError
-from hf_s3t import purge as purging
 from hf_s3t.errors import HubError
-from hf_s3t.hub import HubRepo
-from hf_s3t.probing import recheck
-from hf_s3t.report import read_reports
+from hf_s3t.hub import purge as purging
+from hf_s3t.hub.probes import recheck
+from hf_s3t.hub.purge_report import read_reports
+from hf_s3t.hub.repo import HubRepo
 from hf_s3t.seams.hub import http_library
 from hub_server import Server
 from machines import Machine

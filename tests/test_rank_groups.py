@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 from hf_s3t import S3TConfig, S3TStore, S3TTrainer, Stage
 from hf_s3t.files import json_bytes
-from hf_s3t.verify import verify
+from hf_s3t.store.audit import verify
 from served import ROUNDING, SHAPES, copy, inputs_of, load, mean_probability, members, shorten
 from test_tuner import Tuned
 from test_verify import CONTENTS, broken, edit_json, forge

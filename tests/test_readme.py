@@ -39,7 +39,7 @@ def test_the_python_example_is_short():
 def test_every_verb_that_it_names_exists(verb):
     from typer.main import get_command
 
-    from hf_s3t.cli import app
+    from hf_s3t.cli.main import app
 
     assert f"hf-s3t {verb}" in README
     assert verb in get_command(app).commands

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hf_s3t import S3TStore, Stage
-from hf_s3t.card import prefix_lines
+from hf_s3t.store.card import prefix_lines
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

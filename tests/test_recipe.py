@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from hf_s3t import RecipeError, S3TConfig
-from hf_s3t.layout import find_layout
-from hf_s3t.manifest import check_same
-from hf_s3t.recipe import (
+from hf_s3t.lora.layout import find_layout
+from hf_s3t.lora.tuner import StageTuner
+from hf_s3t.store.manifest import check_same
+from hf_s3t.store.recipe import (
     argument_defaults,
     base_config,
     base_digest,
@@ -34,7 +35,6 @@ from hf_s3t.recipe import (
     processing_digest,
     steering_by,
 )
-from hf_s3t.tuner import StageTuner
 from models import bert_rows, llama_rows, tiny_bert, tiny_gpt2, tiny_llama
 
 

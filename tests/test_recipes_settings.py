@@ -21,8 +21,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_s3t.layout import find_layout
-from hf_s3t.reading import wanted_names
+from hf_s3t.cli.options import wanted_names
+from hf_s3t.lora.layout import find_layout
 from recipe_runs import BASE, ROOT, alpaca, common, glue, glue_metrics, instructions, people_demo, vision
 from stores import make_store
 

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from hf_s3t import S3TEnsemble, S3TStore
-from hf_s3t.checkpoints import collates_the_same
 from hf_s3t.errors import DatasetError
-from hf_s3t.partition import raw_rows, row_digest
+from hf_s3t.store.partition import raw_rows, row_digest
+from hf_s3t.training.checkpoints import collates_the_same
 from recipe_runs import (
     BASE,
     SMALL,

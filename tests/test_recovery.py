@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from hf_s3t import Plan, S3TStore, Stage, StoreError, deletion
-from hf_s3t.deletion import read_receipts
-from hf_s3t.ensemble import read_members
+from hf_s3t import Plan, S3TStore, Stage, StoreError
+from hf_s3t.serving.ensemble import read_members
+from hf_s3t.store import deletion
+from hf_s3t.store.deletion import read_receipts
 from stores import PASSING, Known, make_store, stage_folders, tree
 
 CHANGES = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir")

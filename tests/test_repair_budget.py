@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from hf_s3t import S3TStore, cli, reconcile
-from hf_s3t.replanning import best_repair
-from hf_s3t.sequences import training_cost
-from hf_s3t.simulate import simulate
-from hf_s3t.survival import Lattice
-from hf_s3t.verify import verify
+from hf_s3t import S3TStore
+from hf_s3t.cli import main as cli
+from hf_s3t.plan.repair import best_repair
+from hf_s3t.plan.sequences import training_cost
+from hf_s3t.plan.survival import Lattice
+from hf_s3t.planner.simulate import simulate
+from hf_s3t.store.audit import verify
+from hf_s3t.training import reconcile
 from killing import kill, train_struck
 from trainings import CASES, World, place, published, without
 

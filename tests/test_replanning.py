@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 
-from hf_s3t.plan import Plan
-from hf_s3t.replanning import best_repair
-from hf_s3t.sequences import prune_orders, spaced, training_cost
-from hf_s3t.streams import Streams
-from hf_s3t.survival import Lattice
+from hf_s3t.plan.repair import best_repair
+from hf_s3t.plan.sequences import prune_orders, spaced, training_cost
+from hf_s3t.plan.streams import Streams
+from hf_s3t.plan.survival import Lattice
+from hf_s3t.plan.tree import Plan
 
 SKEWED = [0.5, 0.3, 0.2]
 

@@ -12,8 +12,8 @@ from datasets import concatenate_datasets
 from safetensors.torch import load_file
 
 from hf_s3t import RecipeError, S3TStore, Stage
-from hf_s3t.partition import keyed_digest, stage_examples
-from hf_s3t.verify import verify
+from hf_s3t.store.audit import verify
+from hf_s3t.store.partition import keyed_digest, stage_examples
 from models import bert_rows
 from trainings import CASES, KEY, SLICES, WEIGHTS, World, assert_same_stores, place, published, same_tensors, without
 

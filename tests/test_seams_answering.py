@@ -12,9 +12,10 @@ from transformers.modeling_outputs import CausalLMOutput, ModelOutput
 from transformers.pipelines import base as pipelines
 
 import models
-from hf_s3t import CompatibilityError, S3TEnsemble, member_rows
+from hf_s3t import CompatibilityError, S3TEnsemble
 from hf_s3t.seams import TABLE, answering
-from hf_s3t.trunk import Trunk
+from hf_s3t.serving import member_rows
+from hf_s3t.trunk.trunk import Trunk
 from served import ROUNDING, SHAPES, inputs_of, load, mean_probability, trained
 from served import members as by_hand
 from trainers import logits

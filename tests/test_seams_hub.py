@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, utils
 
-from hf_s3t import CompatibilityError, caches
-from hf_s3t.report import PurgeReport
+from hf_s3t import CompatibilityError
+from hf_s3t.hub import local_caches as caches
+from hf_s3t.hub.purge_report import PurgeReport
 from hf_s3t.seams import TABLE, hub
 
 HEAD, OLD = "a" * 40, "b" * 40

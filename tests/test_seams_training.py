@@ -23,14 +23,14 @@ from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
 import models
 from hf_s3t import CompatibilityError, DatasetError, S3TMixin, S3TTrainer, seams
-from hf_s3t.alone import check_cache
-from hf_s3t.callbacks import PlanProgressCallback, StageCallbackHandler
-from hf_s3t.recipe import bit_changing_arguments
+from hf_s3t.lora.tuner import S3TModel, StageTuner, draw_heads
 from hf_s3t.seams import arguments, overrides, trainer, tuners
 from hf_s3t.seams import models as model_seams
 from hf_s3t.seams.preparation import watched_preparation
 from hf_s3t.seams.trainer import ATTRIBUTES, METHODS, PARAMETERS
-from hf_s3t.tuner import S3TModel, StageTuner, draw_heads
+from hf_s3t.store.recipe import bit_changing_arguments
+from hf_s3t.training.callbacks import PlanProgressCallback, StageCallbackHandler
+from hf_s3t.trunk.row_states import check_cache
 from trainers import BASES, make_args, make_config, make_trainer, tensors_of
 
 TRANSFORMERS = f"of transformers {__import__('transformers').__version__}"

@@ -9,8 +9,8 @@ from itertools import permutations
 
 import pytest
 
-from hf_s3t import sequences
-from hf_s3t.sequences import (
+from hf_s3t.plan import sequences
+from hf_s3t.plan.sequences import (
     cyclic,
     expected_surviving_prefix,
     explicit,

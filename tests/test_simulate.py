@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hf_s3t import arrivals, bitsets
-from hf_s3t.arrivals import DeletionRequests, RepairPolicy
-from hf_s3t.closed_forms import (
+from hf_s3t.plan.life import (
     cyclic_slices_in_use,
     first_slice_chances,
     life_until_all_dead,
@@ -23,10 +21,12 @@ from hf_s3t.closed_forms import (
     sisa_slices_in_use,
     uniform_life,
 )
-from hf_s3t.estimates import Curve, Estimate
-from hf_s3t.plan import Plan
-from hf_s3t.sequences import cyclic, random_orders, spaced
-from hf_s3t.simulate import simulate, simulate_full_retraining, simulate_sisa
+from hf_s3t.plan.sequences import cyclic, random_orders, spaced
+from hf_s3t.plan.tree import Plan
+from hf_s3t.planner import arrivals, bitsets
+from hf_s3t.planner.arrivals import DeletionRequests, RepairPolicy
+from hf_s3t.planner.estimates import Curve, Estimate
+from hf_s3t.planner.simulate import simulate, simulate_full_retraining, simulate_sisa
 
 NEVER = RepairPolicy()
 

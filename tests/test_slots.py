@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_s3t import S3TEnsemble, S3TStore, Stage, StoreError
-from hf_s3t.adapter import is_lora
-from hf_s3t.slots import Slot
+from hf_s3t.lora.adapter import is_lora
+from hf_s3t.serving.slots import Slot
 from served import copy, load
 from trained_stores import WEIGHTS, edit_tensors
 

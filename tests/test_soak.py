@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from hf_s3t import S3TEnsemble, S3TStore
-from hf_s3t.adapter import Adapter
+from hf_s3t.lora.adapter import Adapter
 from served import ROUNDING, inputs_of, prompts
 from trainers import BASES, make_trainer
 

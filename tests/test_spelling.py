@@ -17,9 +17,9 @@ from datasets import Dataset
 
 import stores
 from hf_s3t import S3TStore, UnknownExampleError
-from hf_s3t.partition import read_rows
-from hf_s3t.requests import LookAlikes
-from hf_s3t.spelling import id_text, look_alikes, same_to_the_eye
+from hf_s3t.store.ids import id_text, look_alikes, same_to_the_eye
+from hf_s3t.store.partition import read_rows
+from hf_s3t.store.requests import LookAlikes
 from test_cli import outcomes, plain, run
 
 COMPOSED = unicodedata.normalize("NFC", "Zoë")

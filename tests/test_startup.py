@@ -23,7 +23,7 @@ print(json.dumps([name for name in {LOOKED_FOR!r} if name in sys.modules]), file
 """
 COMMAND = """
 import sys
-from hf_s3t.cli import app
+from hf_s3t.cli.main import app
 try:
     app()
 except SystemExit as ended:
@@ -126,8 +126,8 @@ assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType("S3T")].__name__ == "S3TModel"
     [
         "import peft, hf_s3t",
         "from hf_s3t import S3TConfig",
-        "from hf_s3t.config import S3TConfig",
-        "from hf_s3t.tuner import S3TModel",
+        "from hf_s3t.lora.config import S3TConfig",
+        "from hf_s3t.lora.tuner import S3TModel",
         "import hf_s3t; hf_s3t.S3TTrainer",
         "import hf_s3t; hf_s3t.S3TEnsemble",
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_s3t import Plan, S3TStore
-from hf_s3t.sequences import cyclic, requests_until_dead
+from hf_s3t.plan.sequences import cyclic, requests_until_dead
 from stores import make_store
 
 PER_SLICE = 40

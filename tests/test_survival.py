@@ -7,10 +7,10 @@ import statistics
 import numpy as np
 import pytest
 
-from hf_s3t.bounds import budget_bound, cost_bound
-from hf_s3t.sequences import cyclic, expected_surviving_prefix, prune_orders, random_orders, surviving_length
-from hf_s3t.streams import Streams
-from hf_s3t.survival import (
+from hf_s3t.plan.bounds import budget_bound, cost_bound
+from hf_s3t.plan.sequences import cyclic, expected_surviving_prefix, prune_orders, random_orders, surviving_length
+from hf_s3t.plan.streams import Streams
+from hf_s3t.plan.survival import (
     Lattice,
     checked_performance,
     checked_prior,

@@ -134,7 +134,7 @@ def test_one_progress_bar_counts_slice_passes(tmp_path: Path, monkeypatch: pytes
         def close(self) -> None:
             self.closed = True
 
-    monkeypatch.setattr("hf_s3t.callbacks.tqdm", Bar)
+    monkeypatch.setattr("hf_s3t.training.callbacks.tqdm", Bar)
     config = {"num_shards": 2, "budget": None}
     make_trainer(tmp_path, config=config, args={"disable_tqdm": False, "max_steps": 2}).train()
     (bar,) = bars
@@ -217,7 +217,7 @@ def test_every_callback_is_told_the_stage(tmp_path: Path) -> None:
 
 
 def test_the_plan_is_announced_and_every_stage_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="hf_s3t.trainer")
+    caplog.set_level(logging.INFO, logger="hf_s3t.training.trainer")
     trainer = make_trainer(tmp_path, config={"num_slices": 4, "budget": 4}, args={"max_steps": 1})
     trainer.train()
     lines = info_lines(caplog)

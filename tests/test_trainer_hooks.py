@@ -200,7 +200,7 @@ def test_rows_without_any_id_are_named_by_their_content(tmp_path: Path, caplog: 
         chosen = [tokens[int(text.split()[0])] for text in rows["text"]]
         return {"input_ids": chosen, "labels": chosen, "attention_mask": [[1] * models.LENGTH for _ in chosen]}
 
-    caplog.set_level(logging.INFO, logger="hf_s3t.rows")
+    caplog.set_level(logging.INFO, logger="hf_s3t.training.rows")
     trainer = make_trainer(
         tmp_path,
         train_dataset=raw.with_transform(tokenize),

@@ -16,10 +16,10 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from hf_s3t import IsolationError, S3TConfig
-from hf_s3t.adapter import Adapter, join
 from hf_s3t.files import json_bytes
-from hf_s3t.layout import find_heads
-from hf_s3t.tuner import StageTuner, frozen_layers, owned_layers, plain_lora_config, tensor_digest
+from hf_s3t.lora.adapter import Adapter, join
+from hf_s3t.lora.layout import find_heads
+from hf_s3t.lora.tuner import StageTuner, frozen_layers, owned_layers, plain_lora_config, tensor_digest
 from models import bert_rows, llama_rows, tiny_bert, tiny_gpt2, tiny_llama_12, tiny_roberta, tiny_vit, vit_rows
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -379,6 +379,6 @@ def test_a_base_tensor_is_digested_once_and_known_to_the_next_stage(monkeypatch)
     known = tuned.tuner.check_frozen(tuned.tuner.frozen_digests())
     tuned.tuner.begin(2, seed=0, parent=parent)
     whole, read = tuned.tuner.frozen_digests(), []
-    monkeypatch.setattr("hf_s3t.tuner.tensor_digest", lambda value: read.append(value) or tensor_digest(value))
+    monkeypatch.setattr("hf_s3t.lora.tuner.tensor_digest", lambda value: read.append(value) or tensor_digest(value))
     assert tuned.tuner.frozen_digests(known) == whole
     assert 0 < len(read) == sum("lora_" in name or ".modules_to_save." in name for name in whole) < len(whole) / 2

@@ -15,10 +15,10 @@ from transformers.training_args import OptimizerNames
 import models
 from conftest import REPOSITORY
 from hf_s3t import S3TStore, S3TTrainer
-from hf_s3t.deletion import versions
-from hf_s3t.display import show_status
-from hf_s3t.state import stack_line
-from hf_s3t.verify import verify
+from hf_s3t.cli.tables import show_status
+from hf_s3t.store.audit import verify
+from hf_s3t.store.deletion import versions
+from hf_s3t.store.state import stack_line
 from trained_stores import ROWS, edit_json, make_trainer, tree
 
 HERE = stack_line(versions())

@@ -12,9 +12,10 @@ import torch
 
 import models
 import trained_stores
-from hf_s3t import S3TStore, StateError, StoreError, deletion
-from hf_s3t.retrain import retrain_and_compare
-from hf_s3t.verify import VerifyReport, verify
+from hf_s3t import S3TStore, StateError, StoreError
+from hf_s3t.store import deletion
+from hf_s3t.store.audit import VerifyReport, verify
+from hf_s3t.training.retrain import retrain_and_compare
 from trained_stores import WEIGHTS, edit_json, edit_tensors, forge, tree
 
 FILES = "stage files are the manifest's"

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 
 import models
 from hf_s3t import S3TConfig, S3TStore, S3TTrainer, Stage
-from hf_s3t.partition import assign, keyed_digest
+from hf_s3t.store.partition import assign, keyed_digest
 
 KEY = "5ca1ab1e0ddba11c0ffee00ddeadbeef"
 KINDS = ("layer_group", "rank_group", "all")

@@ -26,14 +26,14 @@ from .errors import (
 )
 
 if typing.TYPE_CHECKING:
-    from .config import S3TConfig
-    from .deletion import Receipt
-    from .ensemble import S3TEnsemble
-    from .plan import Plan, Stage
-    from .planner import S3TPlanner
-    from .store import S3TStore
-    from .trainer import S3TMixin, S3TTrainer
-    from .tuner import S3TModel
+    from .lora.config import S3TConfig
+    from .lora.tuner import S3TModel
+    from .plan.tree import Plan, Stage
+    from .planner.planner import S3TPlanner
+    from .serving.ensemble import S3TEnsemble
+    from .store.deletion import Receipt
+    from .store.store import S3TStore
+    from .training.trainer import S3TMixin, S3TTrainer
 
 __version__ = "0.1.0.dev0"
 
@@ -60,16 +60,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Plan": "plan",
-    "Receipt": "deletion",
-    "S3TConfig": "config",
-    "S3TEnsemble": "ensemble",
-    "S3TMixin": "trainer",
-    "S3TModel": "tuner",
-    "S3TPlanner": "planner",
-    "S3TStore": "store",
-    "S3TTrainer": "trainer",
-    "Stage": "plan",
+    "Plan": "plan.tree",
+    "Receipt": "store.deletion",
+    "S3TConfig": "lora.config",
+    "S3TEnsemble": "serving.ensemble",
+    "S3TMixin": "training.trainer",
+    "S3TModel": "lora.tuner",
+    "S3TPlanner": "planner.planner",
+    "S3TStore": "store.store",
+    "S3TTrainer": "training.trainer",
+    "Stage": "plan.tree",
 }
 
 
@@ -86,4 +86,4 @@ def __dir__() -> list[str]:
 
 
 if "peft" in sys.modules:
-    importlib.import_module(".config", __name__)
+    importlib.import_module(".lora.config", __name__)

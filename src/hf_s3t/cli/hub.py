@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import display
-from .errors import HubError
-from .files import PRIVATE, json_bytes, read_json, write_atomic
+from ..errors import HubError
+from ..files import PRIVATE, json_bytes, read_json, write_atomic
+from ..hub.purge_report import SECONDS, PurgeReport, covered, file_name, uncovered
+from . import tables as display
+from .options import AsJson, DropRefs, KeepRefs, OneStore, StateFolder
 from .outcomes import DONE, PENDING, Outcome, outcome_of, run, show
-from .reading import AsJson, DropRefs, KeepRefs, OneStore, StateFolder
-from .report import SECONDS, PurgeReport, covered, file_name, uncovered
 
 if TYPE_CHECKING:  # each verb imports what it needs
-    from .store import S3TStore
+    from ..store.store import S3TStore
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ def unpurged_of(store: S3TStore) -> dict[str, list[str]]:
     Of a folder what its receipts say, without asking the Hub. A repository is asked for what was deleted elsewhere,
     or in a folder and pushed since; what was deleted from it here stays open until a purge from here.
     """
-    from .deletion import read_receipts, state_or_none
-    from .manifest import merged
-    from .sources import RepoSource
+    from ..store.deletion import read_receipts, state_or_none
+    from ..store.manifest import merged
+    from ..store.sources import RepoSource
 
     receipts = read_receipts(store)
     if not isinstance(store.source, RepoSource):
@@ -74,7 +74,7 @@ def push(
 ) -> None:
     """Bring a repository on the Hub to what the store holds, in one commit. The state stays here."""
 
-    from .store import S3TStore
+    from ..store.store import S3TStore
 
     def verb(opened: S3TStore) -> Outcome:
         info = opened.push(repo, private=not public, tombstones=tombstones)
@@ -127,9 +127,9 @@ def recheck(
 ) -> None:
     """Ask again for what a purge report has as pending."""
 
-    from .folder import StoreFolder
-    from .hub import HubRepo
-    from .probing import recheck as ask_again
+    from ..hub.probes import recheck as ask_again
+    from ..hub.repo import HubRepo
+    from ..store.folder import StoreFolder
 
     def verb() -> Outcome:
         known = PurgeReport.from_json(read_json(report))

@@ -4,8 +4,8 @@ Exit codes: 0 done; 2 bad input, or something to be put right first; 3 done here
 that were made before, or in the history of a repository; 4 something asked for is not known, nothing was changed; 5 a
 promise is broken or a file is damaged; 6 fewer requests are left than `status --fail-below` asks for. Of several
 stores the gravest code counts (5, 2, 4, 3, 6), and one store's fault does not stop the others: see `outcomes.py`. What
-a person sees is laid out in `display.py`, what a person names is read in `reading.py`; verbs for a repository are in
-`cli_hub.py`, the planner's in `cli_plan.py`.
+a person sees is laid out in `tables.py`, what a person names is read in `options.py`; verbs for a repository are in
+`hub.py`, the planner's in `plan.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Group
 
-from . import cli_hub, cli_plan, display
-from .cli_hub import kept_refs, names_in, unpurged_of
-from .outcomes import BROKEN, DONE, LOW, PENDING, UNKNOWN, Outcome, Verb, run
-from .reading import (
+from . import hub as cli_hub
+from . import plan as cli_plan
+from . import tables as display
+from .hub import kept_refs, names_in, unpurged_of
+from .options import (
     AsJson,
     DropRefs,
     Groups,
@@ -44,10 +45,11 @@ from .reading import (
     read_dataset,
     wanted_names,
 )
+from .outcomes import BROKEN, DONE, LOW, PENDING, UNKNOWN, Outcome, Verb, run
 
 if TYPE_CHECKING:  # each verb imports what it needs
-    from .store import S3TStore
-    from .verify import Check, VerifyReport
+    from ..store.audit import Check, VerifyReport
+    from ..store.store import S3TStore
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ def status(
 
 
 def _draw(store: S3TStore, file: Path) -> None:
-    from .pictures import draw_store
+    from ..planner.pictures import draw_store
 
     manifest = store.live()
     draw_store(manifest.plan, manifest.stages, file, replay=manifest.replay)
@@ -229,7 +231,7 @@ def verify_command(
 ) -> None:
     """Check hashes, contents, tombstones and the root adapter; with --retrain train stages again, too."""
 
-    from .verify import verify
+    from ..store.audit import verify
 
     def verb(store: S3TStore) -> Outcome:
         if bool(retrain) != bool(trainer and data):
@@ -271,7 +273,7 @@ def export(
 
 
 def _check_export(store: S3TStore, target: Path, prefix: str | None) -> None:
-    from .store import as_stage
+    from ..store.store import as_stage
 
     live = store.live()
     if prefix is not None and as_stage(prefix) not in live.stages:
@@ -320,7 +322,7 @@ def _asking(wanted: dict[str, list[str]], verb: Verb) -> Verb:
 
 
 def _retrain(store: S3TStore, stages: list[str], factory: str, data: Path) -> tuple[Check, ...]:
-    from .retrain import retrain_and_compare
+    from ..training.retrain import retrain_and_compare
 
     make_trainer, rows = load_factory(factory), read_dataset(data)
     return tuple(retrain_and_compare(store, name, lambda folder: make_trainer(folder, rows)) for name in stages)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from .store import S3TStore
+    from ..store.store import S3TStore
 
 WIDTH = 100
 """Columns of what is printed where there is no terminal."""
@@ -104,8 +104,8 @@ def digests_not_in(store: S3TStore, file: Path, at_most: float) -> list[str]:
     Raises:
         ValueError: more are missing, or some may be there in another spelling: nothing is to be deleted by mistake.
     """
-    from .partition import keyed_digest, raw_rows, row_digest
-    from .requests import LookAlikes
+    from ..store.partition import keyed_digest, raw_rows, row_digest
+    from ..store.requests import LookAlikes
 
     key, index = store.key, store.index()
     column = store.manifest().recipe["partition"]["id_column"]

@@ -1,7 +1,7 @@
 """How a verb of the command line ends: one outcome per store, exit codes, what is printed where.
 
 One store's fault does not stop the others; of several stores the gravest code counts. Standard output is for outcomes
-alone. The verbs are in `cli.py` and beside it.
+alone. The verbs are in `main.py` and beside it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console, RenderableType
 
-from .errors import DatasetError, HubError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
-from .reading import WIDTH
+from ..errors import DatasetError, HubError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
+from .options import WIDTH
 
 if TYPE_CHECKING:  # `--help` needs no store
-    from .store import S3TStore
+    from ..store.store import S3TStore
 
 DONE, BAD_INPUT, PENDING, UNKNOWN, BROKEN, LOW = 0, 2, 3, 4, 5, 6
 GRAVITY = (DONE, LOW, PENDING, UNKNOWN, BAD_INPUT, BROKEN, 1)
@@ -51,7 +51,7 @@ Verb = Callable[["S3TStore"], Outcome]
 def run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb, state: Path | None = None) -> None:
     """Applies a verb to each store, and ends the program with what came of it."""
 
-    from .store import S3TStore
+    from ..store.store import S3TStore
 
     def opened(path: str) -> Outcome:
         store = S3TStore(path, key_file.read_text().strip() if key_file else None, state)
@@ -63,7 +63,7 @@ def run(stores: Iterable[str], key_file: Path | None, as_json: bool, verb: Verb,
 
 
 def _absent(path: str, store: S3TStore) -> str:
-    from .sources import hides_repo
+    from ..store.sources import hides_repo
 
     if store.source.repo_id is not None:
         return f"there is no folder {path}, and the repository {path} on the Hub has no s3t.json."
@@ -113,7 +113,7 @@ def _is_of_the_hub(error: Exception) -> bool:
     """Whether a request to the Hub failed; without its client there was none."""
     if "huggingface_hub.errors" not in sys.modules:
         return False
-    from .seams.hub import http_error
+    from ..seams.hub import http_error
 
     return isinstance(error, http_error())
 

@@ -17,13 +17,13 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
+from .options import parse_prior
 from .outcomes import BAD_INPUT, DONE, console
-from .reading import parse_prior
 
 if TYPE_CHECKING:  # the other verbs need no planner
-    from .arrivals import RepairPolicy
-    from .candidates import Candidate
-    from .planner import S3TPlanner
+    from ..planner.arrivals import RepairPolicy
+    from ..planner.candidates import Candidate
+    from ..planner.planner import S3TPlanner
 
 ROWS = 26
 ORDERS = 3  # the column that also names the groups of rows
@@ -81,7 +81,7 @@ def plan(
     the slices are in use on average and the chance that a shard is dead, with nothing
     of it to serve until it is trained again, is at most --max-dead.
     """
-    from .planner import S3TPlanner
+    from ..planner.planner import S3TPlanner
 
     try:
         asked = S3TPlanner(
@@ -101,7 +101,7 @@ def plan(
 
 
 def _draw(planner: S3TPlanner, file: Path) -> None:
-    from .pictures import draw_plan
+    from ..planner.pictures import draw_plan
 
     chosen = planner.recommended
     draw_plan(
@@ -215,7 +215,7 @@ def _columns(planner: S3TPlanner) -> list[Column]:
 
 
 def _orders(candidate: Candidate) -> str:
-    from .candidates import BASELINES
+    from ..planner.candidates import BASELINES
 
     setting = candidate.setting
     if setting.method != "s3t":

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from .reading import WIDTH
+from .options import WIDTH
 
 if TYPE_CHECKING:
-    from .closed_forms import LifeLeft
-    from .deletion import Receipt
-    from .exports import Export
-    from .store import Location, Status
-    from .verify import VerifyReport
+    from ..plan.life import LifeLeft
+    from ..store.audit import VerifyReport
+    from ..store.deletion import Receipt
+    from ..store.exports import Export
+    from ..store.store import Location, Status
 
 UNKNOWN = "unknown: the state is not here"
 NONE: Mapping[str, Sequence[str]] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .seams import hub as seam
+from ..seams import hub as seam
 
 logger = logging.getLogger(__name__)
 

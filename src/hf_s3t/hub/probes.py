@@ -2,7 +2,7 @@
 
 An answer is one of three. *Served*: the Hub hands the content out, or an address for it, whether or not the address
 answers. *Gone*: it says that there is no such thing. Everything else (no answer, 5xx, 401, 403, 429, a repository that
-this token does not see) is *not known*, and stays pending. What the answers add up to is for `report.py`.
+this token does not see) is *not known*, and stays pending. What the answers add up to is for `purge_report.py`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from urllib.parse import parse_qs, urlsplit
 
 from huggingface_hub import hf_hub_url
 
-from .errors import CompatibilityError
-from .hub import HubRepo
-from .report import Probe, PurgeReport, now
-from .seams import hub as seam
+from ..errors import CompatibilityError
+from ..seams import hub as seam
+from .purge_report import Probe, PurgeReport, now
+from .repo import HubRepo
 
 TIMEOUT = 20.0
 """Seconds; the client itself waits for ever."""

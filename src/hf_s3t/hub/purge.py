@@ -2,7 +2,7 @@
 
 A commit that removes a file leaves it in every older revision. A purge removes the refs that lead to those, squashes
 the branches that stay, and deletes large files by the difference of two sets of contents: everything stored, less what
-a kept ref serves. Then it asks, for every removed content and every way that led to it (`probing.py`).
+a kept ref serves. Then it asks, for every removed content and every way that led to it (`probes.py`).
 
 The report is written before anything is removed, and every step may find its work done: a purge that was interrupted
 is ended by purging again, and still asks for the ways that are known from the first time.
@@ -23,12 +23,12 @@ from huggingface_hub import hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import hf_raise_for_status
 
-from .caches import cached_revisions, clear_caches
-from .errors import HubError, StoreError
-from .hub import HubRepo
-from .probing import TIMEOUT, WORKERS, ask, head_of, recheck, stored
-from .report import SECONDS, Probe, PurgeReport, keep, now, uncovered, unfinished
-from .seams import hub as seam
+from ..errors import HubError, StoreError
+from ..seams import hub as seam
+from .local_caches import cached_revisions, clear_caches
+from .probes import TIMEOUT, WORKERS, ask, head_of, recheck, stored
+from .purge_report import SECONDS, Probe, PurgeReport, keep, now, uncovered, unfinished
+from .repo import HubRepo
 
 logger = logging.getLogger(__name__)
 

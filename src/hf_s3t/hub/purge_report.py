@@ -1,6 +1,6 @@
 """What a purge removed, and what was seen of it afterwards: the report, as data, as a page, and where it is kept.
 
-How the Hub is asked is for `probing.py`; what is removed, and how, for `purge.py`.
+How the Hub is asked is for `probes.py`; what is removed, and how, for `purge.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import StoreError
-from .files import PRIVATE, json_bytes, read_json, write_atomic
+from ..errors import StoreError
+from ..files import PRIVATE, json_bytes, read_json, write_atomic
 
 SECONDS = 180.0
 """How long a purge is waited for before what it did not reach counts as pending."""

@@ -1,7 +1,7 @@
 """One repository on the Hub: its head, its files at a revision, and one atomic commit. Knows nothing of stages.
 
 A commit names the head that it was made for, so that of two writers one is told to look again. What is committed is
-decided in `publishing.py`; what a purge does to the history in `purge.py`.
+decided in `store/sync.py`; what a purge does to the history in `purge.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .errors import HeadMovedError, HubError, StoreError
-from .files import write_atomic
-from .seams import hub as seam
+from ..errors import HeadMovedError, HubError, StoreError
+from ..files import write_atomic
+from ..seams import hub as seam
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 An adapter here is what an adapter folder holds: the dictionary of `adapter_config.json` and the tensors, as numpy
 arrays. No model is needed, and no torch: who has a model asks for [`Adapter.tensors`]. Which stages to join is for
-`folder.py`.
+`store/folder.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .files import json_bytes, safetensors_bytes
+from ..files import json_bytes, safetensors_bytes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -1,7 +1,7 @@
 """`S3TConfig`: what a user may set, its validation, and its registration with PEFT as type `S3T`.
 
 The config says *what* is trained; which tensors that means in a given model is for `tuner.py`, which slices a stage
-sees is for `plan.py`.
+sees is for `plan/tree.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from peft import LoraConfig
 
-from .plan import STAGE_PARAMETERS
-from .seams.tuners import add_peft_type, register_tuner
-from .sequences import explicit
-from .survival import checked_prior
+from ..plan.sequences import explicit
+from ..plan.survival import checked_prior
+from ..plan.tree import STAGE_PARAMETERS
+from ..seams.tuners import add_peft_type, register_tuner
 
 SELECTIONS = ("cyclic", "spaced", "random", "bms", "optimal")
 """Names of the ways to choose sequences."""

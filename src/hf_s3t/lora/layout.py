@@ -13,9 +13,9 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
+from ..seams.tuners import HEADS_BY_TASK, default_targets, is_targeted, name_all_linear
 from .adapter import split_layer_path
 from .config import S3TConfig
-from .seams.tuners import HEADS_BY_TASK, default_targets, is_targeted, name_all_linear
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ layer          stage 1        stage 2        stage 3        a served prefix of l
 The model holds at most two adapters while it trains: `default`, what the running stage owns plus its head, and
 `prefix`, its parent assembled into one plain frozen LoRA. A kind of stage is nothing but the answer to two questions,
 [`owned_layers`] and [`frozen_layers`]: with rank groups every layer has both adapters, and `prefix` the ranks of all
-stages above it. Data, order and files are for `plan.py`, `trainer.py` and `store.py`.
+stages above it. Data, order and files are for `plan/tree.py`, `training/trainer.py` and `store/store.py`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from torch import nn
 from transformers import set_seed
 
+from ..errors import IsolationError
+from ..seams.models import draw_weights, loaded_parameters, missing_weights
+from ..seams.tuners import LORA, TunerSeam, activate, adapter_parameters, add_adapter, base_name, set_active
 from .adapter import Adapter
 from .config import LORA_FIELDS, S3TConfig, register
-from .errors import IsolationError
 from .layout import Layout, find_layout, layers_pattern
-from .seams.models import draw_weights, loaded_parameters, missing_weights
-from .seams.tuners import LORA, TunerSeam, activate, adapter_parameters, add_adapter, base_name, set_active
 
 Tensors = dict[str, torch.Tensor]
 

@@ -1,4 +1,4 @@
-"""How long a plan lasts, as formulas: the answers that `simulate.py` estimates, where they are known exactly.
+"""How long a plan lasts, as formulas: the answers that `planner/simulate.py` estimates, where they are known exactly.
 
 Responsible for chances of places, lifetimes, and what survives of rotations, random orders and SISA; nothing is drawn
 here. A request deletes one example, which lies in slice `j` of shard `s` with the chance `p_sj`. A shard is dead once
@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .plan import Plan, Stage
 from .sequences import check_count, requests_until_dead
+from .tree import Plan, Stage
 
 Prior = Sequence[float] | Sequence[Sequence[float]] | np.ndarray
 """`L` chances, one per slice (all shards are equally likely), or `m` lists of `L` chances, one per place."""

@@ -1,7 +1,7 @@
 """Orders of a shard's slices, and what deletions leave of them.
 
 Responsible for choosing the sequences of one shard, for cutting the tails that no deletion can make useful, and for
-the arithmetic of survival. It leaves stages and shards to `plan.py`, parameters and data to others.
+the arithmetic of survival. It leaves stages and shards to `tree.py`, parameters and data to others.
 
 A sequence is an order of the slice ids `0..L-1`, `L = num_slices`. Once some slices were deleted from, the part before
 its first hit slice survives. Whether a prefix survives is thus a matter of its *set* of slices alone.

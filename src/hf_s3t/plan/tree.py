@@ -7,7 +7,7 @@ Sequences (0,1,2), (1,2,0) and (2,0,1) of one shard, pruned:
                +-- 2 --- 2-0                a deletion from slice 1 hits 0-1, 0-1-2, 1, 1-2: what is left is 2-0
 
 Responsible for names, order, cost and survival of stages, and for reading a plan from an untrusted manifest. It leaves
-the choice of the orders to `sequences.py`, and every file and tensor to `store.py` and `trainer.py`.
+the choice of the orders to `sequences.py`, and every file and tensor to `store/store.py` and `training/trainer.py`.
 """
 
 import dataclasses

@@ -41,7 +41,7 @@ def best_tree(
     Returns:
         `list[Order]`: What is alive or the complete order, then the other branches of the tree.
 
-    >>> from hf_s3t.survival import Lattice
+    >>> from hf_s3t.plan.survival import Lattice
     >>> best_tree(Lattice([0.7, 0.2, 0.1]), 7)
     [(2, 1, 0), (1,)]
     """

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .closed_forms import Prior
-from .sequences import check_count
+from ..plan.life import Prior
+from ..plan.sequences import check_count
 
 BLOCK = 2**16  # examples drawn at once, over all streams: what a processor keeps close by
 MAX_ROWS = 256  # and per stream: a few streams should not draw far beyond their end

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .plan import Plan
-from .sequences import Order
+from ..plan.sequences import Order
+from ..plan.tree import Plan
 
 MAX_BITS = 64
 TABLE_SLICES = 16  # up to here the answers for all 2^L hit sets are computed once

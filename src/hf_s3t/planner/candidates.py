@@ -15,9 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .arrivals import DeletionRequests, RepairPolicy
-from .bitsets import StageSets
-from .closed_forms import (
+from ..plan.life import (
     first_slice_chances,
     life_until_all_dead,
     life_until_first_dead,
@@ -25,10 +23,12 @@ from .closed_forms import (
     repair_cost,
     sisa_cost_per_request,
 )
+from ..plan.optimal import optimal
+from ..plan.sequences import Order, select_sequences
+from ..plan.tree import Plan
+from .arrivals import DeletionRequests, RepairPolicy
+from .bitsets import StageSets
 from .estimates import Curve, Estimate, Simulation
-from .optimal import optimal
-from .plan import Plan
-from .sequences import Order, select_sequences
 from .simulate import simulate
 
 BASELINES = {"sisa": "SISA", "shards alone": "shards alone", "full retraining": "from scratch"}

@@ -12,17 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..plan.bms import bms
+from ..plan.life import first_slice_chances, life_until_all_dead
+from ..plan.optimal import optimal
+from ..plan.sequences import Order, check_count, cyclic, prune_orders, random_orders, spaced, training_cost
+from ..plan.streams import HELD_OUT_STREAMS, Streams
+from ..plan.survival import LATTICE_SLICES, Lattice, checked_prior
+from ..plan.tree import Plan, Stage
 from .arrivals import DeletionRequests, RepairPolicy
 from .bitsets import MAX_BITS
-from .bms import bms
-from .closed_forms import first_slice_chances, life_until_all_dead
 from .estimates import Curve, Simulation
-from .optimal import optimal
-from .plan import Plan, Stage
-from .sequences import Order, check_count, cyclic, prune_orders, random_orders, spaced, training_cost
 from .simulate import simulate, simulate_full_retraining, simulate_sisa
-from .streams import HELD_OUT_STREAMS, Streams
-from .survival import LATTICE_SLICES, Lattice, checked_prior
 
 COST_MARKS = 8  # points at which the cost of training so far is looked at
 LONGEST_LIFE = 20  # requests per slice after which a picture ends, however long the plan lives

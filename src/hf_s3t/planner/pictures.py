@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_atomic
+from ..plan.life import place_chances
+from ..plan.tree import Plan, Stage
 from .arrivals import DeletionRequests, RepairPolicy
-from .closed_forms import place_chances
 from .comparison import Course, Kept, Retention, courses, from_now_on
 from .estimates import Curve
-from .files import write_atomic
-from .plan import Plan, Stage
 from .tree_picture import BLACK, BLUE, MARGIN, VERMILLION, Forest
 
 try:

@@ -1,7 +1,7 @@
 """Which plan to train and when to repair it, for so many deletion requests a day: `S3TPlanner`.
 
 Responsible for what is compared, for what may be asked, and for the rule by which one candidate is recommended. What a
-candidate costs and keeps is in `candidates.py`, the table in `cli_plan.py`.
+candidate costs and keeps is in `candidates.py`, the table in `cli/plan.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from ..plan.life import first_slice_chances, life_until_all_dead
+from ..plan.sequences import check_budget, check_count, cyclic, prune_orders, training_cost
+from ..plan.survival import checked_prior, path_cost
+from ..plan.tree import Plan
 from .arrivals import DeletionRequests, RepairPolicy
 from .bitsets import TABLE_SLICES
 from .candidates import BASELINES, Candidate, Measure, Setting, marked
-from .closed_forms import first_slice_chances, life_until_all_dead
-from .plan import Plan
-from .sequences import check_budget, check_count, cyclic, prune_orders, training_cost
-from .survival import checked_prior, path_cost
 
 SHARDS, SLICES = (1, 2, 5, 10), (2, 4, 8)  # compared where nothing is given
 DAYS = (1, 7, 30, 90)  # between repairs
@@ -105,7 +105,7 @@ class S3TPlanner:
                 check_count(name, getattr(self, name), 1, most)
         if (self.slices or 0) > TABLE_SLICES:
             found = f"slices={self.slices}, but more than {TABLE_SLICES} take too long to compare"
-            raise ValueError(f"{found}. Give fewer, or ask `hf_s3t.simulate` about one plan.")
+            raise ValueError(f"{found}. Give fewer, or ask `hf_s3t.planner.simulate` about one plan.")
         for name in ("requests_per_day", "horizon_days", "gpu_hours_per_epoch", "adapter_mb"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -1,7 +1,7 @@
 """How long a plan lasts and what it costs to keep: streams of deletion requests against a plan, all at once.
 
 Responsible for the state of many streams under a repair policy. The streams are drawn by `arrivals.py`, estimates are
-made by `estimates.py`, and what is known without drawing is in `closed_forms.py`.
+made by `estimates.py`, and what is known without drawing is in `plan/life.py`.
 
 The state of a shard is the set of slices that were hit since its last repair, as the bits of one integer. A prefix is
 alive while its own set of bits has none in common with it. Requests are taken one after the other, over all streams.
@@ -14,12 +14,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..plan.life import first_slice_chances, place_chances
+from ..plan.sequences import check_count
+from ..plan.tree import Plan
 from .arrivals import BLOCK, MAX_REQUESTS, DeletionRequests, RepairPolicy, check_horizon
 from .bitsets import StageSets
-from .closed_forms import first_slice_chances, place_chances
 from .estimates import Curve, Simulation
-from .plan import Plan
-from .sequences import check_count
 
 MAX_CELLS = 5 * 10**7  # numbers in the largest array: 400 MB
 NEVER = np.iinfo(np.int64).max

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .plan import Plan, Stage
+from ..plan.tree import Plan, Stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

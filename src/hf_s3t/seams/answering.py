@@ -1,6 +1,6 @@
 """Seams of answering: what a forward pass of several members knows of transformers', PEFT's and TRL's insides.
 
-What can be found out by trying is not here: see `Members.look` in `members.py`.
+What can be found out by trying is not here: see `Members.look` in `serving/members.py`.
 """
 
 from __future__ import annotations

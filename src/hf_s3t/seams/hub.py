@@ -1,7 +1,7 @@
 """The seams to huggingface_hub: its HTTP library, what it says of an upload, its cache, requests of our own.
 
 Nothing of huggingface_hub is imported before it is needed: a folder store does without. What an answer means is for
-`hub.py`, `probing.py`, `purge.py` and `caches.py`.
+`hub/repo.py`, `hub/probes.py`, `hub/purge.py` and `hub/local_caches.py`.
 """
 
 from __future__ import annotations

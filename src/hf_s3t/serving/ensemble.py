@@ -2,7 +2,7 @@
 
 It holds the base model once and one slot per shard, allocated at full depth (`slots.py`); all members answer one batch
 together (`members.py`). A deletion, or a store that somebody else changed, overwrites the slots between two answers
-(`gate.py`). What is served is decided by `folder.py`.
+(`gate.py`). What is served is decided by `store/folder.py`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from .adapter import WEIGHTS_FILE, with_rank
+from ..errors import S3TError, StoreError
+from ..lora.adapter import WEIGHTS_FILE, with_rank
+from ..lora.config import LORA_FIELDS, S3TConfig
+from ..lora.layout import find_layout
+from ..lora.tuner import plain_lora_config
+from ..plan.tree import Stage
+from ..seams.answering import caches_in, introduce_to_pipelines
+from ..store.base_model import check_base, load_base
+from ..store.deletion import Receipt
+from ..store.folder import StoreFolder
+from ..store.manifest import Manifest
+from ..store.sources import is_repo_id
+from ..store.store import S3TStore
 from .averages import Combine
-from .bases import check_base, load_base
-from .config import LORA_FIELDS, S3TConfig
-from .deletion import Receipt
-from .errors import S3TError, StoreError
-from .folder import StoreFolder
 from .gate import Gate
-from .layout import find_layout
-from .manifest import Manifest
 from .members import Members
-from .plan import Stage
-from .seams.answering import caches_in, introduce_to_pipelines
 from .slots import Change, Slot
-from .sources import is_repo_id
-from .store import S3TStore
-from .tuner import plain_lora_config
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import S3TError
+from ..errors import S3TError
 
 
 class Gate:

@@ -16,8 +16,8 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .layout import split_layer_path
-from .seams.answering import BASE, first_argument, lora_by_views
+from ..lora.layout import split_layer_path
+from ..seams.answering import BASE, first_argument, lora_by_views
 
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 Path = tuple[int | str, ...]

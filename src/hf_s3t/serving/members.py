@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import ModelOutput
 
+from ..seams.answering import FUSED_HEAD, caches_in, check_logits, check_one_dimension, loss_of, taken_labels
 from .averages import Combine, average_logits, by_token
 from .member_cache import MemberCache
 from .member_rows import MemberRows
-from .seams.answering import FUSED_HEAD, caches_in, check_logits, check_one_dimension, loss_of, taken_labels
 from .trial import Trial
 
 

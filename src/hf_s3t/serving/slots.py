@@ -2,7 +2,7 @@
 
 What a prefix has no stage for is zero, which gives the bits of not being there; of rank groups, which share matrices,
 to rounding. So a deletion changes numbers and no module: nothing is allocated, a compiled model stays compiled, and no
-old value remains in memory. Which prefix a member has is decided in `ensemble.py`; reading the files is `folder.py`'s.
+old value remains in memory. Which prefix a member has is decided in `ensemble.py`; reading the files is `store/folder.py`'s.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .adapter import WEIGHTS_FILE, is_lora
-from .errors import StoreError
-from .folder import StoreFolder
-from .layout import split_layer_path
-from .manifest import Manifest
-from .plan import Stage
-from .seams.tuners import adapter_tensors
+from ..errors import StoreError
+from ..lora.adapter import WEIGHTS_FILE, is_lora
+from ..lora.layout import split_layer_path
+from ..plan.tree import Stage
+from ..seams.tuners import adapter_tensors
+from ..store.folder import StoreFolder
+from ..store.manifest import Manifest
 
 Owner = tuple[Stage, str]
 """A stage as it was trained: its name and the sha256 of its tensors."""

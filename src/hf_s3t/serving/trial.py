@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import ModelOutput
 
+from ..seams import lost
+from ..seams.answering import caches_in
 from .member_rows import Notes
-from .seams import lost
-from .seams.answering import caches_in
 
 logger = logging.getLogger(__name__)
 

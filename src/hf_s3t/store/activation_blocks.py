@@ -9,7 +9,7 @@ sequence, the epoch and the stage. A *block* holds it for one slice and one laye
 it goes with the first deletion that hits its slice. A file begins with the length of a JSON text, and that text, which
 says whose states it holds: a deletion finds them in a half-written file, too. The states of row after row follow as
 they are in memory, then JSON on how long each is, the length of that JSON, and the sha256 of all before. How states
-are computed is for `trunk.py`, which of them are kept for `keeping.py`.
+are computed is for `trunk/trunk.py`, which of them are kept for `trunk/choice.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import StoreError
-from .files import remove, sync_folder
+from ..errors import StoreError
+from ..files import remove, sync_folder
 from .requests import Place
 
 if TYPE_CHECKING:  # a deletion removes blocks without it

@@ -2,7 +2,7 @@
 
 An audit reads and changes nothing. Whatever it lacks, the state or the key, it names; nothing passes in silence.
 Hashes tell damage and mix-ups; of a manifest that was rewritten together with its files only training a stage again
-tells, which is for `retrain.py`. Checks that need neither key nor state are in `published.py`.
+tells, which is for `training/retrain.py`. Checks that need neither key nor state are in `public_audit.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .errors import S3TError, StoreLockedError
+from ..errors import S3TError, StoreLockedError
 from .folder import StoreFolder
 from .manifest import Manifest
 from .partition import Index, examples_digest, stage_examples
-from .published import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
+from .public_audit import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
 from .state import State
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import StoreError
 from .card import AUTO_CLASSES
-from .errors import StoreError
 from .folder import StoreFolder
 
 if TYPE_CHECKING:  # what needs no base model does without
@@ -75,8 +75,8 @@ def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     Tensors of another dtype or quantisation can not be compared; then a warning says so. Offloaded ones are refused,
     as adapters can not be with them.
     """
+    from ..seams.models import original
     from .recipe import bare, base_config, base_digest, quantization
-    from .seams.models import original
 
     if original(model) is not model:
         raise StoreError("This is what `torch.compile` made of a model. Give the model, and compile the ensemble.")

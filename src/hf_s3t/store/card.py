@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .adapter import with_rank
+from ..lora.adapter import with_rank
+from ..plan.sequences import requests_until_dead
+from ..plan.tree import Stage
 from .manifest import Manifest
-from .plan import Stage
-from .sequences import requests_until_dead
 
 AUTO_CLASSES = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),

@@ -20,15 +20,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .activations import sweep_activations
-from .adapter import CONFIG_FILE, WEIGHTS_FILE
-from .errors import StateError, StoreError, UnknownExampleError
+from ..errors import StateError, StoreError, UnknownExampleError
+from ..files import json_bytes, read_json, remove, sync_folder, write_atomic
+from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from ..plan.tree import Stage
+from .activation_blocks import sweep_activations
 from .exports import carrying, settle
-from .files import json_bytes, read_json, remove, sync_folder, write_atomic
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
 from .manifest import NOT_KNOWN, Event, Log, Manifest, merged, places_beyond
 from .partition import Index, count_by_place
-from .plan import Stage
 from .requests import Place, Request
 from .sources import TOMBSTONES, FolderSource, RepoSource, on_top
 from .state import State, Tombstone, united

@@ -17,13 +17,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average
-from .bases import HAND_IN, check_base, check_unquantised, load_base
-from .errors import StateError, StoreError
-from .files import install_folder, json_bytes, read_json, remove, sync_folder, write_atomic
+from ..errors import StateError, StoreError
+from ..files import install_folder, json_bytes, read_json, remove, sync_folder, write_atomic
+from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average
+from ..plan.tree import Stage
+from .base_model import HAND_IN, check_base, check_unquantised, load_base
 from .folder import StoreFolder
 from .manifest import Manifest
-from .plan import Stage
 from .state import Tombstone
 
 if TYPE_CHECKING:

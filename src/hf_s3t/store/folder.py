@@ -24,11 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, join
-from .card import render_card
-from .contents import read_header, stage_findings
-from .errors import StateError, StoreError
-from .files import (
+from ..errors import StateError, StoreError
+from ..files import (
     PRIVATE,
     Lock,
     inside,
@@ -41,10 +38,13 @@ from .files import (
     write_atomic,
     write_durable,
 )
+from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, join
+from ..plan.tree import Order, Stage
+from .card import render_card
 from .manifest import DAMAGED, Manifest
 from .partition import Entry, Index
-from .plan import Order, Stage
 from .sources import MANIFEST, FolderSource, RepoSource, default_state, is_repo_id
+from .stage_contents import read_header, stage_findings
 from .state import State, key_check_value
 
 KEY_VARIABLE = "HF_S3T_KEY"
@@ -110,7 +110,7 @@ class StoreFolder:
         self.private = Path(state) if state else self.path / ".s3t"
         self.knows_state = True
         if is_repo_id(path):
-            from .hub import HubRepo  # a folder needs no client
+            from ..hub.repo import HubRepo  # a folder needs no client
 
             self.source = RepoSource(HubRepo(str(path), token=token), revision)
             state = state or os.environ.get(STATE_VARIABLE)

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .adapter import CONFIG_FILE, WEIGHTS_FILE
-from .errors import RecipeError, StoreError
-from .plan import STAGE_PARAMETERS, Plan, Stage
-from .survival import checked_prior
+from ..errors import RecipeError, StoreError
+from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from ..plan.survival import checked_prior
+from ..plan.tree import STAGE_PARAMETERS, Plan, Stage
 
 FORMAT = 1
 """Version of the folder format; a store of another version is refused."""

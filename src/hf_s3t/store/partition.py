@@ -2,7 +2,7 @@
 
 An example's place is a keyed hash of its id (or of its group), so it never depends on other examples, on the order of
 the rows or on the content beyond the id: deleting one example moves no other. Only keyed digests leave this file;
-which stages a place belongs to is for `plan.py`, where the index is kept for `store.py`.
+which stages a place belongs to is for `plan/tree.py`, where the index is kept for `store.py`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from .errors import DatasetError
-from .plan import Stage
-from .spelling import id_text, same_to_the_eye
+from ..errors import DatasetError
+from ..plan.tree import Stage
+from .ids import id_text, same_to_the_eye
 
 if TYPE_CHECKING:
-    from .config import S3TConfig
+    from ..lora.config import S3TConfig
 
 DIGEST_CHARS = 32
 """Length of a keyed digest in the index: 128 bits of HMAC-SHA256, in hexadecimal."""
@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
     if f"{id(value):x}" in text.lower():  # a decoded image, for one
         raise ValueError(
             f"A row has a {type(value).__name__}, whose text {text[:80]!r} is another one in every run, so it names "
-            "no example. Hand in the row undecoded: `next(iter(hf_s3t.partition.raw_rows(dataset)))` is the first."
+            "no example. Hand in the row undecoded: `next(iter(hf_s3t.store.partition.raw_rows(dataset)))` is the first."
         )
     return text
 

@@ -1,6 +1,6 @@
 """Checks of what a store publishes: its manifest, its stages and the root adapter, without key or state.
 
-Each check is a generator of findings: a text says what is broken, a [`NotChecked`] what could not be told. `verify.py`
+Each check is a generator of findings: a text says what is broken, a [`NotChecked`] what could not be told. `audit.py`
 runs them.
 """
 
@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .adapter import CONFIG_FILE, WEIGHTS_FILE, average
-from .contents import read_header, stage_findings
-from .errors import S3TError
-from .files import inside, read_json
+from ..errors import S3TError
+from ..files import inside, read_json
+from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, average
+from ..plan.tree import Stage
 from .folder import MANIFEST, StoreFolder
 from .manifest import Manifest
-from .plan import Stage
+from .stage_contents import read_header, stage_findings
 
 TENSOR_FILES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".h5", ".gguf", ".onnx", ".pkl", ".arrow",

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
-from .config import LORA_FIELDS, S3TConfig
-from .layout import Layout
+from ..lora.config import LORA_FIELDS, S3TConfig
+from ..lora.layout import Layout
+from ..lora.tuner import tensor_digest
+from ..seams.arguments import CHOOSING, SILENT, is_evaluation_heard
+from ..seams.models import computing_settings, tokenizer_rules
+from ..seams.tuners import base_name
 from .partition import canonical, raw_rows, row_digest
-from .seams.arguments import CHOOSING, SILENT, is_evaluation_heard
-from .seams.models import computing_settings, tokenizer_rules
-from .seams.tuners import base_name
-from .tuner import tensor_digest
 
 
 def make_recipe(

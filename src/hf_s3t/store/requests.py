@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from .errors import StoreError
+from ..errors import StoreError
 from .folder import StoreFolder
+from .ids import id_text, look_alikes, same_to_the_eye
 from .manifest import Manifest
 from .partition import Index, keyed_digest, row_digest
-from .spelling import id_text, look_alikes, same_to_the_eye
 from .state import State, Tombstone
 
 Place = tuple[int, int]

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub.constants import HF_HOME
 
-from .adapter import WEIGHTS_FILE
-from .errors import HeadMovedError, StoreError
-from .files import inside, remove, write_atomic
-from .plan import Stage
+from ..errors import HeadMovedError, StoreError
+from ..files import inside, remove, write_atomic
+from ..lora.adapter import WEIGHTS_FILE
+from ..plan.tree import Stage
 
 if TYPE_CHECKING:
-    from .hub import HubRepo
+    from ..hub.repo import HubRepo
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """What a stage's files may hold: the layers and heads that its recipe gives it, and nothing else.
 
 Looks at the config and at the names, types and shapes of the tensors, not at their values. `folder.py` refuses a
-repository's stage by it, `published.py` reports.
+repository's stage by it, `public_audit.py` reports.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .adapter import is_lora, split_layer_path
-from .errors import StoreError
-from .plan import Stage
+from ..errors import StoreError
+from ..lora.adapter import is_lora, split_layer_path
+from ..plan.tree import Stage
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .errors import StateError
+from ..errors import StateError
+from ..plan.tree import Stage
 from .manifest import DAMAGED, FORMAT, Log, Manifest, log_json, merged, read_count, read_log
 from .partition import canonical, keyed_digest
-from .plan import Stage
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import deletion, publishing
-from .bases import load_base
-from .closed_forms import LifeLeft, life_left
+from ..errors import S3TError, StateError, StoreError, UnknownExampleError
+from ..files import PRIVATE, json_bytes, read_json, write_atomic
+from ..hub.purge_report import SECONDS, PurgeReport
+from ..plan.life import LifeLeft, life_left
+from ..plan.tree import Order, Stage
+from . import deletion
+from . import sync as publishing
+from .base_model import load_base
 from .deletion import Receipt
-from .errors import S3TError, StateError, StoreError, UnknownExampleError
 from .exports import (
     Export,
     carrying,
@@ -29,14 +33,11 @@ from .exports import (
     write_export,
     write_exports,
 )
-from .files import PRIVATE, json_bytes, read_json, write_atomic
 from .folder import LOCK_SECONDS, StoreFolder, as_key
+from .ids import id_text
 from .partition import Entry, keyed_digest
-from .plan import Order, Stage
-from .report import SECONDS, PurgeReport
 from .requests import Kind, LookAlikes, Place, resolve
 from .sources import RepoSource
-from .spelling import id_text
 from .state import State, key_check_value, united
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ class S3TStore(StoreFolder):
         self.source.look()
         self.manifest()  # a folder that is no store is refused before a lock file is made in it
         if purge and isinstance(self.source, RepoSource):
-            from .purge import sort_refs
+            from ..hub.purge import sort_refs
 
             sort_refs(self.source.repo, keep_refs)  # refused before anything is deleted
         with nullcontext() if dry_run else self.writing():  # a dry run only reads
@@ -328,11 +329,11 @@ class S3TStore(StoreFolder):
             publishing.pull(self, StoreFolder(repo_id, self._given_key, self.private, token=token))
 
     def purge(self, keep_refs: Iterable[str] | None = None, seconds: float = SECONDS) -> PurgeReport:
-        """Removes from a repository's history what its head does not serve; see [`hf_s3t.purge.purge`].
+        """Removes from a repository's history what its head does not serve; see [`hf_s3t.hub.purge.purge`].
 
         The report is kept beside the receipts, as `purge-*.json`.
         """
-        from .purge import purge
+        from ..hub.purge import purge
 
         if not isinstance(self.source, RepoSource):
             raise ValueError(

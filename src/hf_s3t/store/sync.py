@@ -14,11 +14,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..errors import StateError, StoreError
+from ..plan.tree import Stage
 from . import deletion
-from .errors import StateError, StoreError
 from .folder import StoreFolder, digests, stage_files
 from .manifest import NOT_KNOWN, Manifest, check_same, merged, places_beyond
-from .plan import Stage
 from .sources import TOMBSTONES, RepoSource, on_top
 from .state import State
 

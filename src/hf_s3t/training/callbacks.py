@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
-from .errors import IsolationError
-from .plan import Stage
-from .seams.trainer import (
+from ..errors import IsolationError
+from ..lora.tuner import StageTuner
+from ..plan.tree import Stage
+from ..seams.trainer import (
     check_handler,
     check_progress,
     check_told,
@@ -24,7 +25,6 @@ from .seams.trainer import (
     send_tensorboard,
     tracker_classes,
 )
-from .tuner import StageTuner
 
 logger = get_logger(__name__)
 

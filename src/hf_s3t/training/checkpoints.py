@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .errors import StoreError
-from .files import json_bytes, read_json, remove, sync_folder, write_atomic
-from .partition import canonical
-from .seams.trainer import kept_generators
+from ..errors import StoreError
+from ..files import json_bytes, read_json, remove, sync_folder, write_atomic
+from ..seams.trainer import kept_generators
+from ..store.partition import canonical
 
 MARK = "hf_s3t.json"
 

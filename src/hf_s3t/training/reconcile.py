@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from . import deletion
-from .adapter import CONFIG_FILE, WEIGHTS_FILE
-from .config import S3TConfig
-from .errors import DatasetError, StateError
-from .manifest import Manifest, RepairBudget, check_same
-from .partition import Comparison, Entry, Index, compare, examples_digest, warn_of_empty_slices
-from .plan import Plan, Stage
-from .replanning import best_repair
+from ..errors import DatasetError, StateError
+from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from ..lora.config import S3TConfig
+from ..plan.repair import best_repair
+from ..plan.tree import Plan, Stage
+from ..store import deletion
+from ..store.manifest import Manifest, RepairBudget, check_same
+from ..store.partition import Comparison, Entry, Index, compare, examples_digest, warn_of_empty_slices
+from ..store.state import State, key_check_value, stack_line
+from ..store.store import S3TStore
 from .rows import TrainRows
-from .state import State, key_check_value, stack_line
-from .store import S3TStore
 
 logger = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .adapter import WEIGHTS_FILE
-from .errors import StoreError
-from .files import read_safetensors, write_atomic
-from .folder import StoreFolder
-from .manifest import Manifest
-from .plan import Stage
-from .state import stack_line
-from .store import as_stage
+from ..errors import StoreError
+from ..files import read_safetensors, write_atomic
+from ..lora.adapter import WEIGHTS_FILE
+from ..plan.tree import Stage
+from ..store.audit import Check, Findings, NotChecked, differing_examples, run_check
+from ..store.folder import StoreFolder
+from ..store.manifest import Manifest
+from ..store.state import stack_line
+from ..store.store import as_stage
 from .trainer import S3TMixin
-from .verify import Check, Findings, NotChecked, differing_examples, run_check
 
 MakeTrainer = Callable[[str], S3TMixin]
 """Makes the trainer that trained the store, with another `output_dir`."""

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch.utils.data import Subset
 
-from .config import S3TConfig
-from .numbered import NumberedRows
-from .partition import Entry, id_source, raw_rows, read_rows, stage_examples
-from .plan import Stage
-from .state import State
+from ..lora.config import S3TConfig
+from ..plan.tree import Stage
+from ..store.partition import Entry, id_source, raw_rows, read_rows, stage_examples
+from ..store.state import State
+from ..trunk.row_numbers import NumberedRows
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from .deletion import Receipt
-from .ensemble import S3TEnsemble, read_members
-from .orders import StageOrder
-from .seams.trainer import TrainerSeam, kept_generators
+from ..lora.tuner import StageTuner
+from ..seams.trainer import TrainerSeam, kept_generators
+from ..serving.ensemble import S3TEnsemble, read_members
+from ..store.deletion import Receipt
+from ..store.store import S3TStore
+from .stage_orders import StageOrder
 from .staging import on_main_process
-from .store import S3TStore
-from .tuner import StageTuner
 
 logger = logging.getLogger(__name__)
 

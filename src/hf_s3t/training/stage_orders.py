@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .adapter import Adapter
-from .files import remove
-from .partition import examples_digest
-from .plan import Stage
+from ..files import remove
+from ..lora.adapter import Adapter
+from ..plan.tree import Stage
+from ..store.partition import examples_digest
+from ..store.store import S3TStore
 from .reconcile import check_generation
 from .rows import TrainRows
-from .store import S3TStore
 
 
 class StageDropped(Exception):

@@ -17,17 +17,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainingArguments
 
-from .bms import bms
-from .config import S3TConfig
-from .layout import find_heads
-from .optimal import optimal
-from .plan import Plan, Stage
-from .seams.arguments import loader_setting, setting
-from .seams.models import is_compiled
-from .seams.tuners import check_base_names, check_heads
-from .sequences import check_count, select_sequences
-from .trees import MAX_COST
-from .tuner import draw_heads
+from ..lora.config import S3TConfig
+from ..lora.layout import find_heads
+from ..lora.tuner import draw_heads
+from ..plan.bms import bms
+from ..plan.optimal import optimal
+from ..plan.sequences import check_count, select_sequences
+from ..plan.tree import Plan, Stage
+from ..plan.trees import MAX_COST
+from ..seams.arguments import loader_setting, setting
+from ..seams.models import is_compiled
+from ..seams.tuners import check_base_names, check_heads
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 One stage is one ordinary `Trainer.train()` on the rows of its prefix. This file decides which stage comes next,
 prepares model, rows and a fresh optimizer for it, and hands the result to the store; the loop itself, user hooks,
-checkpoints and distribution stay the Trainer's. Which parameters train is for `tuner.py`, what is on disk for
-`store.py`.
+checkpoints and distribution stay the Trainer's. Which parameters train is for `lora/tuner.py`, what is on disk for
+`store/store.py`.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from transformers import EarlyStoppingCallback, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from .adapter import Adapter
-from .alone import ActivationCache, check_cache
+from ..errors import DatasetError, IsolationError
+from ..files import remove
+from ..lora.adapter import Adapter
+from ..lora.config import S3TConfig
+from ..lora.tuner import StageTuner, Tensors, owned_layers, plain_lora_config, tensor_digest
+from ..plan.tree import Stage
+from ..seams.preparation import watched_preparation
+from ..seams.trainer import kept_generators, written_checkpoint
+from ..store.deletion import versions
+from ..store.folder import LOCK_SECONDS
+from ..store.recipe import argument_defaults, make_recipe, steering_by
+from ..store.store import S3TStore
+from ..trunk.row_numbers import MarkingCollator, RowGuard
+from ..trunk.row_states import ActivationCache, check_cache
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
 from .checkpoints import collates_the_same, latest_checkpoint, mark_complete
-from .config import S3TConfig
-from .deletion import versions
-from .errors import DatasetError, IsolationError
-from .feeding import FedTrainerMixin, TrunkCache
-from .files import remove
-from .folder import LOCK_SECONDS
-from .numbered import MarkingCollator, RowGuard
-from .orders import StageDropped, StageOrder, commit, is_hit, next_order, running_folder
-from .plan import Stage
-from .recipe import argument_defaults, make_recipe, steering_by
 from .reconcile import Missing, Wanted, plan_repair, reconcile, warn_of_other_stacks
 from .rows import DIGEST_COLUMN, TrainRows
-from .seams.preparation import watched_preparation
-from .seams.trainer import kept_generators, written_checkpoint
-from .serving import ServedModelMixin
+from .served_model import ServedModelMixin
+from .stage_orders import StageDropped, StageOrder, commit, is_hit, next_order, running_folder
 from .staging import (
     Repair,
     check_processes,
@@ -56,8 +57,7 @@ from .staging import (
     stage_seed,
     wrap_model,
 )
-from .store import S3TStore
-from .tuner import StageTuner, Tensors, owned_layers, plain_lora_config, tensor_digest
+from .trunk_cache import FedTrainerMixin, TrunkCache
 
 logger = get_logger(__name__)
 

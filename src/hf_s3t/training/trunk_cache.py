@@ -1,8 +1,8 @@
 """The activation cache of a training: each row's states computed once, and fed to every stage that can use them.
 
 Which states are kept, and where, changes no bit of a stage: what is not kept is computed when it is needed, in the
-same way. How a block lies in memory or on the disk is for `activations.py`, how a model is entered at a layer for
-`trunk.py`, what may be cached for `alone.py`.
+same way. How a block lies in memory or on the disk is for `store/activation_blocks.py`, how a model is entered at a layer for
+`trunk/trunk.py`, what may be cached for `trunk/row_states.py`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
-from .activations import Block, BlockName, Blocks, FileBlocks, MemoryBlocks
-from .alone import ActivationCache, AloneRows, check_model
-from .deletion import versions
-from .keeping import Demand, choose_blocks, drop_beyond
-from .manifest import Manifest
-from .numbered import ROW_NUMBER, NumberedRows, NumberingCollator, RowGuard, without_marks
-from .orders import StageDropped, StageOrder, is_hit
-from .partition import Entry, canonical
-from .plan import Stage
-from .requests import Place
-from .seams.models import computing_settings
-from .seams.trainer import TrainerSeam
+from ..lora.tuner import owned_layers
+from ..plan.tree import Stage
+from ..seams.models import computing_settings
+from ..seams.trainer import TrainerSeam
+from ..store.activation_blocks import Block, BlockName, Blocks, FileBlocks, MemoryBlocks
+from ..store.deletion import versions
+from ..store.manifest import Manifest
+from ..store.partition import Entry, canonical
+from ..store.requests import Place
+from ..trunk.choice import Demand, choose_blocks, drop_beyond
+from ..trunk.row_numbers import ROW_NUMBER, NumberedRows, NumberingCollator, RowGuard, without_marks
+from ..trunk.row_states import ActivationCache, AloneRows, check_model
+from ..trunk.trunk import Trunk
+from .stage_orders import StageDropped, StageOrder, is_hit
 from .staging import on_main_process
-from .trunk import Trunk
-from .tuner import owned_layers
 
 logger = get_logger(__name__)
 

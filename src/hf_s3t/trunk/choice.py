@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
-from .activations import BlockName, Blocks
-from .requests import Place
+from ..store.activation_blocks import BlockName, Blocks
+from ..store.requests import Place
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from .errors import IsolationError
+from ..errors import IsolationError
 
 ROW_NUMBER = "hf_s3t_row"
 """Column of a batch with the marks of its rows."""

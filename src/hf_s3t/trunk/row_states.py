@@ -13,11 +13,11 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from .config import S3TConfig
-from .numbered import ROW_NUMBER, NumberingCollator, row_length, without_marks
-from .recipe import quantization
-from .seams.arguments import setting
-from .seams.models import LAYER_DROPS, is_encoder_decoder
+from ..lora.config import S3TConfig
+from ..seams.arguments import setting
+from ..seams.models import LAYER_DROPS, is_encoder_decoder
+from ..store.recipe import quantization
+from .row_numbers import ROW_NUMBER, NumberingCollator, row_length, without_marks
 from .trunk import Trunk
 
 ActivationCache = Literal["off", "memory", "disk"]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .seams.answering import first_argument, runs_again
+from ..seams.answering import first_argument, runs_again
 
 States = list[torch.Tensor]
 

@@ -1,0 +1,1 @@
+"""`hf-s3t`: thin verbs over the rooms below."""

@@ -1,0 +1,1 @@
+"""One repository on the Hub and its history."""

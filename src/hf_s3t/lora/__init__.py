@@ -1,0 +1,1 @@
+"""What a stage owns in a model: everything that touches PEFT."""

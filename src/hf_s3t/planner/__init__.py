@@ -1,0 +1,1 @@
+"""Plans compared before training: drawn requests, costs, pictures. The command line alone imports it."""

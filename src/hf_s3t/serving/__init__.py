@@ -1,0 +1,1 @@
+"""Answers from memory, by members that forget in place."""

@@ -1,0 +1,1 @@
+"""The store: its files, its private state, and deletion."""

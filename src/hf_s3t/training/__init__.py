@@ -1,0 +1,1 @@
+"""Trains what the store lacks, with the Trainer."""

@@ -1,0 +1,1 @@
+"""A model entered at a layer: what an activation cache keeps, and rows that carry marks."""
