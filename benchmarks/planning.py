@@ -5,8 +5,8 @@ its first R requests, R being the expected number of requests until every slice 
 16 slices. With more it is a mean over sampled deletion streams that no plan was searched on, the same for all plans.
 
 Three deletion priors: `uniform`; `zipf`, p_j ~ 1 / j; `two_level`, a quarter of the slices is 10 times likelier than
-the others. `hf_s3t.plan.optimal.optimal` is told the prior and R. It optimises the mean of the values under it and under a
-uniform one, its default; judged is under the prior itself.
+the others. `hf_s3t.plan.optimal.optimal` is told the prior and R. It optimises the mean of the values under it and under
+a uniform one, its default; judged is under the prior itself.
 
 Compared with the paper (S3T, arXiv 2406.16257), re-implemented from its description: the cyclic rotation with B = L,
 as the paper trains it (unpruned) and without the tails that survival does not need (pruned), and BMS with B = L. The
@@ -20,8 +20,8 @@ numbers in `KNOWN` were computed independently of the library, and are computed 
 * `plan_seconds_L<L>`: choosing such a tree, the median over the priors. `plan_seconds_L12_B24`: 24 sequences of 12.
 * `wrong_prior_loss_B<B>`, `wrong_prior_loss_cost`: what a plan for the reversed Zipf prior retains less over its whole
   life than the rotation does, for as many sequences and for its cost; `..._alone`: had it trusted that prior alone.
-* `simulator_speedup`: a plain loop over `hf_s3t.planner.simulate.simulate`, which does the same arithmetic (and draws the
-  requests as well, which the loop is given). They have to agree on every stream.
+* `simulator_speedup`: a plain loop over `hf_s3t.planner.simulate.simulate`, which does the same arithmetic (and draws
+  the requests as well, which the loop is given). They have to agree on every stream.
 * `known_missed`: how many of the known numbers did not come out.
 
 Seconds are of CPU time, of one thread: on an idle machine that is the time that passes, and other programs do not

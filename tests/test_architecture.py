@@ -1,26 +1,60 @@
-"""The list in docs/architecture.md is complete, and imports go up in it, never down."""
+"""Rooms import from rooms above them in docs/architecture.md, no module from one that imports it."""
 
+import ast
 import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/hf_s3t"
-ORDER = re.findall(r"^\| `(\w+)(?:\.py|/)`", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.M)
-MODULES = {path.stem: [path] for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-MODULES |= {path.parent.name: sorted(path.parent.glob("*.py")) for path in PACKAGE.glob("*/__init__.py")}
+TEXT = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+ROOMS = re.findall(r"^\| `?(\w+)`? \| .+ \| .+ \|$", TEXT, re.M)[1:]
+FILES = {path: path.relative_to(PACKAGE).parts for path in PACKAGE.rglob("*.py")}
+MODULES = {".".join(parts).removesuffix(".py").removesuffix(".__init__"): path for path, parts in FILES.items()}
 
 
-def test_every_module_is_listed_once():
-    assert sorted(ORDER) == sorted(MODULES)
+def room(module: str) -> str:
+    first = module.split(".")[0]
+    return first if (PACKAGE / first).is_dir() else "root"
 
 
-def test_imports_go_up():
-    down = []
-    for position, name in enumerate(ORDER):
-        text = "\n".join(path.read_text(encoding="utf-8") for path in MODULES[name])
-        up = "." if len(MODULES[name]) == 1 else ".."  # from inside a package
-        imported = set(re.findall(rf"^\s*from {re.escape(up)}(\w+)(?:\.\w+)? import", text, re.M))
-        whole = re.findall(rf"^from {re.escape(up)} import (.+)$", text, re.M)
-        imported |= {item.split()[0] for line in whole for item in line.split(",")}
-        down += [f"{name} imports {other}" for other in imported if other not in ORDER[:position]]
-    assert down == []
+def imported(path: Path) -> Iterator[str]:
+    """Modules of the library that a file imports, inside functions, too."""
+    here = FILES[path][:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = [*here[: len(here) - node.level + 1], *(node.module.split(".") if node.module else ())]
+            for alias in node.names:
+                whole, part = ".".join(start), ".".join([*start, alias.name])
+                yield part if part in MODULES else whole
+
+
+IMPORTS = {module: set(imported(path)) - {module} for module, path in MODULES.items() if module != "__init__"}
+
+
+def test_every_room_and_every_file_is_in_the_table():
+    assert sorted(ROOMS) == sorted({"root", *(path.name for path in PACKAGE.glob("[a-z]*") if path.is_dir())})
+    rows = dict(re.findall(r"^\| `?(\w+)`? \| .+? \| (.+) \|$", TEXT, re.M))
+    for name in set(ROOMS) - {"seams"}:
+        there = {parts[-1] for parts in FILES.values() if parts[:-1] == (() if name == "root" else (name,))}
+        assert set(re.findall(r"`(\w+\.py)`", rows[name])) == there - {"__init__.py"}, name
+
+
+def test_rooms_import_from_above():
+    below = [
+        f"{module} imports {other}"
+        for module, others in IMPORTS.items()
+        for other in others
+        if ROOMS.index(room(other)) > ROOMS.index(room(module))
+    ]
+    assert below == []
+
+
+def test_the_planner_is_for_the_command_line_alone():
+    users = {room(module) for module, others in IMPORTS.items() if any(room(other) == "planner" for other in others)}
+    assert users == {"planner", "cli"}
+
+
+def test_no_imports_go_round_in_a_circle():
+    TopologicalSorter(IMPORTS).prepare()

@@ -380,7 +380,7 @@ def test_the_line_names_the_cost_that_is_used(rows):
 
 def test_a_cost_that_gives_another_plan_is_not_named(monkeypatch):
     trees = {14: ((0, 1), (1,)), 4: ((1, 0), (0,))}
-    monkeypatch.setattr("hf_s3t.planner.candidates._optimal", lambda num_slices, cost_budget, prior: trees[cost_budget])
+    monkeypatch.setattr("hf_s3t.planner.candidates._optimal", lambda slices, cost_budget, prior: trees[cost_budget])
     assert Setting("s3t", 1, 2, "optimal", cost_budget=14).with_cost_used().cost_budget == 14
 
 

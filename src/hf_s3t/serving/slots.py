@@ -2,7 +2,7 @@
 
 What a prefix has no stage for is zero, which gives the bits of not being there; of rank groups, which share matrices,
 to rounding. So a deletion changes numbers and no module: nothing is allocated, a compiled model stays compiled, and no
-old value remains in memory. Which prefix a member has is decided in `ensemble.py`; reading the files is `store/folder.py`'s.
+old value remains in memory. Which prefix a member has is decided in `ensemble.py`; `store/folder.py` reads the files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The activation cache of a training: each row's states computed once, and fed to every stage that can use them.
 
 Which states are kept, and where, changes no bit of a stage: what is not kept is computed when it is needed, in the
-same way. How a block lies in memory or on the disk is for `store/activation_blocks.py`, how a model is entered at a layer for
-`trunk/trunk.py`, what may be cached for `trunk/row_states.py`.
+same way. How a block lies in memory or on the disk is for `store/activation_blocks.py`, how a model is entered at a
+layer for `trunk/trunk.py`, what may be cached for `trunk/row_states.py`.
 """
 
 from __future__ import annotations
