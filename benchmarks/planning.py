@@ -5,8 +5,8 @@ its first R requests, R being the expected number of requests until every slice 
 16 slices. With more it is a mean over sampled deletion streams that no plan was searched on, the same for all plans.
 
 Three deletion priors: `uniform`; `zipf`, p_j ~ 1 / j; `two_level`, a quarter of the slices is 10 times likelier than
-the others. `hf_s3t.plan.optimal.optimal` is told the prior and R. It optimises the mean of the values under it and under
-a uniform one, its default; judged is under the prior itself.
+the others. `hf_s3t.plan.optimal.optimal` is told the prior and R. It optimises the mean of the values under it and
+under a uniform one, its default; judged is under the prior itself.
 
 Compared with the paper (S3T, arXiv 2406.16257), re-implemented from its description: the cyclic rotation with B = L,
 as the paper trains it (unpruned) and without the tails that survival does not need (pruned), and BMS with B = L. The

@@ -465,7 +465,8 @@ def test_state_goes_out_and_in(store: Path, tmp_path: Path) -> None:
 def test_as_a_program(store: Path) -> None:
     """Several seconds go into importing torch and transformers, so it is one call."""
     command = [sys.executable, "-c", "from hf_s3t.cli.main import app; app()", "delete", store.name, "absent"]
-    done = subprocess.run([*command, "--json", "--ids", row_ids()[0]], cwd=store.parent, capture_output=True, text=True)
+    command += ["--json", "--ids", row_ids()[0]]
+    done = subprocess.run(command, cwd=store.parent, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert [outcome["exit_code"] for outcome in json.loads(done.stdout)] == [0, 2]
     assert "no store here" in done.stderr and "Traceback" not in done.stderr

@@ -65,8 +65,9 @@ def _plain(value: Any) -> Any:
     text = str(value)
     if f"{id(value):x}" in text.lower():  # a decoded image, for one
         raise ValueError(
-            f"A row has a {type(value).__name__}, whose text {text[:80]!r} is another one in every run, so it names no "
-            "example. Hand in the row undecoded: `next(iter(hf_s3t.store.partition.raw_rows(dataset)))` is the first."
+            f"A row has a {type(value).__name__}, whose text {text[:80]!r} is another one in every run, so it names "
+            "no example. Hand in the row undecoded: the first is `next(iter(raw_rows(dataset)))`, with "
+            "`from hf_s3t.store.partition import raw_rows`."
         )
     return text
 
