@@ -100,6 +100,23 @@ def test_of_equally_long_prefixes_the_plans_first_is_served(tmp_path):
     assert store.delete(slices=[(0, 1)]).served_after == {} and store.served() == {}
 
 
+def test_a_slice_that_is_gone_is_not_deleted_again(store):
+    first = store.delete(slices=[(0, 1)])
+    again = store.delete(slices=[(0, 1)])
+    assert (again.status, again.generation, again.already_deleted, again.found) == ("unchanged", 1, 1, 0)
+    assert again.deleted_by == [first.receipt] and again.inactive_since == first.inactive_since
+    assert store.manifest().generation == 1
+    other = store.delete(slices=[(0, 1), (1, 0)])
+    assert (other.status, other.generation, other.already_deleted, other.found) == (first.status, 2, 1, 1)
+
+
+@pytest.mark.parametrize("verb", ["locate", "readmit", "delete"])
+@pytest.mark.parametrize("asked", [{"ids": "row-1"}, {"groups": "Ada"}, {"ids": b"row-1"}, {"ids": {"row-1": 1}}])
+def test_one_thing_is_no_list_of_things(store, verb, asked):
+    with pytest.raises(ValueError, match=rf"`{next(iter(asked))}` must be a list"):
+        getattr(store, verb)(**asked)
+
+
 # Receipts
 
 

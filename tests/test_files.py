@@ -268,6 +268,18 @@ def holder(tmp_path):
     process.join(30)
 
 
+def test_a_lock_is_taken_and_given_back_although_nothing_can_be_written(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    lock = Lock(tmp_path / ".s3t" / "write.lock", "writing")
+    for _ in range(2):
+        with lock.hold(timeout=5):
+            assert lock._lock.is_locked
+        assert not lock._lock.is_locked
+
+
 def test_a_held_lock_names_the_process_that_holds_it(tmp_path, holder):
     process, pipe = holder
     lock = Lock(tmp_path / ".s3t" / "write.lock", "writing")

@@ -579,6 +579,11 @@ def test_an_offloaded_base_is_refused(store: S3TStore, tmp_path: Path) -> None:
 def test_a_copy_is_the_stores_to_make(ensemble: S3TEnsemble, tmp_path: Path) -> None:
     with pytest.raises(S3TError, match=r"store.export\(path\)"):
         ensemble.save_pretrained(tmp_path / "copy")
+    for name in ("push_to_hub", "merge_and_unload", "disable_adapter_layers", "set_adapter", "add_adapter", "unload"):
+        assert not hasattr(ensemble, name)
+        with pytest.raises(AttributeError, match=f"no `{name}`.*act past what deletions know of"):
+            getattr(ensemble, name)
+    assert ensemble.config is ensemble.model.config and ensemble.get_input_embeddings() is not None
     with pytest.raises(S3TError, match="the store's"):
         ensemble.load_state_dict(ensemble.state_dict())
     assert not (tmp_path / "copy").exists()

@@ -329,6 +329,12 @@ def test_the_digest_of_a_stages_examples_depends_on_their_order():
     assert len({examples_digest(x) for x in (["a", "b"], ["b", "a"], ["ab"], [])}) == 4
 
 
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_a_set_names_no_example(kind):
+    with pytest.raises(ValueError, match="has a set, whose members are in another order in every run.*sorted list"):
+        row_digest({"tags": kind(["a", "b"])})
+
+
 def test_a_decoded_image_names_no_example():
     row = {"image": PILImage.new("L", (2, 2)), "label": 0}
     with pytest.raises(ValueError, match="is another one in every run, so it names no example. Hand in the row undec"):

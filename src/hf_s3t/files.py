@@ -8,7 +8,7 @@ import shutil
 import socket
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +187,8 @@ class Lock:
                 f"{self.path.parent.parent} is held by {self._holder()} ({self.purpose}). Wait for it to finish, or "
                 "stop that process: a stopped process gives the lock back at once."
             ) from None
-        self.path.with_suffix(".holder").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with suppress(OSError):  # a disk that is full: the name is for a message, and a deletion makes room
+            self.path.with_suffix(".holder").write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
     def release(self) -> None:
         """Gives the lock back."""

@@ -7,6 +7,7 @@ together (`members.py`). A deletion, or a store that somebody else changed, over
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import threading
@@ -46,6 +47,10 @@ Place = tuple[int, int]
 
 READINGS = 5
 """How often a store is read anew that changes while it is read."""
+
+
+LOOKING = ("_", "can_", "create_extended_", "get_", "is_", "num_", "prepare_inputs_", "print_", "warn_")
+"""How the methods of a model begin that change nothing in it. The private ones are for those who know what they do."""
 
 
 class S3TEnsemble(nn.Module):
@@ -149,13 +154,19 @@ class S3TEnsemble(nn.Module):
         return ensemble
 
     def __getattr__(self, name: str) -> Any:
-        """What the ensemble has not itself is the base model's: `config`, `device`, `generation_config` and so on."""
+        """What the ensemble has not itself is the base model's: `config`, `device`, and methods that only look."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+        found = getattr(self.model, name)
+        if inspect.ismethod(found) and not name.startswith(LOOKING):
+            raise AttributeError(
+                f"S3TEnsemble has no `{name}`: on the model in it, it would act past what deletions know of. Take a "
+                "copy with `S3TStore.export`, push with `S3TStore.push`, or ask `ensemble.model` on your own account."
+            )
+        return found
 
     @property
     def generation_config(self) -> Any:

@@ -190,7 +190,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         logger.warning("the state of %s is not here: how many examples this concerns is not known", folder.path)
     lost = [(shard, slice_id) for shard, prefix in before.items() for slice_id in prefix]
     lost = [place for place in lost if place[1] not in after.get(place[0], ())]
-    deleted, generation = len(request.ids), manifest.generation + 1
+    deleted, generation = len(request.ids), manifest.generation + bool(request.places)
     hit = {place for places in request.ids.values() for place in places}
     dark = None if counts is None else max(sum(counts[place] for place in {*lost, *hit}) - deleted, 0)
     return Receipt(

@@ -62,6 +62,8 @@ def _plain(value: Any) -> Any:
         return str(value)
     if hasattr(value, "tolist"):  # numpy and torch
         return value.tolist()
+    if isinstance(value, set | frozenset):
+        raise ValueError("A row has a set, whose members are in another order in every run. Hand in a sorted list.")
     text = str(value)
     if f"{id(value):x}" in text.lower():  # a decoded image, for one
         raise ValueError(

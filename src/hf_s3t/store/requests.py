@@ -59,6 +59,13 @@ class LookAlikes:
         return [(text, digest) for text, digest in found if digest in self.known[kind]]
 
 
+def check_lists(**given: Any) -> None:
+    """Raises `ValueError` where one thing was given instead of a list of such things."""
+    for name, value in given.items():
+        if isinstance(value, str | bytes | Mapping):
+            raise ValueError(f"`{name}` must be a list, got {value!r:.80}. For a single one write `{name}=[...]`.")
+
+
 def resolve(
     folder: StoreFolder,
     ids: Iterable[Any] = (),
@@ -74,9 +81,7 @@ def resolve(
         StateError: the state is needed and absent.
     """
     manifest = folder.manifest()
-    for name, given in (("ids", ids), ("groups", groups), ("rows", rows), ("slices", slices), ("digests", digests)):
-        if isinstance(given, str | bytes | Mapping):
-            raise ValueError(f"`{name}` must be a list, got {given!r:.80}. For a single one write `{name}=[...]`.")
+    check_lists(ids=ids, groups=groups, rows=rows, slices=slices, digests=digests)
     hit = _places(slices)
     manifest.plan.affected(hit)  # refuses places out of range
     wanted: list[tuple[Any, Kind]] = [(value, "id") for value in ids]
@@ -104,7 +109,10 @@ def resolve(
     if extra is None:
         return request
     merged = {**extra.ids, **request.ids}
-    return replace(request, ids=merged, places=request.places | hit, asked=request.asked + len(hit))
+    return replace(
+        request, ids=merged, places=request.places | extra.places, asked=request.asked + len(hit),
+        already=request.already + extra.already, stones=(*request.stones, *extra.stones),
+    )  # fmt: skip
 
 
 def _places(slices: Iterable[Place]) -> set[Place]:
@@ -128,11 +136,14 @@ def _row_id(row: Mapping[str, Any], manifest: Manifest) -> Any:
 def _slices_request(folder: StoreFolder, hit: set[Place]) -> Request:
     """A request for whole slices; with the state lost it still removes the stages."""
     try:
-        index: Index = folder.index()
+        index, stones = folder.index(), {**folder.state().ids, **folder.state().groups}
     except StoreError:
-        index = {}
+        index, stones = {}, {}
     ids: dict[str, tuple[Place, ...]] = {digest: (entry[:2],) for digest, entry in index.items() if entry[:2] in hit}
-    return Request(ids, {}, frozenset(hit), len(hit), 0, ())
+    there = {place for (place,) in ids.values()}.union(*(stage.slices for stage in folder.manifest().stages))
+    gone = hit - there
+    before = tuple(stone for stone in stones.values() if stone.places & gone)
+    return Request(ids, {}, frozenset(hit & there), len(hit), len(gone), (), before)
 
 
 def _look_up(index: Index, state: State, known: Sequence[tuple[Any, str, Kind]]) -> Request:

@@ -36,7 +36,7 @@ from .exports import (
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .ids import id_text
 from .partition import Entry, keyed_digest
-from .requests import Kind, LookAlikes, Place, resolve
+from .requests import Kind, LookAlikes, Place, check_lists, resolve
 from .sources import RepoSource
 from .state import State, key_check_value, united
 
@@ -204,6 +204,7 @@ class S3TStore(StoreFolder):
 
         Other spellings that are known follow what they look like.
         """
+        check_lists(ids=ids, groups=groups)
         self.source.look()
         key, index, state, manifest = self.key, self.index(), self.state(), self.live()
         alike = LookAlikes(index, key)
@@ -352,6 +353,7 @@ class S3TStore(StoreFolder):
         Raises:
             UnknownExampleError: something has no tombstone; nothing was changed.
         """
+        check_lists(ids=ids, groups=groups)
         wanted: dict[str, tuple[Any, str]] = {}
         self.manifest()
         with self.writing():
