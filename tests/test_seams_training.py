@@ -361,6 +361,13 @@ def test_a_head_that_is_not_drawn(headless, method):
         draw_heads(model, ("classifier",), 0)
 
 
+def test_a_module_that_does_not_tell_whether_it_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.delattr(torch.nn.Module, "_compiled_call_impl")
+    with pytest.raises(CompatibilityError, match="has no `_compiled_call_impl`"):
+        make_trainer(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_attention_kernel_that_is_not_known():
     with pytest.raises(CompatibilityError, match="does not say which attention kernel computes"):
         model_seams.computing_settings(SimpleNamespace(to_dict=dict))
@@ -387,7 +394,10 @@ def test_a_fast_tokenizer_without_its_backend(monkeypatch):
 
 # Arguments
 
-REFUSED = ("auto_find_batch_size", "fsdp", "deepspeed", "torch_compile", "use_liger_kernel")
+REFUSED = (
+    "accelerator_config", "auto_find_batch_size", "bf16_full_eval", "deepspeed", "fp16_full_eval", "fsdp",
+    "ignore_data_skip", "torch_compile", "use_liger_kernel",
+)  # fmt: skip
 REFUSED_BY_THE_CACHE = ("neftune_noise_alpha",)
 
 
@@ -403,6 +413,15 @@ def test_an_argument_that_can_not_be_refused_any_more(monkeypatch, tmp_path, nam
     with pytest.raises(CompatibilityError, match=rf"`TrainingArguments` have no `{name}`.*\(promises 1 and 4\)"):
         make_trainer(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["dispatch_batches", "use_seedable_sampler"])
+def test_a_setting_of_loaders_that_can_not_be_refused_any_more(tmp_path, name):
+    args = make_args(tmp_path)
+    args.accelerator_config = SimpleNamespace(dispatch_batches=None, use_seedable_sampler=None)
+    delattr(args.accelerator_config, name)
+    with pytest.raises(CompatibilityError, match=f"`accelerator_config` has no `{name}`"):
+        S3TTrainer(BASES["llama"][0](), args, peft_config=make_config())
 
 
 @pytest.mark.parametrize("name", REFUSED_BY_THE_CACHE)
