@@ -26,6 +26,24 @@ def shifted_loss(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return cross_entropy(probabilities.log(), labels)
 
 
+def test_metrics_that_fail_do_not_end_the_ensemble(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def metrics(prediction: Any) -> dict[str, float]:
+        if broken:
+            raise ValueError("no such metric")
+        return {"mean": float(prediction.predictions.mean())}
+
+    broken = False
+    trainer = make_trainer(tmp_path, base="bert", config={"num_shards": 2}, compute_metrics=metrics)
+    trainer.train()
+    expected = trainer.evaluate(HELD_OUT["bert"])["eval_mean"]
+    broken = True
+    with pytest.raises(ValueError, match="no such metric"):
+        trainer.evaluate(HELD_OUT["bert"])
+    broken = False
+    assert trainer.evaluate(HELD_OUT["bert"])["eval_mean"] == expected
+    assert "one by one" not in caplog.text
+
+
 # One shard
 
 

@@ -95,19 +95,21 @@ class ServedModelMixin(TrainerSeam):
         """As the Trainer's, of the served model; while a stage trains, of that stage."""
         evaluate = partial(super().evaluate, *args, **kwargs)
         with kept_generators():
-            if not self._apart:
-                try:
-                    with self._served_model():
-                        return evaluate()
-                except (AttributeError, TypeError, ValueError) as error:
-                    if self._order is not None or len(self._members or {}) < 2:
-                        raise
-                    logger.warning(
-                        "%s does not take the ensemble of the shards (%s: %s): it evaluates them one by one, and "
-                        "gives the means of their metrics", type(self).__name__, type(error).__name__, error,
-                    )  # fmt: skip
-                    self._apart = True
-            return self._evaluate_apart(evaluate)
+            if self._apart:
+                return self._evaluate_apart(evaluate)
+            try:
+                with self._served_model():
+                    return evaluate()
+            except (AttributeError, TypeError, ValueError) as error:
+                if self._order is not None or len(self._members or {}) < 2:
+                    raise
+                found = self._evaluate_apart(evaluate)  # what ails the set or the metrics is raised here again
+                logger.warning(
+                    "%s does not take the ensemble of the shards (%s: %s): it evaluates them one by one, and gives "
+                    "the means of their metrics", type(self).__name__, type(error).__name__, error,
+                )  # fmt: skip
+                self._apart = True
+                return found
 
     def _evaluate_apart(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The means over the live shards of what an evaluation gives."""
