@@ -133,7 +133,7 @@ MUTATIONS = (
         "        if is_hit(store, order):\n            raise StageDropped\n        files", "        files",
     ),), (RUNNING,)),
     # 4. repair
-    Mutation(4, "a stage's seed does not depend on its prefix", "training/staging.py",
+    Mutation(4, "a stage's seed does not depend on its prefix", "training/stage_plan.py",
              ((", stage {stage.name}", ""),), (BEGINS + LLAMA,)),
     Mutation(4, "LoRA is drawn from whatever the random state is", "lora/tuner.py",
              (("        set_seed(seed)\n        owned", "        owned"),), (REPAIR + LLAMA,)),
@@ -150,7 +150,7 @@ MUTATIONS = (
              (("trained = any(bool(value.any()) for value in lora.values())", "trained = True"),),
              (P + "a_whole_slice_deleted_one_by_one_and_repaired[llama-all]",)),
     # 5. resume
-    Mutation(5, "requires_grad is not set again after a resume", "training/trainer.py",
+    Mutation(5, "requires_grad is not set again after a resume", "training/marked_rows.py",
              (("self.tuner.arm(training=True)  # loading", "pass  # loading"),
               ("if self.tuner.hold_mask() and not self._mask_moved:", "if False:")), (RESUMED,)),
     Mutation(5, "the marker of a complete checkpoint is not looked at", "training/checkpoints.py",
@@ -166,10 +166,10 @@ MUTATIONS = (
              (("        carry_out(folder, intent)\n", "        pass\n"),), (KILLED,)),
     Mutation(5, "temporary files are left behind", "store/deletion.py",
              (("        remove(scrap)", "        pass"),), (KILLED,)),
-    Mutation(5, "random batches are resumed in the middle", "training/trainer.py",
+    Mutation(5, "random batches are resumed in the middle", "training/running_stage.py",
              (("if not collates_the_same(", "if False and not collates_the_same("),),
              (CRASH + "a_stage_with_random_batches_starts_again",)),
-    Mutation(5, "a stage that is hit trains on", "training/trainer.py",
+    Mutation(5, "a stage that is hit trains on", "training/running_stage.py",
              (("hit = is_hit(self.store, self.order)", "hit = False"),), (RUNNING,)),
     # 6. tombstones
     Mutation(6, "the rows of a stage are not filtered by tombstones", "training/rows.py",

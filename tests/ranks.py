@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 import models
 from hf_s3t import S3TError, S3TStore, S3TTrainer, Stage
-from hf_s3t.lora.tuner import tensor_digest
+from hf_s3t.lora.heads import tensor_digest
 from trainers import Recorder, make_trainer
 
 SLICES = 2

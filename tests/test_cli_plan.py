@@ -16,7 +16,7 @@ from hf_s3t import S3TConfig, S3TPlanner
 from hf_s3t.cli import main as cli
 from hf_s3t.cli import plan as cli_plan
 from hf_s3t.planner.arrivals import RepairPolicy
-from hf_s3t.training.staging import make_plan
+from hf_s3t.training.stage_plan import make_plan
 
 ASKED = "--examples 52002 --shards 2 --slices 4 --budget 4 --requests-per-day 1 --horizon-days 40 --streams 50"
 

@@ -17,7 +17,7 @@ import torch
 
 import models
 from hf_s3t import S3TStore, Stage
-from hf_s3t.lora.tuner import tensor_digest
+from hf_s3t.lora.heads import tensor_digest
 from ranks import train_rows, two_process_trainer
 from trainers import artefacts
 

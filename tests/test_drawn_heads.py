@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM
 
-from hf_s3t.lora.tuner import draw_heads, freshly_initialized
+from hf_s3t.lora.heads import draw_heads, freshly_initialized
 from models import VOCABULARY, tiny_bert, tiny_llama
 
 

@@ -10,7 +10,9 @@ from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from hf_s3t import S3TConfig
-from hf_s3t.lora.layout import find_heads, find_layout, layers_pattern, split_layer_path
+from hf_s3t.lora.adapter import split_layer_path
+from hf_s3t.lora.heads import find_heads
+from hf_s3t.lora.layout import find_layout, layers_pattern
 from models import tiny_bert, tiny_gpt2, tiny_llama, tiny_llama_12, tiny_roberta, tiny_vit
 
 ATTENTION = {

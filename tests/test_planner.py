@@ -15,7 +15,7 @@ from hf_s3t.plan.life import cyclic_slices_in_use, sisa_cost_per_request
 from hf_s3t.plan.sequences import cyclic
 from hf_s3t.planner.arrivals import DeletionRequests, RepairPolicy
 from hf_s3t.planner.candidates import BASELINES, Candidate, Measure, Setting, expected_in_use, marked
-from hf_s3t.training.staging import make_plan
+from hf_s3t.training.stage_plan import make_plan
 
 ASKED = {"examples": 52_002, "requests_per_day": 2, "horizon_days": 60, "shards": 5, "slices": 4, "budget": 4}
 NEVER = RepairPolicy()

@@ -23,7 +23,8 @@ from transformers.trainer_callback import CallbackHandler, ProgressCallback
 
 import models
 from hf_s3t import CompatibilityError, DatasetError, S3TMixin, S3TTrainer, seams
-from hf_s3t.lora.tuner import S3TModel, StageTuner, draw_heads
+from hf_s3t.lora.heads import draw_heads
+from hf_s3t.lora.tuner import S3TModel, StageTuner
 from hf_s3t.seams import arguments, overrides, trainer, tuners
 from hf_s3t.seams import models as model_seams
 from hf_s3t.seams.preparation import watched_preparation

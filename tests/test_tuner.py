@@ -18,8 +18,8 @@ from torch import nn
 from hf_s3t import IsolationError, S3TConfig
 from hf_s3t.files import json_bytes
 from hf_s3t.lora.adapter import Adapter, join
-from hf_s3t.lora.layout import find_heads
-from hf_s3t.lora.tuner import StageTuner, frozen_layers, owned_layers, plain_lora_config, tensor_digest
+from hf_s3t.lora.heads import find_heads, tensor_digest
+from hf_s3t.lora.tuner import StageTuner, frozen_layers, owned_layers, plain_lora_config
 from models import bert_rows, llama_rows, tiny_bert, tiny_gpt2, tiny_llama_12, tiny_roberta, tiny_vit, vit_rows
 
 CAUSAL = {"task_type": "CAUSAL_LM"}

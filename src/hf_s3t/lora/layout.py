@@ -13,9 +13,10 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from ..seams.tuners import HEADS_BY_TASK, default_targets, is_targeted, name_all_linear
+from ..seams.tuners import default_targets, is_targeted, name_all_linear
 from .adapter import split_layer_path
 from .config import S3TConfig
+from .heads import find_heads
 
 logger = logging.getLogger(__name__)
 
@@ -98,19 +99,6 @@ def _resolve_targets(model: nn.Module, config: S3TConfig) -> tuple[LoraConfig, b
         task_type=config.task_type,
     )
     return (name_all_linear(resolved, model) if everything_linear else resolved), everything_linear
-
-
-def find_heads(model: nn.Module, config: S3TConfig) -> tuple[str, ...]:
-    """Paths of the modules that `modules_to_save` names, as PEFT matches them (by the end of the path)."""
-    wanted = {*(config.modules_to_save or ()), *HEADS_BY_TASK.get(config.task_type or "", ())}
-    heads = tuple(path for path, _ in model.named_modules() if path and any(path.endswith(name) for name in wanted))
-    within = [path for path in heads if split_layer_path(path) is not None]
-    if within:
-        raise ValueError(
-            f"`modules_to_save` names modules inside the numbered layers: {', '.join(within)}. Every stage would "
-            "train them again. Target them with LoRA instead."
-        )
-    return heads
 
 
 def _only_container(inside: Mapping[str, Any], config: S3TConfig) -> str:

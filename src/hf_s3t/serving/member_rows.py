@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..lora.layout import split_layer_path
+from ..lora.adapter import split_layer_path
 from ..seams.answering import BASE, first_argument, lora_by_views
 
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None

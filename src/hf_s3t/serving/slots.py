@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import StoreError
-from ..lora.adapter import WEIGHTS_FILE, is_lora
-from ..lora.layout import split_layer_path
+from ..lora.adapter import WEIGHTS_FILE, is_lora, split_layer_path
 from ..plan.tree import Stage
 from ..seams.tuners import adapter_tensors
 from ..store.folder import StoreFolder

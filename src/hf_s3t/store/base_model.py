@@ -69,6 +69,19 @@ def _base_class(recipe: Mapping[str, Any]) -> Any:
     return getattr(transformers, auto_class) if auto_class else None
 
 
+def public_id(model: nn.Module) -> str | None:
+    """A base model's id on the Hub; `None` where it is a local path or was built from a config."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if Path(str(name)).exists() else name
+
+
 def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     """Raises [`StoreError`] if a model is not the base that a store was trained on, its heads aside.
 

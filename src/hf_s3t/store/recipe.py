@@ -20,8 +20,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from ..lora.config import LORA_FIELDS, S3TConfig
+from ..lora.heads import tensor_digest
 from ..lora.layout import Layout
-from ..lora.tuner import tensor_digest
 from ..seams.arguments import CHOOSING, SILENT, is_evaluation_heard
 from ..seams.models import computing_settings, tokenizer_rules
 from ..seams.tuners import base_name

@@ -17,8 +17,8 @@ from ..seams.trainer import TrainerSeam, kept_generators
 from ..serving.ensemble import S3TEnsemble, read_members
 from ..store.deletion import Receipt
 from ..store.store import S3TStore
+from .processes import on_main_process
 from .stage_orders import StageOrder
-from .staging import on_main_process
 
 logger = logging.getLogger(__name__)
 

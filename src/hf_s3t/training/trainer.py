@@ -10,59 +10,48 @@ from __future__ import annotations
 
 import hashlib
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from huggingface_hub.utils import validate_repo_id
-from transformers import EarlyStoppingCallback, Trainer, set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from ..errors import DatasetError, IsolationError
+from ..errors import IsolationError
 from ..files import remove
 from ..lora.adapter import Adapter
 from ..lora.config import S3TConfig
-from ..lora.tuner import StageTuner, Tensors, owned_layers, plain_lora_config, tensor_digest
+from ..lora.heads import tensor_digest
+from ..lora.tuner import StageTuner, Tensors, owned_layers, plain_lora_config
+from ..lora.wrapping import wrap_model
 from ..plan.tree import Stage
 from ..seams.preparation import watched_preparation
-from ..seams.trainer import kept_generators, written_checkpoint
+from ..store.base_model import public_id
 from ..store.deletion import versions
-from ..store.folder import LOCK_SECONDS
 from ..store.recipe import argument_defaults, make_recipe, steering_by
 from ..store.store import S3TStore
-from ..trunk.row_numbers import MarkingCollator, RowGuard
 from ..trunk.row_states import ActivationCache, check_cache
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
-from .checkpoints import collates_the_same, latest_checkpoint, mark_complete
+from .marked_rows import MarkedRowsMixin, drawn_beyond, made_of_several
+from .processes import check_processes, on_main_process
 from .reconcile import Missing, Wanted, plan_repair, reconcile, warn_of_other_stacks
+from .refusals import Repair, check_repair, refuse_arguments, set_stage_defaults
 from .rows import DIGEST_COLUMN, TrainRows
 from .served_model import ServedModelMixin
-from .stage_orders import StageDropped, StageOrder, commit, is_hit, next_order, running_folder
-from .staging import (
-    Repair,
-    check_processes,
-    check_repair,
-    make_plan,
-    on_main_process,
-    public_id,
-    refuse_arguments,
-    set_stage_defaults,
-    stage_seed,
-    wrap_model,
-)
-from .trunk_cache import FedTrainerMixin, TrunkCache
+from .stage_orders import StageDropped, StageOrder, commit, next_order, running_folder
+from .stage_plan import make_plan, stage_seed
+from .trunk_cache import TrunkCache
 
 logger = get_logger(__name__)
 
 
-class S3TMixin(FedTrainerMixin, ServedModelMixin):
+class S3TMixin(MarkedRowsMixin, ServedModelMixin):
     """Makes a subclass of [`~transformers.Trainer`] train slice by slice. Put it first among the base classes.
 
     Args:
@@ -129,7 +118,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             key = on_main_process(args, self.store.ensure_key)
             self._rows = TrainRows(train_dataset, key, self.s3t_config)
             train_dataset = self._rows.marked(train_dataset)
-        with watched_preparation(DIGEST_COLUMN, _mixing):
+        with watched_preparation(DIGEST_COLUMN, made_of_several):
             super().__init__(
                 model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs
             )
@@ -244,12 +233,6 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             f"{4 * numel / 1e6:.1f} MB of stages"
         )
 
-    @property
-    def rows(self) -> TrainRows:
-        """The partitioned train set."""
-        assert self._rows is not None
-        return self._rows
-
     def _train_missing(self, resume: bool, ignore_keys_for_eval: list[str] | None) -> dict[Stage, TrainOutput]:
         outputs: dict[Stage, TrainOutput] = {}
         self._base_digests: dict[str, str] = {}
@@ -289,7 +272,7 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
                 self.tuner.empty_stage()
             self._store_stage(order, output, started)
         except IndexError as error:
-            raise _drawn_beyond(error, order) from error
+            raise drawn_beyond(error, order) from error
         finally:
             self._order = self.callback_handler.stage = self._members = self.row_guard = None
             self.is_in_train = False
@@ -297,32 +280,6 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
             self.args.dataloader_drop_last = drop_last
             self.train_dataset, self.data_collator = given
         return output
-
-    def _hand_rows(self, order: StageOrder) -> None:
-        """Gives the Trainer the rows of a stage, marked, and a guard that lets no others in."""
-        rows = self.rows.select(order.examples)
-        self.train_dataset, self.data_collator = rows, MarkingCollator(self.data_collator)
-        self.row_guard, self._mask_moved = RowGuard(rows), False
-        batch = self.args.train_batch_size * self.args.world_size
-        if self.args.dataloader_drop_last and len(rows) < batch:
-            self.args.dataloader_drop_last = False
-            logger.warning(
-                "stage %s has %d rows, fewer than a batch of %d: that batch is kept although `dataloader_drop_last` "
-                "is set, as the stage would not be trained at all", order.stage.name, len(rows), batch,
-            )  # fmt: skip
-
-    def before_forward(self) -> None:
-        """Nothing but what the stage owns trains, whatever happened since the last step."""
-        if self.tuner.hold_mask() and not self._mask_moved:
-            self._mask_moved = True
-            logger.warning(
-                "stage %s: something (a callback, a loss, `set_adapter`) changed which parameters train or which "
-                "adapters answer. That was put right before the step; take it out.", self.order.stage.name,
-            )  # fmt: skip
-
-    def _check_rows(self) -> None:
-        if self.row_guard is not None:
-            self.row_guard.check_step()
 
     def _store_stage(self, order: StageOrder, output: TrainOutput, started: float) -> None:
         tensors = self.tuner.stage_tensors()
@@ -368,128 +325,6 @@ class S3TMixin(FedTrainerMixin, ServedModelMixin):
                 "The processes ended the stage with different weights: gradients were not averaged between them. "
                 "Nothing was stored. See whether a callback or a loss changes the model on one process only."
             )
-
-    # ---- deletions while a stage trains ----
-
-    def _drop_if_hit(self) -> None:
-        """Raises [`StageDropped`] on every process at the same step once an intent covers the running stage."""
-        hit = False
-        if self._order is not None and self.is_world_process_zero():
-            marks = self.store.marks()
-            if marks != self._marks:
-                hit = is_hit(self.store, self.order)
-                self._marks = marks
-        if self.args.world_size > 1:
-            flag: Any = torch.tensor([hit], device=self.args.device, dtype=torch.int32)
-            torch.distributed.broadcast(flag, 0)
-            hit = bool(flag)
-        if hit:
-            raise StageDropped
-
-    # ---- running checkpoints ----
-
-    @property
-    def order(self) -> StageOrder:
-        """The running stage's order."""
-        assert self._order is not None
-        return self._order
-
-    @property
-    def _running(self) -> Path:
-        return running_folder(self.store, self.order.stage)
-
-    def checkpoint_folder(self) -> Path | None:
-        """A running stage's own: the store receives our files only, the Trainer's checkpoints are scratch."""
-        return self._running if self._order else None
-
-    def _resumable_checkpoint(self, resume: bool) -> str | None:
-        """The newest complete checkpoint of the running stage; whatever else lies there is removed."""
-        for other in self.store.private.glob("running/*"):
-            if other != self._running or not resume or self.args.save_only_model or self._stops_early:
-                remove(other)
-        checkpoint = latest_checkpoint(self._running, self.order.mark)
-        if checkpoint is not None:
-            loader = self.get_train_dataloader()
-            if not collates_the_same(loader.dataset, loader.collate_fn, self.args.per_device_train_batch_size):
-                logger.warning("stage %s starts again: its batches are random", self.order.stage.name)
-                remove(self._running)
-                return None
-        return checkpoint
-
-    @property
-    def _stops_early(self) -> bool:
-        """Whether a callback counts evaluations, which a checkpoint does not restore: such a stage starts again."""
-        return any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
-
-    @contextmanager
-    def writing_checkpoint(self) -> Iterator[None]:
-        """Under the write lock: a deletion either waits for the checkpoint and then removes it, or comes first."""
-        self._on_main(self._enter_checkpoint)
-        try:
-            yield
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                mark_complete(written_checkpoint(self._running, self.state.global_step), self.order.mark)
-        finally:
-            if self.is_world_process_zero():
-                self.store.write_lock.release()
-
-    def _enter_checkpoint(self) -> None:
-        self.store.write_lock.acquire(LOCK_SECONDS)
-        try:
-            if is_hit(self.store, self.order):
-                raise StageDropped
-        except BaseException:  # nobody but the caller of a checkpoint that begins gives the lock back
-            self.store.write_lock.release()
-            raise
-
-    def weights_loaded(self) -> None:
-        """Makes the stage's own parameters train again, and no others."""
-        self.tuner.arm(training=True)  # loading turns everything in the adapter on, and the prefix off
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; metrics of a stage carry its name, and steps count over the whole plan."""
-        if self._order is None:
-            super().log(logs, *args, **kwargs)
-            return
-        name = self._order.stage.name
-        named = {
-            f"eval_{name}/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"{name}/{key}": value
-            for key, value in logs.items()
-        }
-        self.state.global_step += self._order.steps_before
-        try:
-            with kept_generators():
-                super().log(named, *args, **kwargs)
-        finally:
-            self.state.global_step -= self._order.steps_before
-
-    # ---- processes ----
-
-    def _on_main(self, function: Callable[[], Any]) -> Any:
-        return on_main_process(self.args, function)
-
-
-def _mixing(function: str) -> Exception:
-    """What a function is told that makes a row out of several."""
-    return DatasetError(
-        f"`{function}` prepares a row otherwise alone than in a batch with others, so that prepared rows hold "
-        "something of other examples (a completion, a length to pad to), in whatever slice these lie. Deleting "
-        "one would leave it in others. Prepare rows one by one, pad in the collator, or choose a loss "
-        "that needs no other rows."
-    )
-
-
-def _drawn_beyond(error: IndexError, order: StageOrder) -> Exception:
-    """What an index error of a loader means."""
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if not any("torch" in Path(file).parts and "data" in Path(file).parts for file in files):
-        return error
-    return IsolationError(
-        f"A sampler drew a row that stage {order.stage.name} does not have ({error}): its length is that of the whole "
-        "train set or of another stage. Make it anew from `self.train_dataset` in `_get_train_sampler` or "
-        "`get_train_dataloader`."
-    )
 
 
 def _summary(outputs: Mapping[Stage, TrainOutput]) -> TrainOutput:

@@ -11,29 +11,26 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 
 from ..lora.tuner import owned_layers
 from ..plan.tree import Stage
 from ..seams.models import computing_settings
-from ..seams.trainer import TrainerSeam
 from ..store.activation_blocks import Block, BlockName, Blocks, FileBlocks, MemoryBlocks
 from ..store.deletion import versions
 from ..store.manifest import Manifest
 from ..store.partition import Entry, canonical
 from ..store.requests import Place
 from ..trunk.choice import Demand, choose_blocks, drop_beyond
-from ..trunk.row_numbers import ROW_NUMBER, NumberedRows, NumberingCollator, RowGuard, without_marks
+from ..trunk.row_numbers import NumberingCollator
 from ..trunk.row_states import ActivationCache, AloneRows, check_model
 from ..trunk.trunk import Trunk
+from .processes import on_every_process, on_main_process
 from .stage_orders import StageDropped, StageOrder, is_hit
-from .staging import on_main_process
 
 logger = get_logger(__name__)
 
@@ -338,61 +335,7 @@ class TrunkCache:
         return on_main_process(self.trainer.args, function)
 
     def _together(self, function: Callable[[], None]) -> None:
-        """Runs a function on every process; an error on one of them is raised on all."""
-        if self.trainer.args.world_size == 1:
-            function()
-            return
-        error: Exception | None = None
-        try:
-            function()
-        except Exception as raised:  # raised below, on every process: the others must not wait
-            error = raised
-        errors = [found for found in gather_object([error]) if found is not None]
-        if errors:
-            raise errors[0]
-
-
-class FedTrainerMixin(TrainerSeam):
-    """The part of [`S3TMixin`] by which rows keep their marks on the way to a step, and are looked at there."""
-
-    trunk_cache: TrunkCache
-    train_dataset: Any
-    row_guard: RowGuard | None = None
-
-    def get_train_dataloader(self) -> Any:
-        """As the Trainer's; rows are fetched without the columns that no batch has."""
-        rows = self.train_dataset
-        if isinstance(rows, NumberedRows) and hasattr(rows.rows, "column_names"):
-            self.train_dataset = rows.of(self.without_unused_columns(rows.rows))
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset = rows
-
-    def rows_to_draw(self, rows: Any) -> Any:
-        """What the sampler would see without marks."""
-        return rows.rows if isinstance(rows, NumberedRows) else rows
-
-    def more_columns(self) -> list[str]:
-        """The column of the rows' marks."""
-        return [ROW_NUMBER]
-
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the Trainer's, on rows of the stage alone; where states are cached the model starts at their layer."""
-        if self.row_guard is None:
-            return super().training_step(model, without_marks(inputs), *args, **kwargs)
-        inputs = copy(inputs)  # the marks are taken out of it
-        numbers = self.row_guard.take(inputs)
-        self.before_forward()
-        with self.trunk_cache.feeding(inputs, numbers):
-            return super().training_step(model, inputs, *args, **kwargs)
-
-    def before_forward(self) -> None:
-        """Hook: a training step is about to run the model."""
-
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; a callback may evaluate on rows of the train set."""
-        return super().prediction_step(model, without_marks(inputs), *args, **kwargs)
+        on_every_process(self.trainer.args, function)
 
 
 def _sample(numbers: Sequence[int]) -> Sequence[int]:

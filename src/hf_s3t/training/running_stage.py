@@ -1,0 +1,129 @@
+"""The stage that trains: its scratch folder, its checkpoints, its log, and the deletion that may hit it meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from transformers import EarlyStoppingCallback
+
+from ..files import remove
+from ..seams.trainer import TrainerSeam, kept_generators, written_checkpoint
+from ..store.folder import LOCK_SECONDS
+from ..store.store import S3TStore
+from .checkpoints import collates_the_same, latest_checkpoint, mark_complete
+from .processes import on_main_process
+from .stage_orders import StageDropped, StageOrder, is_hit, running_folder
+
+logger = get_logger(__name__)
+
+
+class RunningStageMixin(TrainerSeam):
+    """The part of [`S3TMixin`] that knows which stage is running, or that none is."""
+
+    args: Any
+    accelerator: Any
+    callback_handler: Any
+    store: S3TStore
+    _order: StageOrder | None
+    _marks: Any
+
+    # ---- deletions while a stage trains ----
+
+    def _drop_if_hit(self) -> None:
+        """Raises [`StageDropped`] on every process at the same step once an intent covers the running stage."""
+        hit = False
+        if self._order is not None and self.is_world_process_zero():
+            marks = self.store.marks()
+            if marks != self._marks:
+                hit = is_hit(self.store, self.order)
+                self._marks = marks
+        if self.args.world_size > 1:
+            flag: Any = torch.tensor([hit], device=self.args.device, dtype=torch.int32)
+            torch.distributed.broadcast(flag, 0)
+            hit = bool(flag)
+        if hit:
+            raise StageDropped
+
+    # ---- running checkpoints ----
+
+    @property
+    def order(self) -> StageOrder:
+        """The running stage's order."""
+        assert self._order is not None
+        return self._order
+
+    @property
+    def _running(self) -> Path:
+        return running_folder(self.store, self.order.stage)
+
+    def checkpoint_folder(self) -> Path | None:
+        """A running stage's own: the store receives our files only, the Trainer's checkpoints are scratch."""
+        return self._running if self._order else None
+
+    def _resumable_checkpoint(self, resume: bool) -> str | None:
+        """The newest complete checkpoint of the running stage; whatever else lies there is removed."""
+        for other in self.store.private.glob("running/*"):
+            if other != self._running or not resume or self.args.save_only_model or self._stops_early:
+                remove(other)
+        checkpoint = latest_checkpoint(self._running, self.order.mark)
+        if checkpoint is not None:
+            loader = self.get_train_dataloader()
+            if not collates_the_same(loader.dataset, loader.collate_fn, self.args.per_device_train_batch_size):
+                logger.warning("stage %s starts again: its batches are random", self.order.stage.name)
+                remove(self._running)
+                return None
+        return checkpoint
+
+    @property
+    def _stops_early(self) -> bool:
+        """Whether a callback counts evaluations, which a checkpoint does not restore: such a stage starts again."""
+        return any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
+
+    @contextmanager
+    def writing_checkpoint(self) -> Iterator[None]:
+        """Under the write lock: a deletion either waits for the checkpoint and then removes it, or comes first."""
+        self._on_main(self._enter_checkpoint)
+        try:
+            yield
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                mark_complete(written_checkpoint(self._running, self.state.global_step), self.order.mark)
+        finally:
+            if self.is_world_process_zero():
+                self.store.write_lock.release()
+
+    def _enter_checkpoint(self) -> None:
+        self.store.write_lock.acquire(LOCK_SECONDS)
+        try:
+            if is_hit(self.store, self.order):
+                raise StageDropped
+        except BaseException:  # nobody but the caller of a checkpoint that begins gives the lock back
+            self.store.write_lock.release()
+            raise
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; metrics of a stage carry its name, and steps count over the whole plan."""
+        if self._order is None:
+            super().log(logs, *args, **kwargs)
+            return
+        name = self._order.stage.name
+        named = {
+            f"eval_{name}/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"{name}/{key}": value
+            for key, value in logs.items()
+        }
+        self.state.global_step += self._order.steps_before
+        try:
+            with kept_generators():
+                super().log(named, *args, **kwargs)
+        finally:
+            self.state.global_step -= self._order.steps_before
+
+    # ---- processes ----
+
+    def _on_main(self, function: Callable[[], Any]) -> Any:
+        return on_main_process(self.args, function)
