@@ -65,7 +65,6 @@ VISION_SETTINGS = {
 WAYS = {
     "s3t_cyclic": "S3T, rotation",
     "s3t_optimal": "S3T, optimal tree of 10 slice passes",
-    "s3t_cyclic_all": "S3T, rotation, every surviving sequence answers",
     "sisa": "SISA",
     "full": "full retraining",
 }
@@ -241,7 +240,7 @@ def streams_table(found: Found) -> str:
     steps = len(runs[0]["curves"]["s3t_cyclic"]["mean"])
     after = [number for number in (0, 1, 2, 5, 10, 20, 30, 40) if number < steps]
     rows = []
-    for way in ("s3t_cyclic", "s3t_optimal", "s3t_cyclic_all"):
+    for way in ("s3t_cyclic", "s3t_optimal"):
         rows.append([WAYS[way], *(shown(run["curves"][way]["mean"][number] for run in runs) for number in after)])
     retrained = [one["accuracy"] for run in runs for one in run["sisa_retrained"]]
     rows.append([WAYS["sisa"], shown(run["sisa_accuracy"] for run in runs)] + ["-"] * (len(after) - 1))
@@ -373,7 +372,7 @@ def draw(found: Found, file: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     runs = [one["figures"] for one in found.get("c_sst2", {}).values()]
-    looks = {"s3t_cyclic": (BLUE, "-"), "s3t_optimal": (GREEN, "-."), "s3t_cyclic_all": (ORANGE, "--")}
+    looks = {"s3t_cyclic": (BLUE, "-"), "s3t_optimal": (GREEN, "-.")}
     for way, (color, line) in looks.items():
         if runs:
             curves = [run["curves"][way]["mean"] for run in runs]

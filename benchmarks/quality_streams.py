@@ -40,28 +40,19 @@ class Served:
         self.answers, self.base, self.labels = answers, base, labels
         self._known: dict[Any, float] = {}
 
-    def probabilities(self, plan: Plan, trained: set[Stage], serve: str) -> torch.Tensor:
-        """The ensemble's: the mean over the live shards' longest prefixes, or over all prefixes by their lengths."""
-        surviving = plan.surviving(trained).items()
-        members = [
-            Stage(shard, prefix)
-            for shard, prefixes in surviving
-            for prefix in (prefixes[:1] if serve == "longest" else prefixes)
-        ]
-        if not members:
-            return self.base
-        weights = torch.tensor([float(stage.depth) if serve == "all" else 1.0 for stage in members])
-        stacked = torch.stack([self.answers[stage] for stage in members])
-        return (stacked * (weights / weights.sum())[:, None, None]).sum(0)
+    def probabilities(self, plan: Plan, trained: set[Stage]) -> torch.Tensor:
+        """The ensemble's: the mean over the live shards' served prefixes."""
+        members = [Stage(shard, prefix) for shard, prefix in plan.served(trained).items()]
+        return torch.stack([self.answers[stage] for stage in members]).mean(0) if members else self.base
 
-    def accuracy(self, plan: Plan, trained: set[Stage], serve: str) -> float:
+    def accuracy(self, plan: Plan, trained: set[Stage]) -> float:
         """In percent."""
-        key = (plan.sequences, frozenset(trained), serve)
+        key = (plan.sequences, frozenset(trained))
         if key not in self._known:
-            self._known[key] = score_of(self.probabilities(plan, trained, serve), self.labels)["accuracy"]
+            self._known[key] = score_of(self.probabilities(plan, trained), self.labels)["accuracy"]
         return self._known[key]
 
-    def along(self, plan: Plan, streams: np.ndarray, serve: str) -> tuple[np.ndarray, np.ndarray]:
+    def along(self, plan: Plan, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Accuracy after 0, 1, 2, ... requests, `(streams, requests + 1)`, and after which nothing was left (0: none).
 
         Args:
@@ -71,11 +62,11 @@ class Served:
         dead = np.zeros(len(streams), dtype=int)
         for number, stream in enumerate(streams):
             trained = set(plan.stages)
-            curves[number, 0] = self.accuracy(plan, trained, serve)
+            curves[number, 0] = self.accuracy(plan, trained)
             for request, place in enumerate(stream, start=1):
                 hit = divmod(int(place), plan.num_slices)
                 trained = {stage for stage in trained if hit not in stage.slices}
-                curves[number, request] = self.accuracy(plan, trained, serve)
+                curves[number, request] = self.accuracy(plan, trained)
                 if not trained:
                     dead[number] = request
                     curves[number, request:] = curves[number, request]
@@ -107,14 +98,12 @@ def check_against_ensemble(trainer: Any, task: Task, found: Served, rows: Any) -
     hit.add((plan.num_shards - 1, 0))
     trainer.store.delete(slices=sorted(hit))
     left = {stage for stage in plan.stages if hit.isdisjoint(stage.slices)}
-    count, differences = min(64, len(rows)), []
-    for serve in ("longest", "all"):
-        composed = found.probabilities(plan, left, serve)[:count]
-        ensemble = S3TEnsemble.from_pretrained(trainer.store.path, task.base(), serve=serve)
-        answered = task.probabilities(ensemble, rows.select(range(count)))
-        differences.append((composed - answered).abs().max().item())
-    assert max(differences) < 1e-4, f"S3TEnsemble answers otherwise than the average of its members: {differences}"
-    return max(differences)
+    count = min(64, len(rows))
+    ensemble = S3TEnsemble.from_pretrained(trainer.store.path, task.base())
+    answered = task.probabilities(ensemble, rows.select(range(count)))
+    difference = (found.probabilities(plan, left)[:count] - answered).abs().max().item()
+    assert difference < 1e-4, f"S3TEnsemble answers otherwise than the average of its members: {difference}"
+    return difference
 
 
 def life_figures(settings: Settings, slices: int, sizes: dict[Stage, int], seed: int) -> list[dict[str, Any]]:
@@ -204,10 +193,8 @@ def stream_figures(settings: Settings, task: Task, scratch: Path) -> dict[str, A
     requests = int(life.mean + 10 * life.standard_deviation)
     streams = draw.integers(0, settings.shards * slices, (settings.streams, requests))
     curves, figures = {}, {}
-    for name, of, serve in (
-        ("s3t_cyclic", plan, "longest"), ("s3t_optimal", cheaper, "longest"), ("s3t_cyclic_all", plan, "all"),
-    ):  # fmt: skip
-        accuracy, dead = found.along(of, streams, serve)
+    for name, of in (("s3t_cyclic", plan), ("s3t_optimal", cheaper)):
+        accuracy, dead = found.along(of, streams)
         curves[name] = {"mean": accuracy.mean(0).tolist(), "std": accuracy.std(0, ddof=1).tolist()}
         figures[f"{name}_accuracy"] = float(accuracy[:, 0].mean())
         figures[f"{name}_dead_streams"] = int((dead > 0).sum())

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from hf_s3t import Plan, S3TStore, StoreError, UnknownExampleError
-from hf_s3t.serving.ensemble import read_members
+from hf_s3t.serving.loading import read_members
 from hf_s3t.store.deletion import LIMITS, read_receipts
 from hf_s3t.store.manifest import NOT_KNOWN
 from hf_s3t.store.partition import keyed_digest

@@ -314,18 +314,6 @@ def test_average_of_probabilities_and_of_logits() -> None:
         load(trained("llama"), "llama", combine="mean")
 
 
-def test_members_that_count_more_than_others() -> None:
-    parts = torch.tensor([[[0.0, 2.0, -1.0]], [[3.0, 0.0, 0.5]]])
-    average = partial(average_logits, weights=[3.0, 1.0])
-    for value in (average(parts, "logits"), average(parts, "probabilities", "regression")):
-        torch.testing.assert_close(value, 0.75 * parts[0] + 0.25 * parts[1])
-    torch.testing.assert_close(average(parts.bfloat16(), "logits"), (0.75 * parts[0] + 0.25 * parts[1]).bfloat16())
-    chances = 0.75 * parts[0].sigmoid() + 0.25 * parts[1].sigmoid()
-    torch.testing.assert_close(average(parts, "probabilities", "multi_label_classification").sigmoid(), chances)
-    one = parts[..., :1]  # a single number is no distribution
-    torch.testing.assert_close(average(one, "probabilities"), 0.75 * one[0] + 0.25 * one[1])
-
-
 # What is computed how often
 
 

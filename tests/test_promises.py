@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_s3t import IsolationError, S3TStore, Stage, StateError
-from hf_s3t.serving.ensemble import read_members
+from hf_s3t.serving.loading import read_members
 from hf_s3t.store.card import prefix_lines
 from trainings import (
     CASES,

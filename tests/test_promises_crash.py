@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback, default_data_collator
 
 from hf_s3t import S3TStore, StoreError
-from hf_s3t.serving.ensemble import read_members
+from hf_s3t.serving.loading import read_members
 from killing import CATEGORIES, MODES, fill_disk, in_child, kill, train_struck
 from scanner import find
 from trainings import CASES, KINDS, make_trainer, place, published, rows_of, tensor_bytes, without

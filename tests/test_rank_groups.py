@@ -138,7 +138,7 @@ def test_a_deletion_reaches_a_model_that_was_cast_meanwhile(store: S3TStore) -> 
 
 def test_a_repaired_stage_replaces_its_own_ranks_alone(store: S3TStore) -> None:
     ensemble = load(store, SHAPE)
-    slot, manifest = ensemble._slots[1, 0], store.manifest()
+    slot, manifest = ensemble._slots[1], store.manifest()
     change = slot.plan(store, manifest, Stage(1, (0, 1)).path)
     assert not change.tensors  # what is left is in the slot already
     change = slot.plan(store, manifest, Stage(1, (2, 0)).path)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from hf_s3t import Plan, S3TStore, Stage, StoreError
-from hf_s3t.serving.ensemble import read_members
+from hf_s3t.serving.loading import read_members
 from hf_s3t.store import deletion
 from hf_s3t.store.deletion import read_receipts
 from stores import PASSING, Known, make_store, stage_folders, tree

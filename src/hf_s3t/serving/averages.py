@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,9 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 Combine = Literal["probabilities", "logits"]
 
 
-def average_logits(
-    members: torch.Tensor, combine: Combine, problem: str | None = None, weights: Sequence[float] | None = None
-) -> torch.Tensor:
+def average_logits(members: torch.Tensor, combine: Combine, problem: str | None = None) -> torch.Tensor:
     """The logits of an ensemble.
 
     Args:
@@ -23,23 +20,16 @@ def average_logits(
         combine (`"probabilities"` or `"logits"`): `log(mean(softmax(logits)))`, or the mean of the logits.
         problem (`str`, *optional*): the config's `problem_type`; with several labels each has a probability of its
             own, and a regression's values are averaged as they are.
-        weights (`list[float]`, *optional*): what each member counts, above 0. `None`: all the same.
 
     Returns:
         `torch.Tensor`: `(batch, ..., classes)`.
     """
-    shares = None
-    if weights is not None:
-        shares = torch.tensor(weights, device=members.device).view(-1, *[1] * (members.ndim - 1)) / sum(weights)
     if combine == "logits" or problem == "regression" or members.shape[-1] == 1:
-        return members.mean(dim=0) if shares is None else (members * shares).sum(dim=0).to(members.dtype)
+        return members.mean(dim=0)
     members = members.float()
-    logs = 0.0 if shares is None else shares.log()
     if problem == "multi_label_classification":
-        return (logsigmoid(members) + logs).logsumexp(dim=0) - (logsigmoid(-members) + logs).logsumexp(dim=0)
-    if shares is None:
-        return members.log_softmax(-1).logsumexp(dim=0) - math.log(len(members))
-    return (members.log_softmax(-1) + logs).logsumexp(dim=0)
+        return logsigmoid(members).logsumexp(dim=0) - logsigmoid(-members).logsumexp(dim=0)
+    return members.log_softmax(-1).logsumexp(dim=0) - math.log(len(members))
 
 
 def by_token(logits: torch.Tensor, labels: Any) -> ModelOutput:

@@ -12,38 +12,26 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from ..errors import S3TError, StoreError
-from ..lora.adapter import WEIGHTS_FILE, with_rank
-from ..lora.config import LORA_FIELDS, S3TConfig
-from ..lora.layout import find_layout
-from ..lora.tuner import plain_lora_config
+from ..lora.adapter import WEIGHTS_FILE
 from ..plan.tree import Stage
 from ..seams.answering import caches_in, introduce_to_pipelines
 from ..store.base_model import check_base, load_base
 from ..store.deletion import Receipt
-from ..store.folder import StoreFolder
 from ..store.manifest import Manifest
-from ..store.sources import is_repo_id
 from ..store.store import S3TStore
 from .averages import Combine
 from .gate import Gate
+from .loading import member_name, opened, take_out, with_slots
 from .members import Members
 from .slots import Change, Slot
 
 logger = logging.getLogger(__name__)
-
-Serve = Literal["longest", "all"]
-Place = tuple[int, int]
-"""A slot's shard, and its number in it."""
 
 READINGS = 5
 """How often a store is read anew that changes while it is read."""
@@ -82,8 +70,7 @@ class S3TEnsemble(nn.Module):
         self._members = Members(model, combine)
         self._gate = Gate()
         self._following = threading.Lock()
-        self._slots: dict[Place, Slot] = {}
-        self._serve: Serve = "longest"
+        self._slots: dict[int, Slot] = {}  # by shard
         self._store: S3TStore | None = None
         self._marks: Any = None
         self._members.serve(list(members), min(members.values(), default=0))
@@ -95,7 +82,6 @@ class S3TEnsemble(nn.Module):
         base_model: nn.Module | str | None = None,
         combine: Combine = "probabilities",
         *,
-        serve: Serve = "longest",
         key: str | bytes | None = None,
         state: str | os.PathLike[str] | None = None,
         revision: str | None = None,
@@ -110,22 +96,16 @@ class S3TEnsemble(nn.Module):
             base_model (`PreTrainedModel` or `str`, *optional*): the bare base, which will carry the adapters, or where
                 to load it from. `None`: the id that the store names.
             combine (`"probabilities"` or `"logits"`): what is averaged over the members.
-            serve (`"longest"` or `"all"`): which prefixes answer: the served prefix of each live shard, all counting
-                the same, or every surviving sequence of every shard, counting as much as it is long. The latter asks
-                for memory and time for all of them.
             key, state, revision, token (*optional*): how the store is opened, see [`S3TStore`]; a revision and a token
                 are those of its repository. The base is loaded at the revision that the store names, with the token
                 that is logged in.
             kwargs: for the base model's `from_pretrained`: `dtype`, `device_map`, `quantization_config` and so on.
 
         Raises:
-            ValueError: the store was opened already, or is a folder, and arguments say how to open a repository; or
-                `serve` is neither of the two.
+            ValueError: the store was opened already, or is a folder, and arguments say how to open a repository.
             StoreError: the store does not say which base it needs, its files are damaged, or the base is another one.
         """
-        if serve not in ("longest", "all"):
-            raise ValueError(f"serve must be 'longest' or 'all', not {serve!r}.")
-        store = _opened(folder, key=key, state=state, revision=revision, token=token)
+        store = opened(folder, key=key, state=state, revision=revision, token=token)
         manifest = store.live()
         if not isinstance(base_model, nn.Module):
             base_model, _ = load_base(store, base_model, **kwargs)
@@ -133,13 +113,12 @@ class S3TEnsemble(nn.Module):
             raise ValueError(f"{sorted(kwargs)} are for loading a base model, but one was given. Leave them out.")
         else:
             check_base(base_model, manifest.recipe)
-        names = _slot_names(manifest, serve)
-        model = _with_slots(base_model, manifest, list(names.values()))
+        names = [member_name(shard) for shard in range(manifest.plan.num_shards)]
+        model = with_slots(base_model, manifest, names)
         ensemble = cls(model, {}, combine)
-        ensemble._serve = serve
         stored = manifest.recipe["config"]
         rank = stored["r"] if stored.get("stage_parameters") == "rank_group" else None
-        ensemble._slots = {place: Slot.of(model, name, rank) for place, name in names.items()}
+        ensemble._slots = {shard: Slot.of(model, name, rank) for shard, name in enumerate(names)}
         for slot in ensemble._slots.values():
             slot.clear()
         ensemble._store = store
@@ -148,7 +127,7 @@ class S3TEnsemble(nn.Module):
             ensemble.refresh()
         except BaseException:
             ensemble.detach()
-            _take_out(model)
+            take_out(model)
             raise
         ensemble.eval()._members.look()
         return ensemble
@@ -179,7 +158,7 @@ class S3TEnsemble(nn.Module):
 
     @property
     def members(self) -> list[str]:
-        """Names of the members that answer: one per live shard, or per surviving sequence."""
+        """Names of the members that answer: one per live shard."""
         return list(self._members.names)
 
     # ---- answering ----
@@ -264,7 +243,7 @@ class S3TEnsemble(nn.Module):
             lowest = self._lowest_layer()
             if lowest != self._members.lowest_layer:  # a deletion left it where it was
                 with self._gate.changing():
-                    self._members.serve(self.members, lowest, self._weights())
+                    self._members.serve(self.members, lowest)
         return changed
 
     def _own_store(self) -> S3TStore:
@@ -278,12 +257,6 @@ class S3TEnsemble(nn.Module):
 
     def _lowest_layer(self) -> int:
         return min((slot.lowest_layer for slot in self._live_slots()), default=0)
-
-    def _weights(self) -> list[float] | None:
-        """What each member counts: the length of its prefix, where every surviving sequence answers."""
-        if self._serve == "longest":
-            return None
-        return [float(slot.path[-1][0].depth) for slot in self._live_slots()]
 
     def _follow_deletion(self) -> None:
         with self._following:
@@ -308,20 +281,20 @@ class S3TEnsemble(nn.Module):
                 raise error
             logger.error("%s", error)
             return False
-        before, weights = self.members, self._weights()
+        before = self.members
         with self._gate.changing():
             try:
-                for place, change in changes.items():
-                    self._slots[place].take(change)
+                for shard, change in changes.items():
+                    self._slots[shard].take(change)
             except BaseException:  # interrupted: who still has an old prefix and should not answers no more
-                for place, change in changes.items():
-                    if self._slots[place].path != change.path:
-                        self._slots[place].clear()
+                for shard, change in changes.items():
+                    if self._slots[shard].path != change.path:
+                        self._slots[shard].clear()
                 raise
             finally:
                 live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
-                if live != before or lowest < self._members.lowest_layer or weights != self._weights():
-                    self._members.serve(live, lowest, self._weights())
+                if live != before or lowest < self._members.lowest_layer:
+                    self._members.serve(live, lowest)
             self.generation = manifest.generation
         if not live and (self._marks is None or before):
             logger.warning("no stage of %s is live: the bare base model answers", self._own_store().path)
@@ -332,112 +305,30 @@ class S3TEnsemble(nn.Module):
         self._marks = None if problems else marks
         return True
 
-    def _read_changes(self) -> tuple[Manifest, dict[Place, Change], list[StoreError]]:
+    def _read_changes(self) -> tuple[Manifest, dict[int, Change], list[StoreError]]:
         """What has to change, read while answers go on; anew where the store changed meanwhile."""
         store = self._own_store()
         for reading in range(READINGS):
             marks, manifest = store.marks(), store.live()
-            changes = {}
-            wanted, problems = self._wanted(manifest)
-            for place, slot in self._slots.items():
-                path = _needed(wanted[place], manifest) if place in wanted else ()
+            changes, problems = {}, []
+            served = manifest.plan.served(manifest.stages)
+            if more := sorted(served.keys() - self._slots.keys()):
+                problems.append(StoreError(f"{store.path} has shards now that were not loaded: {more}. Load it anew."))
+            for shard, slot in self._slots.items():
+                path = _needed(Stage(shard, served[shard]), manifest) if shard in served else ()
                 try:
-                    changes[place] = slot.plan(store, manifest, path)
+                    changes[shard] = slot.plan(store, manifest, path)
                 except (StoreError, OSError) as error:
                     problems.append(error if isinstance(error, StoreError) else StoreError(str(error)))
                     if any(manifest.stages.get(stage, {}).get(WEIGHTS_FILE) != sha for stage, sha in slot.path):
-                        changes[place] = slot.plan(store, manifest, ())
+                        changes[shard] = slot.plan(store, manifest, ())
             if not problems or store.marks() == marks or reading == READINGS - 1:
                 break
         return manifest, changes, problems
 
-    def _wanted(self, manifest: Manifest) -> tuple[dict[Place, Stage], list[StoreError]]:
-        """The prefix of each slot, which is the one that has most of it already, and errors for what has no slot."""
-        wanted: dict[Place, Stage] = {}
-        problems = []
-        for shard, prefixes in manifest.plan.surviving(manifest.stages).items():
-            free = [place for place in self._slots if place[0] == shard]
-            chosen = prefixes if self._serve == "all" else prefixes[:1]
-            if len(free) < len(chosen):
-                grown = "has more shards or sequences than when it was loaded. Load it anew."
-                problems.append(StoreError(f"{self._own_store().path} {grown}"))
-            for prefix in chosen[: len(free)]:
-                stage = Stage(shard, prefix)
-                place = max(free, key=lambda place: len({own for own, _ in self._slots[place].path} & {*stage.path}))
-                wanted[place] = stage
-                free.remove(place)
-        return wanted, problems
 
-
-def _opened(folder: str | os.PathLike[str] | S3TStore, **how: Any) -> S3TStore:
-    given = {name: value for name, value in how.items() if value is not None}
-    if isinstance(folder, S3TStore):
-        if given:
-            raise ValueError(f"{sorted(given)} say how to open a store, but one was given. Open it with them.")
-        return folder
-    if not is_repo_id(folder) and given.keys() & {"revision", "token"}:
-        raise ValueError(
-            f"`revision` and `token` are for a store in a repository, and {folder} is a folder. For another base, or "
-            "with another token, load the base and pass `base_model=`."
-        )
-    return S3TStore(folder, **how)
 
 
 def _needed(stage: Stage, manifest: Manifest) -> tuple[Stage, ...]:
     """The stages along a prefix whose tensors it has: where a stage trains all layers, the last one alone."""
     return stage.path[-1:] if manifest.recipe["config"].get("stage_parameters") == "all" else stage.path
-
-
-def _slot_names(manifest: Manifest, serve: Serve) -> dict[Place, str]:
-    """An adapter's name for each place: of every shard, or of every sequence that one has or may come to have."""
-    if serve == "longest":
-        return {(shard, 0): f"shard-{shard:02d}" for shard in range(manifest.plan.num_shards)}
-    surviving = manifest.plan.surviving(manifest.stages)
-    counts = [max(len(orders), len(surviving.get(shard, ()))) for shard, orders in enumerate(manifest.plan.sequences)]
-    return {(shard, turn): f"shard-{shard:02d}-{turn}" for shard, count in enumerate(counts) for turn in range(count)}
-
-
-def _with_slots(base: nn.Module, manifest: Manifest, names: list[str]) -> Any:
-    """The base with adapters over all grouped layers, with rank groups of the ranks of all slices; what is
-    in them is still to be written."""
-    stored = manifest.recipe["config"]
-    if any(isinstance(module, LoraLayer | ModulesToSaveWrapper) for module in base.modules()):
-        raise StoreError("This base model carries adapters already, maybe another ensemble's. Load it once more.")
-    kept = (*LORA_FIELDS, "task_type", "stage_parameters")
-    fields: dict[str, Any] = {name: stored[name] for name in kept if name in stored}
-    config = S3TConfig(num_shards=manifest.plan.num_shards, num_slices=manifest.plan.num_slices, **fields)
-    layers = tuple(sorted(layer for group in stored["groups"] for layer in group))
-    try:
-        layout = find_layout(base, config)
-        if not set(layers) <= set(layout.targets):
-            raise ValueError(
-                f"the store has stages for layers up to {layers[-1]}, the model has {len(layout.targets)}"
-            )
-    except ValueError as error:
-        raise StoreError(f"This is not the base model that the store was trained on: {error}") from None
-    plain = plain_lora_config(config, layout, layers)
-    if config.stage_parameters == "rank_group":
-        plain = with_rank(plain, config.r * manifest.plan.num_slices)
-    model: Any = base
-    with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that are overwritten
-        for name in names:
-            if model is base:
-                model = get_peft_model(base, LoraConfig(**plain), adapter_name=name)
-            else:
-                PeftModel.add_adapter(model, name, LoraConfig(**plain))
-    return model.requires_grad_(False)
-
-
-def _take_out(model: Any) -> None:
-    """Gives the base model back as it was, without slots."""
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.set_adapter([])
-    model.unload()
-
-
-def read_members(store: StoreFolder) -> dict[str, Any]:
-    """The served prefix of every live shard, assembled, by the name that its adapter gets (`"shard-00"`)."""
-    manifest = store.live()
-    served = sorted(manifest.plan.served(manifest.stages).items())
-    return {f"shard-{shard:02d}": store.assemble(shard, prefix, manifest) for shard, prefix in served}

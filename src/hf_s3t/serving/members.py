@@ -48,7 +48,6 @@ class Members(MemberRows):
             raise ValueError(f"combine must be 'probabilities' or 'logits', not {combine!r}.")
         super().__init__(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.combine = combine
-        self.weights: tuple[float, ...] | None = None
         self.lowest_layer = 0
         self.shares_trunk: bool | None = None  # `None`: not tried yet, as there was none to share
         self.cache_name: str | None = None
@@ -74,16 +73,14 @@ class Members(MemberRows):
         else:
             del self.base.forward
 
-    def serve(self, names: Sequence[str], lowest_layer: int, weights: Sequence[float] | None = None) -> None:
+    def serve(self, names: Sequence[str], lowest_layer: int) -> None:
         """Says who answers from now on; nothing may be answering meanwhile.
 
         Args:
             names (`list[str]`): adapters; empty: the bare base model answers.
             lowest_layer (`int`): no member has LoRA below it.
-            weights (`list[float]`, *optional*): what each counts in the average, above 0. `None`: all the same.
         """
         switched, self.names, self.lowest_layer = bool(names) != bool(self.names), tuple(names), lowest_layer
-        self.weights = None if weights is None else tuple(weights)
         self.share(bool(self.shares_trunk))
         if switched or not self._told:
             self.switch(bool(names))
@@ -207,7 +204,7 @@ class Members(MemberRows):
         values: dict[str, Any] = caches_in(output)
         for name in output:
             if name == "logits" or name.endswith("_logits"):
-                values[name] = average_logits(members(name), self.combine, problem, self.weights)
+                values[name] = average_logits(members(name), self.combine, problem)
         return type(output)(**values)
 
     # ---- the cache ----

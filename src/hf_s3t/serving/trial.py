@@ -49,13 +49,13 @@ class Trial:
     def _is_conclusive(self, rows: dict[str, Any], given: bool) -> bool:
         """Tries with some rows. Those that were `given` the model has to take: they always tell."""
         members = self.members
-        names, weights = members.names, members.weights
-        members.names, members.weights = names[:TRIED_MEMBERS], None
+        names = members.names
+        members.names = names[:TRIED_MEMBERS]
         try:
             with self._evaluating(), torch.no_grad():
                 return self._compare(rows, given)
         finally:
-            members.names, members.weights = names, weights
+            members.names = names
             members.share(bool(members.shares_trunk))
             members.activate(names[0])
 

@@ -14,7 +14,8 @@ from huggingface_hub import HfApi
 
 from ..lora.tuner import StageTuner
 from ..seams.trainer import TrainerSeam, kept_generators
-from ..serving.ensemble import S3TEnsemble, read_members
+from ..serving.ensemble import S3TEnsemble
+from ..serving.loading import read_members
 from ..store.deletion import Receipt
 from ..store.store import S3TStore
 from .processes import on_main_process

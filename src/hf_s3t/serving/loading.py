@@ -1,0 +1,88 @@
+"""What an ensemble is loaded from: the store, the base model with a slot for every shard, the served prefixes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from ..errors import StoreError
+from ..lora.adapter import with_rank
+from ..lora.config import LORA_FIELDS, S3TConfig
+from ..lora.layout import find_layout
+from ..lora.tuner import plain_lora_config
+from ..store.folder import StoreFolder
+from ..store.manifest import Manifest
+from ..store.sources import is_repo_id
+from ..store.store import S3TStore
+
+
+def member_name(shard: int) -> str:
+    """The name of the adapter that answers for a shard."""
+    return f"shard-{shard:02d}"
+
+
+def opened(folder: str | os.PathLike[str] | S3TStore, **how: Any) -> S3TStore:
+    """The store that somebody named, or opened already; `how` says how a repository is opened."""
+    given = {name: value for name, value in how.items() if value is not None}
+    if isinstance(folder, S3TStore):
+        if given:
+            raise ValueError(f"{sorted(given)} say how to open a store, but one was given. Open it with them.")
+        return folder
+    if not is_repo_id(folder) and given.keys() & {"revision", "token"}:
+        raise ValueError(
+            f"`revision` and `token` are for a store in a repository, and {folder} is a folder. For another base, or "
+            "with another token, load the base and pass `base_model=`."
+        )
+    return S3TStore(folder, **how)
+
+
+def with_slots(base: nn.Module, manifest: Manifest, names: list[str]) -> Any:
+    """The base with adapters over all grouped layers, with rank groups of the ranks of all slices; what is
+    in them is still to be written."""
+    stored = manifest.recipe["config"]
+    if any(isinstance(module, LoraLayer | ModulesToSaveWrapper) for module in base.modules()):
+        raise StoreError("This base model carries adapters already, maybe another ensemble's. Load it once more.")
+    kept = (*LORA_FIELDS, "task_type", "stage_parameters")
+    fields: dict[str, Any] = {name: stored[name] for name in kept if name in stored}
+    config = S3TConfig(num_shards=manifest.plan.num_shards, num_slices=manifest.plan.num_slices, **fields)
+    layers = tuple(sorted(layer for group in stored["groups"] for layer in group))
+    try:
+        layout = find_layout(base, config)
+        if not set(layers) <= set(layout.targets):
+            raise ValueError(
+                f"the store has stages for layers up to {layers[-1]}, the model has {len(layout.targets)}"
+            )
+    except ValueError as error:
+        raise StoreError(f"This is not the base model that the store was trained on: {error}") from None
+    plain = plain_lora_config(config, layout, layers)
+    if config.stage_parameters == "rank_group":
+        plain = with_rank(plain, config.r * manifest.plan.num_slices)
+    model: Any = base
+    with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that are overwritten
+        for name in names:
+            if model is base:
+                model = get_peft_model(base, LoraConfig(**plain), adapter_name=name)
+            else:
+                PeftModel.add_adapter(model, name, LoraConfig(**plain))
+    return model.requires_grad_(False)
+
+
+def take_out(model: Any) -> None:
+    """Gives the base model back as it was, without slots."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter([])
+    model.unload()
+
+
+def read_members(store: StoreFolder) -> dict[str, Any]:
+    """The served prefix of every live shard, assembled, by the name that its adapter gets (`"shard-00"`)."""
+    manifest = store.live()
+    served = sorted(manifest.plan.served(manifest.stages).items())
+    return {member_name(shard): store.assemble(shard, prefix, manifest) for shard, prefix in served}
