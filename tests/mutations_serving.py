@@ -108,7 +108,7 @@ SERVING = (
      (('self.generation = manifest.generation', 'pass'),),
      (LIVE + 'refresh_follows_a_deletion_elsewhere',)),
     (9, 'dead shards still answer', 'serving/ensemble.py',
-     (('if slot.path), key=lambda slot: slot.path[-1][0])', '), key=lambda slot: slot.name)'),),
+     (('for slot in self._slots.values() if slot.path]', 'for slot in self._slots.values()]'),),
      (LIVE + 'refresh_follows_a_deletion_elsewhere',)),
     (9, 'another base is not noticed', 'serving/ensemble.py',
      (('        check_base(base_model, manifest.recipe)\n', ''),),

@@ -7,7 +7,6 @@ JOINED = "test_adapter.py::test_join_of_rank_groups_adds_what_the_stages_add"
 PROMISES, BERT = "test_promises.py::test_", "[bert-rank_group]"
 
 REPLAY = "test_replay.py::test_"
-BY_LENGTH = "test_ensemble.py::test_every_surviving_sequence_answers_by_its_length[llama]"
 
 SYSTEMS = (
     (1, "a rank group starts at its parent's ranks, which stay frozen beside it", "lora/tuner.py",
@@ -50,8 +49,6 @@ SYSTEMS = (
     (4, "a stage stays on a parent that is trained again on new rows", "training/reconcile.py",
      (("if not other.isdisjoint(stage.path)", "if stage in other"),),
      (REPLAY + "new_rows_of_an_early_slice_train_every_later_stage_again",)),
-    (9, "members are averaged in the order of their slots", "serving/ensemble.py",
-     (("key=lambda slot: slot.path[-1][0])", "key=lambda slot: slot.name)"),), (BY_LENGTH,)),
     (8, "an unknown kind of stage is joined as layer groups", "store/manifest.py",
      (("if kind not in STAGE_PARAMETERS:", "if False:"),),
      ("test_manifest.py::test_a_recipe_that_does_not_say_what_its_stages_are_is_refused",)),

@@ -27,7 +27,7 @@ import models
 from conftest import REPOSITORY
 from hf_s3t import Receipt, S3TEnsemble, S3TStore, Stage, StateError, StoreError
 from hf_s3t.store.deletion import read_receipts
-from hf_s3t.store.exports import read_exports
+from hf_s3t.store.export_records import read_exports
 from stores import tree
 from test_recovery import Disk, Killed
 from trainers import BASES, batch, logits, make_trainer

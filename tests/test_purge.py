@@ -530,11 +530,11 @@ def stopped(name: str, folder: str) -> list[Any]:
     def stop(*how: Any) -> None:
         raise KeyboardInterrupt
 
-    squash, purging._squash = purging._squash, stop
+    squash, purging.squash = purging.squash, stop
     try:
         S3TStore(name, state=f"{folder}/.s3t").purge([])
     except KeyboardInterrupt:
-        purging._squash = squash
+        purging.squash = squash
     (kept,) = read_reports(name, Path(folder) / ".s3t")
     asked = recheck(HubRepo(name), kept)
     return [kept.status, asked.status, asked.to_text()]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import hf_raise_for_status
 
 from ..errors import HubError, StoreError
@@ -28,6 +28,7 @@ from ..seams import hub as seam
 from .local_caches import cached_revisions, clear_caches
 from .probes import TIMEOUT, WORKERS, ask, head_of, recheck, stored
 from .purge_report import SECONDS, Probe, PurgeReport, keep, now, uncovered, unfinished
+from .refs import drop_ref, is_branch, sort_refs, squash
 from .repo import HubRepo
 
 logger = logging.getLogger(__name__)
@@ -107,9 +108,9 @@ def purge(
         delete_large_files = seam.large_file_deletion(repo.api)
         keep(report, folder)
         for ref in dropped:
-            _drop_ref(repo, ref)
+            drop_ref(repo, ref)
         for branch in kept:
-            _squash(repo, branch)
+            squash(repo, branch)
         refuse_if_live(repo, kept, unwanted, protected)  # somebody may have committed one of them meanwhile
         delete_large_files(repo.repo_id, unwanted)
         left = dict(repo.refs())
@@ -286,71 +287,6 @@ def _joined(earlier: PurgeReport, report: PurgeReport, fine: set[str]) -> PurgeR
         probes=list(probes.values()),
         caches_cleared=earlier.caches_cleared,
     )
-
-
-# ---- refs ----
-
-
-def sort_refs(repo: HubRepo, keep_refs: Iterable[str] | None) -> tuple[list[str], list[str]]:
-    """Refs to keep, the own branch first, and refs to remove. Raises `ValueError` unless it was said for all."""
-    own, refs = f"refs/heads/{repo.branch}", [ref for ref, _ in repo.refs()]
-    others = [ref for ref in refs if ref != own]
-    if keep_refs is None and others:
-        raise ValueError(
-            f"{repo.repo_id} has other refs, whose history may serve what is to be purged: {', '.join(others)}. "
-            "Nothing was changed. Say which ones to keep (`keep_refs=[...]`, `--keep-ref`; none: `--drop-refs`); the "
-            "others are removed."
-        )
-    wanted = {_full_name(repo, name, refs) for name in keep_refs or ()}
-    dropped = [ref for ref in others if ref not in wanted]
-    if wanted - set(refs):
-        absent = ", ".join(sorted(wanted - set(refs)))
-        raise ValueError(f"{repo.repo_id} has no {absent}; it has {', '.join(refs)}. Nothing was changed.")
-    stuck = [ref for ref in dropped if not re.match("refs/(heads|tags|pr)/", ref)]
-    if stuck:
-        raise ValueError(
-            f"{', '.join(stuck)} of {repo.repo_id} can not be removed from here. Nothing was changed. Remove it on "
-            "the Hub, or keep it."
-        )
-    return [own, *(ref for ref in others if ref in wanted)], dropped
-
-
-def _full_name(repo: HubRepo, name: str, refs: Iterable[str]) -> str:
-    if name.startswith("refs/"):
-        return name
-    found = [ref for ref in refs if ref.split("/", 2)[-1] == name]
-    if len(found) > 1:
-        raise ValueError(f"{name} of {repo.repo_id} is {' and '.join(found)}. Nothing was changed. Say which one.")
-    return found[0] if found else f"refs/heads/{name}"
-
-
-def is_branch(ref: str) -> bool:
-    """Whether a ref is a branch, and may be squashed."""
-    return ref.startswith("refs/heads/")
-
-
-def _drop_ref(repo: HubRepo, ref: str) -> None:
-    """Removes a ref that may be gone already."""
-    api, name = repo.api, repo.repo_id
-    try:
-        if is_branch(ref):
-            api.delete_branch(name, branch=ref.removeprefix("refs/heads/"))
-        elif ref.startswith("refs/tags/"):
-            api.delete_tag(name, tag=ref.removeprefix("refs/tags/"))
-        else:
-            number = int(ref.removeprefix("refs/pr/"))
-            if api.get_discussion_details(name, number).status in ("open", "draft"):
-                api.change_discussion_status(name, number, "closed")
-            seam.delete_pull_request_ref(api, name, number, TIMEOUT)
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status != 404 or isinstance(error, RepositoryNotFoundError) or ref in dict(repo.refs()):
-            raise
-
-
-def _squash(repo: HubRepo, ref: str) -> None:
-    if is_branch(ref) and len(repo.commits(ref)) > 1:
-        repo.api.super_squash_history(repo.repo_id, branch=ref.removeprefix("refs/heads/"), commit_message="Squash")
 
 
 def refuse_if_live(repo: HubRepo, kept: Iterable[str], unwanted: set[str], protected: Iterable[str]) -> None:

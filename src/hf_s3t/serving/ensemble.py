@@ -252,8 +252,8 @@ class S3TEnsemble(nn.Module):
         return self._store
 
     def _live_slots(self) -> list[Slot]:
-        """The slots that answer, as their stages are ordered: who has which slot, a sum's last bits must not tell."""
-        return sorted((slot for slot in self._slots.values() if slot.path), key=lambda slot: slot.path[-1][0])
+        """The slots that answer, by shard."""
+        return [slot for slot in self._slots.values() if slot.path]
 
     def _lowest_layer(self) -> int:
         return min((slot.lowest_layer for slot in self._live_slots()), default=0)

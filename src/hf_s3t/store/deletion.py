@@ -25,7 +25,8 @@ from ..files import json_bytes, read_json, remove, sync_folder, write_atomic
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..plan.tree import Stage
 from .activation_blocks import sweep_activations
-from .exports import carrying, settle
+from .export_records import carrying
+from .exports import settle
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
 from .manifest import NOT_KNOWN, Event, Log, Manifest, merged, places_beyond
 from .partition import Index, count_by_place

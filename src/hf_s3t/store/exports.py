@@ -11,58 +11,29 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StateError, StoreError
-from ..files import install_folder, json_bytes, read_json, remove, sync_folder, write_atomic
+from ..errors import StoreError
+from ..files import install_folder, remove, sync_folder, write_atomic
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average
 from ..plan.tree import Stage
 from .base_model import HAND_IN, check_base, check_unquantised, load_base
+from .export_records import Record, present, read_exports, scratch_of, write_exports
 from .folder import StoreFolder
 from .manifest import Manifest
-from .state import Tombstone
 
 if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
 
-EXPORTS = "exports.json"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, f".{CONFIG_FILE}.tmp", f".{WEIGHTS_FILE}.tmp")
 MERGED_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 """Names of the files of an export; whatever else lies in its folder, such as a tokenizer, is its owner's."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is known of one export.
-
-    Args:
-        stages (`tuple[str, ...]`): names of all stages whose tensors are in it, or may be after an interruption.
-        prefix (`str`, *optional*): the stage that was asked for; `None`: the root adapter.
-        merge (`bool`): whether it is a whole model.
-        base (`str`, *optional*): where a merged one's base model came from; `None`: it was handed in as a module.
-        generation (`int`): the store's when it was made. What was deleted later, it may carry.
-    """
-
-    stages: tuple[str, ...]
-    prefix: str | None
-    merge: bool
-    base: str | None
-    generation: int
-
-    def carries(self, deleted: Iterable[Tombstone]) -> bool:
-        """Whether it was made of what something deleted depends on, before that was deleted."""
-        places = {place for name in self.stages for place in Stage.from_name(name).slices}
-        return any(stone.generation > self.generation and places & stone.places for stone in deleted)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `.s3t/exports.json`."""
-        return asdict(self) | {"stages": list(self.stages)}
 
 
 @dataclass(frozen=True)
@@ -82,54 +53,6 @@ class Export:
     rank: int
     parameters: int
     bytes: int
-
-
-# ---- the record ----
-
-
-def read_exports(folder: StoreFolder) -> dict[str, Record]:
-    """Every export on record, by its path."""
-    path = folder.private / EXPORTS
-    return records_from_json(read_json(path)) if path.exists() else {}
-
-
-def records_from_json(data: Any) -> dict[str, Record]:
-    """Reads the record of exports.
-
-    Raises:
-        StateError: it is none.
-    """
-    try:
-        return {path: Record(**{**fields, "stages": tuple(fields["stages"])}) for path, fields in data.items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise StateError(
-            f"The record of exports is damaged ({error}). Restore it from a backup of the state."
-        ) from None
-
-
-def records_to_json(records: Mapping[str, Record]) -> dict[str, Any]:
-    """The record of exports as plain data."""
-    return {path: record.to_json() for path, record in records.items()}
-
-
-def write_exports(folder: StoreFolder, records: Mapping[str, Record]) -> None:
-    """Replaces the record of exports, durably."""
-    write_atomic(folder.private / EXPORTS, json_bytes(records_to_json(records)))
-
-
-def carrying(folder: StoreFolder, deleted: Iterable[Tombstone]) -> list[str]:
-    """Paths of the exports that are still there and carry the influence of something deleted."""
-    deleted = list(deleted)
-    return [path for path, record in read_exports(folder).items() if record.carries(deleted) and _present(Path(path))]
-
-
-def _present(path: Path) -> bool:
-    return os.path.lexists(path) or _scratch(path).exists()
-
-
-def _scratch(path: Path) -> Path:
-    """Where a merged model is written before it is put in place: beside its folder, as it may need its disk."""
-    return path.with_name(f".{path.name}.hf_s3t")
 
 
 # ---- what an export is made of ----
@@ -216,7 +139,7 @@ def write_export(
 
 
 def _check_target(target: Path, record: Record, known: Record | None) -> None:
-    if known is not None and _present(target) and known.merge != record.merge:
+    if known is not None and present(target) and known.merge != record.merge:
         kind = "a merged model" if known.merge else "an adapter"
         raise ValueError(f"{target} holds {kind} that was exported before. Remove it, or name another folder.")
     if record.merge and known is None and target.is_dir() and any(target.iterdir()):
@@ -228,7 +151,7 @@ def _replace(
 ) -> Export:
     records = read_exports(folder)
     known, meanwhile = records.get(str(target)), record
-    if known is not None and _present(target):
+    if known is not None and present(target):
         both = tuple(sorted({*known.stages, *record.stages}))
         meanwhile = replace(record, stages=both, generation=min(known.generation, record.generation))
     write_exports(folder, {**records, str(target): meanwhile})
@@ -252,7 +175,7 @@ def _write_adapter(target: Path, ends: list[Stage], adapter: Adapter) -> Export:
 
 
 def _write_merged(target: Path, ends: list[Stage], adapter: Adapter, base: nn.Module) -> Export:
-    scratch = _scratch(target)
+    scratch = scratch_of(target)
     remove(scratch)
     model: Any = merged_model(base, adapter)
     model.save_pretrained(scratch)
@@ -306,9 +229,9 @@ def settle(folder: StoreFolder, paths: Iterable[str], generation: int, refresh: 
         try:
             if refresh:
                 outcome = _refresh(folder, Path(path), generation)
-            elif _scratch(Path(path)).exists():  # half a model that nobody will finish
-                remove(_scratch(Path(path)))
-                outcome = "exports" if _present(Path(path)) else None
+            elif scratch_of(Path(path)).exists():  # half a model that nobody will finish
+                remove(scratch_of(Path(path)))
+                outcome = "exports" if present(Path(path)) else None
         except Exception as error:  # whatever keeps a copy from being made anew, the deletion itself must end
             logger.error("the export in %s still carries the influence, it could not be made anew: %s", path, error)
         if outcome is not None:
@@ -332,7 +255,7 @@ def _refresh(folder: StoreFolder, path: Path, generation: int) -> str | None:
         _take_away(path, record)
         write_exports(folder, {other: kept for other, kept in records.items() if other != str(path)})
         return "exports_removed"
-    if not _present(path):
+    if not present(path):
         return None  # its owner removed it
     base = None
     if record.merge and record.base is None:
@@ -346,7 +269,7 @@ def _refresh(folder: StoreFolder, path: Path, generation: int) -> str | None:
 
 def _take_away(path: Path, record: Record) -> None:
     """Removes what we wrote, and the folder if nothing else is in it."""
-    remove(_scratch(path))
+    remove(scratch_of(path))
     _take_away_files(path, MERGED_FILES if record.merge else ADAPTER_FILES)
     if path.is_dir() and not any(path.iterdir()):
         remove(path)

@@ -23,16 +23,8 @@ from . import deletion
 from . import sync as publishing
 from .base_model import load_base
 from .deletion import Receipt
-from .exports import (
-    Export,
-    carrying,
-    given_base,
-    read_exports,
-    records_from_json,
-    records_to_json,
-    write_export,
-    write_exports,
-)
+from .export_records import carrying, read_exports, records_from_json, records_to_json, write_exports
+from .exports import Export, given_base, write_export
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .ids import id_text
 from .partition import Entry, keyed_digest
@@ -271,7 +263,7 @@ class S3TStore(StoreFolder):
         self.source.look()
         self.manifest()  # a folder that is no store is refused before a lock file is made in it
         if purge and isinstance(self.source, RepoSource):
-            from ..hub.purge import sort_refs
+            from ..hub.refs import sort_refs
 
             sort_refs(self.source.repo, keep_refs)  # refused before anything is deleted
         with nullcontext() if dry_run else self.writing():  # a dry run only reads
