@@ -1,206 +1,60 @@
-"""Layer groups in models of every shape: by the whole number in a module's path, from the top, nothing outside."""
-
-from __future__ import annotations
+"""Rooms import from rooms above them in docs/architecture.md, no module from one that imports it."""
 
 import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
 
-import pytest
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
-
-from hf_s3t import S3TConfig
-from hf_s3t.lora.adapter import split_layer_path
-from hf_s3t.lora.heads import find_heads
-from hf_s3t.lora.layout import find_layout, layers_pattern
-from models import tiny_bert, tiny_gpt2, tiny_llama, tiny_llama_12, tiny_roberta, tiny_vit
-
-ATTENTION = {
-    "llama": ("model.layers", ["q_proj", "v_proj"], tiny_llama, ("self_attn.q_proj", "self_attn.v_proj")),
-    "gpt2": ("transformer.h", ["c_attn"], tiny_gpt2, ("attn.c_attn",)),
-    "bert": ("bert.encoder.layer", ["query"], tiny_bert, ("attention.self.query",)),
-    "roberta": ("roberta.encoder.layer", ["query"], tiny_roberta, ("attention.self.query",)),
-    "vit": ("vit.layers", ["q_proj"], tiny_vit, ("attention.q_proj",)),
-}
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src/hf_s3t"
+TEXT = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+ROOMS = re.findall(r"^\| `?(\w+)`? \| .+ \| .+ \|$", TEXT, re.M)[1:]
+FILES = {path: path.relative_to(PACKAGE).parts for path in PACKAGE.rglob("*.py")}
+MODULES = {".".join(parts).removesuffix(".py").removesuffix(".__init__"): path for path, parts in FILES.items()}
 
 
-def config(**fields) -> S3TConfig:
-    return S3TConfig(**{"num_slices": 2, "target_modules": "all-linear"} | fields)
+def room(module: str) -> str:
+    first = module.split(".")[0]
+    return first if (PACKAGE / first).is_dir() else "root"
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_layers_are_grouped_from_the_top_in_every_architecture(name):
-    container, targets, make, suffixes = ATTENTION[name]
-    model = make()
-    layout = find_layout(model, config(target_modules=targets))
-    layers = len(model.get_submodule(container))
-    half = layers // 2
-    assert layout.container == container
-    assert layout.groups == (tuple(range(half, layers)), tuple(range(half)))
-    assert layout.grouped_layers == tuple(range(layers))
-    assert layout.targets == {layer: suffixes for layer in range(layers)}
-    assert layout.suffixes == tuple(sorted(targets)) and layout.heads == ()
-    assert all(isinstance(model.get_submodule(path), nn.Module) for path in layout.module_names([0, layers - 1]))
+def imported(path: Path) -> Iterator[str]:
+    """Modules of the library that a file imports, inside functions, too."""
+    here = FILES[path][:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = [*here[: len(here) - node.level + 1], *(node.module.split(".") if node.module else ())]
+            for alias in node.names:
+                whole, part = ".".join(start), ".".join([*start, alias.name])
+                yield part if part in MODULES else whole
 
 
-def test_layer_1_is_not_layers_10_and_11():
-    layout = find_layout(tiny_llama_12(), config(num_slices=12, target_modules=["q_proj"]))
-    assert layout.groups == tuple((layer,) for layer in reversed(range(12)))
-    assert layout.module_names(layout.groups[10]) == {"model.layers.1.self_attn.q_proj"}
-    assert layout.module_names(layout.groups[0]) == {"model.layers.11.self_attn.q_proj"}
+IMPORTS = {module: set(imported(path)) - {module} for module, path in MODULES.items() if module != "__init__"}
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert, tiny_roberta, tiny_vit])
-def test_all_linear_is_every_linear_module_of_every_layer_and_nothing_else(make):
-    model = make()
-    layout = find_layout(model, config())
-    linear = {
-        path for path, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D") and
-        any(part.isdigit() for part in path.split("."))
-    }  # fmt: skip
-    assert layout.module_names(layout.grouped_layers) == linear and len(linear) >= 4 * 4
+def test_every_room_and_every_file_is_in_the_table():
+    assert sorted(ROOMS) == sorted({"root", *(path.name for path in PACKAGE.glob("[a-z]*") if path.is_dir())})
+    rows = dict(re.findall(r"^\| `?(\w+)`? \| .+? \| (.+) \|$", TEXT, re.M))
+    for name in set(ROOMS) - {"seams"}:
+        there = {parts[-1] for parts in FILES.values() if parts[:-1] == (() if name == "root" else (name,))}
+        assert set(re.findall(r"`(\w+\.py)`", rows[name])) == there - {"__init__.py"}, name
 
 
-@pytest.mark.parametrize(
-    "fields, groups",
-    [
-        ({"num_slices": 4}, ((6, 7), (4, 5), (2, 3), (0, 1))),
-        ({"num_slices": 3}, ((6, 7), (4, 5), (2, 3))),
-        ({"num_slices": 5}, ((7,), (6,), (5,), (4,), (3,))),
-        ({"num_slices": 8}, tuple((layer,) for layer in reversed(range(8)))),
-        ({"num_slices": 2, "layers_per_slice": 1}, ((7,), (6,))),
-        ({"num_slices": 2, "layers_per_slice": 3}, ((5, 6, 7), (2, 3, 4))),
-        ({"num_slices": 1}, (tuple(range(8)),)),
-    ],
-)
-def test_leftover_bottom_layers_belong_to_no_group(fields, groups):
-    assert find_layout(tiny_llama(), config(**fields)).groups == groups
+def test_rooms_import_from_above():
+    below = [
+        f"{module} imports {other}"
+        for module, others in IMPORTS.items()
+        for other in others
+        if ROOMS.index(room(other)) > ROOMS.index(room(module))
+    ]
+    assert below == []
 
 
-@pytest.mark.parametrize("kind", ["all", "rank_group"])
-@pytest.mark.parametrize("slices", [3, 9])
-def test_stages_of_all_layers_leave_none_out_whatever_their_number(kind, slices):
-    layout = find_layout(tiny_llama(), config(num_slices=slices, stage_parameters=kind))
-    assert layout.groups == (tuple(range(8)),)
+def test_the_planner_is_for_the_command_line_alone():
+    users = {room(module) for module, others in IMPORTS.items() if any(room(other) == "planner" for other in others)}
+    assert users == {"planner", "cli"}
 
 
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        ({"num_slices": 9}, "9 slices of 1 layers need 9 layers, but the model has 8. Use fewer slices .at most 8."),
-        ({"num_slices": 3, "layers_per_slice": 3}, "3 slices of 3 layers need 9 .*or fewer layers for each"),
-        ({"target_modules": ["absent"]}, "match no module in numbered layers"),
-        ({"target_modules": ["lm_head"]}, "match no module in numbered layers"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "outside the numbered layers: lm_head"),
-        ({"target_modules": r"model\.layers\.[01]\..*q_proj"}, r"match nothing in layers .*4, 5, 6, 7"),
-        (
-            {"target_modules": r"model\.layers\.([0-5]\..*q_proj|[67]\..*v_proj)"},
-            "different modules in different layers",
-        ),
-        ({"modules_to_save": ["q_proj"]}, "modules inside the numbered layers: model.layers.0.self_attn.q_proj"),
-    ],
-)
-def test_targets_that_make_no_stages_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        find_layout(tiny_llama(), config(**fields))
-
-
-def test_targets_outside_the_layers_are_refused_by_name_with_the_ways_out():
-    with pytest.raises(
-        ValueError, match="outside the numbered layers: bert.pooler.dense. .*exclude_modules.*modules_to_save"
-    ):
-        find_layout(tiny_bert(), config(target_modules=["dense"]))
-    without = find_layout(tiny_bert(), config(target_modules=["dense"], exclude_modules=["pooler.dense"]))
-    joined = find_layout(tiny_bert(), config(target_modules=["dense"], modules_to_save=["pooler"],
-                                             exclude_modules=["pooler.dense"]))  # fmt: skip
-    assert without.targets == joined.targets and len(without.targets[0]) == 3
-    assert (without.heads, joined.heads) == ((), ("bert.pooler",))
-
-
-def test_several_stacks_are_refused():
-    small = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 32}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 2, "decoder_layers": 2}
-    bart = BartForConditionalGeneration(BartConfig(**small, **heads, max_position_embeddings=16))
-    small = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 32}
-    t5 = T5ForConditionalGeneration(T5Config(**small))
-    for model, targets in ((bart, ["q_proj"]), (t5, ["q"])):
-        with pytest.raises(ValueError, match=r"several lists: (model\.)?decoder\.\w+, \S*encoder\.\w+") as found:
-            find_layout(model, config(num_slices=2, target_modules=targets))
-        advice = ast.literal_eval(str(found.value).split("`target_modules=")[1].split("`")[0])
-        assert find_layout(model, config(num_slices=2, target_modules=advice)).container.endswith(
-            ("decoder.layers", "decoder.block")
-        )
-    with pytest.raises(ValueError, match="None of them is in one stack alone"):
-        find_layout(bart, config(target_modules=["self_attn.q_proj"]))
-    # Its other stack has modules of the same names, and a plain config tells stacks apart by no other means.
-    with pytest.raises(ValueError, match="plain PEFT configs can not express"):
-        find_layout(bart, config(target_modules=["q_proj"], exclude_modules=r".*encoder.*"))
-
-
-def test_pefts_own_targets_are_used_where_none_are_named():
-    assert find_layout(tiny_gpt2(), config(target_modules=None)).suffixes == ("c_attn",)
-    model = tiny_llama()
-    model.config.model_type = "unheard-of"
-    with pytest.raises(ValueError, match="no default `target_modules` for model type 'unheard-of'; name them"):
-        find_layout(model, config(target_modules=None))
-
-
-@pytest.mark.parametrize(
-    "make, fields, heads",
-    [
-        (tiny_bert, {"task_type": "SEQ_CLS"}, ("classifier",)),
-        (tiny_roberta, {"task_type": "SEQ_CLS"}, ("classifier",)),
-        (tiny_bert, {}, ()),
-        (tiny_vit, {"modules_to_save": ["classifier"]}, ("classifier",)),
-        (tiny_bert, {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}, ("bert.pooler", "classifier")),
-        (tiny_llama, {"task_type": "CAUSAL_LM"}, ()),
-        (tiny_llama, {"modules_to_save": ["lm_head"]}, ("lm_head",)),
-    ],
-)
-def test_heads_are_what_peft_saves_whole(make, fields, heads):
-    assert find_heads(make(), config(**fields)) == heads
-    stock = get_peft_model(make(), LoraConfig(target_modules=["q_proj", "query"], **fields))
-    wrapped = {
-        name.removeprefix("base_model.model.")
-        for name, module in stock.named_modules()
-        if hasattr(module, "modules_to_save") and hasattr(module, "original_module")
-    }
-    assert wrapped == set(heads)
-
-
-@pytest.mark.parametrize(
-    "make, targets", [(tiny_bert, ["dense", "query"]), (tiny_llama_12, ["q_proj"]), (tiny_gpt2, ["c_proj"])]
-)
-def test_stock_peft_finds_the_same_modules_by_the_suffixes(make, targets):
-    model = make()
-    layout = find_layout(model, config(target_modules=targets, exclude_modules=["pooler.dense"]))
-    layers = list(layout.groups[1])
-    stock = LoraConfig(target_modules=list(layout.suffixes), layers_to_transform=layers,
-                       layers_pattern=layers_pattern(layout.container), fan_in_fan_out=make is tiny_gpt2)  # fmt: skip
-    found = {
-        name.removeprefix("base_model.model.").removesuffix(".lora_A")
-        for name, _ in get_peft_model(model, stock).named_modules()
-        if name.endswith(".lora_A")
-    }
-    assert found == layout.module_names(layers)
-
-
-@pytest.mark.parametrize("targets", [["intermediate.dense", "output.dense"], "all-linear"])
-def test_the_suffixes_alone_find_the_layout_again(targets):  # a store's reader has no more than them
-    layout = find_layout(tiny_bert(), config(target_modules=targets))
-    again = find_layout(tiny_bert(), config(target_modules=list(layout.suffixes)))
-    assert again == layout and "bert.pooler.dense" not in layout.suffixes
-
-
-@pytest.mark.parametrize(
-    "path, parts",
-    [
-        ("model.layers.11.mlp.up_proj", ("model.layers", 11, "mlp.up_proj")),
-        ("h.0", ("h", 0, "")),
-        ("model.layers.1.experts.10.w1", ("model.layers", 1, "experts.10.w1")),
-        ("classifier.out_proj", None),
-        ("layer1.conv2", None),
-    ],
-)
-def test_the_layer_is_the_first_number_in_a_path(path, parts):
-    assert split_layer_path(path) == parts
+def test_no_imports_go_round_in_a_circle():
+    TopologicalSorter(IMPORTS).prepare()
