@@ -87,4 +87,4 @@ reproduce: install
 
 SWITCHES ?=
 hub: install
-	PYTHONPATH=tests $(BIN)/python -m hub_server $(SWITCHES)
+	PYTHONPATH=tests/helpers $(BIN)/python -m hub_server $(SWITCHES)

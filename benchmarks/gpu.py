@@ -37,8 +37,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA st
 import torch
 from peft import prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
-from training import SLICES, Bench, Shape, make_parser, record
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, TrainingArguments
+
+from training import SLICES, Bench, Shape, make_parser, record
 
 PRECISIONS = ("8bit", "bf16")
 

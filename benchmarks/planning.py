@@ -51,7 +51,6 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from serving import REPOSITORY, ratios, shown, spread
 
 from hf_s3t.plan.bms import bms
 from hf_s3t.plan.bounds import budget_bound, cost_bound
@@ -66,6 +65,7 @@ from hf_s3t.plan.trees import best_tree
 from hf_s3t.planner.arrivals import DeletionRequests
 from hf_s3t.planner.estimates import Simulation
 from hf_s3t.planner.simulate import simulate
+from serving import REPOSITORY, ratios, shown, spread
 
 ROUNDING = 1e-12  # as much of a retention counts as none
 SEARCHED_SLICES = 12  # up to here the least cost is searched for

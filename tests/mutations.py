@@ -52,7 +52,7 @@ class Mutation:
 
 
 LLAMA, BERT, VIT = "[llama-layer_group]", "[bert-layer_group]", "[vit-layer_group]"
-P, CRASH, FILES, ROWS = (f"test_promises{name}.py::test_" for name in ("", "_crash", "_files", "_rows"))
+P, CRASH, FILES, ROWS = (f"promises/test_promises{name}.py::test_" for name in ("", "_crash", "_files", "_rows"))
 OWNS = P + "a_stage_changes_what_it_owns_and_nothing_else"
 STORES = P + "a_stage_stores_its_own_layers_and_heads"
 BEGINS = P + "a_stage_begins_where_its_parent_ended"
@@ -71,7 +71,7 @@ RUNNING = CRASH + "a_deletion_does_not_wait_for_the_stage_that_it_drops"
 NOTHING_LEFT = FILES + "after_delete_no_file_holds_anything_of_the_example"
 CARD = FILES + "stock_peft_loads_root_and_prefix_by_the_lines_of_the_card"
 SHARDS = ROWS + "several_shards"
-MEAN = "test_adapter.py::test_the_average_adds_the_mean_of_what_its_members_add"
+MEAN = "lora/test_adapter.py::test_the_average_adds_the_mean_of_what_its_members_add"
 
 MUTATIONS = (
     # 1. isolation
@@ -79,7 +79,7 @@ MUTATIONS = (
         "return key in self.layout.module_names(self.layout.grouped_layers if layers is None else layers)",
         "return any(name.split('.self')[0] in key and key.endswith(name.split('.')[-1])\n"
         "                   for name in self.layout.module_names(layers or self.layout.grouped_layers))",
-    ),), ("test_tuner.py::test_layers_are_told_by_their_whole_numbers",)),
+    ),), ("lora/test_tuner.py::test_layers_are_told_by_their_whole_numbers",)),
     Mutation(1, "the optimizer of the last stage is kept", "seams/trainer.py",
              (("self.optimizer = self.lr_scheduler = None", "pass"),), (OWNS + LLAMA,)),
     Mutation(1, "requires_grad is not looked at", "lora/tuner.py",
@@ -97,12 +97,12 @@ MUTATIONS = (
     Mutation(1, "an override that the Trainer never calls passes", "seams/overrides.py",
              (("        if not uses(classes, name):\n            raise broken(seam, f\"{shown} never",
                "        if False:\n            raise broken(seam, f\"{shown} never"),),
-             ("test_seams_training.py::test_a_method_that_the_trainer_lacks_or_never_calls",)),
+             ("seams/test_seams_training.py::test_a_method_that_the_trainer_lacks_or_never_calls",)),
     Mutation(1, "where an adapter lies is not looked at", "seams/tuners.py",
              (("    if found != set(places):", "    if False:"),),
-             ("test_seams_training.py::test_an_adapter_that_lies_elsewhere",)),
+             ("seams/test_seams_training.py::test_an_adapter_that_lies_elsewhere",)),
     Mutation(4, "a head that was not drawn is kept as it is", "seams/models.py",
-             (("    if left:", "    if False:"),), ("test_seams_training.py::test_a_head_that_is_not_drawn",)),
+             (("    if left:", "    if False:"),), ("seams/test_seams_training.py::test_a_head_that_is_not_drawn",)),
     # 2. prefix
     Mutation(2, "the head is unversioned: a stage does not store it", "lora/tuner.py", ((
         "copy=True) for name, value in tensors.items()}",
@@ -174,19 +174,20 @@ MUTATIONS = (
     # 6. tombstones
     Mutation(6, "the rows of a stage are not filtered by tombstones", "training/rows.py",
              (("if not state.buries(digest, entry.group):", "if True:"),),
-             ("test_orders.py::test_a_tombstone_counts_whatever_the_index_says",)),
+             ("training/test_orders.py::test_a_tombstone_counts_whatever_the_index_says",)),
     Mutation(6, "a deletion leaves no tombstone", "store/deletion.py",
              (("standing[digest] = Tombstone(", "_ = Tombstone("),), (BURIED + LLAMA,)),
     Mutation(6, "generations are not compared", "training/reconcile.py",
              (("    if state.knows(manifest) and state.digest", "    if True or state.digest"),), (MACHINE + LLAMA,)),
     Mutation(6, "the names of the deletions alone are compared", "training/reconcile.py",
              ((" and state.digest(store.key) == manifest.tombstones:", ":"),),
-             ("test_orders.py::test_a_state_whose_tombstones_were_taken_out_trains_nothing",)),
+             ("training/test_orders.py::test_a_state_whose_tombstones_were_taken_out_trains_nothing",)),
     Mutation(6, "the tombstone of a group is ignored", "store/state.py",
              ((" or (group is not None and group in self.groups)", ""),),
              (ROWS + "a_person_is_deleted_with_all_rows",)),
     Mutation(6, "the index keeps what was deleted", "store/deletion.py",
-             (('if d not in intent["ids"]', "if d"),), ("test_store.py::test_locate_says_where_and_in_which_stages",)),
+             (('if d not in intent["ids"]', "if d"),),
+             ("store/test_store.py::test_locate_says_where_and_in_which_stages",)),
     # 7. nothing left
     Mutation(7, "a running checkpoint survives the deletion", "store/deletion.py",
              (("        if stage.slices & hit:\n            remove(running)", "        pass"),),
@@ -301,6 +302,8 @@ def main() -> None:
     chosen = [item for item in MUTATIONS if not only or only in f"{item.promise} {item.about} {item.file}"]
     if arguments.missing:
         chosen = [item for item in chosen if row(item, "").removesuffix("`` |") not in table]
+    if not chosen:
+        return
     __import__("conftest")  # sets the environment, before anything reads it
     for name in HEAVY:
         __import__(name)

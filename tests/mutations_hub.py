@@ -3,12 +3,12 @@
 # ruff: noqa: E501
 
 HUB, MEET, HOSTILE, PURGE = (f"test_{name}.py::test_" for name in ("hub", "hub_conflicts", "hub_hostile", "purge"))
-CLI = "test_cli_hub.py::test_"
-ORDERS = "test_orders.py::test_"
+CLI = "cli/test_cli_hub.py::test_"
+ORDERS = "training/test_orders.py::test_"
 REFUSED = HOSTILE + "what_a_training_did_not_write_is_refused"
 NO_STATE = MEET + "where_tombstones_do_not_travel_training_is_refused"
 COLD = PURGE + "a_cold_client_reaches_no_removed_weight"
-SEAMS = "test_seams_hub.py::test_"
+SEAMS = "seams/test_seams_hub.py::test_"
 
 ON_THE_HUB = (
     (10, 'any HTTP library passes for the one that huggingface_hub raises from', 'seams/hub.py',
@@ -44,13 +44,13 @@ ON_THE_HUB = (
      (MEET + 'an_older_head_that_somebody_puts_back_makes_nobody_forget',)),
     (6, 'a readmission lifts deletions that it did not know of', 'store/state.py',
      (('if n in there.deletions or n not in their_log}', 'if n in there.deletions}'),),
-     ('test_store.py::test_states_that_forked_are_joined_in_any_order',)),
+     ('store/test_store.py::test_states_that_forked_are_joined_in_any_order',)),
     (6, 'what was deleted with the state lost is trained on again', 'store/deletion.py',
      (('if not event.named and name not in known:', 'if False:'),),
      (MEET + 'deletions_from_whole_slices_without_a_state_are_not_undone_by_a_push',)),
     (6, 'a state of another store is obeyed', 'store/deletion.py',
      (('if ours.key_check not in ("", manifest.key_check):', 'if False:'),),
-     ('test_store.py::test_a_state_of_another_store_deletes_nothing',)),
+     ('store/test_store.py::test_a_state_of_another_store_deletes_nothing',)),
     (6, 'the tombstones of somebody without the key are believed', 'store/state.py',
      (('if not hmac.compare_digest(', 'if False and not hmac.compare_digest('),),
      (HOSTILE + 'tombstones_that_were_made_without_the_key_are_not_believed[added]',)),
@@ -71,7 +71,7 @@ ON_THE_HUB = (
      (HUB + 'each_stage_is_uploaded_apart_from_the_others',)),
     (10, 'stages that others trained are lost by a push', 'store/sync.py',
      (('if stage not in stages and kept and not stage.slices & hit:', 'if False:'),),
-     (MEET + 'what_was_repaired_is_not_lost_when_deletions_meet', 'test_hub_soak.py::test_nothing_deleted_comes_back_and_nothing_live_is_lost')),
+     (MEET + 'what_was_repaired_is_not_lost_when_deletions_meet', 'hub/test_hub_soak.py::test_nothing_deleted_comes_back_and_nothing_live_is_lost')),
     (10, 'nothing is asked before a deletion of a repository is put on record', 'store/deletion.py',
      (('    folder.source.check_writable()\n    intent = _write_intent', '    intent = _write_intent'),),
      (HUB + 'a_token_that_may_not_write_changes_nothing_anywhere',)),

@@ -2,7 +2,7 @@
 
 # ruff: noqa: E501
 
-REPAIR, STATUS = "test_repair_budget.py::test_", "test_cli.py::test_status_"
+REPAIR, STATUS = "test_repair_budget.py::test_", "cli/test_cli.py::test_status_"
 
 PLANNING = (
     (4, "a repair by cost forgets what lives", "training/reconcile.py",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 LLAMA = "[llama]"
-T = "test_activations.py::test_"
+T = "trunk/test_activations.py::test_"
 LOSSES = T + "losses_are_those_without_a_cache"
 RAGGED = T + "losses_of_rows_of_different_lengths"
 SAME_BITS = T + "where_and_how_much_is_kept_changes_no_bit"

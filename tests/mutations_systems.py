@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-R = "test_rank_groups.py::test_"
-JOINED = "test_adapter.py::test_join_of_rank_groups_adds_what_the_stages_add"
-PROMISES, BERT = "test_promises.py::test_", "[bert-rank_group]"
+R = "lora/test_rank_groups.py::test_"
+JOINED = "lora/test_adapter.py::test_join_of_rank_groups_adds_what_the_stages_add"
+PROMISES, BERT = "promises/test_promises.py::test_", "[bert-rank_group]"
 
-REPLAY = "test_replay.py::test_"
+REPLAY = "training/test_replay.py::test_"
 
 SYSTEMS = (
     (1, "a rank group starts at its parent's ranks, which stay frozen beside it", "lora/tuner.py",
@@ -51,5 +51,5 @@ SYSTEMS = (
      (REPLAY + "new_rows_of_an_early_slice_train_every_later_stage_again",)),
     (8, "an unknown kind of stage is joined as layer groups", "store/manifest.py",
      (("if kind not in STAGE_PARAMETERS:", "if False:"),),
-     ("test_manifest.py::test_a_recipe_that_does_not_say_what_its_stages_are_is_refused",)),
+     ("store/test_manifest.py::test_a_recipe_that_does_not_say_what_its_stages_are_is_refused",)),
 )  # fmt: skip

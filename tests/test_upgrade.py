@@ -95,7 +95,7 @@ def test_the_log_and_the_status_name_the_stacks_of_a_repaired_store(tmp_path, ca
 def test_a_store_of_the_lowest_versions_is_repaired_by_the_running_ones(tmp_path, caplog, older_python):
     caplog.set_level(logging.WARNING, logger="hf_s3t")
     code = "import sys, test_upgrade\ntest_upgrade.make(sys.argv[1]).train()\nprint(test_upgrade.HERE)"
-    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests")])
+    path = os.pathsep.join(str(REPOSITORY / folder) for folder in ("src", "tests", "tests/helpers"))
     done = subprocess.run(
         [older_python, "-c", code, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": path},

@@ -7,22 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import Result
 from datasets import Dataset
-from typer.testing import CliRunner
 
 import models
 import trained_stores
+from command_line import outcomes, plain, run
 from hf_s3t import IsolationError, S3TStore, StoreLockedError
-from hf_s3t.cli import main as cli
 from hf_s3t.plan.life import life_until_first_dead
 from trained_stores import WEIGHTS, edit_json, tree
 
-TESTS = Path(__file__).parent
-FACTORY = f"{TESTS / 'trained_stores.py'}:make_trainer"
+FACTORY = f"{trained_stores.__file__}:make_trainer"
 
 
 @pytest.fixture(scope="module")
@@ -35,28 +31,8 @@ def store(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "store"))
 
 
-def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def outcomes(*arguments: object, code: int = 0) -> list[dict[str, Any]]:
-    """The one JSON document on standard output."""
-    result = run(*arguments, "--json")
-    assert result.exit_code == code, result.stderr
-    found = json.loads(result.stdout)
-    assert all(set(outcome) == {"store", "exit_code", "result", "error"} for outcome in found)
-    return found
-
-
 def row_ids(count: int = 3) -> list[str]:
     return models.llama_rows(count)["id"][:]
-
-
-def plain(text: str) -> str:
-    """Printed text without its line breaks."""
-    return " ".join(text.split())
 
 
 # ---- looking ----

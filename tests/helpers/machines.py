@@ -133,7 +133,7 @@ class Machine:
 def _origin(given: tuple[tuple[str, str], ...]) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Where to ask for machines of an environment, and the process that makes them, which ends with this one."""
     ours, theirs = socket.socketpair()
-    paths = [os.environ.get("PYTHONPATH", ""), str(HERE.parent / "src"), str(HERE)]
+    paths = [os.environ.get("PYTHONPATH", ""), str(HERE.parents[1] / "src"), str(HERE)]
     environment = dict(os.environ) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | dict(given)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     with theirs:

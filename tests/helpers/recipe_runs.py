@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 BASE = RECIPES / "demo" / "base"
 

@@ -16,10 +16,12 @@ from transformers import TrainingArguments, default_data_collator
 
 import models
 from hf_s3t import S3TConfig, S3TTrainer, Stage
+from hf_s3t.store.audit import VerifyReport
 
 KEY = "0123456789abcdef0123456789abcdef"
 ROWS = 40
 WEIGHTS = "adapter_model.safetensors"
+CONTENTS = "stages own their layers and nothing else"
 
 
 def make_trainer(output_dir: str, train_dataset: Any, base: Any = None, **config: Any) -> S3TTrainer:
@@ -80,3 +82,8 @@ def forge(store: Path, stage: str) -> None:
     """Writes the sha256 of a stage's files as they are into the manifest."""
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (store / stage).iterdir()}
     edit_json(store / "s3t.json", lambda manifest: manifest["stages"][stage].update(sha256=digests))
+
+
+def broken(report: VerifyReport) -> dict[str, str]:
+    """The checks of `verify` that failed, with what they found."""
+    return {check.name: "\n".join(check.broken) for check in report.checks if check.broken}

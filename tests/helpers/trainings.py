@@ -293,3 +293,13 @@ class World:
     def copy(self, tmp_path: Path, name: str = "out") -> S3TStore:
         """A copy of `trained`, to delete from."""
         return S3TStore(shutil.copytree(self.trained, tmp_path / name))
+
+
+def bring_published_files(source: S3TStore, target: S3TStore) -> None:
+    """What a pull from a shared repository does: the published files alone."""
+    for path in [*target.path.glob("shard-*"), *(path for path in target.path.iterdir() if path.is_file())]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in source.path.iterdir():
+        if path.name != ".s3t":
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, target.path / path.name)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants, scan_cache_dir
 
+from conftest import REPOSITORY
 from hf_s3t import S3TEnsemble, S3TStore, Stage
 from hf_s3t.hub import repo as hub
 from hf_s3t.seams.hub import http_library
@@ -472,7 +473,7 @@ def test_a_listing_in_pages_is_read_whole(server, machine, tmp_path):
 def test_machines_run_this_trees_code_and_share_no_cache_and_no_memory(server, machine, newcomer):
     found = [each(where, note=number) for number, each in enumerate((machine, newcomer, machine))]
     for each, (file, cache, seen, noted) in zip((machine, newcomer, machine), found, strict=True):
-        assert Path(file).is_relative_to(Path(__file__).parent.parent)
+        assert Path(file).is_relative_to(REPOSITORY)
         assert seen and not noted and cache == str(each.home / "hub")
     assert machine.home != newcomer.home
 

@@ -69,7 +69,6 @@ def push(api, files):
 
 
 def download(api, **arguments):
-    from pathlib import Path
 
     folder = Path(api.snapshot_download("owner/model", **arguments))
     one = Path(api.hf_hub_download("owner/model", "README.md", **arguments))
@@ -549,7 +548,7 @@ def test_xet_files_are_uploaded_downloaded_and_purged(server, tmp_path, together
 def test_as_a_program_it_keeps_its_repositories_and_takes_switches(tmp_path):
     def run():
         command = [sys.executable, "-m", "hub_server", "--json", "--folder", str(tmp_path / "hub"), "gc=lazy"]
-        environment = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parent)}
+        environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(sys.path)}
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
     for status_of_create in (200, 409):

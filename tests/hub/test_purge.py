@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, set_client_factory, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE, HF_XET_CACHE
+from test_hub_server import seed, sha256
 
 from hf_s3t import S3TStore, StoreError
 from hf_s3t.errors import HubError
@@ -25,7 +26,6 @@ from hub_server import Server
 from machines import Machine
 from purging import NAME, REMOVED, WEIGHTS, Case, again, refused
 from stores import people
-from test_hub_server import seed, sha256
 
 pytest_plugins = ["hub_fixtures"]
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from test_tuner import Tuned
 
 from hf_s3t import S3TConfig, S3TStore, S3TTrainer, Stage
 from hf_s3t.files import json_bytes
 from hf_s3t.store.audit import verify
 from served import ROUNDING, SHAPES, copy, inputs_of, load, mean_probability, members, shorten
-from test_tuner import Tuned
-from test_verify import CONTENTS, broken, edit_json, forge
+from trained_stores import CONTENTS, broken, edit_json, forge
 from trainers import logits, make_args
 
 SHAPE = "llama-rank"

@@ -351,8 +351,6 @@ def test_stock_peft_answers_the_same_from_the_plain_config(tuned):
 
 
 PLAIN = """
-import sys
-sys.path.insert(0, sys.argv[1])
 import hashlib
 from test_tuner import Tuned, json_bytes
 print(hashlib.sha256(json_bytes(Tuned("llama", target_modules="all-linear").stage(1).config)).hexdigest())
@@ -364,10 +362,9 @@ def test_the_plain_config_is_the_same_bytes_in_every_process():
     tuned = Tuned("llama", target_modules="all-linear")
     first, second = (json_bytes(tuned.stage(1).config) for _ in range(2))
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2"
-    command = [sys.executable, "-c", PLAIN, str(Path(__file__).parent)]
-    printed = subprocess.run(
-        command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", PLAIN]
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
     assert first == second and printed.stdout.strip() == hashlib.sha256(first).hexdigest()
 

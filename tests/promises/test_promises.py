@@ -7,7 +7,6 @@ tests of this file over a quantised base. `mutations.py` shows that each of them
 from __future__ import annotations
 
 import re
-import shutil
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from trainings import (
     World,
     assembled_files,
     assert_same_stores,
+    bring_published_files,
     logits_of,
     make_trainer,
     place,
@@ -270,16 +270,6 @@ def test_a_machine_with_an_old_state_trains_nothing(world, tmp_path):
     there.import_state(tmp_path / "state.json")
     world.trainer(there.path, sequence_selection=[[1]]).train()
     world.assert_stages(there.path, world.never_had, "1")
-
-
-def bring_published_files(source: S3TStore, target: S3TStore) -> None:
-    """What a pull from a shared repository does: the published files alone."""
-    for path in [*target.path.glob("shard-*"), *(path for path in target.path.iterdir() if path.is_file())]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in source.path.iterdir():
-        if path.name != ".s3t":
-            copy = shutil.copytree if path.is_dir() else shutil.copy2
-            copy(path, target.path / path.name)
 
 
 # ---- 1. isolation, broken on purpose ----

@@ -7,10 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
-
-import models
-from killing import in_child, kill
 from test_promises import (  # noqa: F401  the same tests, over the `world` of this file
     test_a_prefix_is_what_stood_when_its_stage_had_been_trained,
     test_a_stage_changes_what_it_owns_and_nothing_else,
@@ -21,6 +17,10 @@ from test_promises import (  # noqa: F401  the same tests, over the `world` of t
     test_the_model_in_memory_forgets_too,
     test_the_order_of_the_rows_changes_no_bit,
 )
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+import models
+from killing import in_child, kill
 from trainings import CASES, World
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="8-bit layers need bitsandbytes")

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
+from conftest import REPOSITORY
+
+CONFIGS = REPOSITORY / "accelerate_configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
 SECONDS = 120
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-DEMO = Path(__file__).parents[1] / "recipes" / "demo"
+from conftest import REPOSITORY
+
+DEMO = REPOSITORY / "recipes" / "demo"
 sys.path.insert(0, str(DEMO))
 
 import make_base  # noqa: E402

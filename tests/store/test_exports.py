@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_recovery import Disk, Killed
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -29,7 +30,6 @@ from hf_s3t import Receipt, S3TEnsemble, S3TStore, Stage, StateError, StoreError
 from hf_s3t.store.deletion import read_receipts
 from hf_s3t.store.export_records import read_exports
 from stores import tree
-from test_recovery import Disk, Killed
 from trainers import BASES, batch, logits, make_trainer
 
 AUTO = {"llama": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification}

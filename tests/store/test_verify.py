@@ -16,11 +16,10 @@ from hf_s3t import S3TStore, StateError, StoreError
 from hf_s3t.store import deletion
 from hf_s3t.store.audit import VerifyReport, verify
 from hf_s3t.training.retrain import retrain_and_compare
-from trained_stores import WEIGHTS, edit_json, edit_tensors, forge, tree
+from trained_stores import CONTENTS, WEIGHTS, broken, edit_json, edit_tensors, forge, tree
 
 FILES = "stage files are the manifest's"
 TREE = "parents, plan and served prefixes agree"
-CONTENTS = "stages own their layers and nothing else"
 SURPLUS = "nothing else lies in the store"
 ROOT = "the root adapter is the served model"
 INTENTS = "no deletion is unfinished"
@@ -38,10 +37,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "store"))
-
-
-def broken(report: VerifyReport) -> dict[str, str]:
-    return {check.name: "\n".join(check.broken) for check in report.checks if check.broken}
 
 
 def not_checked(report: VerifyReport) -> dict[str, str]:

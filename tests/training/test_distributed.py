@@ -16,13 +16,14 @@ import pytest
 import torch
 
 import models
+from conftest import REPOSITORY
 from hf_s3t import S3TStore, Stage
 from hf_s3t.lora.heads import tensor_digest
 from ranks import train_rows, two_process_trainer
 from trainers import artefacts
 
-CONFIG = Path(__file__).resolve().parent.parent / "accelerate_configs" / "cpu_2_processes.yaml"
-SCRIPT = Path(__file__).with_name("ranks.py")
+CONFIG = REPOSITORY / "accelerate_configs" / "cpu_2_processes.yaml"
+SCRIPT = REPOSITORY / "tests/helpers/ranks.py"
 SECONDS = 240
 STAGES = ["shard-00/0", "shard-00/0-1", "shard-00/1"]
 

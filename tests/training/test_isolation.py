@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -347,7 +348,8 @@ def in_this_process(setting: str, path: Path, prefix: tuple[int, ...]) -> None:
 
 def in_a_new_process(setting: str, path: Path, prefix: tuple[int, ...]) -> None:
     code = f"import conftest, test_isolation as t; t.in_this_process({setting!r}, t.Path({str(path)!r}), {prefix})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 

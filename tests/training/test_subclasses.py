@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from test_trl import BRIEF, S3TDPOTrainer, S3TKTOTrainer, S3TSFTTrainer, preferences, texts
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -29,7 +30,6 @@ from transformers import (
 
 import models
 from hf_s3t import DatasetError, S3TConfig, S3TMixin, S3TStore, S3TTrainer, Stage
-from test_trl import BRIEF, S3TDPOTrainer, S3TKTOTrainer, S3TSFTTrainer, preferences, texts
 from trainers import KEY, artefacts
 
 trl = pytest.importorskip("trl")

@@ -36,10 +36,9 @@ from hf_s3t.store.activation_blocks import BlockName, FileBlocks, FileWriter
 from hf_s3t.store.partition import keyed_digest
 from hf_s3t.trunk.choice import choose_blocks, layer_passes
 from hf_s3t.trunk.row_states import check_cache
+from killed_runs import Run, check_kill
 from killing import in_child
 from scanner import find
-from test_promises import bring_published_files
-from test_promises_crash import Run, check_kill
 from trainings import (
     CASES,
     KEY,
@@ -47,6 +46,7 @@ from trainings import (
     WEIGHTS,
     World,
     assert_same_stores,
+    bring_published_files,
     make_trainer,
     place,
     published,

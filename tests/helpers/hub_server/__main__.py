@@ -1,7 +1,7 @@
 """A Hub on this machine, until it is interrupted:
 
-    PYTHONPATH=tests python -m hub_server --folder /tmp/hub
-    PYTHONPATH=tests python -m hub_server --folder /tmp/hub --port 8400 gc=lazy cdn_ttl=60
+    PYTHONPATH=tests/helpers python -m hub_server --folder /tmp/hub
+    PYTHONPATH=tests/helpers python -m hub_server --folder /tmp/hub --port 8400 gc=lazy cdn_ttl=60
 
 While it runs, switches are set with `curl -X POST $HF_ENDPOINT/_faults -d '{"gc": "eager"}'`, and read with a GET.
 """
