@@ -1,7 +1,7 @@
 """The seams: every place that reaches into the private inside of another library, or rests on names it may change.
 
 No other file does so (`tests/seams/test_seams.py`). Sooner or later an upgrade changes a seam. No promise may break in
-silence then: [`broken`] makes the error for a seam that a promise depends on, and [`lost`] gives one warning for a seam
+silence then: [`broken`] makes the error for a seam that a promise depends on, and [`lost`] gives one warning for one
 that only speed or comfort depends on.
 
 [`TABLE`] (`table.py`) lists them: what is touched, why, what depends on it, the versions seen, and when it can go.
