@@ -2,7 +2,7 @@
 
 # ruff: noqa: E501
 
-HUB, MEET, HOSTILE, PURGE = (f"test_{name}.py::test_" for name in ("hub", "hub_conflicts", "hub_hostile", "purge"))
+HUB, MEET, HOSTILE, PURGE = (f"hub/test_{name}.py::test_" for name in ("hub", "hub_conflicts", "hub_hostile", "purge"))
 CLI = "cli/test_cli_hub.py::test_"
 ORDERS = "training/test_orders.py::test_"
 REFUSED = HOSTILE + "what_a_training_did_not_write_is_refused"

@@ -2,7 +2,9 @@
 
 # ruff: noqa: E501
 
-ISOLATED, DRAWN, SPELLED = (f"test_{name}.py::test_" for name in ("isolation", "drawn_heads", "spelling"))
+ISOLATED, DRAWN, SPELLED = (
+    f"{name}.py::test_" for name in ("training/test_isolation", "lora/test_drawn_heads", "store/test_spelling")
+)
 ROWS = ISOLATED + "rows_of_no_stage_or_of_another_one_are_refused"
 ALONE = ISOLATED + "a_stage_trained_alone_is_the_one_trained_in_sequence"
 LOOKS = ISOLATED + "what_looks_at_a_stage_moves_no_generator"

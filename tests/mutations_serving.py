@@ -6,7 +6,7 @@ after a change.
 
 # ruff: noqa: E501
 
-MEM, SLOT, LIVE, GATE = (f"test_{name}.py::test_" for name in ("members", "slots", "live_deletion", "gate"))
+MEM, SLOT, LIVE, GATE = (f"serving/test_{name}.py::test_" for name in ("members", "slots", "live_deletion", "gate"))
 BITS = MEM + "a_batch_has_the_bits_of_its_members_one_by_one"
 ROWS = MEM + "layers_below_the_lowest_group_see_the_batch_once"
 

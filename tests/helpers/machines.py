@@ -27,7 +27,6 @@ from typing import Any
 
 from hub_server import Server
 
-HERE = Path(__file__).parent
 LATE = ("HTTP_PROXY", "NO_PROXY", "no_proxy")
 """Variables that are read when a connection is made, so that they need no process that imports with them."""
 OFF = {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
@@ -133,9 +132,8 @@ class Machine:
 def _origin(given: tuple[tuple[str, str], ...]) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Where to ask for machines of an environment, and the process that makes them, which ends with this one."""
     ours, theirs = socket.socketpair()
-    paths = [os.environ.get("PYTHONPATH", ""), str(HERE.parents[1] / "src"), str(HERE)]
     environment = dict(os.environ) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | dict(given)
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # this tree's code, every test
     with theirs:
         return ours, subprocess.Popen([sys.executable, __file__], stdin=theirs, env=environment)
 

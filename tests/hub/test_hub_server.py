@@ -9,7 +9,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, hf_hub_url
@@ -69,6 +68,7 @@ def push(api, files):
 
 
 def download(api, **arguments):
+    from pathlib import Path
 
     folder = Path(api.snapshot_download("owner/model", **arguments))
     one = Path(api.hf_hub_download("owner/model", "README.md", **arguments))
