@@ -25,7 +25,7 @@ from ..store.deletion import versions
 from ..store.manifest import Manifest
 from ..store.partition import Entry, canonical
 from ..store.requests import Place
-from ..trunk.choice import Demand, choose_blocks, drop_beyond
+from ..trunk.choice import choose_blocks, drop_beyond
 from ..trunk.row_numbers import NumberingCollator
 from ..trunk.row_states import ActivationCache, AloneRows, check_model
 from ..trunk.trunk import Trunk
@@ -264,36 +264,37 @@ class TrunkCache:
             self.blocks = FileBlocks(trainer.store.private, hashlib.sha256(tie).hexdigest())
             self._on_main(self.blocks.drop_unfinished)
         counts = dict(Counter((entry.shard, entry.slice) for entry, _ in self._all_rows()))
-        demand = self._demand(manifest, counts)
+        passes = self._passes(manifest, counts)
         with self.trunk.evaluating():
             inside = self._rows.states(self._rows.batch(rows[0][1]), [self._entrance])[self._entrance]
             lengths = self._rows.lengths(_sample([number for _, number in self._all_rows()]))
         mean = sum(lengths) / len(lengths)
         sizes = {place: int(count * mean * inside.shape[-1] * inside.itemsize) for place, count in counts.items()}
         there = self._on_main(self.blocks.sizes)
-        self.kept = choose_blocks(demand.passes, sizes, self.limit, there)
+        self.kept = choose_blocks(passes, sizes, self.limit, there)
         needed = sum(there.get(name, sizes[name.place]) for name in self.kept)
         if self.limit is not None:
             self._on_main(partial(drop_beyond, self.blocks, self.limit - needed, self.kept))
+        count = sum(counts[place] for place in passes)
         logger.warning(
-            "activation cache (%s): what enters layers %s, of %d rows of %d slices, about %d positions, %.3g GB; "
-            "%.0f %% of the layer forwards in the trunk are saved",
-            self.cache, sorted({name.layer for name in self.kept}), demand.rows, len(demand.passes),
-            round(mean * demand.rows), needed / 1e9, 100 * demand.saved(self.kept),
+            "activation cache (%s): what enters layers %s, of %d rows of %d slices, about %d positions, %.3g GB",
+            self.cache, sorted({name.layer for name in self.kept}), count, len(passes), round(mean * count),
+            needed / 1e9,
         )  # fmt: skip
 
     def _all_rows(self) -> list[tuple[Entry, int]]:
         rows = self.trainer.rows
         return [(rows.entries[example], number) for example, number in rows.numbered(list(rows.entries))]
 
-    def _demand(self, manifest: Manifest, counts: Mapping[Place, int]) -> Demand:
+    def _passes(self, manifest: Manifest, counts: Mapping[Place, int]) -> dict[Place, dict[int, float]]:
+        """Per slice, how often the missing stages will have its rows enter each layer."""
         passes: dict[Place, dict[int, float]] = {}
         for stage in manifest.plan.missing(manifest.stages):
             entrance, shares = self._entrance_of(stage), self._shares(stage)
             for place in shares.keys() & counts.keys() if entrance else ():
                 wanted = passes.setdefault(place, {})
                 wanted[entrance] = wanted.get(entrance, 0.0) + self._epochs(stage, counts) * shares[place]
-        return Demand(counts, passes)
+        return passes
 
     def _shares(self, stage: Stage) -> dict[Place, float]:
         """How much of each of its slices a stage sees."""
