@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..seams import lost
 from ..seams.answering import caches_in
+from ..trunk.trunk import in_eval_mode
 from .member_rows import Notes
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class Trial:
         names = members.names
         members.names = names[:TRIED_MEMBERS]
         try:
-            with self._evaluating(), torch.no_grad():
+            with in_eval_mode(self.base), torch.no_grad():
                 return self._compare(rows, given)
         finally:
             members.names = names
@@ -109,18 +108,6 @@ class Trial:
             if isinstance(value, torch.Tensor) and not _close(found[name], value, 1e-4 if exact else 0.05):
                 return f"together they have other {name}", notes
         return None, notes
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """The model is in eval mode, in which a row has the same answer twice."""
-        before = [(module, module.training) for module in self.base.modules()]
-        for module, _ in before:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, training in before:
-                module.training = training
 
     # ---- rows to try with ----
 

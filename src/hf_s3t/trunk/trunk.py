@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -201,17 +201,9 @@ class Trunk:
                 "activation_cache='off'."
             )
 
-    @contextmanager
-    def evaluating(self, random: bool = False) -> Iterator[None]:
+    def evaluating(self, random: bool = False) -> AbstractContextManager[None]:
         """The model is in eval mode; with `random` in training mode, but for running statistics, which stay."""
-        before = [(module, module.training) for module in self.model.modules()]
-        for module, _ in before:
-            module.training = random and "running_mean" not in dict(module.named_buffers(recurse=False))
-        try:
-            yield
-        finally:
-            for module, training in before:
-                module.training = training
+        return in_eval_mode(self.model, random)
 
     def check_checkpointing(self, layer: int) -> None:
         """Raises `ValueError` where backward passes run a layer again from outside, and with it what we replaced."""
@@ -222,6 +214,19 @@ class Trunk:
                 "cached states can not be fed to it. Use activation_cache='off', or no activation checkpointing: with "
                 "the cache, layers below the stage keep nothing for the backward pass anyway."
             )
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module, random: bool = False) -> Iterator[None]:
+    """The model is in eval mode; with `random` in training mode, but for running statistics, which stay."""
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        module.training = random and "running_mean" not in dict(module.named_buffers(recurse=False))
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def _tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
