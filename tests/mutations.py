@@ -24,6 +24,7 @@ from mutations_isolation import ISOLATION
 from mutations_planning import PLANNING
 from mutations_serving import SERVING
 from mutations_speed import SPEED
+from mutations_state import STATE
 from mutations_systems import SYSTEMS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -208,7 +209,8 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB, *PLANNING, *SPEED, *SYSTEMS, *ISOLATION))
+MORE = (SERVING, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE)
+MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 
 
 def check_anchors(mutation: Mutation) -> list[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StateError, StoreError, UnknownExampleError
-from ..files import json_bytes, read_json, remove, sync_folder, write_atomic
+from ..files import PRIVATE, json_bytes, read_json, remove, sync_folder
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..plan.tree import Stage
 from .activation_blocks import sweep_activations
@@ -32,6 +32,7 @@ from .partition import Index, count_by_place
 from .requests import Place, Request
 from .sources import TOMBSTONES, FolderSource, RepoSource, on_top
 from .state import State, Tombstone, united
+from .state_files import INTENTS
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
         **copies,
     )
     receipt = _append_receipt(folder, receipt)
-    remove(folder.private / "intents" / intent["file"])
+    remove(folder.private / INTENTS / intent["file"])
     return receipt
 
 
@@ -415,6 +416,7 @@ def _sweep_running(private: Path, hit: set[Place]) -> None:
 
 def recover(folder: StoreFolder) -> None:
     """What every writer does first: finish interrupted deletions, drop half-written files, obey newer tombstones."""
+    folder.tighten()
     _look_again(folder)
     for intent in folder.intents():
         state = state_or_none(folder)
@@ -456,15 +458,15 @@ def _obey(folder: StoreFolder) -> None:
 def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]:
     name = f"{intent['generation']:08d}-{intent['receipt']['receipt']}.json"
     intent = {**intent, "file": name, "repo": folder.source.repo_id}
-    write_atomic(folder.private / "intents" / name, json_bytes(intent))
+    folder.write_private(f"{INTENTS}/{name}", json_bytes(intent))
     return intent
 
 
 def _append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
     """Appends a receipt unless it is there already, which it may be after an interruption."""
     if not any(known["receipt"] == receipt.receipt for known in read_receipts(folder)):
-        folder.private.mkdir(parents=True, exist_ok=True)
-        with open(folder.private / "receipts.jsonl", "a", encoding="utf-8") as file:
+        path = folder.private_folder() / "receipts.jsonl"
+        with open(path, "a", encoding="utf-8", opener=partial(os.open, mode=PRIVATE)) as file:
             # The newline comes first: a line that a crash cut short then spoils only itself.
             file.write(("\n" if file.tell() else "") + json.dumps(receipt.to_json(), sort_keys=True))
             file.flush()

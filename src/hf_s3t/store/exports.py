@@ -114,7 +114,7 @@ def records_to_json(records: Mapping[str, Record]) -> dict[str, Any]:
 
 def write_exports(folder: StoreFolder, records: Mapping[str, Record]) -> None:
     """Replaces the record of exports, durably."""
-    write_atomic(folder.private / EXPORTS, json_bytes(records_to_json(records)))
+    folder.write_private(EXPORTS, json_bytes(records_to_json(records)))
 
 
 def carrying(folder: StoreFolder, deleted: Iterable[Tombstone]) -> list[str]:

@@ -443,7 +443,7 @@ class S3TStore(StoreFolder):
                 raise StateError(f"{file} belongs to another store than the state in {self.private}.")
             joined = united(here, state)
             if bundle["key"]:
-                write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n", PRIVATE)
+                self.write_private("partition.key", bundle["key"].encode() + b"\n")
             self._merge_state(bundle, here, joined)
             deletion.recover(self)
             trained = {stage.name for stage in self.manifest().stages} if self.exists else set()
@@ -459,7 +459,7 @@ class S3TStore(StoreFolder):
         state = deletion.bury(state, state.log, here.log, both)
         self.write_index({d: entry for d, entry in both.items() if not state.buries(d, entry.group)})
         receipts = {receipt["receipt"]: receipt for receipt in [*bundle["receipts"], *deletion.read_receipts(self)]}
-        write_atomic(self.private / "receipts.jsonl", _lines(receipts.values()))
+        self.write_private("receipts.jsonl", _lines(receipts.values()))
         write_exports(self, exports)
         caches = tuple(sorted({*state.caches, *here.caches}))
         self.write_state(replace(state, stages={**state.stages, **here.stages}, caches=caches))

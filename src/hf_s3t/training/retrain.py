@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from ..files import read_safetensors, write_atomic
+from ..files import read_safetensors
 from ..lora.adapter import WEIGHTS_FILE
 from ..plan.tree import Stage
 from ..store.audit import Check, Findings, NotChecked, differing_examples, run_check
@@ -68,8 +68,7 @@ def retrain_and_compare(store: StoreFolder, stage: str | Stage, make_trainer: Ma
 
 def _scratch_store(store: StoreFolder, manifest: Manifest, stage: Stage, path: Path) -> StoreFolder:
     scratch = StoreFolder(path)
-    scratch.private.mkdir(parents=True)
-    write_atomic(scratch.private / "partition.key", store.key.hex().encode() + b"\n")
+    scratch.write_private("partition.key", store.key.hex().encode() + b"\n")
     scratch.write_index(store.index())
     scratch.write_state(store.state())
     for above in stage.path[:-1]:
