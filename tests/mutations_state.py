@@ -4,6 +4,8 @@ runs them. The fields are `Mutation`'s."""
 from __future__ import annotations
 
 ALONE = "test_private.py::test_"
+RECORDS = "test_deletion_records.py::test_"
+PAST = RECORDS + "nothing_is_served_past_a_deletion_that_can_not_be_read"
 
 STATE = (
     (7, "files of the state may be read by everybody", "store/state_files.py",
@@ -22,5 +24,17 @@ STATE = (
     (3, "who may not see deletions sees none", "store/state_files.py",
      (("        except FileNotFoundError:\n            return []", "        except OSError:\n            return []"),),
      (ALONE + "who_may_not_look_into_the_state_is_told_and_served_nothing",)),
+    (3, "a deletion that a newer version began is read as an older one", "store/deletion_records.py",
+     (("    if read_count(number) > newest:", "    if False:"),),
+     (PAST, RECORDS + "a_receipt_of_a_newer_version_is_refused_before_anything_is_deleted")),
+    (3, "a field of a deletion that nobody here knows is left out", "store/deletion_records.py",
+     (("    if absent or unknown:", "    if absent:"),),
+     (PAST,)),
+    (5, "a deletion that an older version began needs a format", "store/deletion_records.py",
+     (('record.get("format", 1)', 'record["format"]'),),
+     (RECORDS + "a_deletion_that_an_older_version_began_is_obeyed_and_ended",)),
+    (5, "a receipt of a newer version stops a deletion in its middle", "store/deletion.py",
+     (("    read_receipts(folder)  # refused before anything is on record\n", ""),),
+     (RECORDS + "a_receipt_of_a_newer_version_is_refused_before_anything_is_deleted",)),
 )  # fmt: skip
 """Number, what is wrong, file, edits, tests: see `Mutation`."""

@@ -14,7 +14,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +25,10 @@ from ..files import PRIVATE, json_bytes, read_json, remove, sync_folder
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..plan.tree import Stage
 from .activation_blocks import sweep_activations
+from .deletion_records import INTENT_FORMAT, RECEIPT_FORMAT, check_fields, check_format
 from .exports import carrying, settle
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
-from .manifest import NOT_KNOWN, Event, Log, Manifest, merged, places_beyond
+from .manifest import DAMAGED, NOT_KNOWN, Event, Log, Manifest, merged, places_beyond
 from .partition import Index, count_by_place
 from .requests import Place, Request
 from .sources import TOMBSTONES, FolderSource, RepoSource, on_top
@@ -95,10 +96,26 @@ class Receipt:
     caches: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = LIMITS
+    format: int = RECEIPT_FORMAT
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Receipt:
+        """Reads a receipt of any version up to this one.
+
+        Raises:
+            StateError: it is of a newer one, or damaged.
+        """
+        try:
+            check_format(data, RECEIPT_FORMAT, f"Receipt {data.get('receipt')}")
+            required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+            check_fields(data, required, [f.name for f in fields(cls)])
+        except DAMAGED as error:
+            raise StateError(f"A receipt can not be read ({error}). Restore the state from a backup.") from None
+        return cls(**data)
 
 
 def _alike(request: Request) -> str:
@@ -209,6 +226,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
 
 def carry_out(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     """Brings an intent to its end, from wherever it was interrupted. Runs under the store's write lock."""
+    read_receipts(folder)  # of a newer version: before anything goes, not when it is to be told
     receipt = on_top(partial(_carry_out_once, folder, intent), partial(_look_again, folder))
     logger.info("%s %s: %d stages removed", receipt.kind, receipt.receipt, len(receipt.stages_removed))
     return receipt
@@ -221,7 +239,7 @@ def _look_again(folder: StoreFolder) -> None:
 
 def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     manifest, state = folder.manifest(), state_or_none(folder)
-    receipt = Receipt(**intent["receipt"])
+    receipt = Receipt.from_json(intent["receipt"])
     log = merged(manifest.log, {receipt.receipt: _event(intent, state)})
     if state is not None:
         state = _with_tombstones(state, intent)
@@ -456,8 +474,9 @@ def _obey(folder: StoreFolder) -> None:
 
 
 def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]:
+    read_receipts(folder)  # refused before anything is on record
     name = f"{intent['generation']:08d}-{intent['receipt']['receipt']}.json"
-    intent = {**intent, "file": name, "repo": folder.source.repo_id}
+    intent = {**intent, "format": INTENT_FORMAT, "file": name, "repo": folder.source.repo_id}
     folder.write_private(f"{INTENTS}/{name}", json_bytes(intent))
     return intent
 
@@ -476,7 +495,11 @@ def _append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
 
 
 def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
-    """Every receipt, oldest first; a line that a crash cut short is left out."""
+    """Every receipt, oldest first; a line that a crash cut short is left out.
+
+    Raises:
+        StateError: a newer version of hf_s3t wrote one.
+    """
     path = folder.private / "receipts.jsonl"
     found = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
@@ -484,6 +507,7 @@ def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except ValueError:
             continue
+        found[-1] = Receipt.from_json(found[-1]).to_json()
     return found
 
 

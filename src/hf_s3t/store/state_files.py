@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import StateError, StoreError
 from ..files import PRIVATE, denied, json_bytes, loose, private_folder, read_json, tighten, write_atomic
+from .deletion_records import read_intent
 from .partition import Entry, Index
 from .state import State
 
@@ -115,7 +116,8 @@ class StateFiles:
         """Deletions that were begun and not finished, oldest first; their places as a set of `(shard, slice)`.
 
         Raises:
-            StateError: they are another user's, and whether there are any can not be seen.
+            StateError: they are another user's, and whether there are any can not be seen; or a newer version of
+                hf_s3t began one.
         """
         found = []
         for path in (self.private / INTENTS / name for name in self._names_of_intents() if name.endswith(".json")):
@@ -125,7 +127,7 @@ class StateFiles:
                 if path.exists():  # otherwise it was finished between the listing and the reading
                     raise
                 continue
-            found.append({**intent, "places": {(shard, slice_id) for shard, slice_id in intent["places"]}})
+            found.append(read_intent(intent, path))
         return found
 
     def _names_of_intents(self) -> list[str]:

@@ -433,6 +433,8 @@ class S3TStore(StoreFolder):
         if not isinstance(bundle, dict) or set(bundle) != parts or bundle["hf_s3t_state"] != 1:
             raise StateError(f"{file} is no state that `export_state` wrote.")
         state = State.from_json(bundle["state"])
+        for receipt in bundle["receipts"]:  # of a newer version: refused before anything is changed
+            Receipt.from_json(receipt)
         if self.exists and state.key_check not in ("", self.manifest().key_check):
             raise StateError(f"{file} belongs to another store than {self.path}. Nothing was changed.")
         with self.write_lock.hold(LOCK_SECONDS), self.source.drafting():
