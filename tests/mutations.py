@@ -142,7 +142,7 @@ MUTATIONS = (
              (("for digest in sorted(by_slice.get(slice_id, ()))", "for digest in by_slice.get(slice_id, ())"),),
              (ORDER + LLAMA,)),
     Mutation(4, "the recipe is not compared", "training/reconcile.py",
-             (("check_same(manifest.recipe, wanted.recipe, wanted.defaults)", "pass"),),
+             (("check_same(manifest.recipe, wanted.recipe, wanted.accept)", "()"),),
              (ROWS + "a_changed_recipe_trains_nothing",)),
     Mutation(4, "a group's rows are spread over the slices", "store/partition.py",
              (("_place(row, position, group or digest,", "_place(row, position, digest,"),),

@@ -30,6 +30,7 @@ from .exports import carrying, settle
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
 from .manifest import DAMAGED, NOT_KNOWN, Event, Log, Manifest, merged, places_beyond
 from .partition import Index, count_by_place
+from .recipe_differences import NOT_BIT_EQUAL
 from .requests import Place, Request
 from .sources import TOMBSTONES, FolderSource, RepoSource, on_top
 from .state import State, Tombstone, united
@@ -44,6 +45,15 @@ LIMITS = (
     "Numbers that user code computed from the whole train set (class weights, statistics) keep what they saw.",
     "Until repair the model misses whole slices; only after repair is it what training without the examples gives.",
 )
+
+
+def limits_of(manifest: Manifest) -> tuple[str, ...]:
+    """What a receipt of a store does not say; where settings were changed, a repair is of the lower grade of claim."""
+    if not manifest.accepted:
+        return LIMITS
+    names = ", ".join(dict.fromkeys(accepted.setting for accepted in manifest.accepted))
+    changed = f"Until repair the model misses whole slices. Settings were changed ({names}). {NOT_BIT_EQUAL}."
+    return (*LIMITS[:-1], changed)
 
 
 @dataclass(frozen=True)
@@ -220,7 +230,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         stages_removed={stage.name: manifest.stages[stage] for stage in gone},
         served_before=_served_json(before), served_after=_served_json(after),
         exports=carrying(folder, [Tombstone({"": tuple(request.places)}, generation), *request.stones]),
-        caches=list(state.caches), versions=versions(), repository=folder.source.repo_id,
+        caches=list(state.caches), versions=versions(), repository=folder.source.repo_id, limits=limits_of(manifest),
     )  # fmt: skip
 
 

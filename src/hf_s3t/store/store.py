@@ -36,6 +36,7 @@ from .exports import (
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .ids import id_text
 from .partition import Entry, keyed_digest
+from .recipe_differences import Accepted
 from .requests import Kind, LookAlikes, Place, check_lists, resolve
 from .sources import RepoSource
 from .state import State, key_check_value, united
@@ -71,7 +72,8 @@ class Status:
     `requests` are the deletions received. `life` says how many more requests, each for one example, the store is
     expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under the prior.
     `repair_budget` is there where the plan is that of a repair by cost: the config's may lack more. `stacks` says how
-    many live stages each set of versions trained: what is bit-equal is so within one.
+    many live stages each set of versions trained: what is bit-equal is so within one. `accepted` are settings that
+    were changed while stages lived: what is trained since is not bit-equal to training from scratch.
     """
 
     path: str
@@ -93,6 +95,7 @@ class Status:
     stale_exports: tuple[str, ...]
     life: dict[str, LifeLeft]
     stacks: dict[str, int]
+    accepted: tuple[Accepted, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. A life that does not end, because the prior rules its end out, is `None`."""
@@ -197,6 +200,7 @@ class S3TStore(StoreFolder):
                 if under == "uniform" or chances is not None
             },
             stacks=stacks,
+            accepted=manifest.accepted,
         )
 
     def locate(self, ids: Iterable[Any] = (), groups: Iterable[Any] = ()) -> list[Location]:
