@@ -24,6 +24,7 @@ from mutations_isolation import ISOLATION
 from mutations_planning import PLANNING
 from mutations_serving import SERVING
 from mutations_speed import SPEED
+from mutations_state import STATE
 from mutations_systems import SYSTEMS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -141,7 +142,7 @@ MUTATIONS = (
              (("for digest in sorted(by_slice.get(slice_id, ()))", "for digest in by_slice.get(slice_id, ())"),),
              (ORDER + LLAMA,)),
     Mutation(4, "the recipe is not compared", "training/reconcile.py",
-             (("check_same(manifest.recipe, wanted.recipe, wanted.defaults)", "pass"),),
+             (("check_same(manifest.recipe, wanted.recipe, wanted.accept)", "()"),),
              (ROWS + "a_changed_recipe_trains_nothing",)),
     Mutation(4, "a group's rows are spread over the slices", "store/partition.py",
              (("_place(row, position, group or digest,", "_place(row, position, digest,"),),
@@ -209,7 +210,8 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MUTATIONS += tuple(Mutation(*fields) for fields in (*SERVING, *ON_THE_HUB, *PLANNING, *SPEED, *SYSTEMS, *ISOLATION))
+MORE = (SERVING, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE)
+MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 
 
 def check_anchors(mutation: Mutation) -> list[str]:

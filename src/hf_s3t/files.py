@@ -1,4 +1,8 @@
-"""Durable files: atomic writes, deterministic safetensors, locks that name their holder. Knows nothing of stages."""
+"""Durable and private files: atomic writes, deterministic safetensors, locks that name their holder.
+
+It knows nothing of stages. What only POSIX systems have (modes, locks in the kernel, folders that can be synced) is
+used here and nowhere else: elsewhere a store can be read, and the first change is refused.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,25 @@ import json
 import os
 import shutil
 import socket
+import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from .errors import StoreError, StoreLockedError
+from .errors import StateError, StoreError, StoreLockedError
 
 if TYPE_CHECKING:
     import numpy as np
 
 MAX_JSON_BYTES = 1 << 30
+POSIX = find_spec("fcntl") is not None
+"""Whether this system has modes, locks in the kernel and folders that can be synced."""
 
 
 def json_bytes(value: Any) -> bytes:
@@ -40,12 +48,76 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist.") from None
+    except PermissionError:
+        raise StoreError(f"{path} may not be read by this user. Run this as its owner.") from None
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not valid JSON ({error}). Restore it from a backup.") from None
 
 
+# ---- what its owner alone may read ----
+
 PRIVATE = 0o600
 """Mode of a file that its owner alone may read."""
+PRIVATE_FOLDER = 0o700
+"""Mode of a folder that its owner alone may enter."""
+OTHERS = 0o077
+"""What a mode grants to others than the owner."""
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder that its owner alone may enter, also of one that is there.
+
+    Raises:
+        StoreError: this is no POSIX system.
+    """
+    if not POSIX:
+        raise StoreError(
+            "hf_s3t needs a POSIX file system to change a store: modes that keep the state private, and locks in the "
+            "kernel. Nothing was changed. Here a store can only be read; use Linux or macOS (or WSL) to change it."
+        )
+    path.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+    tighten(path)
+
+
+def tighten(path: Path) -> None:
+    """Takes from others what they may do with a file or folder; what is another user's stays as it is."""
+    with suppress(OSError):  # an audit names it
+        mode = path.stat().st_mode
+        if mode & OTHERS:
+            os.chmod(path, stat.S_IMODE(mode) & ~OTHERS)
+
+
+def loose(folder: Path, names: Iterable[str]) -> list[Path]:
+    """What others may use of a private folder: the folder itself, and of what is in it that which has one of `names`.
+
+    Links are left out, and so is all on a system without modes.
+    """
+    found = [folder.resolve(), *(path for name in names for path in sorted(folder.glob(name)))]
+    return [path for path in found if POSIX and _mode(path) & OTHERS]
+
+
+def _mode(path: Path) -> int:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:  # another process is done with it
+        return 0
+    return 0 if stat.S_ISLNK(mode) else mode
+
+
+def denied(folder: Path) -> StateError:
+    """What somebody is told who may not look into the private folder of another user."""
+    try:
+        owner = f"user {folder.stat().st_uid}"
+    except OSError:
+        owner = "another user"
+    return StateError(
+        f"{folder} may be read by its owner alone, {owner}. Deletions that were begun are on record there: whoever "
+        "cannot see them might serve what was deleted, so nothing goes on. Run this process as that user, or serve "
+        "a copy without that folder, as docs/serving.md says."
+    )
+
+
+# ---- durable writes ----
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
@@ -71,7 +143,9 @@ def write_durable(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes creations, renames and removals in a folder durable."""
+    """Makes creations, renames and removals in a folder durable; where folders can not be synced, nothing."""
+    if not POSIX:
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -168,7 +242,8 @@ class Lock:
 
     def __init__(self, path: Path, purpose: str):
         self.path, self.purpose = path, purpose
-        self._lock = FileLock(path)  # counts per thread: threads that share a store wait for one another, too
+        # It counts per thread: threads that share a store wait for one another, too.
+        self._lock = FileLock(path, mode=PRIVATE)
 
     def acquire(self, timeout: float) -> None:
         """Takes the lock; may be nested, each time with a [`release`].
@@ -178,8 +253,9 @@ class Lock:
 
         Raises:
             StoreLockedError: another process still has it after `timeout` seconds; the message names it.
+            StateError: its folder is another user's.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(self.path.parent)
         try:
             self._lock.acquire(timeout=timeout)
         except Timeout:
@@ -187,7 +263,10 @@ class Lock:
                 f"{self.path.parent.parent} is held by {self._holder()} ({self.purpose}). Wait for it to finish, or "
                 "stop that process: a stopped process gives the lock back at once."
             ) from None
+        except PermissionError:
+            raise denied(self.path.parent) from None
         with suppress(OSError):  # a disk that is full: the name is for a message, and a deletion makes room
+            self.path.with_suffix(".holder").touch(PRIVATE)
             self.path.with_suffix(".holder").write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
     def release(self) -> None:

@@ -31,7 +31,7 @@ VICTIM_SLICE = 1
 """The deleted example lies here: of the stages 0, 0-1, 0-1-2, 1, 1-2, 2, 2-0 a deletion leaves 0, 2 and 2-0."""
 WEIGHTS = "adapter_model.safetensors"
 TRAINER_OPTIONS = (
-    "missing", "extend", "base_model_id", "data_collator", "eval_dataset",
+    "missing", "extend", "accept_recipe", "base_model_id", "data_collator", "eval_dataset",
     "activation_cache", "activation_cache_gb", "eval_trunk",
 )  # fmt: skip
 

@@ -25,16 +25,16 @@ from transformers import (
 from hf_s3t import RecipeError, S3TConfig
 from hf_s3t.lora.layout import find_layout
 from hf_s3t.lora.tuner import StageTuner
-from hf_s3t.store.manifest import check_same
 from hf_s3t.store.recipe import (
-    argument_defaults,
     base_config,
     base_digest,
     bit_changing_arguments,
     make_recipe,
     processing_digest,
     steering_by,
+    unset_arguments,
 )
+from hf_s3t.store.recipe_differences import STRUCTURE, check_accept, check_same
 from models import bert_rows, llama_rows, tiny_bert, tiny_gpt2, tiny_llama
 
 
@@ -243,7 +243,10 @@ def test_the_message_shows_every_difference_and_the_way_out(tmp_path):
     message = str(caught.value)
     assert "\n  config.r: the store has 8, this run 4\n" in message
     assert "\n  arguments.seed: the store has 42, this run 1\n" in message
-    assert message.endswith("Use the stored settings, or train into another output_dir.")
+    assert "\nUse the stored settings, or train into another output_dir. Not to be accepted are config.r: " in message
+    assert STRUCTURE["config"] in message and "accept_recipe" not in message
+    with pytest.raises(RecipeError, match=r"go on with these: accept_recipe=\['arguments.seed'\]\. What is trained"):
+        check_same(recipe(tmp_path), recipe(tmp_path, args={"seed": 1}))
 
 
 @pytest.mark.parametrize(
@@ -358,12 +361,83 @@ def test_what_a_loss_was_given_is_part_of_the_recipe(tmp_path, first, other):
     check_same(older, made(other))  # was written before anybody looked
 
 
+# Versions that know other arguments
+
+
+def of_another_version(made, *without, **more):
+    """A recipe as a version makes it that knows other arguments; of those that it lacks nothing is on record."""
+    known = {name: value for name, value in made["arguments"].items() if name not in without}
+    unset = [path for path in made["unset"] if path.split(".")[1] not in without]
+    return {**made, "arguments": {**known, **more}, "unset": unset}
+
+
 def test_an_argument_that_a_newer_trainer_brought_is_no_difference_at_its_default(tmp_path):
-    stored, defaults = recipe(tmp_path), argument_defaults(arguments(tmp_path))
-    del stored["arguments"]["adam_beta1"]
-    check_same(stored, recipe(tmp_path), defaults)
-    with pytest.raises(RecipeError, match=r"arguments\.adam_beta1: the store has 0\.9, this run 0\.8"):
-        check_same(stored, recipe(tmp_path, args={"adam_beta1": 0.8}), defaults)
-    stored["arguments"]["of_a_newer_one"] = 1
-    with pytest.raises(RecipeError, match=r"arguments\.of_a_newer_one: the store has 1, this run None"):
-        check_same(stored, recipe(tmp_path), defaults)
+    stored = of_another_version(recipe(tmp_path), "adam_beta1", "optim_args", "accelerator_config")
+    check_same(stored, recipe(tmp_path))
+    check_same({name: value for name, value in stored.items() if name != "unset"}, recipe(tmp_path))
+    with pytest.raises(RecipeError, match=r"arguments\.adam_beta1: the store does not know it, this run has 0\.8"):
+        check_same(stored, recipe(tmp_path, args={"adam_beta1": 0.8}))
+
+
+def test_an_argument_that_went_is_no_difference_where_it_is_known_that_nobody_had_set_it(tmp_path):
+    stored = of_another_version(recipe(tmp_path), of_an_older_one=1)
+    with pytest.raises(RecipeError, match=r"arguments\.of_an_older_one: the store has 1, this run does not know it"):
+        check_same(stored, recipe(tmp_path))
+    check_same({**stored, "unset": ["arguments.of_an_older_one"]}, recipe(tmp_path))
+
+
+def test_a_setting_inside_an_argument_may_come_with_a_version_as_well(tmp_path):
+    stored = recipe(tmp_path)
+    del stored["arguments"]["accelerator_config"]["even_batches"]
+    stored["unset"].remove("arguments.accelerator_config.even_batches")
+    check_same(stored, recipe(tmp_path))
+    wanted = recipe(tmp_path, args={"accelerator_config": {"even_batches": False}})
+    assert differences(stored, wanted) == {"arguments.accelerator_config.even_batches"}
+
+
+def test_what_nobody_set_is_told_from_what_somebody_set(tmp_path):
+    args = arguments(tmp_path, weight_decay=0.1, accelerator_config={"split_batches": True})
+    unset = unset_arguments(args)
+    assert {"arguments.learning_rate", "arguments.accelerator_config.even_batches"} <= {*unset}
+    told = {"arguments.weight_decay", "arguments.accelerator_config.split_batches", "arguments.output_dir"}
+    assert not told & {*unset} and "arguments.accelerator_config" not in unset
+    check_same({**recipe(tmp_path), "unset": []}, recipe(tmp_path))  # no setting itself
+
+
+# What may be accepted
+
+
+def test_what_is_named_may_differ_and_nothing_else(tmp_path):
+    stored, wanted = recipe(tmp_path), recipe(tmp_path, args={"weight_decay": 0.1, "seed": 1})
+    (decay, seed) = sorted(check_same(stored, wanted, ["arguments.weight_decay", "arguments.seed", "processes"]))[::-1]
+    assert decay == ("arguments.weight_decay", 0.0, 0.1) and seed == ("arguments.seed", 42, 1)
+    for accept in (["arguments.weight_decay"], ["arguments"], ["weight_decay", "seed"]):
+        with pytest.raises(RecipeError, match=r"arguments\.seed"):
+            check_same(stored, wanted, accept)
+
+
+@pytest.mark.parametrize(
+    ("fields", "setting"),
+    [
+        ({"r": 4}, "config.r"), ({"num_shards": 2}, "partition.num_shards"), ({"base_id": "me/x"}, "base.id"),
+        ({"model": tiny_llama(attention_dropout=0.5)}, "base.config.attention_dropout"),
+        ({"model": tiny_llama(seed=1)}, "base.sha256"),
+    ],
+)  # fmt: skip
+def test_what_a_promise_rests_on_can_not_be_accepted(tmp_path, fields, setting):
+    reason = STRUCTURE[setting.split(".")[0]]
+    with pytest.raises(RecipeError, match=f"Not to be accepted are {setting}: {reason}"):
+        check_same(recipe(tmp_path), recipe(tmp_path, **fields), [setting])
+    with pytest.raises(ValueError, match=f"'{setting}' can not be accepted: {reason}"):
+        check_accept([setting])
+
+
+def test_another_attention_kernel_may_be_accepted(tmp_path):
+    wanted = recipe(tmp_path, model=tiny_llama(attn_implementation="eager"))
+    assert check_same(recipe(tmp_path), wanted, ["base.config.attention"])
+
+
+@pytest.mark.parametrize("accept", [True, "arguments.seed", None])
+def test_single_settings_are_accepted_and_not_whatever_comes(accept):
+    with pytest.raises(ValueError, match="must be a list of settings"):
+        check_accept(accept)

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
-from test_cli import outcomes, plain, run
 
 import stores
+from command_line import outcomes, plain, run
 from hf_s3t import S3TStore, UnknownExampleError
 from hf_s3t.store.ids import id_text, look_alikes, same_to_the_eye
 from hf_s3t.store.partition import read_rows

@@ -183,6 +183,7 @@ def test_empty_stray_folder(store: Path) -> None:
 
 
 def test_running_checkpoints_and_other_texts_are_no_strays(store: Path) -> None:
+    S3TStore(store).private_folder("running")
     for name in (".s3t/running/shard-00_1/checkpoint-1/optimizer.pt", "notes.txt"):
         (store / name).parent.mkdir(parents=True, exist_ok=True)
         (store / name).write_bytes(b"x")

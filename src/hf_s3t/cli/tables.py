@@ -41,6 +41,10 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
     if len(status.stacks) > 1:
         lines = [f"{count} stages with {stack}" for stack, count in status.stacks.items()]
         rows.append(("trained with", "\n".join([*lines, "bit-equality is claimed within one of them"])))
+    if status.accepted:
+        from ..store.recipe_differences import NOT_BIT_EQUAL
+
+        rows.append(("changed settings", "\n".join([*map(str, status.accepted), NOT_BIT_EQUAL])))
     if status.interrupted_deletions:
         rows.append(("interrupted deletions", f"{status.interrupted_deletions}: the next delete or train() ends them"))
     if status.exports:

@@ -23,11 +23,12 @@ import struct
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import StoreError
-from ..files import remove, sync_folder
+from ..files import PRIVATE, private_folder, remove, sync_folder
 from .requests import Place
 
 if TYPE_CHECKING:  # a deletion removes blocks without it
@@ -162,8 +163,10 @@ class FileWriter:
 
     def __init__(self, path: Path, name: BlockName, tie: str, examples: Examples):
         self.path, self.name, self.bytes = path, name, 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "wb")  # noqa: SIM115  # it stays open from row to row
+        for folder in (path.parent.parent, path.parent):
+            private_folder(folder)
+        opener = partial(os.open, mode=PRIVATE)
+        self._file = open(path, "wb", opener=opener)  # noqa: SIM115  # it stays open from row to row
         self._sha = hashlib.sha256()
         self._about: dict[str, Any] = {"rows": []}
         text = json.dumps({"tie": tie, "examples": examples}).encode()

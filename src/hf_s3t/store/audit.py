@@ -8,10 +8,13 @@ tells, which is for `training/retrain.py`. Checks that need neither key nor stat
 from __future__ import annotations
 
 import os
+import shlex
+import stat
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import S3TError, StoreLockedError
+from ..files import POSIX
 from .folder import StoreFolder
 from .manifest import Manifest
 from .partition import Index, examples_digest, stage_examples
@@ -220,6 +223,14 @@ def differing_examples(stage: str, seen: int, known: int) -> str | NotChecked:
     return f"{stage} saw {seen} examples, which are not the {known} that its slices have: one that it saw is gone"
 
 
+def _check_modes(folder: StoreFolder, manifest: Manifest) -> Findings:
+    if not POSIX:
+        raise NotChecked("This system has no modes of files.")
+    for path in folder.loose():
+        mode = stat.S_IMODE(path.stat().st_mode)
+        yield f"{path} may be used by others than its owner (mode {mode:o}): chmod go= {shlex.quote(str(path))}"
+
+
 CHECKS: dict[str, FindingsOf] = {
     **PUBLISHED_CHECKS,
     "no deletion is unfinished": _check_intents,
@@ -227,5 +238,6 @@ CHECKS: dict[str, FindingsOf] = {
     "tombstones are the manifest's": _check_tombstones,
     "no stage is older than a deletion from it": _check_buried,
     "stages saw the examples of the index": _check_examples,
+    "the state is its owner's alone": _check_modes,
 }
 """By what should hold."""

@@ -9,6 +9,7 @@ from ..lora.adapter import with_rank
 from ..plan.sequences import requests_until_dead
 from ..plan.tree import Stage
 from .manifest import Manifest
+from .recipe_differences import NOT_BIT_EQUAL
 
 AUTO_CLASSES = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
@@ -88,7 +89,7 @@ stages along the prefix, here {example}:
 |---|---|---|
 {table}
 
-## What deletion covers
+{accepted}## What deletion covers
 
 The tensors listed above were computed without any example that had been deleted when they were trained, and stages
 that depended on a deleted example are no longer in the folder. Not covered: what the base model saw in pretraining,
@@ -96,6 +97,18 @@ copies that others made, dataset caches, experiment trackers and backups outside
 chosen by looking at the model. Between a deletion and the repair (training again) everyone in the deleted example's
 slice is forgotten with it. A store of this shape takes {requests:.1f} deletions on average until nothing is left
 without repair.
+"""
+
+
+ACCEPTED = """\
+## Settings that were changed
+
+While stages were live, these settings became others. {claim}.
+
+| setting | before | from then on | since generation |
+|---|---|---|---|
+{rows}
+
 """
 
 
@@ -116,6 +129,7 @@ def render_card(manifest: Manifest) -> str:
         example=f"`{example.name}`" if example else "of a store that has live stages",
         prefix_lines=prefix_lines(example, manifest) if example else PREFIX_LINES.format(folders=""),
         table=_table(manifest, served) or "| none | | |",
+        accepted=_accepted(manifest),
         requests=requests_until_dead(manifest.plan.num_shards, manifest.plan.num_slices, _budget(manifest)),
     )
 
@@ -160,6 +174,18 @@ def _table(manifest: Manifest, served: dict[int, tuple[int, ...]]) -> str:
         mark = "yes" if served.get(stage.shard) == stage.prefix else ""
         rows.append(f"| `{stage.name}` | {f'`{stage.parent.name}`' if stage.parent else ''} | {mark} |")
     return "\n".join(rows)
+
+
+def _accepted(manifest: Manifest) -> str:
+    rows = [
+        f"| `{one.setting}` | `{_cell(one.before)}` | `{_cell(one.after)}` | {one.generation} |"
+        for one in manifest.accepted
+    ]
+    return ACCEPTED.format(claim=NOT_BIT_EQUAL, rows="\n".join(rows)) if rows else ""
+
+
+def _cell(value: Any) -> str:
+    return json.dumps(value).replace("|", "/").replace("`", "'")[:80]
 
 
 def _budget(manifest: Manifest) -> int:

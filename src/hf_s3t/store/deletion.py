@@ -14,25 +14,28 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..errors import StateError, StoreError, UnknownExampleError
-from ..files import json_bytes, read_json, remove, sync_folder, write_atomic
+from ..files import PRIVATE, json_bytes, read_json, remove, sync_folder
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..plan.tree import Stage
 from .activation_blocks import sweep_activations
+from .deletion_records import INTENT_FORMAT, RECEIPT_FORMAT, check_fields, check_format
 from .export_records import carrying
 from .exports import settle
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
-from .manifest import NOT_KNOWN, Event, Log, Manifest, merged, places_beyond
+from .manifest import DAMAGED, NOT_KNOWN, Event, Log, Manifest, merged, places_beyond
 from .partition import Index, count_by_place
+from .recipe_differences import NOT_BIT_EQUAL
 from .requests import Place, Request
 from .sources import TOMBSTONES, FolderSource, RepoSource, on_top
 from .state import State, Tombstone, united
+from .state_files import INTENTS
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,15 @@ LIMITS = (
     "Numbers that user code computed from the whole train set (class weights, statistics) keep what they saw.",
     "Until repair the model misses whole slices; only after repair is it what training without the examples gives.",
 )
+
+
+def limits_of(manifest: Manifest) -> tuple[str, ...]:
+    """What a receipt of a store does not say; where settings were changed, a repair is of the lower grade of claim."""
+    if not manifest.accepted:
+        return LIMITS
+    names = ", ".join(dict.fromkeys(accepted.setting for accepted in manifest.accepted))
+    changed = f"Until repair the model misses whole slices. Settings were changed ({names}). {NOT_BIT_EQUAL}."
+    return (*LIMITS[:-1], changed)
 
 
 @dataclass(frozen=True)
@@ -95,10 +107,26 @@ class Receipt:
     caches: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = LIMITS
+    format: int = RECEIPT_FORMAT
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Receipt:
+        """Reads a receipt of any version up to this one.
+
+        Raises:
+            StateError: it is of a newer one, or damaged.
+        """
+        try:
+            check_format(data, RECEIPT_FORMAT, f"Receipt {data.get('receipt')}")
+            required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+            check_fields(data, required, [f.name for f in fields(cls)])
+        except DAMAGED as error:
+            raise StateError(f"A receipt can not be read ({error}). Restore the state from a backup.") from None
+        return cls(**data)
 
 
 def _alike(request: Request) -> str:
@@ -203,12 +231,13 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         stages_removed={stage.name: manifest.stages[stage] for stage in gone},
         served_before=_served_json(before), served_after=_served_json(after),
         exports=carrying(folder, [Tombstone({"": tuple(request.places)}, generation), *request.stones]),
-        caches=list(state.caches), versions=versions(), repository=folder.source.repo_id,
+        caches=list(state.caches), versions=versions(), repository=folder.source.repo_id, limits=limits_of(manifest),
     )  # fmt: skip
 
 
 def carry_out(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     """Brings an intent to its end, from wherever it was interrupted. Runs under the store's write lock."""
+    read_receipts(folder)  # of a newer version: before anything goes, not when it is to be told
     receipt = on_top(partial(_carry_out_once, folder, intent), partial(_look_again, folder))
     logger.info("%s %s: %d stages removed", receipt.kind, receipt.receipt, len(receipt.stages_removed))
     return receipt
@@ -221,7 +250,7 @@ def _look_again(folder: StoreFolder) -> None:
 
 def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     manifest, state = folder.manifest(), state_or_none(folder)
-    receipt = Receipt(**intent["receipt"])
+    receipt = Receipt.from_json(intent["receipt"])
     log = merged(manifest.log, {receipt.receipt: _event(intent, state)})
     if state is not None:
         state = _with_tombstones(state, intent)
@@ -249,7 +278,7 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
         **copies,
     )
     receipt = _append_receipt(folder, receipt)
-    remove(folder.private / "intents" / intent["file"])
+    remove(folder.private / INTENTS / intent["file"])
     return receipt
 
 
@@ -416,6 +445,7 @@ def _sweep_running(private: Path, hit: set[Place]) -> None:
 
 def recover(folder: StoreFolder) -> None:
     """What every writer does first: finish interrupted deletions, drop half-written files, obey newer tombstones."""
+    folder.tighten()
     _look_again(folder)
     for intent in folder.intents():
         state = state_or_none(folder)
@@ -455,17 +485,18 @@ def _obey(folder: StoreFolder) -> None:
 
 
 def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]:
+    read_receipts(folder)  # refused before anything is on record
     name = f"{intent['generation']:08d}-{intent['receipt']['receipt']}.json"
-    intent = {**intent, "file": name, "repo": folder.source.repo_id}
-    write_atomic(folder.private / "intents" / name, json_bytes(intent))
+    intent = {**intent, "format": INTENT_FORMAT, "file": name, "repo": folder.source.repo_id}
+    folder.write_private(f"{INTENTS}/{name}", json_bytes(intent))
     return intent
 
 
 def _append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
     """Appends a receipt unless it is there already, which it may be after an interruption."""
     if not any(known["receipt"] == receipt.receipt for known in read_receipts(folder)):
-        folder.private.mkdir(parents=True, exist_ok=True)
-        with open(folder.private / "receipts.jsonl", "a", encoding="utf-8") as file:
+        path = folder.private_folder() / "receipts.jsonl"
+        with open(path, "a", encoding="utf-8", opener=partial(os.open, mode=PRIVATE)) as file:
             # The newline comes first: a line that a crash cut short then spoils only itself.
             file.write(("\n" if file.tell() else "") + json.dumps(receipt.to_json(), sort_keys=True))
             file.flush()
@@ -475,7 +506,11 @@ def _append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
 
 
 def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
-    """Every receipt, oldest first; a line that a crash cut short is left out."""
+    """Every receipt, oldest first; a line that a crash cut short is left out.
+
+    Raises:
+        StateError: a newer version of hf_s3t wrote one.
+    """
     path = folder.private / "receipts.jsonl"
     found = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
@@ -483,6 +518,7 @@ def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except ValueError:
             continue
+        found[-1] = Receipt.from_json(found[-1]).to_json()
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StateError
-from ..files import json_bytes, read_json, write_atomic
+from ..files import json_bytes, read_json
 from ..plan.tree import Stage
 from .folder import StoreFolder
 from .state import Tombstone
@@ -72,7 +72,7 @@ def records_to_json(records: Mapping[str, Record]) -> dict[str, Any]:
 
 def write_exports(folder: StoreFolder, records: Mapping[str, Record]) -> None:
     """Replaces the record of exports, durably."""
-    write_atomic(folder.private / EXPORTS, json_bytes(records_to_json(records)))
+    folder.write_private(EXPORTS, json_bytes(records_to_json(records)))
 
 
 def carrying(folder: StoreFolder, deleted: Iterable[Tombstone]) -> list[str]:

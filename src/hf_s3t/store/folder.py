@@ -26,8 +26,8 @@ from typing import Any
 
 from ..errors import StateError, StoreError
 from ..files import (
-    PRIVATE,
     Lock,
+    denied,
     inside,
     install_folder,
     json_bytes,
@@ -35,20 +35,18 @@ from ..files import (
     read_safetensors,
     remove,
     sync_folder,
-    write_atomic,
     write_durable,
 )
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, join
 from ..plan.tree import Order, Stage
 from .card import render_card
 from .manifest import DAMAGED, Manifest
-from .partition import Entry, Index
 from .sources import MANIFEST, FolderSource, RepoSource, default_state, is_repo_id
 from .stage_contents import read_header, stage_findings
-from .state import State, key_check_value
+from .state import key_check_value
+from .state_files import STATE_VARIABLE, StateFiles
 
 KEY_VARIABLE = "HF_S3T_KEY"
-STATE_VARIABLE = "HF_S3T_STATE"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 16 << 30
@@ -83,7 +81,7 @@ def digests(files: Mapping[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
 
 
-class StoreFolder:
+class StoreFolder(StateFiles):
     """Files of one store.
 
     Args:
@@ -153,6 +151,15 @@ class StoreFolder:
         manifest = self.live(manifest)
         return manifest.plan.served(manifest.stages)
 
+    def marks(self) -> tuple[Any, ...]:
+        """Changes whenever a deletion begins or ends: of a folder cheap enough to look at before every step.
+
+        Raises:
+            StateError: as [`intents`].
+        """
+        names = self._names_of_intents()
+        return (*self.source.marks(), *names)
+
     # ---- adapters ----
 
     def read_stage(self, stage: Stage, manifest: Manifest | None = None) -> Adapter:
@@ -205,9 +212,9 @@ class StoreFolder:
     def write_stage(self, stage: Stage, adapter: Adapter) -> dict[str, str]:
         """Writes a stage's folder in one step; returns the sha256 of its files. The manifest is the caller's."""
         files = stage_files(stage, adapter)
-        scratch = self.private / "scratch" / stage.name.replace("/", "_")
+        scratch = self.private_folder("scratch") / stage.name.replace("/", "_")
         remove(scratch)
-        scratch.mkdir(parents=True)
+        scratch.mkdir()
         for name, data in files.items():
             write_durable(scratch / name, data)
         sync_folder(scratch)
@@ -234,7 +241,7 @@ class StoreFolder:
         self.source.put("README.md", render_card(manifest).encode())
         return manifest
 
-    # ---- the state ----
+    # ---- the key ----
 
     @property
     def key(self) -> bytes:
@@ -245,12 +252,15 @@ class StoreFolder:
         """
         key = self._given_key or self._environment_key()
         if key is None:
-            path = self.private / "partition.key"
-            if not path.exists():
+            path = self._private_file("partition.key")
+            if path is None:
                 raise StateError(
                     f"{self.path} has no partition key. Give `key=`, set {KEY_VARIABLE}, or {self._way_out}"
                 )
-            key = as_key(path.read_text().strip())
+            try:
+                key = as_key(path.read_text().strip())
+            except PermissionError:
+                raise denied(path) from None
         if self.exists and key_check_value(key) != self.manifest().key_check:
             raise StateError(
                 f"The partition key is not the one that {self.path} was trained with: ids would be looked for in the "
@@ -261,7 +271,7 @@ class StoreFolder:
     @property
     def has_key(self) -> bool:
         """Whether a partition key is at hand, the right one or not."""
-        return bool(self._given_key or self._environment_key()) or (self.private / "partition.key").exists()
+        return bool(self._given_key or self._environment_key() or self._private_file("partition.key"))
 
     def _environment_key(self) -> bytes | None:
         value = os.environ.get(KEY_VARIABLE)
@@ -269,69 +279,11 @@ class StoreFolder:
 
     def ensure_key(self) -> bytes:
         """The partition key; made where there is no store yet. One from the environment is never written."""
-        path = self.private / "partition.key"
         if self.exists:
             return self.key
         key = self._given_key or self._environment_key()
-        if key is None and not path.exists():
+        if key is None and self._private_file("partition.key") is None:
             key = secrets.token_bytes(32)
         if key is not None and key != self._environment_key():
-            self.private.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, key.hex().encode() + b"\n", PRIVATE)
+            self.write_private("partition.key", key.hex().encode() + b"\n")
         return self.key
-
-    def state(self) -> State:
-        """Generation, tombstones and training records."""
-        path = self.private / "state.json"
-        if not path.exists():
-            raise StateError(f"{self.path} has no state (state.json). To find anybody, {self._way_out}")
-        return State.from_json(read_json(path))
-
-    @property
-    def _way_out(self) -> str:
-        lost = "With the state lost, `delete(slices=...)` still works."
-        if self.knows_state:
-            return f"restore {self.private} from its backup (`hf-s3t state import`). {lost}"
-        return f"name the folder of the state: `state=`, `--state` or {STATE_VARIABLE}. {lost}"
-
-    def write_state(self, state: State) -> None:
-        """Replaces the state, durably."""
-        write_atomic(self.private / "state.json", json_bytes(state.to_json()))
-
-    def index(self) -> Index:
-        """Keyed digests of the examples that were handed in and not deleted."""
-        path = self.private / "index.json"
-        if not path.exists():
-            raise StateError(f"{self.path} has no index (index.json). To find anybody, {self._way_out}")
-        data = read_json(path)
-        return {digest: Entry(*entry) for digest, entry in data.items()}
-
-    @property
-    def has_index(self) -> bool:
-        """Whether there is an index."""
-        return (self.private / "index.json").exists()
-
-    def write_index(self, index: Index) -> None:
-        """Replaces the index, durably."""
-        write_atomic(self.private / "index.json", json_bytes({digest: list(entry) for digest, entry in index.items()}))
-
-    def intents(self) -> list[dict[str, Any]]:
-        """Deletions that were begun and not finished, oldest first; their places as a set of `(shard, slice)`."""
-        found = []
-        for path in sorted((self.private / "intents").glob("*.json")):
-            try:
-                intent = read_json(path)
-            except StoreError:
-                if path.exists():  # otherwise it was finished between the listing and the reading
-                    raise
-                continue
-            found.append({**intent, "places": {(shard, slice_id) for shard, slice_id in intent["places"]}})
-        return found
-
-    def marks(self) -> tuple[Any, ...]:
-        """Changes whenever a deletion begins or ends: of a folder cheap enough to look at before every step."""
-        try:
-            intents = sorted(os.listdir(self.private / "intents"))
-        except FileNotFoundError:
-            intents = []
-        return (*self.source.marks(), *intents)

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..errors import RecipeError, StoreError
+from ..errors import StoreError
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..plan.survival import checked_prior
 from ..plan.tree import STAGE_PARAMETERS, Plan, Stage
+from .recipe_differences import Accepted
 
 FORMAT = 1
 """Version of the folder format; a store of another version is refused."""
@@ -91,6 +92,7 @@ class Manifest:
         deletion_prior (`tuple[float, ...]`, *optional*): chance that a request hits each slice, that the plan was
             made for; `None`: all alike.
         repair ([`RepairBudget`], *optional*): `None` where the plan is the one of the config.
+        accepted (`tuple[Accepted, ...]`): settings that were changed while stages lived, oldest first.
     """
 
     generation: int
@@ -103,6 +105,7 @@ class Manifest:
     log: Log = field(default_factory=dict)
     deletion_prior: tuple[float, ...] | None = None
     repair: RepairBudget | None = None
+    accepted: tuple[Accepted, ...] = ()
 
     @property
     def replay(self) -> float:
@@ -137,6 +140,7 @@ class Manifest:
             "plan": self.plan.to_json(),
             "deletion_prior": None if self.deletion_prior is None else list(self.deletion_prior),
             "repair": None if self.repair is None else asdict(self.repair),
+            "accepted": [setting.to_json() for setting in self.accepted],
             "stages": {
                 stage.name: {"parent": stage.parent.name if stage.parent else None, "sha256": files}
                 for stage, files in sorted(self.stages.items())
@@ -173,6 +177,7 @@ class Manifest:
                 log,
                 _prior(data.get("deletion_prior"), plan),
                 _repair(data.get("repair")),
+                tuple(map(Accepted.from_json, data.get("accepted", ()))),
             )
         except DAMAGED as error:
             what = f"{type(error).__name__} {error}"
@@ -258,44 +263,3 @@ def _event(data: Any) -> Event:
     if type(data["named"]) is not bool:
         raise ValueError(f"{data['named']!r:.80} is neither true nor false")
     return Event(places, data["named"])
-
-
-def check_same(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
-) -> None:
-    """Raises [`RecipeError`] with every difference, unless two recipes are the same.
-
-    Args:
-        defaults (`dict`, *optional*): values of the TrainingArguments that nobody set. An argument that `stored` does
-            not name came with a newer version of the Trainer: it counts as one that was not set. A field of the base's
-            config that only one of both has came or went with a version of transformers: it is no difference.
-    """
-    if defaults is not None:
-        newer = {name: value for name, value in defaults.items() if name in wanted["arguments"]}
-        stored = {**stored, "arguments": {**newer, **stored["arguments"]}}
-    stored, wanted = _comparable(stored, wanted)
-    differences = list(_differences(stored, wanted, ""))
-    if differences:
-        raise RecipeError(
-            "The settings differ from those that the store was trained with, so repaired stages would not be what "
-            "training from scratch gives:\n  " + "\n  ".join(differences) + "\nUse the stored settings, or train into "
-            "another output_dir."
-        )
-
-
-def _comparable(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Recipes without what one of them does not name, as it was written before there was such a part."""
-    late = [name for name in ("user_values", "steering") if not all(name in recipe for recipe in recipes)]
-    kept = [{name: value for name, value in recipe.items() if name not in late} for recipe in recipes]
-    if not all("config" in recipe.get("base", ()) for recipe in kept):
-        kept = [{**recipe, "base": {**recipe.get("base", {}), "config": {}}} for recipe in kept]
-    return kept
-
-
-def _differences(stored: Any, wanted: Any, path: str) -> Any:
-    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        names = stored.keys() & wanted.keys() if path.startswith("base.config") else stored.keys() | wanted.keys()
-        for name in sorted(names):
-            yield from _differences(stored.get(name), wanted.get(name), f"{path}.{name}" if path else name)
-    elif stored != wanted:
-        yield f"{path}: the store has {stored!r}, this run {wanted!r}"

@@ -1,4 +1,4 @@
-"""The recipe: every setting that changes bits, as plain data that may be published, and how two recipes differ.
+"""The recipe: every setting that changes bits, as plain data that may be published.
 
 It holds no local path and no token. Settings that only log, save or evaluate are left out; an argument that this file
 has never heard of counts as one that changes bits.
@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..seams.arguments import CHOOSING, SILENT, is_evaluation_heard
 from ..seams.models import computing_settings, tokenizer_rules
 from ..seams.tuners import base_name
 from .partition import canonical, raw_rows, row_digest
+from .recipe_differences import UNSET
 
 
 def make_recipe(
@@ -91,6 +92,7 @@ def make_recipe(
     recipe["user_code"] = described(user_code)
     recipe["user_values"] = {"code": _digest(carried(user_code)), "collator": _digest(carried(collator))}
     recipe["steering"] = steering
+    recipe[UNSET] = unset_arguments(args)
     if cached_trunk:
         recipe["cached_trunk"] = True
     return json.loads(json.dumps(recipe, default=str, sort_keys=True))
@@ -225,10 +227,36 @@ def bit_changing_arguments(args: TrainingArguments) -> dict[str, Any]:
     return {name: value for name, value in sorted(kept.items()) if not _is_path(value)}
 
 
-def argument_defaults(args: TrainingArguments) -> dict[str, Any]:
-    """The values that the TrainingArguments have which nobody set, in the form of a recipe."""
-    defaults = {field.name: field.default for field in fields(args) if field.default is not MISSING}
-    return json.loads(json.dumps(defaults, default=str))
+def unset_arguments(args: TrainingArguments) -> list[str]:
+    """Paths of the arguments that change bits and have their defaults, as far as that can be told.
+
+    A default that is worked out from the machine or from other arguments looks like a value that somebody set.
+    """
+    values, defaults = json.loads(json.dumps([bit_changing_arguments(args), _defaults(args)], default=str))
+    return sorted(_alike(values, defaults, "arguments"))
+
+
+def _defaults(settings: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name, None)
+        if is_dataclass(value):
+            found[field.name] = _defaults(value)
+        elif field.default is not MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not MISSING:
+            found[field.name] = field.default_factory()
+    return found
+
+
+def _alike(values: Mapping[str, Any], defaults: Mapping[str, Any], path: str) -> Iterable[str]:
+    for name in values.keys() & defaults.keys():
+        value, default = values[name], defaults[name]
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            yield from _alike(value, default, f"{path}.{name}")
+            default = {known: default[known] for known in value if known in default}  # what it hands out of itself
+        if value == default:
+            yield f"{path}.{name}"
 
 
 def _is_path(value: Any) -> bool:

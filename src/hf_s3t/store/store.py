@@ -28,6 +28,7 @@ from .exports import Export, given_base, write_export
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .ids import id_text
 from .partition import Entry, keyed_digest
+from .recipe_differences import Accepted
 from .requests import Kind, LookAlikes, Place, check_lists, resolve
 from .sources import RepoSource
 from .state import State, key_check_value, united
@@ -63,7 +64,8 @@ class Status:
     `requests` are the deletions received. `life` says how many more requests, each for one example, the store is
     expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under the prior.
     `repair_budget` is there where the plan is that of a repair by cost: the config's may lack more. `stacks` says how
-    many live stages each set of versions trained: what is bit-equal is so within one.
+    many live stages each set of versions trained: what is bit-equal is so within one. `accepted` are settings that
+    were changed while stages lived: what is trained since is not bit-equal to training from scratch.
     """
 
     path: str
@@ -85,6 +87,7 @@ class Status:
     stale_exports: tuple[str, ...]
     life: dict[str, LifeLeft]
     stacks: dict[str, int]
+    accepted: tuple[Accepted, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. A life that does not end, because the prior rules its end out, is `None`."""
@@ -189,6 +192,7 @@ class S3TStore(StoreFolder):
                 if under == "uniform" or chances is not None
             },
             stacks=stacks,
+            accepted=manifest.accepted,
         )
 
     def locate(self, ids: Iterable[Any] = (), groups: Iterable[Any] = ()) -> list[Location]:
@@ -425,6 +429,8 @@ class S3TStore(StoreFolder):
         if not isinstance(bundle, dict) or set(bundle) != parts or bundle["hf_s3t_state"] != 1:
             raise StateError(f"{file} is no state that `export_state` wrote.")
         state = State.from_json(bundle["state"])
+        for receipt in bundle["receipts"]:  # of a newer version: refused before anything is changed
+            Receipt.from_json(receipt)
         if self.exists and state.key_check not in ("", self.manifest().key_check):
             raise StateError(f"{file} belongs to another store than {self.path}. Nothing was changed.")
         with self.write_lock.hold(LOCK_SECONDS), self.source.drafting():
@@ -435,7 +441,7 @@ class S3TStore(StoreFolder):
                 raise StateError(f"{file} belongs to another store than the state in {self.private}.")
             joined = united(here, state)
             if bundle["key"]:
-                write_atomic(self.private / "partition.key", bundle["key"].encode() + b"\n", PRIVATE)
+                self.write_private("partition.key", bundle["key"].encode() + b"\n")
             self._merge_state(bundle, here, joined)
             deletion.recover(self)
             trained = {stage.name for stage in self.manifest().stages} if self.exists else set()
@@ -451,7 +457,7 @@ class S3TStore(StoreFolder):
         state = deletion.bury(state, state.log, here.log, both)
         self.write_index({d: entry for d, entry in both.items() if not state.buries(d, entry.group)})
         receipts = {receipt["receipt"]: receipt for receipt in [*bundle["receipts"], *deletion.read_receipts(self)]}
-        write_atomic(self.private / "receipts.jsonl", _lines(receipts.values()))
+        self.write_private("receipts.jsonl", _lines(receipts.values()))
         write_exports(self, exports)
         caches = tuple(sorted({*state.caches, *here.caches}))
         self.write_state(replace(state, stages={**state.stages, **here.stages}, caches=caches))

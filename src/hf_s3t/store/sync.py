@@ -14,11 +14,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..errors import StateError, StoreError
+from ..errors import RecipeError, StateError, StoreError
 from ..plan.tree import Stage
 from . import deletion
 from .folder import StoreFolder, digests, stage_files
-from .manifest import NOT_KNOWN, Manifest, check_same, merged, places_beyond
+from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
+from .recipe_differences import check_same
 from .sources import TOMBSTONES, RepoSource, on_top
 from .state import State
 
@@ -84,7 +85,7 @@ def _merged(store: StoreFolder, target: StoreFolder, ours: Manifest, theirs: Man
             f"(generation {ours.generation}). Nothing was pushed. Bring the state up to date (`hf-s3t state import` "
             "of a backup from the machine that deleted), then pull; or push to a new repository."
         )
-    return replace(ours, stages=_joined(ours, theirs), log=merged(theirs.log, ours.log))
+    return replace(_newest_recipe(ours, theirs), stages=_joined(ours, theirs), log=merged(theirs.log, ours.log))
 
 
 def _joined(first: Manifest, second: Manifest) -> dict[Stage, dict[str, str]]:
@@ -118,7 +119,20 @@ def check_same_store(ours: Manifest, theirs: Manifest) -> None:
         raise StoreError(
             "The repository holds another store: its partition key is another one. Use another repository."
         )
-    check_same(theirs.recipe, ours.recipe)
+    older, newer = sorted((theirs, ours), key=lambda manifest: len(manifest.accepted))
+    since = newer.accepted[len(older.accepted) :]
+    if newer.accepted != older.accepted + since:
+        raise RecipeError(
+            "Here and in the repository different settings were accepted (`accept_recipe`), so the stages of both are "
+            "not of one store any more. Go on with one of them; push the other one to a new repository."
+        )
+    check_same(older.recipe, newer.recipe, [accepted.setting for accepted in since])
+
+
+def _newest_recipe(manifest: Manifest, other: Manifest) -> Manifest:
+    """A manifest with the recipe of the one of two for which more settings were accepted."""
+    newest = max(manifest, other, key=lambda one: len(one.accepted))
+    return replace(manifest, recipe=newest.recipe, accepted=newest.accepted)
 
 
 # ---- pulling ----
@@ -144,7 +158,7 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
         store.write_manifest(ours.without(replaced))
     for stage in new:
         store.write_stage(stage, target.read_stage(stage))
-    manifest = replace(theirs, stages=stages, log=log, generation=len(log))
+    manifest = replace(_newest_recipe(theirs, ours), stages=stages, log=log, generation=len(log))
     manifest = replace(manifest, tombstones=_tombstones(store, manifest, state, [ours, theirs]))
     manifest = store.write_root(manifest)
     store.write_manifest(manifest)

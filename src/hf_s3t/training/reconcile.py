@@ -6,18 +6,20 @@ Runs once per `train()`, under the write lock, on the main process. What it retu
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import DatasetError, StateError
+from ..files import remove
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..lora.config import S3TConfig
 from ..plan.repair import best_repair
 from ..plan.tree import Plan, Stage
 from ..store import deletion
-from ..store.manifest import Manifest, RepairBudget, check_same
+from ..store.manifest import Manifest, RepairBudget
 from ..store.partition import Comparison, Entry, Index, compare, examples_digest, warn_of_empty_slices
+from ..store.recipe_differences import NOT_BIT_EQUAL, Difference, check_same
 from ..store.state import State, key_check_value, stack_line
 from ..store.store import S3TStore
 from .rows import TrainRows
@@ -39,7 +41,7 @@ class Wanted:
         rows ([`TrainRows`]): the train set.
         missing (`"error"`, `"delete"` or `"ignore"`): for rows that are gone or changed.
         extend (`bool`): train stages again that saw other rows than the train set has for them now.
-        defaults (`dict`): values of the TrainingArguments that nobody set.
+        accept (`Collection[str]`): settings that may differ from the store's.
     """
 
     recipe: dict[str, Any]
@@ -48,7 +50,7 @@ class Wanted:
     rows: TrainRows
     missing: Missing
     extend: bool
-    defaults: dict[str, Any]
+    accept: Collection[str] = ()
 
 
 def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
@@ -68,8 +70,10 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
             )
         return _create(store, config, wanted, wanted.plan)
     manifest, state = store.manifest(), store.state()
-    check_same(manifest.recipe, wanted.recipe, wanted.defaults)
+    differences = check_same(manifest.recipe, wanted.recipe, wanted.accept)
     check_generation(store, manifest, state)
+    if differences:
+        manifest = _with_new_settings(store, manifest, wanted.recipe, differences)
     index, rows = store.index(), _unburied(wanted.rows.entries, state)
     comparison = compare(index, rows)
     if manifest.stages and (comparison.missing or comparison.changed):
@@ -79,6 +83,18 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
     if manifest.stages and wanted.extend:
         manifest = store.write_root(manifest.without(_outdated(manifest, store.state(), wanted.rows)))
     _write(store, manifest, {**rows, **index} if manifest.stages else rows, wanted)
+    return manifest
+
+
+def _with_new_settings(
+    store: S3TStore, manifest: Manifest, recipe: dict[str, Any], differences: tuple[Difference, ...]
+) -> Manifest:
+    """Puts settings on record that were accepted, before anything trains with them."""
+    remove(store.private / "running")  # begun with other settings
+    accepted = tuple(difference.accepted(manifest.generation) for difference in differences)
+    manifest = replace(manifest, recipe=recipe, accepted=(*manifest.accepted, *accepted))
+    store.write_manifest(manifest)
+    logger.warning("settings are other ones from now on (%s). %s.", "; ".join(map(str, accepted)), NOT_BIT_EQUAL)
     return manifest
 
 

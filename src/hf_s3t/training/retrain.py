@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from ..files import read_safetensors, write_atomic
+from ..files import read_safetensors
 from ..lora.adapter import WEIGHTS_FILE
 from ..plan.tree import Stage
 from ..store.audit import Check, Findings, NotChecked, differing_examples, run_check
@@ -38,7 +38,8 @@ def retrain_and_compare(store: StoreFolder, stage: str | Stage, make_trainer: Ma
             and train set.
 
     Returns:
-        [`Check`]: broken if the bytes differ without an innocent reason (other versions, rows that were added later).
+        [`Check`]: broken if the bytes differ without an innocent reason (other versions, rows that were added later,
+            settings that were accepted since).
 
     Raises:
         ValueError: the stage is not live, or the trainer does not train into the given folder or has no such stage.
@@ -68,8 +69,7 @@ def retrain_and_compare(store: StoreFolder, stage: str | Stage, make_trainer: Ma
 
 def _scratch_store(store: StoreFolder, manifest: Manifest, stage: Stage, path: Path) -> StoreFolder:
     scratch = StoreFolder(path)
-    scratch.private.mkdir(parents=True)
-    write_atomic(scratch.private / "partition.key", store.key.hex().encode() + b"\n")
+    scratch.write_private("partition.key", store.key.hex().encode() + b"\n")
     scratch.write_index(store.index())
     scratch.write_state(store.state())
     for above in stage.path[:-1]:
@@ -103,8 +103,19 @@ def _differences(store: StoreFolder, scratch: StoreFolder, stage: Stage) -> Find
     elif old is not None and old["versions"] != new["versions"]:
         there, here = stack_line(old["versions"]), stack_line(new["versions"])
         yield NotChecked(f"{stage.name} differs, but it was trained with {there}, and is now with {here}")
+    elif changed := _changed_settings(store.manifest(), old):
+        yield NotChecked(
+            f"{stage.name} differs, but settings were changed after it was trained, or may have been, so that the two "
+            f"are not comparable: {changed}"
+        )
     else:
         yield f"{stage.name}: {', '.join(differing)} differ{_largest(store, scratch, stage)}; expected the same bytes"
+
+
+def _changed_settings(manifest: Manifest, record: Mapping[str, Any] | None) -> str:
+    """Settings that were accepted after a stage had been trained; all, where it is not on record when that was."""
+    since = manifest.accepted[record.get("accepted", 0) if record else 0 :]
+    return "; ".join(map(str, since))
 
 
 def _largest(store: StoreFolder, scratch: StoreFolder, stage: Stage) -> str:

@@ -63,7 +63,10 @@ class RunningStageMixin(TrainerSeam):
 
     def checkpoint_folder(self) -> Path | None:
         """A running stage's own: the store receives our files only, the Trainer's checkpoints are scratch."""
-        return self._running if self._order else None
+        if self._order is None:
+            return None
+        self.store.private_folder("running")  # on every machine that writes one
+        return self._running
 
     def _resumable_checkpoint(self, resume: bool) -> str | None:
         """The newest complete checkpoint of the running stage; whatever else lies there is removed."""

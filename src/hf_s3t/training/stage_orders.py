@@ -97,6 +97,8 @@ def commit(store: S3TStore, order: StageOrder, adapter: Adapter, record: dict[st
             raise StageDropped
         files = store.write_stage(order.stage, adapter)
         state, manifest = store.state(), store.manifest()
+        if manifest.accepted:  # which settings it was trained with
+            record = {**record, "accepted": len(manifest.accepted)}
         store.write_state(replace(state, stages={**state.stages, order.stage.name: record}))
         store.write_manifest(replace(manifest, stages={**manifest.stages, order.stage: files}))
         remove(running_folder(store, order.stage))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,8 @@ from ..plan.tree import Stage
 from ..seams.preparation import watched_preparation
 from ..store.base_model import public_id
 from ..store.deletion import versions
-from ..store.recipe import argument_defaults, make_recipe, steering_by
+from ..store.recipe import make_recipe, steering_by
+from ..store.recipe_differences import check_accept
 from ..store.store import S3TStore
 from ..trunk.row_states import ActivationCache, check_cache
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
@@ -66,6 +67,9 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             the train set, or changed. `"delete"` deletes them.
         extend (`bool`): train stages again that saw other rows than the train set has for them now, or whose parents
             did. By default only stages trained from now on see new rows.
+        accept_recipe (`Collection[str]`): settings that may differ from the store's, as the [`RecipeError`] names
+            them, for example `["arguments.weight_decay"]`. Live stages stay; those to come are influence-free by
+            construction and not bit-equal to training from scratch, and the store says so from then on.
         base_model_id (`str`, *optional*): the base's id on the Hub, where it was loaded from a local folder.
         activation_cache (`"off"`, `"memory"` or `"disk"`): keep what enters the layers of a stage, computed once for
             each example, so that stages run from there up. Part of the recipe, wherever it is kept: states of a row
@@ -92,6 +96,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         partition_key: str | bytes | None = None,
         missing: Missing = "error",
         extend: bool = False,
+        accept_recipe: Collection[str] = (),
         base_model_id: str | None = None,
         activation_cache: ActivationCache = "off",
         activation_cache_gb: float | None = None,
@@ -104,9 +109,10 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         refuse_arguments(model, args, kwargs, missing)
         if base_model_id is not None:
             validate_repo_id(base_model_id)
+        check_accept(accept_recipe)
         set_stage_defaults(args)
         self.trunk_cache = TrunkCache(self, activation_cache, activation_cache_gb, eval_trunk)
-        self.missing, self.extend = missing, extend
+        self.missing, self.extend, self.accept_recipe = missing, extend, tuple(accept_recipe)
         self.store = S3TStore(Path(args.output_dir), partition_key)  # a `str` might be the id of a repository
         model, self.s3t_config, self._drawn_heads = wrap_model(model, peft_config, args.seed)
         check_cache(activation_cache, activation_cache_gb, eval_trunk, self.s3t_config, args, model)
@@ -213,8 +219,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         )  # fmt: skip
         prior = self.s3t_config.deletion_prior
         wanted_plan = make_plan(self.s3t_config, self.args.seed) if cost_budget is None else None
-        defaults = argument_defaults(self.args)
-        wanted = Wanted(recipe, wanted_plan, prior, self.rows, self.missing, self.extend, defaults)
+        wanted = Wanted(recipe, wanted_plan, prior, self.rows, self.missing, self.extend, self.accept_recipe)
         with self.store.writing():
             manifest = reconcile(self.store, self.s3t_config, wanted)
         if cost_budget is not None:

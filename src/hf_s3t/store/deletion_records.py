@@ -1,0 +1,66 @@
+"""What a deletion puts on record, as another version of hf_s3t may have to read it: intents and receipts.
+
+Both carry a format number; those from before there was one are of format 1. What is optional has a default, so records
+of older versions are read. Of a newer format nothing is guessed: an intent that cannot be read says that something is
+deleted and not what, so nothing is served, trained or changed until a version reads it that knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import StateError
+from .manifest import DAMAGED, read_count
+
+INTENT_FORMAT = 1
+RECEIPT_FORMAT = 1
+REQUIRED = ("kind", "receipt", "places", "generation")
+OPTIONAL: dict[str, Any] = {"format": 1, "ids": {}, "groups": {}, "repo": None, "refresh_exports": False, "file": ""}
+"""Fields of an intent that need not be there. Its file has the name that it has."""
+
+
+def check_format(record: Mapping[str, Any], newest: int, what: str) -> None:
+    """Raises [`StateError`] if a record is of a newer format than this version reads, `ValueError` if of none."""
+    number = record.get("format", 1)
+    if read_count(number) > newest:
+        raise StateError(
+            f"{what} is of format {number}, and this version of hf_s3t reads up to {newest}: a newer version wrote "
+            "it. Upgrade hf_s3t; nothing goes on before."
+        )
+
+
+def check_fields(record: Mapping[str, Any], required: Iterable[str], known: Iterable[str]) -> None:
+    """Raises `ValueError` if a record lacks a field, or has one that its format does not know."""
+    absent, unknown = sorted({*required} - record.keys()), sorted(record.keys() - {*known})
+    if absent or unknown:
+        raise ValueError(f"it lacks {absent}" if absent else f"it has unknown fields {unknown}")
+
+
+def read_intent(data: Any, path: Path) -> dict[str, Any]:
+    """An intent with all its fields, its places as a set of `(shard, slice)`.
+
+    Args:
+        data (`dict`): what its file holds.
+        path (`Path`): the file.
+
+    Raises:
+        StateError: it is of a newer format, or damaged.
+    """
+    try:
+        check_format(data, INTENT_FORMAT, f"The begun deletion {path}")
+        check_format(data["receipt"], RECEIPT_FORMAT, f"The receipt in the begun deletion {path}")
+        check_fields(data, REQUIRED, (*REQUIRED, *OPTIONAL))
+        if data["kind"] not in ("delete", "readmit"):
+            raise ValueError(f"its kind is {data['kind']!r:.80}")
+        return {
+            **OPTIONAL, **data, "file": path.name, "generation": read_count(data["generation"]),
+            "receipt": {**data["receipt"], "receipt": str(data["receipt"]["receipt"])},
+            "places": {(read_count(shard), read_count(slice_id)) for shard, slice_id in data["places"]},
+        }  # fmt: skip
+    except DAMAGED as error:
+        raise StateError(
+            f"{path} is a deletion that was begun, and can not be read ({type(error).__name__} {error}). Nothing is "
+            "served, trained or changed until it is: restore it from a backup of the state."
+        ) from None

@@ -1,0 +1,162 @@
+"""How two recipes differ, which differences may be accepted, and what is claimed of a store where some were.
+
+A repair with other settings is refused, unless its user names each setting that may differ. Then two grades of claim
+part: what was deleted is in no stage, by construction and whatever the settings; what is trained from then on is no
+longer bit-equal to training from scratch. The manifest keeps what was accepted, for good. What a recipe holds is for
+`recipe.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from ..errors import RecipeError
+
+STRUCTURE = {
+    "base": "live stages were trained on that base, so their prefixes would be another model than on their day",
+    "config": "live stages and those to come are joined into one adapter, so they have to own the same parameters",
+    "partition": "it says which slice an example lies in, so a deletion would look in the wrong place",
+}
+"""Parts of a recipe that stay as they are, and why."""
+OUTSIDE = frozenset({"base.config.attention"})
+"""Settings of those parts that change last bits and nothing else: which kernel computes attention."""
+
+ABSENT = object()
+
+
+class Difference(NamedTuple):
+    """A setting that two recipes have otherwise, by its path; `ABSENT` where one does not know it."""
+
+    setting: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        if self.before is ABSENT:
+            return f"{self.setting}: the store does not know it, this run has {self.after!r}"
+        after = "does not know it" if self.after is ABSENT else repr(self.after)
+        return f"{self.setting}: the store has {self.before!r}, this run {after}"
+
+    def accepted(self, generation: int) -> Accepted:
+        """On record."""
+        before, after = (None if value is ABSENT else value for value in (self.before, self.after))
+        return Accepted(self.setting, before, after, generation)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A setting that was changed although stages live which were trained with another value.
+
+    Args:
+        setting (`str`): its path in the recipe.
+        before, after: its values; `None`, too, where one side did not know it.
+        generation (`int`): of the store when it was changed. What is trained from then on has the new value.
+    """
+
+    setting: str
+    before: Any
+    after: Any
+    generation: int
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.before!r}, since generation {self.generation} {self.after!r}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Accepted:
+        """Reads one strictly; an error of `manifest.DAMAGED` for anything else."""
+        accepted = cls(**data)
+        if type(accepted.generation) is not int or accepted.generation < 0 or why_not(accepted.setting):
+            raise ValueError(f"{data!r:.200} is no setting that was accepted")
+        return accepted
+
+
+NOT_BIT_EQUAL = "What is trained since is influence-free by construction, and not bit-equal to training from scratch"
+
+
+def why_not(setting: str) -> str | None:
+    """Why a difference in a setting can not be accepted; `None` where it can."""
+    return None if setting in OUTSIDE else STRUCTURE.get(setting.split(".")[0])
+
+
+def check_accept(accept: Any) -> None:
+    """Raises `ValueError` unless `accept` names single settings, none of which has to stay as it is."""
+    if isinstance(accept, str) or not isinstance(accept, Collection):
+        raise ValueError(
+            "`accept_recipe` must be a list of settings as the error names them, such as ['arguments.weight_decay'], "
+            f"got {accept!r:.80}."
+        )
+    for setting in accept:
+        if why_not(setting):
+            raise ValueError(f"A change of {setting!r} can not be accepted: {why_not(setting)}.")
+
+
+def check_same(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], accept: Collection[str] = ()
+) -> tuple[Difference, ...]:
+    """Compares two recipes.
+
+    An argument that one side does not know, because it came or went with a version of the Trainer, is no difference
+    where the other side knows that nobody set it. A field of the base's config that only one has is none either.
+
+    Args:
+        accept (`Collection[str]`): settings that may differ.
+
+    Returns:
+        `tuple[Difference, ...]`: what differs and was accepted.
+
+    Raises:
+        RecipeError: something else differs.
+    """
+    unset = {*stored.get(UNSET, ()), *wanted.get(UNSET, ())}
+    before, after = _comparable(stored, wanted)
+    differences = tuple(_differences(before, after, "", unset))
+    if any(found.setting not in accept or why_not(found.setting) for found in differences):
+        raise RecipeError(
+            "The settings differ from those that the store was trained with, so repaired stages would not be what "
+            "training from scratch gives:\n  " + "\n  ".join(map(str, differences)) + "\n" + _way_out(differences)
+        )
+    return differences
+
+
+UNSET = "unset"
+"""The part of a recipe that names the arguments which had their defaults. It is no setting itself."""
+
+
+def _way_out(differences: Iterable[Difference]) -> str:
+    names = [found.setting for found in differences]
+    fixed = {name: reason for name in names if (reason := why_not(name))}
+    if not fixed:
+        return (
+            f"Use the stored settings, train into another output_dir, or go on with these: accept_recipe={names}. "
+            f"{NOT_BIT_EQUAL}."
+        )
+    reasons = [f"{', '.join(n for n in fixed if fixed[n] == why)}: {why}" for why in dict.fromkeys(fixed.values())]
+    return f"Use the stored settings, or train into another output_dir. Not to be accepted are {'; '.join(reasons)}."
+
+
+def _comparable(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Recipes without what one of them does not name, as it was written before there was such a part."""
+    late = [name for name in ("user_values", "steering") if not all(name in recipe for recipe in recipes)]
+    kept = [{name: value for name, value in recipe.items() if name not in (UNSET, *late)} for recipe in recipes]
+    if not all("config" in recipe.get("base", ()) for recipe in kept):
+        kept = [{**recipe, "base": {**recipe.get("base", {}), "config": {}}} for recipe in kept]
+    return kept
+
+
+def _differences(stored: Any, wanted: Any, path: str, unset: Collection[str]) -> Iterable[Difference]:
+    if not (isinstance(stored, Mapping) and isinstance(wanted, Mapping)):
+        if stored != wanted:
+            yield Difference(path, stored, wanted)
+        return
+    for name in sorted(stored.keys() | wanted.keys()):
+        below = f"{path}.{name}" if path else name
+        if name in stored and name in wanted:
+            yield from _differences(stored[name], wanted[name], below, unset)
+        elif below not in unset and not below.startswith("base.config."):
+            yield Difference(below, stored.get(name, ABSENT), wanted.get(name, ABSENT))
