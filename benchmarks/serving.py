@@ -21,7 +21,7 @@ its CPU time is taken: on an idle machine that is the time that passes, and othe
 Forgetting, each time with an id that its shard's served prefix contains:
 
 * `live_deletion_over_copy`: the time until an idle model in memory has forgotten, over reading and copying alone. It
-  begins when `S3TStore.delete` calls `when_durable`: the intent is durable and nothing else has been done. It ends
+  begins when the store tells the ensemble of it: the intent is durable and nothing else has been done. It ends
   when the base model begins the first answer on the new weights; that answer's own time is not in it. The reference
   is `safetensors.torch.load_file` of the stages that the new prefix needs and the model lacks, `copy_` into tensors
   of the same shapes, and `zero_` of what goes. Files are in the page cache. Three kinds of deletion: `other`, another

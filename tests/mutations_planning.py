@@ -24,7 +24,7 @@ PLANNING = (
      (("    chances = first_slice_chances(plan, prior, trained)\n    return LifeLeft",
        "    chances = first_slice_chances(plan, prior)\n    return LifeLeft"),),
      (STATUS + "says_how_many_requests_are_left",)),
-    (11, "the prior that is given to status is not looked at", "store/store.py",
+    (11, "the prior that is given to status is not looked at", "store/status.py",
      (('"given": manifest.deletion_prior if prior is None else prior}', '"given": manifest.deletion_prior}'),),
      (STATUS + "says_how_many_requests_are_left",)),
     (11, "a monitor is told that all is well", "cli/main.py",

@@ -16,7 +16,7 @@ BATCHES = T + "a_batch_that_is_not_its_rows_is_refused"
 SPEED = (
     (3, "a deletion leaves the states of its slice", "store/activation_blocks.py",
      (("if name is None or name.place in hit:", "if name is None:"),), (LEFT + LLAMA,)),
-    (3, "a deletion with the state elsewhere leaves states in the folder", "store/deletion.py",
+    (3, "a deletion with the state elsewhere leaves states in the folder", "store/sweep.py",
      (('        privates.add(folder.path / ".s3t")\n', "        pass\n"),),
      (T + "a_deletion_with_the_state_elsewhere_takes_its_states_along",)),
     (3, "states of a slice that a deletion hits meanwhile are kept", "training/trunk_cache.py",

@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from hf_s3t import S3TStore, S3TTrainer
 from hf_s3t.cli.tables import show_status
 from hf_s3t.store.audit import verify
-from hf_s3t.store.deletion import versions
+from hf_s3t.store.receipts import versions
 from hf_s3t.store.state import stack_line
 from trained_stores import ROWS, edit_json, make_trainer, tree
 

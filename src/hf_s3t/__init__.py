@@ -31,7 +31,7 @@ if typing.TYPE_CHECKING:
     from .plan.tree import Plan, Stage
     from .planner.planner import S3TPlanner
     from .serving.ensemble import S3TEnsemble
-    from .store.deletion import Receipt
+    from .store.receipts import Receipt
     from .store.store import S3TStore
     from .training.trainer import S3TMixin, S3TTrainer
 
@@ -61,7 +61,7 @@ __all__ = [
 
 _HOMES = {
     "Plan": "plan.tree",
-    "Receipt": "store.deletion",
+    "Receipt": "store.receipts",
     "S3TConfig": "lora.config",
     "S3TEnsemble": "serving.ensemble",
     "S3TMixin": "training.trainer",

@@ -436,13 +436,6 @@ def locate(state, name, repo="owner/m"):
     return S3TStore(repo, state=state).locate(ids=[name])[0].places[0]
 
 
-def test_pushing_can_not_be_left_out(server, machine, tmp_path):
-    machine(make_and_push, path=tmp_path / "out")
-    with pytest.raises(Failed, match="ValueError: .*`push=False`"):
-        machine(delete, state=tmp_path / "out/.s3t", ids=["row-3"], push=False)
-    assert len(server.repository("owner/m").log()) == 2
-
-
 def test_without_a_state_slices_can_be_deleted_and_ids_can_not(server, machine, newcomer, tmp_path):
     machine(make_and_push, path=tmp_path / "out")
     for key in (None, KEY.hex()):

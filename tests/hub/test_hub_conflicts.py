@@ -120,7 +120,7 @@ def dies(path, when, name):
         os._exit(9)
 
     if when == "before the receipt":
-        deletion._append_receipt = struck
+        deletion.append_receipt = struck
     else:
         HfApi.create_commit = struck
     return delete_there(f"{path}/.s3t", ids=[name])

@@ -81,7 +81,7 @@ def work(path, seconds, seed, mine):
                 digest = mine.pop()
                 there = draw.random() < 0.5
                 deleted.append(digest)
-                (S3TStore("owner/m", state=store.private) if there else store).delete(digests=[digest])
+                (S3TStore("owner/m", state=store.private) if there else store)._delete({"digests": [digest]})
             done[what] += 1
         except StoreError as error:
             if "committed first" not in str(error):

@@ -395,7 +395,7 @@ def test_an_open_intent_is_obeyed(store: S3TStore, ensemble: S3TEnsemble, tmp_pa
     def look() -> None:
         seen.append(list(other.private.glob("intents/*.json"))[0].read_text())
 
-    other.delete(slices=[(0, 0)], when_durable=look)
+    other._delete({"slices": [(0, 0)]}, when_durable=look)
     (store.private / "intents").mkdir(exist_ok=True)
     (store.private / "intents" / json.loads(seen[0])["file"]).write_text(seen[0])  # as a killed writer leaves it
     assert ensemble.refresh() is True

@@ -10,9 +10,9 @@ import pytest
 
 from hf_s3t import Plan, S3TStore, StoreError, UnknownExampleError
 from hf_s3t.serving.loading import read_members
-from hf_s3t.store.deletion import LIMITS, read_receipts
 from hf_s3t.store.manifest import NOT_KNOWN
 from hf_s3t.store.partition import keyed_digest
+from hf_s3t.store.receipts import LIMITS, read_receipts
 from stores import Known, make_store, people, stage_folders, tree
 
 FORK = multiprocessing.get_context("fork")
@@ -189,7 +189,7 @@ def test_a_line_that_a_crash_cut_short_spoils_only_itself(store, known):
 def test_a_request_that_can_not_be_met_changes_nothing(store, request_, error, message, dry_run):
     before = tree(store.path)
     with pytest.raises(error, match=message):
-        store.delete(**request_, dry_run=dry_run)
+        store._delete(request_, dry_run=dry_run)
     assert tree(store.path) == before
 
 
@@ -358,13 +358,13 @@ def test_when_it_is_durable_the_caller_is_told_once_and_before_anything_goes(sto
         assert {name for name in now if before.get(name) != now[name]} == {f".s3t/intents/{intent['file']}"}
 
     request_ = {"ids": [known.at(0, 1)[0]]}
-    assert store.delete(**request_, dry_run=True, when_durable=look) and not looks
-    receipt = store.delete(**request_, when_durable=look)
+    assert store._delete(request_, dry_run=True, when_durable=look) and not looks
+    receipt = store._delete(request_, when_durable=look)
     assert looks == [(receipt.generation, {0: (2, 0), 1: (0, 1, 2)})] and store.manifest().generation == 1
-    for nothing in (request_, {"ids": ["nobody"], "missing_ok": True}):
-        assert store.delete(**nothing, when_durable=look).status == "unchanged"
+    for nothing in (request_, {"ids": ["nobody"]}):
+        assert store._delete(nothing, missing_ok=True, when_durable=look).status == "unchanged"
     with pytest.raises(UnknownExampleError):
-        store.delete(ids=["nobody"], when_durable=look)
+        store._delete({"ids": ["nobody"]}, when_durable=look)
     assert len(looks) == 1
 
 
@@ -375,7 +375,7 @@ def test_what_the_caller_raises_then_keeps_nothing_from_being_deleted(store, kno
 
     expected = spared(store, (0, 1))
     with pytest.raises(error, match="the model is gone"):
-        store.delete(ids=[known.at(0, 1)[0]], when_durable=fail)
+        store._delete({"ids": [known.at(0, 1)[0]]}, when_durable=fail)
     assert stage_folders(store.path) == expected and not store.intents()
     assert [receipt["status"] for receipt in read_receipts(store)] == ["inactive"]
     assert store.delete(ids=[known.at(0, 1)[0]]).status == "unchanged"

@@ -12,7 +12,7 @@ import pytest
 import models
 import trained_stores
 from hf_s3t import S3TEnsemble, S3TStore, StateError
-from hf_s3t.store.deletion import LIMITS, Receipt, read_receipts
+from hf_s3t.store.receipts import LIMITS, Receipt, read_receipts
 from stores import make_store, tree
 from trained_stores import edit_json
 
@@ -121,7 +121,7 @@ def test_an_intent_on_disk_names_its_format_and_its_receipts(tmp_path):
         (file,) = (store.private / "intents").iterdir()
         seen.append(json.loads(file.read_text()))
 
-    store.delete(ids=["row-1"], when_durable=read)
+    store._delete({"ids": ["row-1"]}, when_durable=read)
     (intent,) = seen
     line = json.loads((store.private / "receipts.jsonl").read_text())
     assert intent["format"] == intent["receipt"]["format"] == line["format"] == 1

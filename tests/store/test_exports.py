@@ -27,8 +27,8 @@ from transformers import (
 import models
 from conftest import REPOSITORY
 from hf_s3t import Receipt, S3TEnsemble, S3TStore, Stage, StateError, StoreError
-from hf_s3t.store.deletion import read_receipts
 from hf_s3t.store.export_records import read_exports
+from hf_s3t.store.receipts import read_receipts
 from stores import tree
 from trainers import BASES, batch, logits, make_trainer
 
@@ -381,18 +381,18 @@ def test_a_second_request_makes_anew_what_the_first_left(open_store, tmp_path):
     store, folder = open_store("one shard")
     store.export(tmp_path / "root")
     digest = next(digest for digest, entry in store.index().items() if entry[:2] == (0, 0))
-    assert store.delete(digests=[digest]).exports == [str(tmp_path / "root")]
-    again = store.delete(digests=[digest])
+    assert store._delete({"digests": [digest]}).exports == [str(tmp_path / "root")]
+    again = store._delete({"digests": [digest]})
     assert (again.status, again.exports) == ("unchanged", [str(tmp_path / "root")])
     called = []
-    last = store.delete(digests=[digest], refresh_exports=True, when_durable=lambda: called.append(1))
+    last = store._delete({"digests": [digest]}, refresh_exports=True, when_durable=lambda: called.append(1))
     assert (last.status, last.exports, last.exports_refreshed) == ("unchanged", [], [str(tmp_path / "root")])
-    assert not called and store.delete(digests=[digest]).exports == []
+    assert not called and store._delete({"digests": [digest]}).exports == []
     model = AutoModelForCausalLM.from_pretrained(folder)
     make_trainer(store.path, model=model, config=SHAPES["one shard"][1]).train()
     store.export(tmp_path / "repaired")
     assert "shard-00/0" in read_exports(store)[str(tmp_path / "repaired")].stages
-    assert store.delete(digests=[digest]).exports == [], "the same stages, trained without it"
+    assert store._delete({"digests": [digest]}).exports == [], "the same stages, trained without it"
 
 
 def test_a_receipt_and_an_intent_of_before_still_load(open_store, tmp_path):
@@ -434,7 +434,7 @@ def influence(path: Path, carried: set[str]) -> bool:
 
 @pytest.mark.slow
 def test_killed_at_any_instant_no_copy_carries_the_influence_unreported(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_s3t.store.deletion._receipt_name", lambda: "receipt-1")  # it is in the manifest
+    monkeypatch.setattr("hf_s3t.store.deletion.receipt_name", lambda: "receipt-1")  # it is in the manifest
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     made_store = made("one shard")
     folder, first = made_store.parent / "llama", tmp_path / "first"

@@ -11,9 +11,9 @@ import pytest
 
 from hf_s3t import Plan, Stage, StateError, StoreError
 from hf_s3t.files import json_bytes
-from hf_s3t.store.deletion import _with_tombstones
 from hf_s3t.store.manifest import FORMAT, Event, Manifest, merged, places_beyond
 from hf_s3t.store.state import State, Tombstone, key_check_value, united
+from hf_s3t.store.tombstones import with_tombstones
 
 HASH = "0123456789abcdef" * 4
 LOG = {f"receipt-{number}": Event(((0, number),), number > 0) for number in range(3)}
@@ -215,7 +215,7 @@ def test_states_joined_in_any_order_forget_no_deletion(seed):
             name = f"receipt-{draw.random()}"
             places = [(0, draw.randrange(2))] if act == "delete" else []
             receipt = {"kind": act, "receipt": {"receipt": name}, "places": places}
-            states[here] = _with_tombstones(states[here], {**receipt, "ids": {digest: places}, "groups": {}})
+            states[here] = with_tombstones(states[here], {**receipt, "ids": {digest: places}, "groups": {}})
             if act == "delete":
                 about[name] = digest
             else:

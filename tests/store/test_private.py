@@ -65,7 +65,7 @@ def test_everything_that_is_written_is_its_owners_alone(tmp_path, apart):
         looked.extend(path.name for path in private.rglob("*"))
         assert open_to_others(private) == {}
 
-    store.delete(ids=["row-1"], reference="DSR-1", when_durable=look)
+    store._delete({"ids": ["row-1"]}, reference="DSR-1", when_durable=look)
     assert {"intents", "write.lock", "write.holder", "state.json", "index.json", "partition.key"} <= {*looked}
     assert open_to_others(private) == {}, "the receipt, before anything else is written"
     store.readmit(ids=["row-1"])
@@ -184,7 +184,7 @@ def test_who_may_not_look_into_the_state_is_told_and_served_nothing(reachable, l
 def test_a_file_of_the_state_that_only_another_user_reads_is_named(reachable):
     store = make_store(reachable / "out")
     with pytest.raises(RuntimeError):
-        store.delete(ids=["row-1"], when_durable=lambda: interrupted(store))
+        store._delete({"ids": ["row-1"]}, when_durable=lambda: interrupted(store))
     (intent,) = (reachable / "intents").iterdir()
     (store.private / "intents" / intent.name).write_bytes(intent.read_bytes())
     for folder in (store.private, store.private / "intents"):

@@ -15,7 +15,7 @@ import pytest
 from hf_s3t import Plan, S3TStore, Stage, StoreError
 from hf_s3t.serving.loading import read_members
 from hf_s3t.store import deletion
-from hf_s3t.store.deletion import read_receipts
+from hf_s3t.store.receipts import read_receipts
 from stores import PASSING, Known, make_store, stage_folders, tree
 
 CHANGES = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir")
@@ -88,7 +88,7 @@ def made(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def same_names(monkeypatch) -> None:
     """Receipts are named at random, and tombstones name their receipt."""
-    monkeypatch.setattr(deletion, "_receipt_name", lambda: "receipt-of-the-test")
+    monkeypatch.setattr(deletion, "receipt_name", lambda: "receipt-of-the-test")
 
 
 @pytest.fixture(autouse=True)

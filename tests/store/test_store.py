@@ -14,7 +14,7 @@ from hf_s3t import Plan, S3TStore, Stage, StateError, StoreError, UnknownExample
 from hf_s3t.lora.adapter import average, join
 from hf_s3t.plan.sequences import cyclic
 from hf_s3t.serving.loading import read_members
-from hf_s3t.store.deletion import read_receipts
+from hf_s3t.store.receipts import read_receipts
 from stores import KEY, Known, make_store, stage_adapter, stage_folders, tree
 
 

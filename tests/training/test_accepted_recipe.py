@@ -15,8 +15,8 @@ from rich.console import Console
 from hf_s3t import RecipeError, S3TStore, StoreError
 from hf_s3t.cli.tables import show_status
 from hf_s3t.store.audit import verify
-from hf_s3t.store.deletion import LIMITS, read_receipts
 from hf_s3t.store.manifest import Manifest
+from hf_s3t.store.receipts import LIMITS, read_receipts
 from hf_s3t.store.recipe_differences import NOT_BIT_EQUAL, Accepted
 from hf_s3t.store.sync import check_same_store
 from hf_s3t.training.retrain import retrain_and_compare

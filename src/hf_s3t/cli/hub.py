@@ -28,9 +28,10 @@ def unpurged_of(store: S3TStore) -> dict[str, list[str]]:
     Of a folder what its receipts say, without asking the Hub. A repository is asked for what was deleted elsewhere,
     or in a folder and pushed since; what was deleted from it here stays open until a purge from here.
     """
-    from ..store.deletion import read_receipts, state_or_none
     from ..store.manifest import merged
+    from ..store.receipts import read_receipts
     from ..store.sources import RepoSource
+    from ..store.tombstones import state_or_none
 
     receipts = read_receipts(store)
     if not isinstance(store.source, RepoSource):

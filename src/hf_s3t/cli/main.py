@@ -172,8 +172,8 @@ def delete(
         digests = digests_not_in(store, not_in, share) if not_in else []
         if not_in and not any((digests, *wanted.values(), places)):
             return Outcome(path, DONE, None, f"Every example of {path} is in {not_in}. Nothing was changed.")
-        receipt = store.delete(
-            wanted["ids"], wanted["groups"], slices=places, digests=digests,
+        receipt = store._delete(
+            {**wanted, "slices": places, "digests": digests},
             dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
             purge=purge, keep_refs=kept_refs(keep_refs, drop_refs),
         )  # fmt: skip

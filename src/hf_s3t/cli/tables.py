@@ -14,9 +14,9 @@ from .options import WIDTH
 if TYPE_CHECKING:
     from ..plan.life import LifeLeft
     from ..store.audit import VerifyReport
-    from ..store.deletion import Receipt
     from ..store.exports import Export
-    from ..store.store import Location, Status
+    from ..store.receipts import Receipt
+    from ..store.status import Location, Status
 
 UNKNOWN = "unknown: the state is not here"
 NONE: Mapping[str, Sequence[str]] = {}

@@ -22,8 +22,8 @@ from ..lora.adapter import WEIGHTS_FILE
 from ..plan.tree import Stage
 from ..seams.answering import caches_in, introduce_to_pipelines
 from ..store.base_model import check_base, load_base
-from ..store.deletion import Receipt
 from ..store.manifest import Manifest
+from ..store.receipts import Receipt
 from ..store.store import S3TStore
 from .averages import Combine
 from .gate import Gate
@@ -221,8 +221,9 @@ class S3TEnsemble(nn.Module):
         files are removed. Running answers are waited for. Arguments, return value and errors are those of
         [`S3TStore.delete`]; other copies of the model [`refresh`].
         """
+        asked = {"ids": ids, "groups": groups, "rows": rows, "slices": slices}
         self._gate.check_outside()
-        receipt = self._own_store().delete(ids, groups, rows, slices, when_durable=self._follow_deletion, **kwargs)
+        receipt = self._own_store()._delete(asked, when_durable=self._follow_deletion, **kwargs)
         if not kwargs.get("dry_run"):
             self._follow_deletion()  # nothing is left to do, unless it had been deleted elsewhere before
         return receipt

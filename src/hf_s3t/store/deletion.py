@@ -7,127 +7,31 @@ same. The files themselves are `folder.py`'s.
 
 from __future__ import annotations
 
-import datetime
-import json
 import logging
-import os
-import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from functools import cache, partial
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from ..errors import StateError, StoreError, UnknownExampleError
-from ..files import PRIVATE, json_bytes, read_json, remove, sync_folder
+from ..errors import StoreError, UnknownExampleError
+from ..files import json_bytes, remove
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
-from ..plan.tree import Stage
-from .activation_blocks import sweep_activations
-from .deletion_records import INTENT_FORMAT, RECEIPT_FORMAT, check_fields, check_format
+from .deletion_records import INTENT_FORMAT
 from .export_records import carrying
 from .exports import settle
-from .folder import MAX_MANIFEST_BYTES, StoreFolder
-from .manifest import DAMAGED, NOT_KNOWN, Event, Log, Manifest, merged, places_beyond
-from .partition import Index, count_by_place
-from .recipe_differences import NOT_BIT_EQUAL
+from .folder import StoreFolder
+from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
+from .partition import count_by_place
+from .receipts import Receipt, append_receipt, limits_of, now, read_receipts, receipt_name, versions
 from .requests import Place, Request
-from .sources import TOMBSTONES, FolderSource, RepoSource, on_top
-from .state import State, Tombstone, united
+from .sources import TOMBSTONES, on_top
+from .state import State, Tombstone
 from .state_files import INTENTS
+from .sweep import sweep
+from .tombstones import absorb, clear_index, event_of, put_tombstones, state_or_none, with_tombstones
 
 logger = logging.getLogger(__name__)
-
-LIMITS = (
-    "Nothing is said of what the base model saw in pretraining.",
-    "Copies that others made, dataset caches, experiment trackers and backups outside the store are not reached.",
-    "A request that was chosen by looking at the model is not covered.",
-    "Numbers that user code computed from the whole train set (class weights, statistics) keep what they saw.",
-    "Until repair the model misses whole slices; only after repair is it what training without the examples gives.",
-)
-
-
-def limits_of(manifest: Manifest) -> tuple[str, ...]:
-    """What a receipt of a store does not say; where settings were changed, a repair is of the lower grade of claim."""
-    if not manifest.accepted:
-        return LIMITS
-    names = ", ".join(dict.fromkeys(accepted.setting for accepted in manifest.accepted))
-    changed = f"Until repair the model misses whole slices. Settings were changed ({names}). {NOT_BIT_EQUAL}."
-    return (*LIMITS[:-1], changed)
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a deletion found and did. Kept in `.s3t/receipts.jsonl`, never published.
-
-    Args:
-        receipt (`str`): its own name.
-        kind (`str`): `"delete"` or `"readmit"`.
-        status (`str`): `"dry run"`, `"unchanged"` (all was deleted before), or `"inactive"`: no longer served by this
-            store since `inactive_since`. Of a repository `"inactive_at_head"` until a purge, and `"no_longer_served"`
-            once every probe after it says so.
-        requested_at, inactive_since (`str`): UTC times in ISO 8601. What is `"unchanged"` has been inactive since the
-            earlier deletion; `None` where that was made elsewhere.
-        asked, found, already_deleted (`int`): numbers of ids, groups, rows or slices in the request.
-        examples (`int`): examples that the request covers and that were in the index; `None`: the state is not here.
-        dark_examples (`int`): other examples whose slices this took out of service until repair; `None` likewise.
-        deleted_by (`list[str]`): names of the deletions that were there before, of what was deleted already.
-        stages_removed (`dict[str, dict[str, str]]`): sha256 per file of each removed stage.
-        served_before, served_after (`dict[str, list[int]]`): served prefix per live shard.
-        exports (`list[str]`): exported copies that still carry the influence.
-        exports_refreshed (`list[str]`): exported copies that were made anew from what is live.
-        exports_removed (`list[str]`): exported copies of which nothing was live, and whose files were removed.
-        repository (`str`, *optional*): the repository that it was asked of; `None`: a folder.
-        still_served_at (`list[str]`): revisions of that repository that still serve what it is about, until a purge.
-        caches (`list[str]`): files of the datasets cache, outside the store, that may hold the text.
-    """
-
-    receipt: str
-    kind: str
-    status: str
-    requested_at: str
-    generation: int
-    asked: int = 0
-    found: int = 0
-    already_deleted: int = 0
-    examples: int | None = 0
-    dark_examples: int | None = 0
-    deleted_by: list[str] = field(default_factory=list)
-    inactive_since: str | None = None
-    reference: str | None = None
-    stages_removed: dict[str, dict[str, str]] = field(default_factory=dict)
-    served_before: dict[str, list[int]] = field(default_factory=dict)
-    served_after: dict[str, list[int]] = field(default_factory=dict)
-    exports: list[str] = field(default_factory=list)
-    exports_refreshed: list[str] = field(default_factory=list)
-    exports_removed: list[str] = field(default_factory=list)
-    repository: str | None = None
-    still_served_at: list[str] = field(default_factory=list)
-    caches: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-    limits: tuple[str, ...] = LIMITS
-    format: int = RECEIPT_FORMAT
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Any) -> Receipt:
-        """Reads a receipt of any version up to this one.
-
-        Raises:
-            StateError: it is of a newer one, or damaged.
-        """
-        try:
-            check_format(data, RECEIPT_FORMAT, f"Receipt {data.get('receipt')}")
-            required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-            check_fields(data, required, [f.name for f in fields(cls)])
-        except DAMAGED as error:
-            raise StateError(f"A receipt can not be read ({error}). Restore the state from a backup.") from None
-        return cls(**data)
-
 
 def _alike(request: Request) -> str:
     """A sentence on what looks like something that was asked for, and is something else."""
@@ -140,9 +44,9 @@ def delete(
     folder: StoreFolder,
     request: Request,
     *,
-    reference: str | None,
-    missing_ok: bool,
-    dry_run: bool,
+    reference: str | None = None,
+    missing_ok: bool = False,
+    dry_run: bool = False,
     refresh_exports: bool = False,
     when_durable: Callable[[], None] | None = None,
 ) -> Receipt:
@@ -166,7 +70,7 @@ def delete(
         since = [earlier[name] for name in receipt.deleted_by if name in earlier]
         last = max(since) if len(since) == len(receipt.deleted_by) > 0 else None  # made elsewhere: not known here
         receipt = replace(receipt, status="unchanged", inactive_since=last, still_served_at=reached, **copies)
-        return _append_receipt(folder, receipt)
+        return append_receipt(folder, receipt)
     intent = {
         "kind": "delete",
         "receipt": receipt.to_json(),
@@ -191,7 +95,7 @@ def readmit(folder: StoreFolder, request_digests: Mapping[str, str], reference: 
     """Lifts tombstones (`digest -> "id" | "group"`). Examples come back when they are handed to a training again."""
     manifest = folder.manifest()
     receipt = Receipt(
-        _receipt_name(), "readmit", "readmitted", _now(), manifest.generation + 1, reference=reference,
+        receipt_name(), "readmit", "readmitted", now(), manifest.generation + 1, reference=reference,
         asked=len(request_digests), found=len(request_digests), versions=versions(), limits=(),
     )  # fmt: skip
     intent = {
@@ -223,7 +127,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
     hit = {place for places in request.ids.values() for place in places}
     dark = None if counts is None else max(sum(counts[place] for place in {*lost, *hit}) - deleted, 0)
     return Receipt(
-        receipt=_receipt_name(), kind="delete", status="inactive", requested_at=_now(),
+        receipt=receipt_name(), kind="delete", status="inactive", requested_at=now(),
         generation=generation, asked=request.asked,
         found=request.asked - request.already - len(request.unknown), already_deleted=request.already,
         examples=None if counts is None else deleted, dark_examples=dark, reference=reference,
@@ -251,9 +155,9 @@ def _look_again(folder: StoreFolder) -> None:
 def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     manifest, state = folder.manifest(), state_or_none(folder)
     receipt = Receipt.from_json(intent["receipt"])
-    log = merged(manifest.log, {receipt.receipt: _event(intent, state)})
+    log = merged(manifest.log, {receipt.receipt: event_of(intent, state)})
     if state is not None:
-        state = _with_tombstones(state, intent)
+        state = with_tombstones(state, intent)
         log = merged(log, state.log)
     hit = places_beyond(log, manifest.log)
     if log != manifest.log:  # else it had been carried out, and was interrupted afterwards
@@ -264,7 +168,7 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     sweep(folder, manifest, hit | {tuple(place) for place in intent["places"]})
     if state is not None:
         folder.write_state(state.only(manifest.stages))
-        _clear_index(folder, intent)
+        clear_index(folder, intent)
     copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
     reached = folder.source.reached({tuple(place) for place in intent["places"]}, manifest.weights)
     at_head = folder.source.repo_id is not None and receipt.kind == "delete"
@@ -273,115 +177,13 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
         receipt,
         status=status,
         generation=manifest.generation,
-        inactive_since=_now(),
+        inactive_since=now(),
         still_served_at=reached,
         **copies,
     )
-    receipt = _append_receipt(folder, receipt)
+    receipt = append_receipt(folder, receipt)
     remove(folder.private / INTENTS / intent["file"])
     return receipt
-
-
-def travelling(there: StoreFolder, key: bytes) -> State | None:
-    """The tombstones that travel in a repository; `None` where none do, or where somebody without the key wrote them.
-
-    They may be of another time than its manifest: old ones say nothing that is not so.
-    """
-    if not isinstance(there.source, RepoSource) or not there.source.has(TOMBSTONES):
-        return None
-    path = there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES)  # where it can not be fetched nothing goes on
-    try:
-        data = read_json(path, MAX_MANIFEST_BYTES)
-        return State.from_tombstones_json(data, key)
-    except (StateError, StoreError) as error:  # a deletion must not wait for somebody who repairs that file
-        logger.warning("the tombstones in %s are not looked at: %s", there.path, error)
-        return None
-
-
-def absorb(folder: StoreFolder, there: StoreFolder) -> None:
-    """Takes over events and tombstones that the state has not, from a manifest and from what travels beside it.
-
-    Runs under the store's write lock.
-
-    Raises:
-        StateError: the state is of another store.
-    """
-    ours = state_or_none(folder)
-    if ours is None or not there.exists:
-        return
-    manifest, state = there.manifest(), ours
-    if ours.key_check not in ("", manifest.key_check):
-        raise StateError(f"The state in {folder.private} is of another store than {there.path}. Name its own state.")
-    theirs = travelling(there, folder.key) if folder.has_key else None
-    if theirs is not None:
-        state = united(state, theirs)
-    index = folder.index() if folder.has_index else {}
-    state = bury(state, merged(manifest.log, state.log), ours.log, index)
-    if state != ours:
-        folder.write_state(state)
-    live = {digest: entry for digest, entry in index.items() if not state.buries(digest, entry.group)}
-    if live != index:
-        folder.write_index(live)
-    if folder is not there:
-        recover(folder)  # the state may now be ahead of the manifest
-
-
-def bury(state: State, log: Log, known: Log, index: Index) -> State:
-    """The state with tombstones for the examples of slices that somebody deleted without a state.
-
-    Args:
-        log (`dict[str, Event]`): the events to look at.
-        known (`dict[str, Event]`): those of them that this index has been held against.
-    """
-    for name, event in log.items():
-        if not event.named and name not in known:
-            events = merged(state.log, {name: event})
-            state = replace(state, log=events, generation=len(events))
-            ids = {d: [entry[:2]] for d, entry in index.items() if entry[:2] in event.places and d not in state.ids}
-            if ids:  # under a name of its own: other indexes have other examples there, and must not lift these
-                places = {place for found in ids.values() for place in found}
-                about = {"kind": "delete", "receipt": {"receipt": _receipt_name()}, "places": places}
-                state = _with_tombstones(state, {**about, "ids": ids, "groups": {}})
-    return state
-
-
-def put_tombstones(folder: StoreFolder, state: State, key: bytes) -> None:
-    """Lets tombstones travel with the next commit of a repository."""
-    folder.source.put(TOMBSTONES, json_bytes(state.tombstones_json(key)))
-
-
-def state_or_none(folder: StoreFolder) -> State | None:
-    """The state, where it is not lost: `delete(slices=...)` removes stages all the same."""
-    try:
-        return folder.state()
-    except StateError:
-        return None
-
-
-def _event(intent: Mapping[str, Any], state: State | None) -> Event:
-    named = state is not None and bool(intent["ids"] or intent["groups"])
-    return Event(tuple(sorted(map(tuple, intent["places"]))), named)
-
-
-def _clear_index(folder: StoreFolder, intent: Mapping[str, Any]) -> None:
-    if intent["kind"] == "delete" and folder.has_index:
-        folder.write_index({d: entry for d, entry in folder.index().items() if d not in intent["ids"]})
-
-
-def _with_tombstones(state: State, intent: Mapping[str, Any]) -> State:
-    name, none = intent["receipt"]["receipt"], Tombstone({}, 0)
-    if name in state.log:  # it was interrupted, and others may have lifted some of it since
-        return state
-    log, ids, groups = {**state.log, name: _event(intent, state)}, dict(state.ids), dict(state.groups)
-    for kind, standing in (("ids", ids), ("groups", groups)):
-        for digest, places in intent[kind].items():
-            if intent["kind"] == "readmit":
-                standing.pop(digest, None)
-            else:
-                found = tuple((shard, slice_id) for shard, slice_id in places)
-                deletions = standing.get(digest, none).deletions
-                standing[digest] = Tombstone({**deletions, name: found}, len(log))
-    return replace(state, generation=len(log), ids=ids, groups=groups, log=log)
 
 
 def _rewrite(folder: StoreFolder, manifest: Manifest, state: State | None) -> Manifest:
@@ -403,44 +205,10 @@ def _rewrite(folder: StoreFolder, manifest: Manifest, state: State | None) -> Ma
     return manifest
 
 
-def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ()) -> None:
-    """Removes every file that the manifest does not account for, and all scratch that was computed from `places`."""
-    hit = set(places)
-    privates = {folder.private}
-    if isinstance(folder.source, FolderSource):  # its trainings left their scratch there, wherever the state is now
-        privates.add(folder.path / ".s3t")
-    for private in privates:
-        _sweep_running(private, hit)
-        sweep_activations(private, hit, folder.index if folder.has_index else None)
-    if not isinstance(folder.source, FolderSource):  # a commit has what its manifest says
-        return
-    for shard in folder.path.glob("shard-*"):
-        if shard.is_symlink():  # never ours, and what it leads to is not the store's to remove
-            remove(shard)
-    for path in [*folder.path.glob("shard-*/*"), *folder.path.glob("shard-*/.*")]:
-        try:
-            stage = Stage.from_name(path.relative_to(folder.path).as_posix())
-        except ValueError:
-            stage = None
-        if stage is None or stage not in manifest.stages or stage.slices & hit:
-            remove(path)
-    for shard in folder.path.glob("shard-*"):
-        if shard.is_dir() and not any(shard.iterdir()):
-            shard.rmdir()
-    scratch = (private / "scratch" for private in privates)
-    for scrap in [*folder.path.glob(".*.tmp"), *folder.path.glob(".s3t/**/.*.tmp"), *scratch]:
-        remove(scrap)
-
-
-def _sweep_running(private: Path, hit: set[Place]) -> None:
-    for running in (private / "running").glob("*"):
-        try:
-            stage = Stage.from_name(running.name.replace("_", "/"))
-        except ValueError:
-            remove(running)
-            continue
-        if stage.slices & hit:
-            remove(running)
+def take_over(folder: StoreFolder, there: StoreFolder) -> None:
+    """Obeys the deletions that another copy of the store knows of. Runs under the write lock."""
+    absorb(folder, there)
+    recover(folder)  # the state may now be ahead of the manifest
 
 
 def recover(folder: StoreFolder) -> None:
@@ -452,8 +220,8 @@ def recover(folder: StoreFolder) -> None:
         if intent.get("repo") == folder.source.repo_id:
             carry_out(folder, intent)
         elif state is not None:  # whoever opens that repository ends it; what it is about is obeyed here, too
-            folder.write_state(_with_tombstones(state, intent))
-            _clear_index(folder, intent)
+            folder.write_state(with_tombstones(state, intent))
+            clear_index(folder, intent)
     if folder.exists:
         on_top(partial(_obey, folder), partial(_look_again, folder))
         _obey_beside(folder)
@@ -492,49 +260,5 @@ def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]
     return intent
 
 
-def _append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
-    """Appends a receipt unless it is there already, which it may be after an interruption."""
-    if not any(known["receipt"] == receipt.receipt for known in read_receipts(folder)):
-        path = folder.private_folder() / "receipts.jsonl"
-        with open(path, "a", encoding="utf-8", opener=partial(os.open, mode=PRIVATE)) as file:
-            # The newline comes first: a line that a crash cut short then spoils only itself.
-            file.write(("\n" if file.tell() else "") + json.dumps(receipt.to_json(), sort_keys=True))
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(folder.private)
-    return receipt
-
-
-def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
-    """Every receipt, oldest first; a line that a crash cut short is left out.
-
-    Raises:
-        StateError: a newer version of hf_s3t wrote one.
-    """
-    path = folder.private / "receipts.jsonl"
-    found = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-        found[-1] = Receipt.from_json(found[-1]).to_json()
-    return found
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of what computed. Do not change it: it is looked up once."""
-    return {name: version(name) for name in ("hf_s3t", "torch", "transformers", "peft", "accelerate")}
-
-
 def _served_json(served: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
     return {str(shard): list(prefix) for shard, prefix in sorted(served.items())}
-
-
-def _receipt_name() -> str:
-    return f"receipt-{secrets.token_hex(6)}"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -6,108 +6,33 @@ and first finishes what an interrupted writer left (`deletion.py`). Files and fo
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import S3TError, StateError, StoreError, UnknownExampleError
-from ..files import PRIVATE, json_bytes, read_json, write_atomic
+from ..errors import S3TError, StoreError, UnknownExampleError
+from ..files import PRIVATE, json_bytes, write_atomic
 from ..hub.purge_report import SECONDS, PurgeReport
-from ..plan.life import LifeLeft, life_left
 from ..plan.tree import Order, Stage
 from . import deletion
 from . import sync as publishing
 from .base_model import load_base
-from .deletion import Receipt
-from .export_records import carrying, read_exports, records_from_json, records_to_json, write_exports
 from .exports import Export, given_base, write_export
-from .folder import LOCK_SECONDS, StoreFolder, as_key
+from .folder import LOCK_SECONDS, StoreFolder
 from .ids import id_text
-from .partition import Entry, keyed_digest
-from .recipe_differences import Accepted
+from .partition import keyed_digest
+from .receipts import Receipt, read_receipts
 from .requests import Kind, LookAlikes, Place, check_lists, resolve
 from .sources import RepoSource
-from .state import State, key_check_value, united
+from .state_backup import backup_of, restore
+from .status import Location, Status, location_of, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where one asked-for id or group is.
-
-    Args:
-        asked (`str`): as it was asked.
-        found (`str`): `"live"`, `"deleted"` (a tombstone) or `"unknown"`.
-        places (`tuple[tuple[int, int], ...]`): its `(shard, slice)`s.
-        stages (`tuple[str, ...]`): live stages that were computed with it, or would be.
-        looks_like (`str`): nobody asked for this one: it is another spelling of what was asked for.
-    """
-
-    asked: str
-    found: str
-    places: tuple[Place, ...]
-    stages: tuple[str, ...]
-    looks_like: str = ""
-
-
-@dataclass(frozen=True)
-class Status:
-    """A store at a glance; see [`S3TStore.status`].
-
-    `requests` are the deletions received. `life` says how many more requests, each for one example, the store is
-    expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under the prior.
-    `repair_budget` is there where the plan is that of a repair by cost: the config's may lack more. `stacks` says how
-    many live stages each set of versions trained: what is bit-equal is so within one. `accepted` are settings that
-    were changed while stages lived: what is trained since is not bit-equal to training from scratch.
-    """
-
-    path: str
-    generation: int
-    num_shards: int
-    num_slices: int
-    repair_budget: int | None
-    planned: int
-    trained: int
-    missing: tuple[str, ...]
-    repair_slice_passes: float
-    served: dict[str, tuple[int, ...]]
-    dead_shards: tuple[int, ...]
-    examples: int | None
-    deleted_examples: int | None
-    requests: int
-    interrupted_deletions: int
-    exports: tuple[str, ...]
-    stale_exports: tuple[str, ...]
-    life: dict[str, LifeLeft]
-    stacks: dict[str, int]
-    accepted: tuple[Accepted, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data. A life that does not end, because the prior rules its end out, is `None`."""
-        life = {
-            under: {
-                until: {"mean": _finite(life.mean), "standard_deviation": _finite(life.standard_deviation)}
-                for until, life in left._asdict().items()
-            }
-            for under, left in self.life.items()
-        }
-        return {**asdict(self), "life": life}
-
-    @property
-    def requests_left(self) -> float:
-        """Expected requests until the first shard is dead, under the prior that leaves fewer."""
-        return min(left.until_first_dead.mean for left in self.life.values())
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
 
 
 class S3TStore(StoreFolder):
@@ -153,47 +78,7 @@ class S3TStore(StoreFolder):
             ValueError: the prior does not fit the store.
         """
         self.source.look()
-        manifest = self.live()
-        priors = {"uniform": None, "given": manifest.deletion_prior if prior is None else prior}
-        served = manifest.plan.served(manifest.stages)
-        missing = manifest.plan.missing(manifest.stages)
-        examples: int | None = None
-        deleted: int | None = None
-        stale: list[str] = []  # with the state lost the record of exports is lost, too
-        stacks: dict[str, int] = {}
-        try:
-            state = self.state()
-            stale = carrying(self, [*state.ids.values(), *state.groups.values()])
-            stacks = state.stacks(manifest.stages)
-            examples, deleted = len(self.index()), len(state.ids)
-        except StoreError:
-            pass
-        return Status(
-            path=str(self.path),
-            generation=manifest.generation,
-            num_shards=manifest.plan.num_shards,
-            num_slices=manifest.plan.num_slices,
-            repair_budget=manifest.repair.cost_budget if manifest.repair else None,
-            planned=len(manifest.plan.stages),
-            trained=len(manifest.stages),
-            missing=tuple(stage.name for stage in missing),
-            repair_slice_passes=round(sum(stage.passes(manifest.replay) for stage in missing), 2),
-            served={Stage(shard, prefix).name: tuple(prefix) for shard, prefix in sorted(served.items())},
-            dead_shards=tuple(shard for shard in range(manifest.plan.num_shards) if shard not in served),
-            examples=examples,
-            deleted_examples=deleted,
-            requests=manifest.deletions,
-            interrupted_deletions=len(self.intents()),
-            exports=tuple(read_exports(self)),
-            stale_exports=tuple(stale),
-            life={
-                under: life_left(manifest.plan, chances, manifest.stages)
-                for under, chances in priors.items()
-                if under == "uniform" or chances is not None
-            },
-            stacks=stacks,
-            accepted=manifest.accepted,
-        )
+        return status_of(self, prior)
 
     def locate(self, ids: Iterable[Any] = (), groups: Iterable[Any] = ()) -> list[Location]:
         """Tells for each id and group whether and where it is, and which live stages saw it.
@@ -208,9 +93,9 @@ class S3TStore(StoreFolder):
         found = []
         for kind, value in wanted:
             digest = keyed_digest(key, kind, value)
-            found.append(_locate(value, digest, kind, index, state, manifest.stages))
+            found.append(location_of(value, digest, kind, index, state, manifest.stages))
             for text, other in alike.of(kind, value):
-                location = _locate(text, other, kind, index, state, manifest.stages)
+                location = location_of(text, other, kind, index, state, manifest.stages)
                 found.append(replace(location, looks_like=id_text(value)))
         return found
 
@@ -223,13 +108,10 @@ class S3TStore(StoreFolder):
         rows: Iterable[Mapping[str, Any]] = (),
         slices: Iterable[Place] = (),
         *,
-        digests: Iterable[str] = (),
         dry_run: bool = False,
         reference: str | None = None,
         missing_ok: bool = False,
         refresh_exports: bool = False,
-        when_durable: Callable[[], None] | None = None,
-        push: bool = True,
         purge: bool = False,
         keep_refs: Iterable[str] | None = None,
     ) -> Receipt:
@@ -240,18 +122,14 @@ class S3TStore(StoreFolder):
             groups (`Iterable`): groups, all of whose examples go.
             rows (`Iterable[dict]`): raw rows; named by their id column, else by their content.
             slices (`Iterable[tuple[int, int]]`): whole `(shard, slice)`s; works with the state lost, too.
-            digests (`Iterable[str]`): keyed digests as the index holds them.
             dry_run (`bool`): only tell what would be removed.
             reference (`str`, *optional*): your name for the request; it stays in the private receipt.
             missing_ok (`bool`): delete what is known although something else is not.
             refresh_exports (`bool`): make exports that carry the influence anew from what is live (a prefix: its
                 longest live beginning; nothing live: their files are removed). Loads the base of a merged one. The
                 receipt names those for which it failed as still carrying the influence.
-            when_durable (`Callable`, *optional*): called once, when the deletion can no longer be undone and before
-                anything is removed: a model in memory stops serving here. Not called where nothing changes. What it
-                raises is raised after the deletion has been carried out.
-            push, purge (`bool`), keep_refs (`Iterable[str]`, *optional*): for a store that was opened from a
-                repository: it is always pushed; `purge=True` removes it from the history, too, see [`purge`].
+            purge (`bool`), keep_refs (`Iterable[str]`, *optional*): for a store that was opened from a repository:
+                remove it from the history, too, see [`purge`].
 
         Returns:
             [`Receipt`]
@@ -260,10 +138,30 @@ class S3TStore(StoreFolder):
             UnknownExampleError: something is not known; nothing was changed.
             StoreLockedError: another writer did not finish in time.
         """
-        if (not push or purge or keep_refs is not None) and not isinstance(self.source, RepoSource):
-            raise ValueError("`push`, `purge` and `keep_refs` are for a store that was opened from a repository.")
-        if not push:
-            raise ValueError("A deletion from a repository is the commit that it pushes: `push=False` has no meaning.")
+        return self._delete(
+            {"ids": ids, "groups": groups, "rows": rows, "slices": slices},
+            dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
+            purge=purge, keep_refs=keep_refs,
+        )  # fmt: skip
+
+    def _delete(
+        self,
+        asked: Mapping[str, Iterable[Any]],
+        *,
+        when_durable: Callable[[], None] | None = None,
+        dry_run: bool = False,
+        purge: bool = False,
+        keep_refs: Iterable[str] | None = None,
+        **how: Any,
+    ) -> Receipt:
+        """As [`delete`], for the library's own callers.
+
+        They may ask for `"digests"`, too: keyed ones, as the index holds them. `when_durable` is called once, when the
+        deletion can no longer be undone and before anything is removed: a model in memory stops serving here. Where
+        nothing changes it is not called. What it raises is raised after the deletion has been carried out.
+        """
+        if (purge or keep_refs is not None) and not isinstance(self.source, RepoSource):
+            raise ValueError("`purge` and `keep_refs` are for a store that was opened from a repository.")
         self.source.look()
         self.manifest()  # a folder that is no store is refused before a lock file is made in it
         if purge and isinstance(self.source, RepoSource):
@@ -271,12 +169,8 @@ class S3TStore(StoreFolder):
 
             sort_refs(self.source.repo, keep_refs)  # refused before anything is deleted
         with nullcontext() if dry_run else self.writing():  # a dry run only reads
-            request = resolve(self, ids, groups, rows, slices, digests)
-            receipt = deletion.delete(
-                self, request,
-                reference=reference, missing_ok=missing_ok, dry_run=dry_run,
-                refresh_exports=refresh_exports, when_durable=when_durable,
-            )  # fmt: skip
+            request = resolve(self, **asked)
+            receipt = deletion.delete(self, request, dry_run=dry_run, when_durable=when_durable, **how)
         if purge and not dry_run:
             try:
                 report = self.purge(keep_refs)
@@ -338,7 +232,7 @@ class S3TStore(StoreFolder):
             )
         with self.writing():
             protected = {digest for files in self.manifest().stages.values() for digest in files.values()}
-            receipts = deletion.read_receipts(self)
+            receipts = read_receipts(self)
             report = purge(self.source.repo, keep_refs, seconds, protected, receipts, self.private)
             self.source.look()
         return report
@@ -404,18 +298,11 @@ class S3TStore(StoreFolder):
 
     def export_state(self, file: str | os.PathLike[str]) -> None:
         """Writes key, index, tombstones and receipts into one private file (mode 600): the backup of `.s3t/`."""
-        path, key_file = Path(file), self.private / "partition.key"
+        path = Path(file)
         if path.resolve().is_relative_to(self.path.resolve()):
             raise StoreError(f"{path} lies inside the store: the key would be published, or lost with it.")
         with self.writing():
-            bundle = {
-                "hf_s3t_state": 1,
-                "key": key_file.read_text().strip() if key_file.exists() else None,
-                "index": {digest: list(entry) for digest, entry in self.index().items()},
-                "state": self.state().to_json(),
-                "receipts": deletion.read_receipts(self),
-                "exports": records_to_json(read_exports(self)),
-            }
+            bundle = backup_of(self)
         write_atomic(path, json_bytes(bundle), PRIVATE)
 
     def import_state(self, file: str | os.PathLike[str]) -> None:
@@ -424,43 +311,7 @@ class S3TStore(StoreFolder):
         Raises:
             StateError: the backup is of another store.
         """
-        bundle = read_json(Path(file))
-        parts = {"hf_s3t_state", "key", "index", "state", "receipts", "exports"}
-        if not isinstance(bundle, dict) or set(bundle) != parts or bundle["hf_s3t_state"] != 1:
-            raise StateError(f"{file} is no state that `export_state` wrote.")
-        state = State.from_json(bundle["state"])
-        for receipt in bundle["receipts"]:  # of a newer version: refused before anything is changed
-            Receipt.from_json(receipt)
-        if self.exists and state.key_check not in ("", self.manifest().key_check):
-            raise StateError(f"{file} belongs to another store than {self.path}. Nothing was changed.")
-        with self.write_lock.hold(LOCK_SECONDS), self.source.drafting():
-            if self.exists and bundle["key"] and key_check_value(as_key(bundle["key"])) != self.manifest().key_check:
-                raise StateError(f"{file} belongs to another store: its key does not fit {self.path}.")
-            here = self.state() if (self.private / "state.json").exists() else state
-            if "" not in (here.key_check, state.key_check) and here.key_check != state.key_check:
-                raise StateError(f"{file} belongs to another store than the state in {self.private}.")
-            joined = united(here, state)
-            if bundle["key"]:
-                self.write_private("partition.key", bundle["key"].encode() + b"\n")
-            self._merge_state(bundle, here, joined)
-            deletion.recover(self)
-            trained = {stage.name for stage in self.manifest().stages} if self.exists else set()
-            merged = self.state()
-            records = {name: record for name, record in merged.stages.items() if name in trained or not self.exists}
-            self.write_state(replace(merged, stages=records))
-
-    def _merge_state(self, bundle: Mapping[str, Any], here: State, state: State) -> None:
-        """Puts a backup in place; what was recorded here since then stays known, unless it was deleted there."""
-        exports = {**records_from_json(bundle["exports"]), **read_exports(self)}
-        index = self.index() if self.has_index else {}
-        both = {**{digest: Entry(*entry) for digest, entry in bundle["index"].items()}, **index}
-        state = deletion.bury(state, state.log, here.log, both)
-        self.write_index({d: entry for d, entry in both.items() if not state.buries(d, entry.group)})
-        receipts = {receipt["receipt"]: receipt for receipt in [*bundle["receipts"], *deletion.read_receipts(self)]}
-        self.write_private("receipts.jsonl", _lines(receipts.values()))
-        write_exports(self, exports)
-        caches = tuple(sorted({*state.caches, *here.caches}))
-        self.write_state(replace(state, stages={**state.stages, **here.stages}, caches=caches))
+        restore(self, Path(file))
 
 
 def as_stage(prefix: str | Order | Stage) -> Stage:
@@ -468,22 +319,3 @@ def as_stage(prefix: str | Order | Stage) -> Stage:
     if isinstance(prefix, Stage):
         return prefix
     return Stage.from_name(prefix) if isinstance(prefix, str) else Stage(0, tuple(prefix))
-
-
-def _lines(receipts: Iterable[Mapping[str, Any]]) -> bytes:
-    return b"\n".join(json_bytes(receipt).replace(b"\n", b" ").strip() for receipt in receipts)
-
-
-def _locate(value: Any, digest: str, kind: str, index: Any, state: State, trained: Iterable[Stage]) -> Location:
-    if kind == "id":
-        places = [index[digest][:2]] if digest in index else []
-        stone = state.ids.get(digest)
-    else:
-        places = sorted({entry[:2] for entry in index.values() if entry.group == digest})
-        stone = state.groups.get(digest)
-    if places:
-        stages = tuple(stage.name for stage in sorted(trained) if stage.slices & set(places))
-        return Location(id_text(value), "live", tuple(places), stages)
-    if stone:
-        return Location(id_text(value), "deleted", tuple(sorted(stone.places)), ())
-    return Location(id_text(value), "unknown", (), ())

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import RecipeError, StateError, StoreError
 from ..plan.tree import Stage
-from . import deletion
+from .deletion import take_over
 from .folder import StoreFolder, digests, stage_files
 from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
 from .recipe_differences import check_same
 from .sources import TOMBSTONES, RepoSource, on_top
 from .state import State
+from .sweep import sweep
+from .tombstones import put_tombstones, state_or_none
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -54,7 +56,7 @@ def _push_once(
     theirs = target.manifest() if target.exists else None
     if theirs is not None:
         check_same_store(store.manifest(), theirs)
-        deletion.absorb(store, target)
+        take_over(store, target)
     ours = store.manifest()
     merged = ours if theirs is None else _merged(store, target, ours, theirs)
     known = theirs.stages if theirs is not None else {}
@@ -69,7 +71,7 @@ def _push_once(
     if not carry:
         source.drop(TOMBSTONES)
     elif store.has_key:
-        deletion.put_tombstones(target, store.state(), store.key)
+        put_tombstones(target, store.state(), store.key)
     source.forget_unchanged()
     if not source.waiting and known.keys() <= merged.stages.keys():
         return source.repo.last_commit(source.revision)
@@ -144,8 +146,8 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
     theirs = target.manifest()
     if store.exists:
         check_same_store(store.manifest(), theirs)
-    deletion.absorb(store, target)
-    state = deletion.state_or_none(store)
+    take_over(store, target)
+    state = state_or_none(store)
     known = state.log if state is not None else {}
     ours = store.manifest() if store.exists else replace(theirs, stages={}, root=None, tombstones=NOT_KNOWN, log=known)
     stages, log = _joined(theirs, ours), merged(ours.log, theirs.log)
@@ -162,7 +164,7 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
     manifest = replace(manifest, tombstones=_tombstones(store, manifest, state, [ours, theirs]))
     manifest = store.write_root(manifest)
     store.write_manifest(manifest)
-    deletion.sweep(store, manifest)
+    sweep(store, manifest)
     if state is not None:  # of what others trained there is no record
         store.write_state(state.only(stage for stage, files in stages.items() if ours.stages.get(stage) == files))
     return manifest

@@ -16,12 +16,15 @@ from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..lora.config import S3TConfig
 from ..plan.repair import best_repair
 from ..plan.tree import Plan, Stage
-from ..store import deletion
+from ..store.deletion import readmit
 from ..store.manifest import Manifest, RepairBudget
 from ..store.partition import Comparison, Entry, Index, compare, examples_digest, warn_of_empty_slices
+from ..store.receipts import versions
 from ..store.recipe_differences import NOT_BIT_EQUAL, Difference, check_same
 from ..store.state import State, key_check_value, stack_line
 from ..store.store import S3TStore
+from ..store.sweep import sweep
+from ..store.tombstones import state_or_none
 from .rows import TrainRows
 
 logger = logging.getLogger(__name__)
@@ -123,7 +126,7 @@ def plan_repair(store: S3TStore, cost_budget: int, prior: list[float] | None) ->
 
 def warn_of_other_stacks(store: S3TStore, manifest: Manifest) -> None:
     """One warning where live stages were trained with other versions than what is about to be trained."""
-    running = stack_line(deletion.versions())
+    running = stack_line(versions())
     others = {stack: count for stack, count in store.state().stacks(manifest.stages).items() if stack != running}
     if others:
         logger.warning(
@@ -148,7 +151,7 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted, plan: Plan) -> M
     key = store.key
     _refuse_foreign_files(store)
     # A state that was imported, or is left from a store that is gone: what it buries stays buried.
-    state = replace(deletion.state_or_none(store) or State(key_check=key_check_value(key)), stages={})
+    state = replace(state_or_none(store) or State(key_check=key_check_value(key)), stages={})
     if state.key_check not in ("", key_check_value(key)):
         raise StateError(f"The state in {store.private} is of another store. Name another folder, or bring its key.")
     index = _unburied(wanted.rows.entries, state)
@@ -191,7 +194,7 @@ def _write(store: S3TStore, manifest: Manifest, index: Index, wanted: Wanted) ->
     store.write_index(index)
     store.write_state(replace(state, caches=tuple(sorted({*state.caches, *wanted.rows.cache_files}))))
     store.write_manifest(manifest)
-    deletion.sweep(store, manifest)
+    sweep(store, manifest)
 
 
 def check_generation(store: S3TStore, manifest: Manifest, state: State) -> None:
@@ -221,8 +224,8 @@ def _settle_differences(
         )
     if wanted.missing == "ignore":
         return manifest, index
-    receipt = store.delete(digests=sorted(gone), reference="vanished or changed rows")
+    receipt = store._delete({"digests": sorted(gone)}, reference="vanished or changed rows")
     if comparison.changed:  # their new content may be trained on
-        deletion.readmit(store, dict.fromkeys(sorted(comparison.changed), "id"), "changed rows")
+        readmit(store, dict.fromkeys(sorted(comparison.changed), "id"), "changed rows")
     logger.warning("deleted %d vanished or changed examples: %s", len(gone), receipt.receipt)
     return store.manifest(), store.index()

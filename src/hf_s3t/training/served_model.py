@@ -16,7 +16,7 @@ from ..lora.tuner import StageTuner
 from ..seams.trainer import TrainerSeam, kept_generators
 from ..serving.ensemble import S3TEnsemble
 from ..serving.loading import read_members
-from ..store.deletion import Receipt
+from ..store.receipts import Receipt
 from ..store.store import S3TStore
 from .processes import on_main_process
 from .stage_orders import StageOrder

@@ -33,7 +33,7 @@ from ..lora.wrapping import wrap_model
 from ..plan.tree import Stage
 from ..seams.preparation import watched_preparation
 from ..store.base_model import public_id
-from ..store.deletion import versions
+from ..store.receipts import versions
 from ..store.recipe import make_recipe, steering_by
 from ..store.recipe_differences import check_accept
 from ..store.store import S3TStore

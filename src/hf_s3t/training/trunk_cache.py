@@ -21,9 +21,9 @@ from ..lora.tuner import owned_layers
 from ..plan.tree import Stage
 from ..seams.models import computing_settings
 from ..store.activation_blocks import Block, BlockName, Blocks, FileBlocks, MemoryBlocks
-from ..store.deletion import versions
 from ..store.manifest import Manifest
 from ..store.partition import Entry, canonical
+from ..store.receipts import versions
 from ..store.requests import Place
 from ..trunk.choice import choose_blocks, drop_beyond
 from ..trunk.row_numbers import NumberingCollator

@@ -1,0 +1,154 @@
+"""Receipts: what a deletion found and did, and what it does not say. One line each in `.s3t/receipts.jsonl`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import secrets
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache, partial
+from importlib.metadata import version
+from typing import Any
+
+from ..errors import StateError
+from ..files import PRIVATE, sync_folder
+from .deletion_records import RECEIPT_FORMAT, check_fields, check_format
+from .folder import StoreFolder
+from .manifest import DAMAGED, Manifest
+from .recipe_differences import NOT_BIT_EQUAL
+
+LIMITS = (
+    "Nothing is said of what the base model saw in pretraining.",
+    "Copies that others made, dataset caches, experiment trackers and backups outside the store are not reached.",
+    "A request that was chosen by looking at the model is not covered.",
+    "Numbers that user code computed from the whole train set (class weights, statistics) keep what they saw.",
+    "Until repair the model misses whole slices; only after repair is it what training without the examples gives.",
+)
+
+
+def limits_of(manifest: Manifest) -> tuple[str, ...]:
+    """What a receipt of a store does not say; where settings were changed, a repair is of the lower grade of claim."""
+    if not manifest.accepted:
+        return LIMITS
+    names = ", ".join(dict.fromkeys(accepted.setting for accepted in manifest.accepted))
+    changed = f"Until repair the model misses whole slices. Settings were changed ({names}). {NOT_BIT_EQUAL}."
+    return (*LIMITS[:-1], changed)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a deletion found and did. Kept in `.s3t/receipts.jsonl`, never published.
+
+    Args:
+        receipt (`str`): its own name.
+        kind (`str`): `"delete"` or `"readmit"`.
+        status (`str`): `"dry run"`, `"unchanged"` (all was deleted before), or `"inactive"`: no longer served by this
+            store since `inactive_since`. Of a repository `"inactive_at_head"` until a purge, and `"no_longer_served"`
+            once every probe after it says so.
+        requested_at, inactive_since (`str`): UTC times in ISO 8601. What is `"unchanged"` has been inactive since the
+            earlier deletion; `None` where that was made elsewhere.
+        asked, found, already_deleted (`int`): numbers of ids, groups, rows or slices in the request.
+        examples (`int`): examples that the request covers and that were in the index; `None`: the state is not here.
+        dark_examples (`int`): other examples whose slices this took out of service until repair; `None` likewise.
+        deleted_by (`list[str]`): names of the deletions that were there before, of what was deleted already.
+        stages_removed (`dict[str, dict[str, str]]`): sha256 per file of each removed stage.
+        served_before, served_after (`dict[str, list[int]]`): served prefix per live shard.
+        exports (`list[str]`): exported copies that still carry the influence.
+        exports_refreshed (`list[str]`): exported copies that were made anew from what is live.
+        exports_removed (`list[str]`): exported copies of which nothing was live, and whose files were removed.
+        repository (`str`, *optional*): the repository that it was asked of; `None`: a folder.
+        still_served_at (`list[str]`): revisions of that repository that still serve what it is about, until a purge.
+        caches (`list[str]`): files of the datasets cache, outside the store, that may hold the text.
+    """
+
+    receipt: str
+    kind: str
+    status: str
+    requested_at: str
+    generation: int
+    asked: int = 0
+    found: int = 0
+    already_deleted: int = 0
+    examples: int | None = 0
+    dark_examples: int | None = 0
+    deleted_by: list[str] = field(default_factory=list)
+    inactive_since: str | None = None
+    reference: str | None = None
+    stages_removed: dict[str, dict[str, str]] = field(default_factory=dict)
+    served_before: dict[str, list[int]] = field(default_factory=dict)
+    served_after: dict[str, list[int]] = field(default_factory=dict)
+    exports: list[str] = field(default_factory=list)
+    exports_refreshed: list[str] = field(default_factory=list)
+    exports_removed: list[str] = field(default_factory=list)
+    repository: str | None = None
+    still_served_at: list[str] = field(default_factory=list)
+    caches: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    limits: tuple[str, ...] = LIMITS
+    format: int = RECEIPT_FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Receipt:
+        """Reads a receipt of any version up to this one.
+
+        Raises:
+            StateError: it is of a newer one, or damaged.
+        """
+        try:
+            check_format(data, RECEIPT_FORMAT, f"Receipt {data.get('receipt')}")
+            required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+            check_fields(data, required, [f.name for f in fields(cls)])
+        except DAMAGED as error:
+            raise StateError(f"A receipt can not be read ({error}). Restore the state from a backup.") from None
+        return cls(**data)
+
+
+def append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
+    """Appends a receipt unless it is there already, which it may be after an interruption."""
+    if not any(known["receipt"] == receipt.receipt for known in read_receipts(folder)):
+        path = folder.private_folder() / "receipts.jsonl"
+        with open(path, "a", encoding="utf-8", opener=partial(os.open, mode=PRIVATE)) as file:
+            # The newline comes first: a line that a crash cut short then spoils only itself.
+            file.write(("\n" if file.tell() else "") + json.dumps(receipt.to_json(), sort_keys=True))
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(folder.private)
+    return receipt
+
+
+def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
+    """Every receipt, oldest first; a line that a crash cut short is left out.
+
+    Raises:
+        StateError: a newer version of hf_s3t wrote one.
+    """
+    path = folder.private / "receipts.jsonl"
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+        found[-1] = Receipt.from_json(found[-1]).to_json()
+    return found
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what computed. Do not change it: it is looked up once."""
+    return {name: version(name) for name in ("hf_s3t", "torch", "transformers", "peft", "accelerate")}
+
+
+def receipt_name() -> str:
+    """A name that no other deletion has."""
+    return f"receipt-{secrets.token_hex(6)}"
+
+
+def now() -> str:
+    """UTC in ISO 8601, to the millisecond."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,150 @@
+"""What a store tells of itself: what is trained, served, missing and deleted, and where one example is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import StoreError
+from ..plan.life import LifeLeft, life_left
+from ..plan.tree import Stage
+from .export_records import carrying, read_exports
+from .folder import StoreFolder
+from .ids import id_text
+from .recipe_differences import Accepted
+from .requests import Place
+from .state import State
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where one asked-for id or group is.
+
+    Args:
+        asked (`str`): as it was asked.
+        found (`str`): `"live"`, `"deleted"` (a tombstone) or `"unknown"`.
+        places (`tuple[tuple[int, int], ...]`): its `(shard, slice)`s.
+        stages (`tuple[str, ...]`): live stages that were computed with it, or would be.
+        looks_like (`str`): nobody asked for this one: it is another spelling of what was asked for.
+    """
+
+    asked: str
+    found: str
+    places: tuple[Place, ...]
+    stages: tuple[str, ...]
+    looks_like: str = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """A store at a glance; see [`S3TStore.status`].
+
+    `requests` are the deletions received. `life` says how many more requests, each for one example, the store is
+    expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under the prior.
+    `repair_budget` is there where the plan is that of a repair by cost: the config's may lack more. `stacks` says how
+    many live stages each set of versions trained: what is bit-equal is so within one. `accepted` are settings that
+    were changed while stages lived: what is trained since is not bit-equal to training from scratch.
+    """
+
+    path: str
+    generation: int
+    num_shards: int
+    num_slices: int
+    repair_budget: int | None
+    planned: int
+    trained: int
+    missing: tuple[str, ...]
+    repair_slice_passes: float
+    served: dict[str, tuple[int, ...]]
+    dead_shards: tuple[int, ...]
+    examples: int | None
+    deleted_examples: int | None
+    requests: int
+    interrupted_deletions: int
+    exports: tuple[str, ...]
+    stale_exports: tuple[str, ...]
+    life: dict[str, LifeLeft]
+    stacks: dict[str, int]
+    accepted: tuple[Accepted, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data. A life that does not end, because the prior rules its end out, is `None`."""
+        life = {
+            under: {
+                until: {"mean": _finite(life.mean), "standard_deviation": _finite(life.standard_deviation)}
+                for until, life in left._asdict().items()
+            }
+            for under, left in self.life.items()
+        }
+        return {**asdict(self), "life": life}
+
+    @property
+    def requests_left(self) -> float:
+        """Expected requests until the first shard is dead, under the prior that leaves fewer."""
+        return min(left.until_first_dead.mean for left in self.life.values())
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def status_of(store: StoreFolder, prior: Sequence[float] | None) -> Status:
+    """See [`S3TStore.status`]."""
+    manifest = store.live()
+    priors = {"uniform": None, "given": manifest.deletion_prior if prior is None else prior}
+    served = manifest.plan.served(manifest.stages)
+    missing = manifest.plan.missing(manifest.stages)
+    examples: int | None = None
+    deleted: int | None = None
+    stale: list[str] = []  # with the state lost the record of exports is lost, too
+    stacks: dict[str, int] = {}
+    try:
+        state = store.state()
+        stale = carrying(store, [*state.ids.values(), *state.groups.values()])
+        stacks = state.stacks(manifest.stages)
+        examples, deleted = len(store.index()), len(state.ids)
+    except StoreError:
+        pass
+    return Status(
+        path=str(store.path),
+        generation=manifest.generation,
+        num_shards=manifest.plan.num_shards,
+        num_slices=manifest.plan.num_slices,
+        repair_budget=manifest.repair.cost_budget if manifest.repair else None,
+        planned=len(manifest.plan.stages),
+        trained=len(manifest.stages),
+        missing=tuple(stage.name for stage in missing),
+        repair_slice_passes=round(sum(stage.passes(manifest.replay) for stage in missing), 2),
+        served={Stage(shard, prefix).name: tuple(prefix) for shard, prefix in sorted(served.items())},
+        dead_shards=tuple(shard for shard in range(manifest.plan.num_shards) if shard not in served),
+        examples=examples,
+        deleted_examples=deleted,
+        requests=manifest.deletions,
+        interrupted_deletions=len(store.intents()),
+        exports=tuple(read_exports(store)),
+        stale_exports=tuple(stale),
+        life={
+            under: life_left(manifest.plan, chances, manifest.stages)
+            for under, chances in priors.items()
+            if under == "uniform" or chances is not None
+        },
+        stacks=stacks,
+        accepted=manifest.accepted,
+    )
+
+
+def location_of(value: Any, digest: str, kind: str, index: Any, state: State, trained: Iterable[Stage]) -> Location:
+    if kind == "id":
+        places = [index[digest][:2]] if digest in index else []
+        stone = state.ids.get(digest)
+    else:
+        places = sorted({entry[:2] for entry in index.values() if entry.group == digest})
+        stone = state.groups.get(digest)
+    if places:
+        stages = tuple(stage.name for stage in sorted(trained) if stage.slices & set(places))
+        return Location(id_text(value), "live", tuple(places), stages)
+    if stone:
+        return Location(id_text(value), "deleted", tuple(sorted(stone.places)), ())
+    return Location(id_text(value), "unknown", (), ())
