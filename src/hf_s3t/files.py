@@ -90,10 +90,10 @@ def tighten(path: Path) -> None:
 def loose(folder: Path, names: Iterable[str]) -> list[Path]:
     """What others may use of a private folder: the folder itself, and of what is in it that which has one of `names`.
 
-    Links are left out, and so is all on a system without modes.
+    Links are left out.
     """
     found = [folder.resolve(), *(path for name in names for path in sorted(folder.glob(name)))]
-    return [path for path in found if POSIX and _mode(path) & OTHERS]
+    return [path for path in found if _mode(path) & OTHERS]
 
 
 def _mode(path: Path) -> int:

@@ -375,13 +375,13 @@ def test_an_argument_that_a_newer_trainer_brought_is_no_difference_at_its_defaul
     stored = of_another_version(recipe(tmp_path), "adam_beta1", "optim_args", "accelerator_config")
     check_same(stored, recipe(tmp_path))
     check_same({name: value for name, value in stored.items() if name != "unset"}, recipe(tmp_path))
-    with pytest.raises(RecipeError, match=r"arguments\.adam_beta1: the store does not know it, this run has 0\.8"):
+    with pytest.raises(RecipeError, match=r"arguments\.adam_beta1: the store does not name it, this run has 0\.8"):
         check_same(stored, recipe(tmp_path, args={"adam_beta1": 0.8}))
 
 
 def test_an_argument_that_went_is_no_difference_where_it_is_known_that_nobody_had_set_it(tmp_path):
     stored = of_another_version(recipe(tmp_path), of_an_older_one=1)
-    with pytest.raises(RecipeError, match=r"arguments\.of_an_older_one: the store has 1, this run does not know it"):
+    with pytest.raises(RecipeError, match=r"arguments\.of_an_older_one: the store has 1, this run does not name it"):
         check_same(stored, recipe(tmp_path))
     check_same({**stored, "unset": ["arguments.of_an_older_one"]}, recipe(tmp_path))
 

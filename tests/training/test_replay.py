@@ -152,7 +152,7 @@ def test_a_recipe_without_the_field_is_of_stages_that_saw_everything(tmp_path):
     before = published(tmp_path / "out")
     world.trainer(tmp_path / "out", **options).train()
     assert published(tmp_path / "out") == before
-    with pytest.raises(RecipeError, match=r"config\.replay: the store has None, this run 0\.5"):
+    with pytest.raises(RecipeError, match=r"config\.replay: the store does not name it, this run has 0\.5"):
         world.trainer(tmp_path / "out", replay=0.5, **options).train()
 
 

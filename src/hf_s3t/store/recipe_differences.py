@@ -27,7 +27,7 @@ ABSENT = object()
 
 
 class Difference(NamedTuple):
-    """A setting that two recipes have otherwise, by its path; `ABSENT` where one does not know it."""
+    """A setting that two recipes have otherwise, by its path; `ABSENT` where one does not name it."""
 
     setting: str
     before: Any
@@ -35,8 +35,8 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         if self.before is ABSENT:
-            return f"{self.setting}: the store does not know it, this run has {self.after!r}"
-        after = "does not know it" if self.after is ABSENT else repr(self.after)
+            return f"{self.setting}: the store does not name it, this run has {self.after!r}"
+        after = "does not name it" if self.after is ABSENT else repr(self.after)
         return f"{self.setting}: the store has {self.before!r}, this run {after}"
 
     def accepted(self, generation: int) -> Accepted:
