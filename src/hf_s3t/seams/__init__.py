@@ -40,7 +40,10 @@ def broken(name: str, found: str) -> CompatibilityError:
 
 @contextmanager
 def seam(name: str) -> Iterator[None]:
-    """Inside, or in a function below it, a name or an argument that another library lacks now is a broken seam."""
+    """Inside, or in a function that it decorates, a name or argument that another library lacks now is a broken seam.
+
+    Code of users has no place there: its errors would be taken for those of the seam.
+    """
     try:
         yield
     except (AttributeError, ImportError, KeyError, TypeError) as error:

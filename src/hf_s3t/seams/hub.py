@@ -67,7 +67,7 @@ def headers(token: Any, library_name: str | None) -> dict[str, str]:
     return build_hf_headers(token=token, library_name=library_name)
 
 
-# ---- uploads ----
+# ---- large files ----
 
 
 def is_large_file(operation: Any) -> bool:
@@ -76,9 +76,6 @@ def is_large_file(operation: Any) -> bool:
     if mode not in ("lfs", "regular"):
         raise broken("upload_mode", f"{operation.path_in_repo} was uploaded as {mode!r}, neither 'lfs' nor 'regular'")
     return bool(mode == "lfs")
-
-
-# ---- large files that are stored ----
 
 
 def list_large_files(api: Any, repo_id: str) -> dict[str, int]:

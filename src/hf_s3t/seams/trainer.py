@@ -22,16 +22,9 @@ from .overrides import check_overrides, classes_behind, uses
 TrainerBase: Any = Trainer if TYPE_CHECKING else object
 
 METHODS = (
-    "_get_output_dir",
-    "_save_checkpoint",
-    "_load_from_checkpoint",
-    "_load_best_model",
-    "_push_from_checkpoint",
-    "_get_train_sampler",
-    "_set_signature_columns_if_needed",
-    "_remove_unused_columns",
-    "save_model",
-)
+    "_get_output_dir", "_save_checkpoint", "_load_from_checkpoint", "_load_best_model", "_push_from_checkpoint",
+    "_get_train_sampler", "_set_signature_columns_if_needed", "_remove_unused_columns", "save_model",
+)  # fmt: skip
 """Methods of the Trainer that ours override or call, and that it has to call itself."""
 
 ATTRIBUTES = ("callback_handler", "model_wrapped", "optimizer", "lr_scheduler", "is_in_train", "_signature_columns")
@@ -121,7 +114,7 @@ class TrainerSeam(TrainerBase):
         return self._remove_unused_columns(rows)
 
     def remove_noise(self, ended: bool = True) -> None:
-        """Takes NEFTune's hook back, which the Trainer does at a normal end only; then there was one for sure."""
+        """Takes NEFTune's hook back, as the Trainer does at a normal end only; after that one, it has to be known."""
         handle = getattr(self, "neftune_hook_handle", None)
         if handle is not None:
             handle.remove()

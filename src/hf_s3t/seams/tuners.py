@@ -10,11 +10,7 @@ import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    ModulesToSaveWrapper,
-    register_peft_method,
-)
+from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import nn
 
 from . import broken, seam
@@ -184,11 +180,6 @@ def set_active(model: PeftModel, names: list[str]) -> None:
 
 
 # ---- which modules are targets, and which are heads ----
-
-
-def default_targets(model_type: str | None) -> Any:
-    """PEFT's default `target_modules` of a model type, or `None`."""
-    return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
 
 
 @seam("all_linear")
