@@ -94,7 +94,7 @@ ON_THE_HUB = (
      (('        for branch in kept:\n            squash(repo, branch)\n', ''),),
      (COLD,)),
     (10, 'large files stay in storage', 'hub/purge.py',
-     (('        delete_large_files(repo.repo_id, unwanted)\n', ''),),
+     (('        seam.delete_large_files(repo.api, repo.repo_id, unwanted)\n', ''),),
      (COLD,)),
     (10, 'no answer counts as gone', 'hub/probes.py',
      (('return False if gone else None, f"HTTP {status} {code}".strip()', 'return False, f"HTTP {status} {code}".strip()'),),

@@ -59,7 +59,7 @@ ISOLATION = (
      (('            "config": base_config(model, processing_class is not None),\n', '            "config": {},\n'),),
      (ISOLATED + 'a_base_that_computes_otherwise_repairs_nothing',)),
     (4, 'another evaluation set chooses at a repair', 'training/trainer.py',
-     (('steering=steering_by(self.args, self.stateful_callbacks(), self.eval_dataset)', 'steering=None'),),
+     (('steering=steering_by(self.args, with_state(self.callback_handler.callbacks), self.eval_dataset)', 'steering=None'),),
      (ISOLATED + 'an_evaluation_set_that_chooses_is_part_of_the_recipe',)),
     (4, 'another patience stops a repair', 'store/recipe.py',
      (('"callbacks": described(sorted(told, key=canonical)),', '"callbacks": None,'),),

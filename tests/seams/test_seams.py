@@ -14,8 +14,8 @@ import pytest
 from trl import DPOTrainer, SFTTrainer
 
 import hf_s3t
-from hf_s3t import S3TMixin, S3TTrainer
-from hf_s3t.seams import TABLE, broken
+from hf_s3t import CompatibilityError, S3TMixin, S3TTrainer
+from hf_s3t.seams import SEEN, TABLE, broken, seam
 
 PACKAGE = Path(hf_s3t.__file__).parent
 ROOM = PACKAGE / "seams"
@@ -104,19 +104,23 @@ def test_a_private_name_is_noticed(tmp_path: Path) -> None:
 
 def test_every_seam_has_a_use_and_every_use_a_row() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in [*ROOM.glob("*.py"), *OUTSIDE])
-    used = set(re.findall(r"\b(?:broken|lost|check_overrides)\(\s*\"(\w+)\"", text))
-    assert used <= set(TABLE)
-    silent = set(TABLE) - used
-    for name in silent:  # what is not looked at while running says why that is no harm
-        assert re.search(r"listed|comfort|public|evaluation|is named", " ".join(TABLE[name])), name
+    used = set(re.findall(r"\b(?:seam|broken|lost|check_overrides)\(\s*\"(\w+)\"", text))
+    assert used == set(TABLE) and {row.library for row in TABLE.values()} == set(SEEN)
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_row_says_what_is_touched_and_when_it_can_go(name: str) -> None:
-    seam = TABLE[name]
-    assert all(seam) and seam.until.startswith(("once ", "never", "method by method"))
-    message = str(broken(name, "It is another one"))
-    assert seam.library in message and seam.touches in message and seam.seen in message
+def test_an_error_says_what_is_touched_and_what_depends_on_it(name: str) -> None:
+    row, message = TABLE[name], str(broken(name, "It is another one"))
+    assert all(row) and all(text in message for text in (*row, SEEN[row.library]))
+
+
+@pytest.mark.parametrize("error", [AttributeError, ImportError, KeyError, TypeError])
+def test_what_python_says_of_a_name_that_is_gone_is_a_broken_seam(error: type[Exception]) -> None:
+    with pytest.raises(CompatibilityError, match=rf"{error.__name__}: .*gone.*\. hf_s3t needs .* \(promise 4\)"):
+        with seam("attention"):
+            raise error("gone")
+    with pytest.raises(ValueError, match="a user's"), seam("attention"):
+        raise ValueError("a user's")
 
 
 @pytest.mark.parametrize("trainer", [SFTTrainer, DPOTrainer])

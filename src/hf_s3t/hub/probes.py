@@ -23,8 +23,6 @@ from ..seams import hub as seam
 from .purge_report import Probe, PurgeReport, now
 from .repo import HubRepo
 
-TIMEOUT = 20.0
-"""Seconds; the client itself waits for ever."""
 WORKERS = 8
 """Probes under way at once: a repository has thousands."""
 BATCH = 100
@@ -141,7 +139,7 @@ def _batch(repo: HubRepo, sizes: Mapping[str, int]) -> dict[str, Answer]:
     body = {"operation": "download", "transfers": ["basic"], "objects": objects, "hash_algo": "sha256"}
     response = seam.session().post(
         f"{repo.api.endpoint}/{repo.repo_id}.git/info/lfs/objects/batch",
-        headers={**repo.headers(), "accept": media, "content-type": media}, json=body, timeout=TIMEOUT,
+        headers={**repo.headers(), "accept": media, "content-type": media}, json=body, timeout=seam.TIMEOUT,
     )  # fmt: skip
     if response.status_code >= 400:
         return dict.fromkeys(sizes, (None, f"HTTP {response.status_code}"))
@@ -158,7 +156,7 @@ def _object_answer(found: Mapping[str, Any]) -> Answer:
 def _address(probe: Probe) -> Probe:
     """Asks for the first byte: an address is signed for GET, and would refuse HEAD whatever is behind it."""
     try:
-        with seam.session().stream("GET", probe.at, headers={"range": "bytes=0-0"}, timeout=TIMEOUT) as response:
+        with seam.session().stream("GET", probe.at, headers={"range": "bytes=0-0"}, timeout=seam.TIMEOUT) as response:
             status = response.status_code
     except (seam.http_error(), OSError) as error:
         return replace(probe, answer=f"no answer: {_short(error)}", served=None, seen_at=now())
@@ -192,14 +190,14 @@ def expired(address: str) -> bool:
 
 def stored(repo: HubRepo) -> dict[str, int]:
     """sha256 of every large file that the Hub stores for the repository -> its size."""
-    return seam.list_large_files(repo.api, repo.repo_id, TIMEOUT)
+    return seam.list_large_files(repo.api, repo.repo_id)
 
 
 def head_of(repo: HubRepo, revision: str, path: str) -> Any:
     """The answer to a request for a file at a revision, without following where it leads."""
     # `get_hf_file_metadata` follows redirects inside the Hub and raises what has to be told apart here.
     url = hf_hub_url(repo.repo_id, path, revision=revision, endpoint=repo.api.endpoint)
-    return seam.session().head(url, headers=repo.headers(), follow_redirects=False, timeout=TIMEOUT)
+    return seam.session().head(url, headers=repo.headers(), follow_redirects=False, timeout=seam.TIMEOUT)
 
 
 def _branch_head(repo: HubRepo) -> str:

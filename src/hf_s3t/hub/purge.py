@@ -26,7 +26,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from ..errors import HubError, StoreError
 from ..seams import hub as seam
 from .local_caches import cached_revisions, clear_caches
-from .probes import TIMEOUT, WORKERS, ask, head_of, recheck, stored
+from .probes import WORKERS, ask, head_of, recheck, stored
 from .purge_report import SECONDS, Probe, PurgeReport, keep, now, uncovered, unfinished
 from .refs import drop_ref, is_branch, sort_refs, squash
 from .repo import HubRepo
@@ -105,14 +105,14 @@ def purge(
         kept, dropped = sort_refs(repo, keep_refs)
         report, unwanted = _prepare(repo, kept, dropped, known, protected)
         refuse_if_live(repo, kept, unwanted, protected)
-        delete_large_files = seam.large_file_deletion(repo.api)
+        seam.check_large_file_deletion(repo.api)
         keep(report, folder)
         for ref in dropped:
             drop_ref(repo, ref)
         for branch in kept:
             squash(repo, branch)
         refuse_if_live(repo, kept, unwanted, protected)  # somebody may have committed one of them meanwhile
-        delete_large_files(repo.repo_id, unwanted)
+        seam.delete_large_files(repo.api, repo.repo_id, unwanted)
         left = dict(repo.refs())
     except (HfHubHTTPError, seam.transport_error()) as error:
         raise HubError(
@@ -232,7 +232,7 @@ def _plain_weights(
 def _sha256_of(repo: HubRepo, revision: str, path: str) -> str:
     """Of a file at a revision, without the cache; of one that is not there nothing."""
     url, digest = hf_hub_url(repo.repo_id, path, revision=revision, endpoint=repo.api.endpoint), hashlib.sha256()
-    with seam.session().stream("GET", url, headers=repo.headers(), timeout=TIMEOUT) as response:
+    with seam.session().stream("GET", url, headers=repo.headers(), timeout=seam.TIMEOUT) as response:
         if response.status_code == 404:
             return ""
         hf_raise_for_status(response)

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..seams import hub as seam
-from .probes import TIMEOUT
 from .repo import HubRepo
 
 
@@ -62,7 +61,7 @@ def drop_ref(repo: HubRepo, ref: str) -> None:
             number = int(ref.removeprefix("refs/pr/"))
             if api.get_discussion_details(name, number).status in ("open", "draft"):
                 api.change_discussion_status(name, number, "closed")
-            seam.delete_pull_request_ref(api, name, number, TIMEOUT)
+            seam.delete_pull_request_ref(api, name, number)
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status != 404 or isinstance(error, RepositoryNotFoundError) or ref in dict(repo.refs()):

@@ -44,12 +44,14 @@ class HubRepo:
 
     Args:
         repo_id (`str`): `"me/model"`.
-        branch (`str`): what is read and committed to.
         token (`str`, *optional*): `None`: the one that is logged in.
     """
 
-    def __init__(self, repo_id: str, branch: str = "main", token: str | None = None):
-        self.repo_id, self.branch = repo_id, branch
+    branch = "main"
+    """What is read and committed to."""
+
+    def __init__(self, repo_id: str, token: str | None = None):
+        self.repo_id = repo_id
         self.api = HfApi(token=token, library_name="hf_s3t")
 
     def create(self, private: bool = True) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from torch import nn
 
-from ..seams.tuners import default_targets, is_targeted, name_all_linear
+from ..seams.tuners import is_targeted, name_all_linear
 from .adapter import split_layer_path
 from .config import S3TConfig
 from .heads import find_heads
@@ -88,7 +89,7 @@ def _resolve_targets(model: nn.Module, config: S3TConfig) -> tuple[LoraConfig, b
     targets = config.target_modules
     if targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        targets = default_targets(model_type)
+        targets = DEFAULT_TARGETS.get(model_type)
         if targets is None:
             raise ValueError(f"PEFT knows no default `target_modules` for model type {model_type!r}; name them.")
     everything_linear = isinstance(targets, str) and targets.lower() == "all-linear"

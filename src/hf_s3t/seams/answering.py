@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import broken, lost
+from . import broken, lost, seam
 
 BASE = "__base__"
 """Among PEFT's `adapter_names`: a row that is answered without an adapter."""
@@ -31,11 +31,7 @@ BY_ROW = ("start_positions", "end_positions", "cls_index", "is_impossible", "nex
 
 
 def check_one_dimension(name: str, count: int) -> bool:
-    """Whether an argument of one dimension, as long as there are rows, has a value per row.
-
-    Raises:
-        ValueError: that is not known.
-    """
+    """Whether an argument of one dimension, as long as there are rows, has a value per row; an error if not known."""
     if name in WHOLE or name in BY_ROW:
         return name in BY_ROW
     raise ValueError(
@@ -55,16 +51,9 @@ def first_argument(forward: Callable[..., Any]) -> str:
 
 
 def lora_by_views(module: Any, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """What a linear layer of PEFT's gives, for rows of members that lie together.
+    """What a linear layer of PEFT's gives for `x`, `(members x rows, ..., in)`; without names, the base layer alone.
 
     PEFT gathers and scatters the rows by index, which costs up to a third of a forward pass. Views have the same bits.
-
-    Args:
-        x (`torch.Tensor`): `(members x rows, ..., in)`.
-        names (`list[str]`): the members' adapters. Empty: the base layer alone.
-
-    Returns:
-        `torch.Tensor`: `(members x rows, ..., out)`.
     """
     result = module.base_layer(x)
     rows = len(x) // max(len(names), 1)
@@ -88,15 +77,15 @@ def loss_of(base: Any, output: Any, labels: dict[str, torch.Tensor], items: Any)
     """The loss that a model computes from its logits and from what [`taken_labels`] took."""
     if "ForMultipleChoice" in type(base).__name__:  # transformers has no loss by that name
         return cross_entropy(output["logits"], labels["labels"])
-    if not hasattr(base, "loss_function"):
-        raise broken("models_loss", f"{type(base).__name__} has no `loss_function`")
+    with seam("models_loss"):
+        compute = base.loss_function
     if "start_positions" in labels:
-        return base.loss_function(output["start_logits"], output["end_logits"], **labels)
+        return compute(output["start_logits"], output["end_logits"], **labels)
     logits = output["logits"]
     kwargs = {"logits": logits, **labels, "config": base.config, "pooled_logits": logits}
     if items is not None:
         kwargs["num_items_in_batch"] = items
-    return base.loss_function(**kwargs, vocab_size=getattr(base.config, "vocab_size", None))
+    return compute(**kwargs, vocab_size=getattr(base.config, "vocab_size", None))
 
 
 def check_logits(names: Iterable[str]) -> None:
@@ -117,12 +106,9 @@ def introduce_to_pipelines(name: str) -> None:
             names.append(name)
 
 
+@seam("activation_checkpointing")
 def runs_again(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module | None:
     """A layer that a backward pass runs again from outside, hooks included: under activation checkpointing, layers
     that do not do it themselves."""
     outside = [layer for layer in layers if not isinstance(layer, GradientCheckpointingLayer)]
-    if not outside:
-        return None
-    if not hasattr(model, "is_activation_checkpointing"):
-        raise broken("activation_checkpointing", f"{type(model).__name__} does not say whether it is checkpointed")
-    return outside[0] if model.is_activation_checkpointing else None
+    return outside[0] if outside and model.is_activation_checkpointing else None

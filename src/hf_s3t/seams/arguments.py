@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from . import broken
+from . import broken, seam
 
 SILENT = frozenset({
     "auto_find_batch_size", "dataloader_persistent_workers", "dataloader_pin_memory",
@@ -43,24 +43,14 @@ def is_evaluation_heard(args: TrainingArguments) -> bool:
     return bool(args.load_best_model_at_end) or getattr(args.lr_scheduler_type, "value", None) in BY_METRICS
 
 
+@seam("refused_arguments")
 def loader_setting(args: Any, name: str) -> Any:
-    """The value of one of `accelerator_config`'s fields.
-
-    Raises:
-        CompatibilityError: it is called otherwise now.
-    """
-    config = setting(args, "accelerator_config")
-    if not hasattr(config, name):
-        raise broken("refused_arguments", f"`accelerator_config` has no `{name}`")
-    return getattr(config, name)
+    """The value of one of `accelerator_config`'s fields."""
+    return getattr(setting(args, "accelerator_config"), name)
 
 
 def setting(args: Any, name: str) -> Any:
-    """The value of an argument that may have to be refused, `None` where this kind of arguments has no such one.
-
-    Raises:
-        CompatibilityError: it has been there, and is called otherwise now.
-    """
+    """The value of an argument that may have to be refused; `None` where this kind of arguments never had it."""
     known = {field.name for field in fields(args)}
     if name not in TRL_SFT:
         if isinstance(args, TrainingArguments) and name not in known:

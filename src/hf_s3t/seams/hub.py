@@ -9,24 +9,24 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from . import broken
+from . import broken, seam
+
+TIMEOUT = 20.0
+"""Seconds, for requests of our own; the client itself waits for ever."""
 
 # ---- the HTTP library: httpx for huggingface_hub 1, httpx2 for 2 ----
 
 
 @cache
 def http_library() -> ModuleType:
-    """The library that huggingface_hub sends its requests with, found by what its own HTTP error inherits from.
-
-    Raises:
-        CompatibilityError: there is none with an `HTTPError` and a `TransportError` below it.
-    """
+    """The library that huggingface_hub sends its requests with, found by what its own HTTP error inherits from."""
     from huggingface_hub.errors import HfHubHTTPError
 
     bases = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
@@ -41,94 +41,72 @@ def http_library() -> ModuleType:
 
 def http_error() -> type[Exception]:
     """What every failed request raises, whatever failed."""
-    found: type[Exception] = http_library().HTTPError
-    return found
+    return http_library().HTTPError
 
 
 def transport_error() -> type[Exception]:
     """What a request raises that got no answer."""
-    found: type[Exception] = http_library().TransportError
-    return found
+    return http_library().TransportError
 
 
+@seam("own_requests")
 def session() -> Any:
     """huggingface_hub's client for requests that it has no method for."""
     from huggingface_hub.utils import get_session
 
     found = get_session()
-    if not all(callable(getattr(found, verb, None)) for verb in ("delete", "head", "post", "stream")):
-        raise broken("own_requests", f"huggingface_hub's session is a {type(found).__name__}")
+    attrgetter("delete", "head", "post", "stream")(found)  # all that ours call
     return found
 
 
+@seam("own_requests")
 def headers(token: Any, library_name: str | None) -> dict[str, str]:
     """For requests that the client has no method for."""
-    try:
-        from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers
 
-        return build_hf_headers(token=token, library_name=library_name)
-    except (ImportError, TypeError) as error:
-        raise broken("own_requests", f"build_hf_headers is another one ({error})") from None
+    return build_hf_headers(token=token, library_name=library_name)
 
 
-# ---- uploads ----
+# ---- large files ----
 
 
 def is_large_file(operation: Any) -> bool:
-    """Whether the Hub keeps a file as a large one, as it answered when the file was uploaded before the commit.
-
-    Raises:
-        CompatibilityError: the operation does not say.
-    """
+    """Whether the Hub keeps a file as a large one, as it answered when the file was uploaded before the commit."""
     mode = getattr(operation, "_upload_mode", None)
     if mode not in ("lfs", "regular"):
         raise broken("upload_mode", f"{operation.path_in_repo} was uploaded as {mode!r}, neither 'lfs' nor 'regular'")
     return bool(mode == "lfs")
 
 
-# ---- large files that are stored ----
-
-
-def list_large_files(api: Any, repo_id: str, timeout: float) -> dict[str, int]:
+def list_large_files(api: Any, repo_id: str) -> dict[str, int]:
     """sha256 of every large file that the Hub stores for a repository -> its size.
 
     `HfApi.list_lfs_files` fails where a file has no name, which the Hub's own description allows.
-
-    Raises:
-        CompatibilityError: the answer is of another form.
     """
     from huggingface_hub.utils import paginate
 
     url = f"{api.endpoint}/api/models/{repo_id}/lfs-files"
-    found = list(paginate(url, {}, headers(api.token, api.library_name), timeout=timeout))
+    found = list(paginate(url, {}, headers(api.token, api.library_name), timeout=TIMEOUT))
     try:
         return {str(item["fileOid"]): int(item.get("size", 1)) for item in found}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise broken("large_file_listing", f"{url} answered with {found[0]!r:.200} ({error!r})") from None
 
 
-def large_file_deletion(api: Any) -> Callable[[str, Iterable[str]], None]:
-    """What deletes large files of a repository for good, by sha256, also those that no revision names.
-
-    Raises:
-        CompatibilityError: the client's method is gone, or takes something else; when it is called, reads something
-            else.
-    """
+def check_large_file_deletion(api: Any) -> None:
+    """To be called before the first step of a purge: whether [`delete_large_files`] can be its last."""
     method = getattr(api, "permanently_delete_lfs_files", None)
     known = inspect.signature(method).parameters if method is not None else {}
     if not {"repo_id", "lfs_files", "rewrite_history"} <= known.keys():
         found = f"HfApi.permanently_delete_lfs_files takes {', '.join(known) or 'nothing'}"
         raise broken("large_file_deletion", found)
 
-    def delete(repo_id: str, oids: Iterable[str]) -> None:
-        doomed = [SimpleNamespace(file_oid=oid) for oid in sorted(oids)]  # all of LFSFileInfo that the method reads
-        try:
-            api.permanently_delete_lfs_files(repo_id=repo_id, lfs_files=doomed, rewrite_history=True)
-        except AttributeError as error:
-            what = f"It asks a large file for more than its sha256 ({error})"
-            raise broken("large_file_deletion", what) from None
 
-    return delete
+@seam("large_file_deletion")
+def delete_large_files(api: Any, repo_id: str, oids: Iterable[str]) -> None:
+    """Deletes large files of a repository for good, by sha256, also those that no revision names."""
+    doomed = [SimpleNamespace(file_oid=oid) for oid in sorted(oids)]  # all of LFSFileInfo that the method reads
+    api.permanently_delete_lfs_files(repo_id=repo_id, lfs_files=doomed, rewrite_history=True)
 
 
 # ---- requests that the client has no method for ----
@@ -139,12 +117,12 @@ ERROR_CODE = "x-error-code"
 """Header that tells a repository that is hidden from a file that is gone; both are answered with 404."""
 
 
-def delete_pull_request_ref(api: Any, repo_id: str, number: int, timeout: float) -> None:
+def delete_pull_request_ref(api: Any, repo_id: str, number: int) -> None:
     """Removes the ref of a pull request."""
     from huggingface_hub.utils import hf_raise_for_status
 
     url = f"{api.endpoint}/api/models/{repo_id}/discussions/{number}/ref"
-    hf_raise_for_status(session().delete(url, headers=headers(api.token, api.library_name), timeout=timeout))
+    hf_raise_for_status(session().delete(url, headers=headers(api.token, api.library_name), timeout=TIMEOUT))
 
 
 # ---- the cache of this machine ----
@@ -192,10 +170,7 @@ def cached_blocks() -> list[Path]:
 
 
 def left_in_cache(repo_id: str, head: str) -> list[str]:
-    """What is in this machine's caches and is neither of the head nor known to be without content.
-
-    Whatever the cache is laid out like: a file that can not be told to be the head's is named.
-    """
+    """What is in this machine's caches and may have content that is not the head's, whatever their layout is."""
     folder = cache_folder(repo_id).resolve()
     found = set(_files(folder))
     kept = {path for path in found if path.relative_to(folder).parts[:2] == ("snapshots", head)}

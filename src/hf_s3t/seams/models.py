@@ -12,18 +12,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from . import broken, lost
+from . import broken, lost, seam
 
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Names under which configs of models have the chance that a layer is left out in training."""
 
 
 def loaded_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that came from a checkpoint; none where the model was built from a config.
-
-    Raises:
-        CompatibilityError: transformers marks them no more, and the model may have been loaded.
-    """
+    """Names of the parameters that came from a checkpoint; none where the model was built from a config."""
     marked = {name for name, value in model.named_parameters() if _is_marked(value)}
     if not marked and getattr(getattr(model, "config", None), "name_or_path", None) and not _marks_are_set():
         raise broken("loading_marks", "transformers does not mark the parameters that it loads")
@@ -80,43 +76,29 @@ def _marks_are_set() -> bool:
         return all(_is_marked(value) for value in _OneNumber.from_pretrained(folder).parameters())
 
 
-def draw_weights(model: nn.Module, path: str) -> None:
-    """Draws what a checkpoint lacks of a module anew, as the model's class does, from torch's generator.
-
-    Raises:
-        CompatibilityError: something of it was not drawn, and is left from whatever the random state was.
-    """
+def draw_weights(model: Any, path: str) -> None:
+    """Draws what a checkpoint lacks of a module anew, as the model's class does, from torch's generator."""
     module = model.get_submodule(path)
     drawn = {name: value for name, value in module.named_parameters(recurse=False) if value.is_floating_point()}
     drawn = {name: value for name, value in drawn.items() if not _is_marked(value)}
-    initialize: Any = getattr(model, "_init_weights", None)
-    if initialize is None:
-        raise broken("drawn_weights", f"{type(model).__name__} has no method `_init_weights`")
-    with torch.no_grad():
+    with torch.no_grad(), seam("drawn_weights"):
         for value in drawn.values():
             value.fill_(torch.nan)
-        initialize(module)
+        model._init_weights(module)
     left = [name for name, value in drawn.items() if bool(value.isnan().any())]
     if left:
         raise broken("drawn_weights", f"{type(model).__name__} does not draw {', '.join(left)} of `{path}`")
 
 
+@seam("two_trunks")
 def is_encoder_decoder(model: Any) -> bool:
     """Whether a model has two stacks of layers."""
-    config = model.config
-    if isinstance(config, PreTrainedConfig) and not hasattr(config, "is_encoder_decoder"):
-        raise broken("two_trunks", f"{type(config).__name__} does not say whether it is of an encoder and a decoder")
-    return bool(getattr(config, "is_encoder_decoder", False))
+    return bool(model.config.is_encoder_decoder)
 
 
+@seam("compiled")
 def is_compiled(model: nn.Module) -> bool:
-    """Whether a model, or a module of it, was handed to `torch.compile`.
-
-    Raises:
-        CompatibilityError: modules of torch do not tell.
-    """
-    if not hasattr(model, "_compiled_call_impl"):
-        raise broken("compiled", "`torch.nn.Module` has no `_compiled_call_impl`")
+    """Whether a model, or a module of it, was handed to `torch.compile`."""
     return any(module._compiled_call_impl is not None or original(module) is not module for module in model.modules())
 
 
@@ -125,18 +107,15 @@ def original(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+@seam("attention")
 def computing_settings(config: Any) -> dict[str, Any]:
     """What of a model's config may change the last bit of what it computes, as plain data."""
-    if not hasattr(config, "_attn_implementation"):
-        raise broken("attention", f"{type(config).__name__} does not say which attention kernel computes")
     loaded = ("_name_or_path", "transformers_version")
     about = {name: value for name, value in config.to_dict().items() if name not in loaded}
     return about | {"attention": config._attn_implementation}
 
 
+@seam("tokenizer_rules")
 def tokenizer_rules(tokenizer: Any) -> dict[str, Any]:
     """All that a tokenizer does to a text, as plain data."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None and tokenizer.is_fast:
-        raise broken("tokenizer_rules", f"{type(tokenizer).__name__} is fast and has no `backend_tokenizer`")
-    return json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    return json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()

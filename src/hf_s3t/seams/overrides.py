@@ -23,14 +23,7 @@ def classes_behind(cls: type, ours: type) -> list[type]:
 def check_overrides(
     seam: str, classes: Sequence[type], methods: Iterable[str], attributes: Iterable[str] = ()
 ) -> None:
-    """Raises [`CompatibilityError`] unless classes have some methods and call them, and use some attributes.
-
-    Args:
-        seam (`str`): the seam's name, for the error.
-        classes (`list[type]`): the other library's, in the order of resolution.
-        methods (`list[str]`): what ours override.
-        attributes (`list[str]`): what ours set or read.
-    """
+    """Checks that classes of another library have and call the methods that ours override, and use attributes."""
     shown = f"`{classes[0].__module__}.{classes[0].__qualname__}`"
     for name in methods:
         if not any(name in vars(cls) for cls in classes):

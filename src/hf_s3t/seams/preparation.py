@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 from datasets import Dataset  # type: ignore[import-untyped]
 
+from ..errors import DatasetError
 from . import broken
 
+DIGEST_COLUMN = "hf_s3t_example"
+"""By it the rows of the train set are known while they are prepared; other datasets are not looked at."""
 LOOKED_AT = 16
 """Rows that are prepared once more, each alone."""
 NEEDED = ("function", "batched", "with_indices", "with_rank", "input_columns", "fn_kwargs")
 
 
 @contextmanager
-def watched_preparation(column: str, refuse: Callable[[str], Exception]) -> Iterator[None]:
+def watched_preparation() -> Iterator[None]:
     """Inside, a function that makes rows in batches must make of a row alone what it made of it in a batch.
 
     Otherwise a row would hold something of others, which lie in other slices. Some of the rows are looked at.
-
-    Args:
-        column (`str`): by this column the rows of the train set are known; other datasets are not looked at.
-        refuse (`Callable`): makes the error, from the name of the function.
     """
     plain: Any = Dataset.map
     signature = inspect.signature(plain)
@@ -37,9 +36,9 @@ def watched_preparation(column: str, refuse: Callable[[str], Exception]) -> Iter
         made = plain(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
-        if column in self.column_names and given.arguments["batched"] and not given.arguments["with_rank"]:
+        if DIGEST_COLUMN in self.column_names and given.arguments["batched"] and not given.arguments["with_rank"]:
             if not _is_row_by_row(self, made, given.arguments):
-                raise refuse(getattr(given.arguments["function"], "__qualname__", repr(given.arguments["function"])))
+                raise _made_of_several(given.arguments["function"])
         return made
 
     Dataset.map = watching
@@ -66,6 +65,15 @@ def _is_row_by_row(before: Any, after: Any, given: dict[str, Any]) -> bool:
             if name in found.column_names and _plain(values[0]) != _plain(found[position][name]):
                 return False
     return True
+
+
+def _made_of_several(function: Any) -> DatasetError:
+    return DatasetError(
+        f"`{getattr(function, '__qualname__', repr(function))}` prepares a row otherwise alone than in a batch with "
+        "others, so that prepared rows hold something of other examples (a completion, a length to pad to), in "
+        "whatever slice these lie. Deleting one would leave it in others. Prepare rows one by one, pad in the "
+        "collator, or choose a loss that needs no other rows."
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -13,25 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from transformers import Trainer, TrainerControl
-from transformers.trainer_callback import CallbackHandler, ExportableState, ProgressCallback
+from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import broken, lost
+from . import broken, lost, seam
 from .overrides import check_overrides, classes_behind, uses
 
 TrainerBase: Any = Trainer if TYPE_CHECKING else object
 
 METHODS = (
-    "_get_output_dir",
-    "_save_checkpoint",
-    "_load_from_checkpoint",
-    "_load_best_model",
-    "_push_from_checkpoint",
-    "_get_train_sampler",
-    "_set_signature_columns_if_needed",
-    "_remove_unused_columns",
-    "save_model",
-)
+    "_get_output_dir", "_save_checkpoint", "_load_from_checkpoint", "_load_best_model", "_push_from_checkpoint",
+    "_get_train_sampler", "_set_signature_columns_if_needed", "_remove_unused_columns", "save_model",
+)  # fmt: skip
 """Methods of the Trainer that ours override or call, and that it has to call itself."""
 
 ATTRIBUTES = ("callback_handler", "model_wrapped", "optimizer", "lr_scheduler", "is_in_train", "_signature_columns")
@@ -121,11 +114,7 @@ class TrainerSeam(TrainerBase):
         return self._remove_unused_columns(rows)
 
     def remove_noise(self, ended: bool = True) -> None:
-        """Takes NEFTune's hook back, which the Trainer does at a normal end only.
-
-        Args:
-            ended (`bool`): whether the training came to its end, so that there was a hook for sure.
-        """
+        """Takes NEFTune's hook back, as the Trainer does at a normal end only; after that one, it has to be known."""
         handle = getattr(self, "neftune_hook_handle", None)
         if handle is not None:
             handle.remove()
@@ -133,12 +122,7 @@ class TrainerSeam(TrainerBase):
             raise broken("neftune", "The Trainer keeps no `neftune_hook_handle`")
 
     def begin_afresh(self) -> None:
-        """Nothing of an earlier training is left in the Trainer, in accelerate or in callbacks with a state.
-
-        Optimizer and scheduler are made anew; so are the scaler of mixed precision, which learns from overflows, the
-        control flags, the count of accumulated batches, and what a callback says of itself in `state()`, such as the
-        patience of early stopping.
-        """
+        """Nothing of an earlier training is left in the Trainer, in accelerate or in callbacks with a state."""
         # A second `Trainer.train()` would go on with the old optimizer, and with DDP's view of the old parameters.
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
@@ -147,18 +131,14 @@ class TrainerSeam(TrainerBase):
         self._fresh.restore(self.accelerator, self.callback_handler.callbacks)
 
 
-    def stateful_callbacks(self) -> list[Any]:
-        """Callbacks that say of themselves what they were made with and how far they are: early stopping, for one."""
-        return with_state(self.callback_handler.callbacks)
-
-
 def with_state(callbacks: Sequence[Any]) -> list[Any]:
-    """Those of some callbacks that have a `state()`."""
+    """Callbacks that say of themselves what they were made with and how far they are: early stopping, for one."""
     return [callback for callback in callbacks if isinstance(callback, ExportableState)]
 
 
 class Pristine:
-    """What a Trainer carries from one training to the next, as it was before the first."""
+    """What a Trainer carries from one training to the next, as it was before the first: the scaler of mixed precision,
+    the count of accumulated batches, and what a callback says of itself, such as the patience of early stopping."""
 
     def __init__(self) -> None:
         self._scalers: dict[int, Any] = {}
@@ -166,18 +146,13 @@ class Pristine:
 
     def restore(self, accelerator: Any, callbacks: Sequence[Any]) -> None:
         """Puts it back; what is met for the first time is taken as it is."""
-        if not hasattr(accelerator, "scaler"):
-            raise broken("accelerator", "The accelerator has no `scaler`")
-        scaler = accelerator.scaler
+        with seam("accelerator"):
+            scaler, state = accelerator.scaler, accelerator.gradient_state
+            state.sync_gradients, state.dataloader_references = True, [None]
         if scaler is not None:
             pristine = self._scalers.pop(id(scaler), None) or copy.deepcopy(scaler)
             accelerator.scaler = copy.deepcopy(pristine)
             self._scalers[id(accelerator.scaler)] = pristine
-        state = accelerator.gradient_state
-        try:
-            state.sync_gradients, state.dataloader_references = True, [None]
-        except AttributeError as error:
-            raise broken("accelerator", f"The count of accumulated batches can not be set ({error})") from error
         for callback in with_state(callbacks):
             now = callback.state().get("attributes", {})
             _, first = self._attributes.setdefault(id(callback), (callback, copy.deepcopy(now)))
@@ -238,12 +213,7 @@ def check_handler(handler: Any) -> None:
 
 
 def check_told(events: Container[str], steps: int) -> None:
-    """Raises [`CompatibilityError`] unless the guard of a stage was told of all that it checks.
-
-    Args:
-        events (`set[str]`): what it was told of.
-        steps (`int`): optimizer steps that the stage took.
-    """
+    """Raises [`CompatibilityError`] unless the guard of a stage of some `steps` was told of all that it checks."""
     expected = ("on_train_begin", *(("on_pre_optimizer_step",) if steps else ()), "on_train_end")
     absent = [event for event in expected if event not in events]
     if absent:
@@ -266,9 +236,3 @@ def send_tensorboard(callback: Any, folder: str) -> None:
         lost("trackers", f"{type(callback).__name__} has no `logging_dir`")
     elif callback.logging_dir is None:
         callback.logging_dir = folder
-
-
-def check_progress() -> None:
-    """Warns if the Trainer's progress bar is not where ours takes its place."""
-    if not uses([ProgressCallback], "training_bar"):
-        lost("progress", "`ProgressCallback` has no `training_bar`")

@@ -10,14 +10,10 @@ import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    ModulesToSaveWrapper,
-    register_peft_method,
-)
+from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import nn
 
-from . import broken
+from . import broken, seam
 from .overrides import check_overrides, classes_behind
 
 LORA = "lora_"
@@ -34,18 +30,16 @@ HEADS_BY_TASK = {
 # ---- the method S3T ----
 
 
+@seam("peft_type")
 def add_peft_type(name: str) -> PeftType:
     """Adds a member to PEFT's enum of methods, which `register_peft_method` insists on. Idempotent."""
     if name not in PeftType.__members__:
-        try:
-            member = str.__new__(PeftType, name)
-            member._name_ = member._value_ = name
-            PeftType._member_map_[name] = member
-            PeftType._value2member_map_[name] = member
-            PeftType._member_names_.append(name)
-            type.__setattr__(PeftType, name, member)
-        except (AttributeError, TypeError) as error:
-            raise broken("peft_type", f"PEFT's enum of methods takes no new member ({error})") from error
+        member = str.__new__(PeftType, name)
+        member._name_ = member._value_ = name
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+        PeftType._member_names_.append(name)
+        type.__setattr__(PeftType, name, member)
     known = list(PeftType)
     if name not in known or getattr(PeftType, name, None) is not known[known.index(name)]:
         raise broken("peft_type", f"PEFT's enum of methods does not know {name} after it was added")
@@ -112,11 +106,7 @@ class TunerSeam(LoraModel):
 
 
 def add_adapter(model: PeftModel, name: str, config: Any, places: Collection[str]) -> None:
-    """Puts an adapter into a model, with the heads that its config names and no others.
-
-    Args:
-        places (`set[str]`): paths in the base model of the modules that it has to lie in.
-    """
+    """Puts an adapter into the modules at `places` of a base model, with the heads that its config names alone."""
     if not model.base_model.active_adapters:
         set_active(model, [name])
     # Not `add_adapter` of the task's own class: that one adds heads to every adapter, also to one without.
@@ -161,12 +151,7 @@ def base_name(name: str) -> str | None:
 
 
 def check_base_names(before: Collection[str], model: nn.Module) -> None:
-    """Raises [`CompatibilityError`] unless [`base_name`] finds a base model's tensors within adapters.
-
-    Args:
-        before (`list[str]`): names of the base's tensors without adapters.
-        model ([`~peft.PeftModel`]): the model with them.
-    """
+    """Raises [`CompatibilityError`] unless [`base_name`] finds within adapters the names that a base had `before`."""
     found = {base_name(key) for key in model.state_dict()} - {None}
     if found != set(before):
         raise broken("peft_names", f"Within adapters the base's tensors are called {_some(found ^ set(before))}")
@@ -186,12 +171,10 @@ def activate(model: PeftModel, names: list[str]) -> None:
             raise broken("active_adapters", f"A layer has {module.active_adapters} active, not {names}")
 
 
+@seam("active_adapters")
 def set_active(model: PeftModel, names: list[str]) -> None:
     """Notes in the tuner which adapters are active, without touching a layer."""
-    try:
-        model.base_model.active_adapter = list(names)
-    except AttributeError as error:
-        raise broken("active_adapters", f"The tuner's active adapters can not be set ({error})") from error
+    model.base_model.active_adapter = list(names)
     if list(model.base_model.active_adapters) != list(names):
         raise broken("active_adapters", f"The tuner has {model.base_model.active_adapters} active, not {names}")
 
@@ -199,17 +182,10 @@ def set_active(model: PeftModel, names: list[str]) -> None:
 # ---- which modules are targets, and which are heads ----
 
 
-def default_targets(model_type: str | None) -> Any:
-    """PEFT's default `target_modules` of a model type, or `None`."""
-    return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
-
-
+@seam("all_linear")
 def name_all_linear(config: LoraConfig, model: nn.Module) -> LoraConfig:
     """The config, with "all-linear" replaced by what PEFT means by it in this model."""
-    resolve = getattr(tuners_utils, "_maybe_include_all_linear_layers", None)
-    if resolve is None:
-        raise broken("all_linear", "PEFT does not say which layers are all linear ones")
-    config = resolve(config, model)
+    config = tuners_utils._maybe_include_all_linear_layers(config, model)
     if isinstance(config.target_modules, str) or not config.target_modules:
         raise broken("all_linear", f"PEFT takes all linear layers to be {config.target_modules!r}")
     return config
@@ -222,26 +198,19 @@ def is_targeted(config: LoraConfig, path: str) -> bool:
 
 
 @cache
+@seam("targeting")
 def _check_targeting() -> None:
     """Raises [`CompatibilityError`] unless PEFT matches module paths as adapters on disk need it."""
     fields = {"target_modules": ["b"], "layers_to_transform": [1], "layers_pattern": "layers"}
     config = LoraConfig(**fields, exclude_modules=["no.b"], modules_to_save=["head"])
     paths = ("layers.1.b", "a.layers.1.x.b", "layers.11.b", "layers.1.ab", "layers.1.no.b", "layers.1.head.b", "x.b")
-    try:
-        found = [path for path in paths if tuners_utils.check_target_module_exists(config, path)]
-    except AttributeError as error:
-        raise broken("targeting", f"PEFT does not say which modules are targets ({error})") from error
+    found = [path for path in paths if tuners_utils.check_target_module_exists(config, path)]
     if found != list(paths[:2]):
         raise broken("targeting", f"PEFT takes {found} for the targets of a LoRA in layer 1, not {list(paths[:2])}")
 
 
 def check_heads(expected: Iterable[str], model: PeftModel) -> None:
-    """Raises [`CompatibilityError`] unless PEFT trains exactly these modules of the base whole.
-
-    Args:
-        expected (`list[str]`): paths in the base model.
-        model ([`~peft.PeftModel`]): the model with its first adapter.
-    """
+    """Raises [`CompatibilityError`] unless PEFT trains exactly these modules of the base whole."""
     parts = model.get_base_model().named_modules()
     found = {path for path, module in parts if isinstance(module, ModulesToSaveWrapper)}
     if found != {*expected}:

@@ -19,7 +19,6 @@ from ..lora.tuner import StageTuner
 from ..plan.tree import Stage
 from ..seams.trainer import (
     check_handler,
-    check_progress,
     check_told,
     kept_generators,
     send_tensorboard,
@@ -143,7 +142,6 @@ class PlanProgressCallback(ProgressCallback):
 
     def __init__(self, replay: float = 1.0):
         super().__init__()
-        check_progress()
         self.training_bar: Any = None
         self.replay, self.total, self.done = replay, 0.0, 0.0
 

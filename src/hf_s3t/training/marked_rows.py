@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 
-from ..errors import DatasetError, IsolationError
+from ..errors import IsolationError
 from ..lora.tuner import StageTuner
 from ..trunk.row_numbers import ROW_NUMBER, MarkingCollator, NumberedRows, RowGuard, without_marks
 from .rows import TrainRows
@@ -102,16 +102,6 @@ class MarkedRowsMixin(RunningStageMixin):
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; a callback may evaluate on rows of the train set."""
         return super().prediction_step(model, without_marks(inputs), *args, **kwargs)
-
-
-def made_of_several(function: str) -> Exception:
-    """What a function is told that makes a row out of several."""
-    return DatasetError(
-        f"`{function}` prepares a row otherwise alone than in a batch with others, so that prepared rows hold "
-        "something of other examples (a completion, a length to pad to), in whatever slice these lie. Deleting "
-        "one would leave it in others. Prepare rows one by one, pad in the collator, or choose a loss "
-        "that needs no other rows."
-    )
 
 
 def drawn_beyond(error: IndexError, order: StageOrder) -> Exception:

@@ -15,13 +15,12 @@ from torch.utils.data import Subset
 
 from ..lora.config import S3TConfig
 from ..plan.tree import Stage
+from ..seams.preparation import DIGEST_COLUMN
 from ..store.partition import Entry, id_source, raw_rows, read_rows, stage_examples
 from ..store.state import State
 from ..trunk.row_numbers import NumberedRows
 
 logger = logging.getLogger(__name__)
-
-DIGEST_COLUMN = "hf_s3t_example"
 
 
 class TrainRows:

@@ -32,6 +32,7 @@ from ..lora.tuner import StageTuner, Tensors, owned_layers, plain_lora_config
 from ..lora.wrapping import wrap_model
 from ..plan.tree import Stage
 from ..seams.preparation import watched_preparation
+from ..seams.trainer import with_state
 from ..store.base_model import public_id
 from ..store.receipts import versions
 from ..store.recipe import make_recipe, steering_by
@@ -39,11 +40,11 @@ from ..store.recipe_differences import check_accept
 from ..store.store import S3TStore
 from ..trunk.row_states import ActivationCache, check_cache
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
-from .marked_rows import MarkedRowsMixin, drawn_beyond, made_of_several
+from .marked_rows import MarkedRowsMixin, drawn_beyond
 from .processes import check_processes, on_main_process
 from .reconcile import Missing, Wanted, plan_repair, reconcile, warn_of_other_stacks
 from .refusals import Repair, check_repair, refuse_arguments, set_stage_defaults
-from .rows import DIGEST_COLUMN, TrainRows
+from .rows import TrainRows
 from .served_model import ServedModelMixin
 from .stage_orders import StageDropped, StageOrder, commit, next_order, running_folder
 from .stage_plan import make_plan, stage_seed
@@ -124,7 +125,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             key = on_main_process(args, self.store.ensure_key)
             self._rows = TrainRows(train_dataset, key, self.s3t_config)
             train_dataset = self._rows.marked(train_dataset)
-        with watched_preparation(DIGEST_COLUMN, made_of_several):
+        with watched_preparation():
             super().__init__(
                 model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs
             )
@@ -215,7 +216,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
             self.data_collator, self.base_model_id, self._drawn_heads,
             user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.on,
-            steering=steering_by(self.args, self.stateful_callbacks(), self.eval_dataset),
+            steering=steering_by(self.args, with_state(self.callback_handler.callbacks), self.eval_dataset),
         )  # fmt: skip
         prior = self.s3t_config.deletion_prior
         wanted_plan = make_plan(self.s3t_config, self.args.seed) if cost_budget is None else None
