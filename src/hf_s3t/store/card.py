@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..lora.adapter import with_rank
-from ..plan.sequences import requests_until_dead
+from ..plan.life import life_left
 from ..plan.tree import Stage
 from .manifest import Manifest
 
@@ -116,7 +116,7 @@ def render_card(manifest: Manifest) -> str:
         example=f"`{example.name}`" if example else "of a store that has live stages",
         prefix_lines=prefix_lines(example, manifest) if example else PREFIX_LINES.format(folders=""),
         table=_table(manifest, served) or "| none | | |",
-        requests=requests_until_dead(manifest.plan.num_shards, manifest.plan.num_slices, _budget(manifest)),
+        requests=life_left(manifest.plan).until_all_dead.mean,
     )
 
 
@@ -160,7 +160,3 @@ def _table(manifest: Manifest, served: dict[int, tuple[int, ...]]) -> str:
         mark = "yes" if served.get(stage.shard) == stage.prefix else ""
         rows.append(f"| `{stage.name}` | {f'`{stage.parent.name}`' if stage.parent else ''} | {mark} |")
     return "\n".join(rows)
-
-
-def _budget(manifest: Manifest) -> int:
-    return max(len({order[0] for order in orders}) for orders in manifest.plan.sequences)
