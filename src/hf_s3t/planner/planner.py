@@ -147,8 +147,9 @@ class S3TPlanner:
     def _settings(self) -> Iterator[Setting]:
         prior = None if self.prior is None else tuple(self.prior)
         for size in self._sizes():
-            for number, choice in enumerate(self._choices(size)):
-                yield Setting("S3T", *size, *choice, prior=prior, given=number == 0 and self._is_given(size))
+            for number, (selection, budget, cost) in enumerate(self._choices(size)):
+                given = number == 0 and self._is_given(size)
+                yield Setting("S3T", *size, selection, budget, cost, prior, given)
             if self._may_be_chosen(size) and size[1] > 1:
                 yield Setting("SISA", *size, budget=1, prior=prior)
             if self._may_be_chosen(size) and size[0] > 1:
