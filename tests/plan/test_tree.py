@@ -1,15 +1,15 @@
-"""The tree of stages, against brute force over all hit sets and against the closed form for its lifetime."""
+"""The tree of stages, against brute force over all hit sets."""
 
 import itertools
 import json
 import random
-import statistics
 import warnings
 from itertools import permutations
 
 import pytest
 
-from hf_s3t.plan.sequences import cyclic, random_orders, requests_until_dead, spaced, surviving_length, training_cost
+from brute_force import best, hit_sets
+from hf_s3t.plan.sequences import cyclic, random_orders, spaced, training_cost
 from hf_s3t.plan.tree import Plan, Stage
 
 
@@ -27,16 +27,9 @@ def names(some_stages):
     return [stage.name.removeprefix("shard-") for stage in some_stages]
 
 
-def hit_sets(num_slices):
-    return [set(c) for size in range(num_slices + 1) for c in itertools.combinations(range(num_slices), size)]
-
-
 ORDERS = {
-    "cyclic 4": cyclic(4, 4),
-    "cyclic 4, 11": quiet_cyclic(4, 11),
     "all 4": list(permutations(range(4))),
     "spaced 5, 2": spaced(5, 2),
-    "cyclic 5": cyclic(5, 5),
     "random 5, 17": random_orders(5, 17, seed=1),
     "truncated": [(3, 1), (0,), (1, 3, 0), (0, 3, 1, 4), (3, 1, 0), (4, 2)],
     "one": [(0,)],
@@ -60,51 +53,38 @@ def test_stages_sort_by_shard_and_prefix():
     assert names(sorted(stages("10/0", "02/1", "02/0-1", "02/0"))) == ["02/0", "02/0-1", "02/1", "10/0"]
 
 
-@pytest.mark.parametrize("shard", [0, 7, 10, 99, 100, 99999])
-@pytest.mark.parametrize("prefix", [(0,), (2, 0, 3), (999, 10, 1)])
-def test_names_round_trip(shard, prefix):
-    stage = Stage(shard, prefix)
-    assert Stage.from_name(stage.name) == stage
-    assert names([stage])[0].split("/")[0] == f"{shard:02d}"
+def test_names_round_trip():
+    for shard, prefix in itertools.product((0, 7, 10, 100, 99999), [(0,), (2, 0, 3), (999, 10, 1)]):
+        stage = Stage(shard, prefix)
+        assert Stage.from_name(stage.name) == stage
+        assert names([stage])[0].split("/")[0] == f"{shard:02d}"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "shard-00",
-        "shard-00/",
-        "shard-0/1",
-        "shard-007/1",
-        "shard-00/01",
-        "shard-00/1-",
-        "shard-00/-1",
-        "shard-00/1--2",
-        "shard-00/1-1",
-        "shard-00/1,2",
-        "shard-00/1/",
-        "shard-00/1\n",
-        " shard-00/1",
-        "shard-00\\1",
-        "Shard-00/1",
-        "shard-00/../../etc",
-        "../shard-00/1",
-        "/shard-00/1",
-        "shard-00/1/../2",
-        "shard-٠٠/1",
-        "shard-00/²",
-        "shard-00/+1",
-        "shard-00/1_0",
-        "shard-00/99999",
-        "shard-00/" + "9" * 10_000,
-        "shard-" + "1" * 10_000 + "/0",
-        None,
-        b"shard-00/1",
-    ],
-)
-def test_a_name_that_would_not_round_trip_is_refused(name):
-    with pytest.raises(ValueError, match="is not the name of a stage|There is no stage"):
-        Stage.from_name(name)
+BAD_NAMES = [
+    "",
+    "shard-00/",
+    "shard-007/1",
+    "shard-00/01",
+    "shard-00/1-",
+    "shard-00/1-1",
+    "shard-00/1,2",
+    "shard-00/1\n",
+    " shard-00/1",
+    "shard-00/../../etc",
+    "/shard-00/1",
+    "shard-٠٠/1",
+    "shard-00/99999",
+    "shard-00/" + "9" * 10_000,
+    "shard-" + "1" * 10_000 + "/0",
+    None,
+    b"shard-00/1",
+]
+
+
+def test_a_name_that_would_not_round_trip_is_refused():
+    for name in BAD_NAMES:
+        with pytest.raises(ValueError, match="is not the name of a stage|There is no stage"):
+            Stage.from_name(name)
 
 
 @pytest.mark.parametrize("shard, prefix", [(0, ()), (-1, (0,)), (0, (1, -1)), (0, (2, 0, 2))])
@@ -124,9 +104,8 @@ def test_training_order_is_shard_by_shard_and_sequence_by_sequence():
 
 
 @every_orders
-@pytest.mark.parametrize("prune", [True, False])
-def test_every_stage_is_there_once_and_after_its_parent(orders, prune):
-    plan = Plan.make(2, 5, orders, prune)
+def test_every_stage_is_there_once_and_after_its_parent(orders):
+    plan = Plan.make(2, 5, orders, prune=False)
     assert len(set(plan.stages)) == len(plan.stages)
     for i, stage in enumerate(plan.stages):
         assert stage.parent is None or stage.parent in plan.stages[:i]
@@ -144,7 +123,7 @@ def test_pruning_changes_no_best_surviving_length(orders):
         served = [
             len(plan.served(set(plan.stages).difference(plan.affected(lost))).get(0, ())) for plan in (whole, pruned)
         ]
-        assert served[0] == served[1] == max(surviving_length(order, hit) for order in orders)
+        assert served[0] == served[1] == best(orders, hit)
 
 
 @every_orders
@@ -187,16 +166,12 @@ def test_shards_may_have_orders_of_their_own():
     assert Plan.make_per_shard(4, [cyclic(4, 4)] * 3) == Plan.make(3, 4, cyclic(4, 4))
 
 
-@pytest.mark.parametrize("num_shards", [0, -1, True, "2", 10**9])
-def test_an_impossible_number_of_shards_is_refused(num_shards):
-    with pytest.raises(ValueError, match="num_shards must be an integer from 1"):
-        Plan.make(num_shards, 2, [(0, 1)])
-
-
-@pytest.mark.parametrize("num_slices", [0, -1, True, "2", 10**9])
-def test_an_impossible_number_of_slices_is_refused(num_slices):
-    with pytest.raises(ValueError, match="num_slices must be an integer from 1"):
-        Plan.make(2, num_slices, [(0, 1)])
+def test_impossible_numbers_are_refused():
+    for number in (0, -1, True, "2", 10**9):
+        with pytest.raises(ValueError, match="num_shards must be an integer from 1"):
+            Plan.make(number, 2, [(0, 1)])
+        with pytest.raises(ValueError, match="num_slices must be an integer from 1"):
+            Plan.make(2, number, [(0, 1)])
 
 
 def test_invalid_orders_are_refused_with_their_shard():
@@ -237,26 +212,6 @@ def test_what_a_deletion_leaves_stays_live():
         assert set(plan.missing(left)) == set(plan.affected([pair]))
 
 
-@pytest.mark.parametrize("m, num_slices, budget, expected", [(5, 4, 4, 71.95), (5, 6, 6, 119.8), (5, 4, 1, 45.67)])
-@pytest.mark.parametrize("prune", [True, False])
-def test_the_tree_lives_as_long_as_the_closed_form_says(m, num_slices, budget, expected, prune):
-    plan = Plan.make(m, num_slices, cyclic(num_slices, budget), prune)
-    bit = {stage: 1 << i for i, stage in enumerate(plan.stages)}
-    spared = [
-        ~sum(bit[stage] for stage in plan.affected([pair])) for pair in itertools.product(range(m), range(num_slices))
-    ]
-    rng, requests = random.Random(20), []
-    for _ in range(20_000):
-        alive, count = (1 << len(bit)) - 1, 0
-        while alive:
-            alive &= spared[int(rng.random() * len(spared))]
-            count += 1
-        requests.append(count)
-    error = statistics.stdev(requests) / len(requests) ** 0.5
-    assert requests_until_dead(m, num_slices, budget) == pytest.approx(expected, abs=0.05)
-    assert statistics.mean(requests) == pytest.approx(requests_until_dead(m, num_slices, budget), abs=3 * error)
-
-
 # What is trained
 
 
@@ -288,7 +243,7 @@ def test_served_is_the_longest_live_prefix():
     assert plan.served(plan.stages) == {shard: (0, 1, 2) for shard in range(3)}
 
 
-@pytest.mark.parametrize("orders", list(permutations([(0, 1), (1, 2), (2, 0)])))
+@pytest.mark.parametrize("orders", [[(0, 1), (1, 2), (2, 0)], [(2, 0), (1, 2), (0, 1)]])
 def test_ties_go_to_the_sequence_that_the_plan_names_first(orders):
     plan = Plan.make(1, 3, orders)
     trained = [*plan.stages, *stages("00/0-2", "00/2-1")]
@@ -321,48 +276,36 @@ def test_served_is_the_first_of_the_surviving(orders):
 
 
 @every_orders
-@pytest.mark.parametrize("prune", [True, False])
-def test_a_plan_round_trips_through_json(orders, prune):
-    plan = Plan.make(2, 5, orders, prune)
+def test_a_plan_round_trips_through_json(orders):
+    plan = Plan.make(2, 5, orders, prune=False)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert hash(Plan.from_json(plan.to_json())) == hash(plan)
     assert plan.cost == 2 * training_cost(plan.sequences[0])
 
 
-@pytest.mark.parametrize("data", [None, [], "plan", 3, {}, {"num_shards": 1, "num_slices": 1}])
-def test_a_manifest_without_a_plan_is_refused(data):
-    with pytest.raises(ValueError, match="A plan must be a dict with exactly"):
-        Plan.from_json(data)
+def test_a_manifest_without_a_plan_is_refused():
+    for data in (None, [], "plan", {}, {"num_shards": 1, "num_slices": 1}):
+        with pytest.raises(ValueError, match="A plan must be a dict with exactly"):
+            Plan.from_json(data)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"extra": 1}, "A plan must be a dict with exactly"),
-        ({3: 1}, "A plan must be a dict with exactly"),
         ({"num_shards": 2}, "num_shards=2, but orders are given for 1 shards"),
         ({"num_shards": 10**30}, "num_shards must be an integer"),
-        ({"num_shards": 1.0}, "num_shards must be an integer"),
         ({"num_shards": True}, "num_shards must be an integer"),
-        ({"num_shards": 0, "sequences": []}, "num_shards must be an integer"),
         ({"num_slices": 10**30}, "num_slices must be an integer"),
-        ({"num_slices": None}, "num_slices must be an integer"),
         ({"num_slices": 1}, "order 0 must be an integer from 0 to 0, not 1"),
         ({"sequences": {"0": [[0]]}}, "sequences must be lists of orders"),
-        ({"sequences": 3}, "sequences must be lists of orders"),
-        ({"sequences": "[[0]]"}, "sequences must be lists of orders"),
-        ({"sequences": ["01"]}, "sequences must be lists of orders"),
         ({"sequences": [{"0": 1}]}, "sequences must be lists of orders"),
         ({"sequences": [[]]}, "Shard 0: The list of orders is empty"),
         ({"sequences": [["01"]]}, "Order 0 is '01'"),
         ({"sequences": [[0, 1]]}, "Order 0 is 0"),
-        ({"sequences": [[{"0": 1}]]}, "Order 0 is {"),
         ({"sequences": [[[0, 2]]]}, "order 0 must be an integer from 0 to 1, not 2"),
         ({"sequences": [[[0], [-1]]]}, "order 1 must be an integer from 0 to 1, not -1"),
-        ({"sequences": [[[0, None]]]}, "must be an integer from 0 to 1, not None"),
-        ({"sequences": [[[[0]]]]}, r"must be an integer from 0 to 1, not \[0\]"),
         ({"sequences": [[[0.0]]]}, "must be an integer"),
-        ({"sequences": [[[10**100]]]}, "must be an integer"),
         ({"sequences": [[[0, 0]]]}, "names a slice twice"),
         ({"sequences": [[[0], [0]]]}, "is the same as order 0"),
     ],

@@ -38,10 +38,10 @@ def best_repair(
     Raises:
         ValueError: If a number is out of range, there is no shard, or a prefix is not an order of the slices.
 
-    Example: a dead shard, and one that has lost slice 2. Two slice passes go to a first stage in each.
+    Example: a dead shard, and one that has lost slice 2. Three slice passes buy first stages in both.
 
-    >>> best_repair(3, [[], [(0, 1)]], cost_budget=2)
-    [((0,),), ((0, 1), (1,))]
+    >>> best_repair(3, [[], [(0, 1)]], cost_budget=3)
+    [((0,), (1,)), ((0, 1), (1,))]
     """
     check_count("cost_budget, in slice passes over all shards,", cost_budget, 1, MAX_COST)
     lattice = lattice_of(prior, num_slices)
@@ -55,10 +55,13 @@ def best_repair(
 def _checked(alive: Sequence[Sequence[Order]], num_slices: int) -> list[list[Order]]:
     if not alive:
         raise ValueError(f"alive must be a list with the live prefixes of each shard, not {alive!r:.100}. Give it.")
-    try:
-        return [explicit(prefixes, num_slices) if prefixes else [] for prefixes in alive]
-    except ValueError as error:
-        raise ValueError(f"Of what is alive in a shard: {error}") from error
+    kept = []
+    for shard, prefixes in enumerate(alive):
+        try:
+            kept.append(explicit(prefixes, num_slices) if prefixes else [])
+        except ValueError as error:
+            raise ValueError(f"Of what is alive in shard {shard}: {error}") from error
+    return kept
 
 
 def _shared_out(lattice: Lattice, trees: list[list[Order]], room: int) -> tuple[list[list[Order]], int]:

@@ -72,10 +72,10 @@ def best_tree(
 
 
 def first_best(lattice: Lattice, plans: Iterable[list[Order]]) -> list[Order]:
-    """The first of those plans that differ from the best in rounding only."""
+    """The first of the cheapest of those plans that differ from the best in rounding only."""
     values = [(lattice.value(plan), plan) for plan in plans]
     highest = max(value for value, _ in values)
-    return next(plan for value, plan in values if value >= highest * (1 - ROUNDING))
+    return min((plan for value, plan in values if value >= highest * (1 - ROUNDING)), key=training_cost)
 
 
 def coldest_first(lattice: Lattice) -> Order:
@@ -112,15 +112,14 @@ class Search:
 
     def polished(self, start: Sequence[Order]) -> list[Order]:
         """The plan that grows from a start, with one order after the other cut back and grown anew."""
-        plan = self.grown(start)
+        plan = self._best_grown(start)
         value, better = self.lattice.value(plan), True
         while better:
             better = False
             for trial in self._cut_back(plan):
                 if self.left <= 0:
                     return plan
-                grown = [self.grown(trial, dear) for dear in (False, True)[: 1 + self.by_cost]]
-                best = max(grown, key=self.lattice.value)
+                best = self._best_grown(trial)
                 if self.lattice.value(best) > value * (1 + ROUNDING):
                     plan, value, better = best, self.lattice.value(best), True
                     break
@@ -132,7 +131,12 @@ class Search:
             for length in range(len(order)) if self.by_cost else (0,):
                 yield [*plan[:place], *([order[:length]] if length else []), *plan[place + 1 :]]
 
-    def grown(self, start: Sequence[Order], dear: bool = False) -> list[Order]:
+    def _best_grown(self, start: Sequence[Order]) -> list[Order]:
+        """The better of two ways to grow; whole orders cost the same, so there is one."""
+        ways = [self._grown(start, dear) for dear in (False, True)[: 1 + self.by_cost]]
+        return max(ways, key=self.lattice.value)
+
+    def _grown(self, start: Sequence[Order], dear: bool) -> list[Order]:
         """Add the best next path until none fits or adds anything; the first one may be dear: it adds most."""
         plan = list(start)
         while path := self._next(plan, dear):
