@@ -27,19 +27,20 @@ def test_every_promise_is_broken_at_least_twice():
 def test_the_tests_that_should_catch_them_exist():
     for mutation in mutations.MUTATIONS:
         for test in mutation.tests:
-            file, name = re.fullmatch(r"(\w+\.py)::(\w+)(?:\[.*\])?", test).groups()
+            file, name = re.fullmatch(r"([\w/]+\.py)::(\w+)(?:\[.*\])?", test).groups()
             assert f"def {name}(" in (Path(__file__).parent / file).read_text(), test
 
 
 def test_the_recorded_table_has_a_row_for_every_mutation():
     table = mutations.TABLE.read_text()
     for mutation in mutations.MUTATIONS:
-        assert f"| {mutation.promise} | {mutation.about} | `{mutation.file}` | `test_" in table, mutation.about
+        row = re.escape(f"| {mutation.promise} | {mutation.about} | `{mutation.file}` | `")
+        assert re.search(rf"{row}([\w]+/)*test_", table), mutation.about
 
 
 def items_of(request: pytest.FixtureRequest, file: str) -> list[pytest.Item]:
-    """The tests of a file, also those that this run leaves out."""
-    module = pytest.Module.from_parent(request.session, path=request.path.with_name(file))
+    """The tests of a file below tests/, also those that this run leaves out."""
+    module = pytest.Module.from_parent(request.session, path=request.path.parent / file)
     items = [*request.session.genitems(module)]
     mark_slow(items)
     return items
@@ -58,8 +59,8 @@ def test_each_has_a_test_among_those_that_run_by_default(request):
 
 def test_brief_tests_have_the_parameters_that_they_name(request):
     given, named = {}, {}
-    for path in sorted(Path(__file__).parent.glob("test_*.py")):
-        for item in items_of(request, path.name):
+    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
+        for item in items_of(request, str(path)):
             brief = item.get_closest_marker("brief")
             if brief:
                 given.setdefault(item.function, set()).add(item.callspec.id)

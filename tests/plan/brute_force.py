@@ -1,4 +1,4 @@
-"""Plans and what they are worth, by looking at every hit set: slow, short and independent of the library's searches."""
+"""Plans and what they are worth, by looking at every hit set: slow, and independent of the library's searches."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def damaged(num_slices: int, num_shards: int, hits: int, seed: int) -> list[list
     hit: list[set[int]] = [set() for _ in range(num_shards)]
     for _ in range(hits):
         hit[rng.randrange(num_shards)].add(rng.randrange(num_slices))
-    rotations = [tuple((start + i) % num_slices for i in range(num_slices - (start > 0))) for start in range(num_slices)]
+    rotations = [
+        tuple((start + i) % num_slices for i in range(num_slices - (start > 0))) for start in range(num_slices)
+    ]
     alive = []
     for shard in hit:
         left = {order[: surviving_length(order, shard)] for order in rotations} - {()}

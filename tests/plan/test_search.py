@@ -5,8 +5,8 @@ import math
 from functools import cache
 
 import pytest
-
 from brute_force import FAMILIES, best, budget_bound, cost, every_tree, hit_sets, life_area, stages_of, two_level, zipf
+
 from hf_s3t.plan.bms import bms
 from hf_s3t.plan.optimal import lattice_of, optimal
 from hf_s3t.plan.search import best_orders, best_tree, coldest_first
@@ -21,32 +21,32 @@ every_prior = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.
 
 
 @every_prior
-@pytest.mark.parametrize("num_slices, most", [(3, 6), (4, 3)])
-def test_the_best_of_all_plans_is_found(family, num_slices, most):
-    lattice = Lattice(family(num_slices))
-    everything = list(itertools.permutations(range(num_slices)))
-    for budget in range(1, most + 1):
-        highest = max(map(lattice.value, itertools.combinations(everything, budget)))
-        assert lattice.value(best_orders(lattice, budget)) >= 0.99 * highest
+def test_the_best_of_all_plans_is_found(family):
+    for num_slices, most in ((3, 6), (4, 3)):
+        lattice = Lattice(family(num_slices))
+        everything = list(itertools.permutations(range(num_slices)))
+        for budget in range(1, most + 1):
+            highest = max(map(lattice.value, itertools.combinations(everything, budget)))
+            assert lattice.value(best_orders(lattice, budget)) >= 0.99 * highest
 
 
 @every_prior
-@pytest.mark.parametrize("num_slices", [3, 5, 8])
-def test_orders_are_never_below_the_rotations_nor_above_the_bounds(family, num_slices):
-    lattice = Lattice(family(num_slices))
-    for budget in (1, 2, num_slices // 2 + 1, num_slices, 2 * num_slices):
-        budget = min(budget, math.factorial(num_slices))
-        orders = best_orders(lattice, budget)
-        assert 1 <= len(orders) <= budget and explicit(orders, num_slices) == orders
-        assert all(len(order) == num_slices for order in orders)
-        rotations = [rotation(num_slices, number) for number in range(budget)]
-        value, slack = lattice.value(orders), 1 - 1e-12
-        assert value >= lattice.value(rotations) * slack
-        if budget <= num_slices:
-            assert value >= lattice.value(spaced(num_slices, budget)) * slack
-        assert value <= lattice.every_order / slack
-        if family is FAMILIES["uniform"]:
-            assert value <= budget_bound(num_slices, budget) / slack
+def test_orders_are_never_below_the_rotations_nor_above_the_bounds(family):
+    for num_slices in (3, 5, 8):
+        lattice = Lattice(family(num_slices))
+        for budget in (1, 2, num_slices // 2 + 1, num_slices, 2 * num_slices):
+            budget = min(budget, math.factorial(num_slices))
+            orders = best_orders(lattice, budget)
+            assert 1 <= len(orders) <= budget and explicit(orders, num_slices) == orders
+            assert all(len(order) == num_slices for order in orders)
+            rotations = [rotation(num_slices, number) for number in range(budget)]
+            value, slack = lattice.value(orders), 1 - 1e-12
+            assert value >= lattice.value(rotations) * slack
+            if budget <= num_slices:
+                assert value >= lattice.value(spaced(num_slices, budget)) * slack
+            assert value <= lattice.every_order / slack
+            if family is FAMILIES["uniform"]:
+                assert value <= budget_bound(num_slices, budget) / slack
 
 
 @pytest.mark.parametrize("prior, area", [([1 / 8] * 8, 52.31), (zipf(8), 90.17), (two_level(8), 145.94)])
@@ -90,14 +90,14 @@ def best_by_cost(num_slices, prior, alive):
 
 
 @every_prior
-@pytest.mark.parametrize("alive", [(), ((1, 2), (0,)), ((2, 0, 1),)])
-def test_the_best_of_all_additions_is_found(family, alive):
-    lattice = Lattice(family(3))
-    for cost_budget, highest in best_by_cost(3, tuple(family(3)), alive).items():
-        if 1 <= cost_budget <= 14:
-            tree = best_tree(lattice, cost_budget, alive)
-            assert cost(tree) - cost(alive) <= cost_budget and tree[: len(alive)] == list(alive)
-            assert lattice.value(tree) == pytest.approx(highest, rel=1e-9), cost_budget
+def test_the_best_of_all_additions_is_found(family):
+    for alive in ((), ((1, 2), (0,)), ((2, 0, 1),)):
+        lattice = Lattice(family(3))
+        for cost_budget, highest in best_by_cost(3, tuple(family(3)), alive).items():
+            if 1 <= cost_budget <= 14:
+                tree = best_tree(lattice, cost_budget, alive)
+                assert cost(tree) - cost(alive) <= cost_budget and tree[: len(alive)] == list(alive)
+                assert lattice.value(tree) == pytest.approx(highest, rel=1e-9), cost_budget
 
 
 @every_prior
@@ -128,16 +128,19 @@ def _orders_of(tree):
 
 
 @every_prior
-@pytest.mark.parametrize("num_slices", [3, 5, 8])
-def test_trees_are_never_below_pruned_rotations_of_the_same_cost(family, num_slices):
-    lattice = Lattice(family(num_slices))
-    for plan in (*(spaced(num_slices, b) for b in range(1, num_slices + 1, 3)), cyclic(num_slices, num_slices - 1)):
-        pruned = prune_orders(plan)
-        tree = best_tree(lattice, training_cost(pruned))
-        assert training_cost(tree) <= training_cost(pruned) and len(tree[0]) == num_slices
-        assert lattice.value(tree) >= lattice.value(pruned) * (1 - 1e-12)
-        plans = [Plan.make(2, num_slices, tree, prune) for prune in (True, False)]
-        assert plans[0] == plans[1], "it needs no pruning"
+def test_trees_are_never_below_pruned_rotations_of_the_same_cost(family):
+    for num_slices in (3, 5, 8):
+        lattice = Lattice(family(num_slices))
+        for plan in (
+            *(spaced(num_slices, b) for b in range(1, num_slices + 1, 3)),
+            cyclic(num_slices, num_slices - 1),
+        ):
+            pruned = prune_orders(plan)
+            tree = best_tree(lattice, training_cost(pruned))
+            assert training_cost(tree) <= training_cost(pruned) and len(tree[0]) == num_slices
+            assert lattice.value(tree) >= lattice.value(pruned) * (1 - 1e-12)
+            plans = [Plan.make(2, num_slices, tree, prune) for prune in (True, False)]
+            assert plans[0] == plans[1], "it needs no pruning"
 
 
 def test_the_cheapest_tree_with_every_set():

@@ -148,14 +148,16 @@ def _cells(candidate: Candidate, hours: float) -> list[str]:
 
 
 def _short(number: float) -> str:
-    """At most six characters.
+    """At most five characters.
 
-    >>> [_short(number) for number in (0.25, 7, 19.29, 1096.9, 1234567.0, math.inf)]
-    ['0.25', '7', '19', '1,097', '1e+06', 'never']
+    >>> [_short(number) for number in (0.25, 7, 19.29, 1096.9, 76516, 31e6, math.inf)]
+    ['0.25', '7', '19', '1,097', '77k', '31M', 'never']
     """
     if math.isinf(number):
         return "never"
-    return f"{number:.0e}" if number >= 1e5 else f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+    if number >= 1e4:
+        return f"{number / 1e6:.0f}M" if number >= 1e6 else f"{number / 1e3:.0f}k"
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _legend(planner: S3TPlanner) -> list[str]:

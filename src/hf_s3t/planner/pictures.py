@@ -48,10 +48,8 @@ LARGEST_NODE, SMALLEST_LABELLED = 16.0, 9.0  # points
 DOTS_PER_INCH = 150
 
 
-def draw_tree(
-    plan: Plan, trained: Iterable[Stage] | None, file: Path | str, title: str | None = None, replay: float = 1.0
-) -> Figure:
-    """Draw the tree of stages of each shard, with what is served, live and missing.
+def draw_tree(plan: Plan, trained: Iterable[Stage] | None, file: Path | str, replay: float = 1.0) -> Figure:
+    """Draw the tree of stages of each shard, with what is served, live and missing; the title says what it costs.
 
     Of more than 12 shards only those that look different are drawn, at most 12. A plan of very many leaves is drawn
     without the slices' numbers.
@@ -61,7 +59,6 @@ def draw_tree(
         trained (`Iterable[Stage]`, *optional*): What the store holds; live stages of an older plan are drawn too.
             `None` stands for the whole plan.
         file (`Path` or `str`): Where to write; the suffix says how, for example `.png`, `.svg` or `.pdf`.
-        title (`str`, *optional*): By default the number of live stages and the cost of the plan.
         replay (`float`, *optional*, defaults to `1.0`): For that cost; see [`Stage.passes`].
 
     Returns:
@@ -78,7 +75,7 @@ def draw_tree(
         raise ValueError(f"{found}, which matplotlib cannot write. Use one of: .{', .'.join(sorted(known))}.")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"The folder {str(file.parent)!r} does not exist. Make it, or write elsewhere.")
-    figure = _figure(plan, plan.stages if trained is None else tuple(trained), title, replay)
+    figure = _figure(plan, plan.stages if trained is None else tuple(trained), replay)
     picture = io.BytesIO()  # in memory first, so that no half of a picture ever stands there
     figure.savefig(picture, format=file.suffix[1:].lower(), dpi=DOTS_PER_INCH)
     write_atomic(file, picture.getvalue())
@@ -121,7 +118,7 @@ def across(stages: Iterable[Stage]) -> dict[Stage, float]:
     return places
 
 
-def _figure(plan: Plan, trained: tuple[Stage, ...], title: str | None, replay: float) -> Figure:
+def _figure(plan: Plan, trained: tuple[Stage, ...], replay: float) -> Figure:
     state = states(plan, trained)
     groups = _alike(plan, state)
     trees = [across(stages) for stages in groups.values()]
@@ -135,12 +132,12 @@ def _figure(plan: Plan, trained: tuple[Stage, ...], title: str | None, replay: f
     node = min(LARGEST_NODE, 54 * width / (leaves + 1), 54 * (height - HEADING) / (depth + 0.5))
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels[len(trees) :]:
-        axes.set_axis_off()
+        axes.remove()
     for number, (shards, tree) in enumerate(zip(groups, trees, strict=True)):
         _draw_tree(panels[number], tree, state, depth, node)
         panels[number].set_title(_heading(plan, shards, tree, state), fontsize=8.5, pad=16)
         panels[number].set_ylabel("" if number % columns else "layer group", fontsize=8)
-    title = title or _title(plan, state, sum(map(len, groups)), replay)
+    title = _title(plan, state, sum(map(len, groups)), replay)
     figure.suptitle(textwrap.fill(title, int(11 * size[0])), fontsize=11, parse_math=False)
     counts = list(state.values())
     names = [f"{MEANINGS[one]} ({counts.count(one)})" for one in NODES]

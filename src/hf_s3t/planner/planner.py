@@ -14,12 +14,13 @@ from typing import Any
 
 from ..plan.life import life_left
 from ..plan.sequences import check_budget, check_count, cyclic, prune_orders, training_cost
-from ..plan.survival import LATTICE_SLICES, check_few, checked_prior, path_cost
+from ..plan.survival import check_few, checked_prior, path_cost
 from ..plan.tree import Plan
 from .candidates import Candidate, Setting
 from .renewal import RepairRule
 
 SHARDS, SLICES = (1, 2, 5, 10), (2, 4, 8)  # compared where nothing is given
+MOST_SLICES = 12  # of what is compared beside what was given: more take half a minute
 DAYS = (1, 7, 30, 90)  # between repairs
 SCRATCH_DAYS = (7, 30)  # between trainings from scratch
 FEW_EXAMPLES = 100  # expected in a slice
@@ -177,7 +178,7 @@ class S3TPlanner:
         return list(dict.fromkeys(fit or small or [(self.shards or 1, self.slices or 1)]))
 
     def _fits(self, shards: int, slices: int, few: int = FEW_EXAMPLES) -> bool:
-        if self.prior is not None and slices != self.slices or slices > min(self.layers or slices, LATTICE_SLICES):
+        if self.prior is not None and slices != self.slices or slices > min(self.layers or slices, MOST_SLICES):
             return False
         return shards * slices * few <= self.examples
 

@@ -119,8 +119,9 @@ class _Shard:
         return self._outlook(cost, repairs, in_use / horizon, at_end, lives)
 
     def _outlook(self, cost: float, repairs: float, in_use: float, at_end: float, lives: float) -> Outlook:
-        dead = 1 - min(1.0, max(0.0, lives)) ** self.num_shards
-        return Outlook(cost, repairs, in_use / self.num_slices, at_end / self.num_slices, dead)
+        shares = in_use / self.num_slices, at_end / self.num_slices, lives
+        mean, end, alive = (min(1.0, max(0.0, float(share))) for share in shares)  # rounding aside, they are that
+        return Outlook(float(cost), float(repairs), mean, end, 1 - alive**self.num_shards)
 
     # ---- repaired where little is left ----
 
