@@ -134,7 +134,7 @@ class Search:
     def _best_grown(self, start: Sequence[Order]) -> list[Order]:
         """The better of two ways to grow; whole orders cost the same, so there is one."""
         ways = [self._grown(start, dear) for dear in (False, True)[: 1 + self.by_cost]]
-        return max(ways, key=self.lattice.value)
+        return first_best(self.lattice, ways)
 
     def _grown(self, start: Sequence[Order], dear: bool) -> list[Order]:
         """Add the best next path until none fits or adds anything; the first one may be dear: it adds most."""
