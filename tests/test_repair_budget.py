@@ -16,6 +16,7 @@ from hf_s3t.plan.sequences import training_cost
 from hf_s3t.plan.survival import Lattice
 from hf_s3t.store.audit import verify
 from hf_s3t.training import reconcile
+from hf_s3t.training.staging import check_repair
 from killing import kill, train_struck
 from trainings import CASES, World, place, published, without
 
@@ -211,6 +212,12 @@ def test_what_makes_no_sense_is_refused(world, hit, repair, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         repaired(world, hit, **repair)
     assert published(hit) == before
+
+
+def test_many_slices_are_not_searched():
+    with pytest.raises(ValueError, match="up to 16 slices, and there are 17. Run `train\\(\\)` without `repair`"):
+        check_repair("best", 40, False, 17)
+    check_repair("all", None, False, 17)
 
 
 def test_live_stages_are_not_trained_again_within_a_budget(world, hit):

@@ -42,7 +42,7 @@ def life_left(plan: Plan, prior: Sequence[float] | None = None, trained: Iterabl
 
     Args:
         plan (`Plan`): The plan.
-        prior (`Sequence[float]`, *optional*): The chance that a request to a shard hits each slice; equal ones without.
+        prior (`Sequence[float]`, *optional*): Chance that a request to a shard hits each slice; equal ones without.
         trained (`Iterable[Stage]`, *optional*): What the store holds; without it the whole plan.
 
     Returns:

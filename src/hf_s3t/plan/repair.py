@@ -7,7 +7,7 @@ for by `search.py`.
 from collections.abc import Sequence
 
 from .optimal import lattice_of
-from .search import MAX_COST, Search, best_tree, first_best, tidied
+from .search import MAX_COST, best_tree, first_best, tidied
 from .sequences import Order, check_count, explicit, training_cost
 from .survival import Lattice, Path
 

@@ -8,6 +8,7 @@ to them. Then one order after the other is cut back, and others grow in its plac
 by a number of searches for a path, never by time, so the same question has the same answer.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 from .sequences import Order, check_budget, check_count, prune_orders, rotation, training_cost
@@ -31,6 +32,7 @@ def best_orders(lattice: Lattice, budget: int) -> list[Order]:
     """
     num_slices = lattice.num_slices
     check_budget(num_slices, budget)
+    budget = min(budget, 2 * math.comb(num_slices, num_slices // 2))  # half of them can have every set as a prefix
     rotations = [spaced_starts(num_slices, budget), [rotation(num_slices, number) for number in range(budget)]]
     search = Search(lattice, budget, by_cost=False)
     starts = [[], renumbered(rotations[0], coldest_first(lattice)), rotations[0]]

@@ -1,7 +1,7 @@
 """What a plan is worth: the length that deletions are expected to leave, exactly.
 
-Responsible for how long each set of hit slices is expected to last, for the value of orders over all of those sets, and
-for the best next path of stages. It leaves the search for plans to `search.py`.
+Responsible for how long each set of hit slices is expected to last, for the value of orders over all of those sets,
+and for the best next path of stages. It leaves the search for plans to `search.py`.
 
 An order survives as long as its prefixes do, and a prefix survives a hit set `D` while it has no slice in common with
 it. So everything here is indexed by sets, written as bits: slice `j` is in set `U` if `U >> j & 1`.

@@ -1,8 +1,8 @@
 """The picture of a plan's trees of stages: one panel per shard, layer groups downwards.
 
 Responsible for where each stage stands, how it looks, and the file. matplotlib is an extra, and nothing imports this
-module before a picture is asked for. Figures are made without pyplot, so drawing needs no display and leaves no global
-state. Each state has a colour of Okabe and Ito's, which the colour-blind tell apart, and a shape and a line of its own.
+module before a picture is asked for. Figures are made without pyplot, so drawing needs no display and leaves no
+global state. Each state has a colour of Okabe and Ito's, which the colour-blind tell apart, and a shape of its own.
 """
 
 from __future__ import annotations

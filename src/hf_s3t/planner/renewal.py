@@ -2,16 +2,17 @@
 
 Responsible for one plan under one rule; which plans and rules are compared is for `candidates.py`.
 
-Requests arrive at random moments (a Poisson process), each for one example. So slices are hit independently: slice `j`
-of a shard is untouched at the time `t` after its last repair with the chance `exp(-r_j t)`, and all slices of a set `V`
-are with the chance `exp(-r(V) t)`, `r(V)` being the sum. Whatever depends on the set of untouched slices alone is a sum
-of such terms: by inclusion and exclusion (Moebius inversion) over the sets, and so are its integrals over time.
+Requests arrive at random moments (a Poisson process), each for one example. So slices are hit independently: at the
+time `t` after the last repair of a shard, slice `j` is untouched with the chance `exp(-r_j t)`, and so are all slices
+of a set `V` with the chance `exp(-r(V) t)`, where `r(V)` is the sum of their rates. Whatever depends on the set of
+untouched slices alone is expected to be a sum of such terms (Moebius inversion over the sets). So is its integral.
 
-A rule by days starts anew on each date. A rule by length starts anew when a shard is repaired: these are renewals.
-With `F(t)` the chance that the first one comes before `t`, a quantity that is `b(t)` before it is
-`x(t) = b(t) + integral from 0 to t of x(t - s) dF(s)`, the renewal equation. It is solved on a grid of steps, a few
-hundredths of the time between two repairs; after a dozen repairs all is a straight line (renewal theorem), which goes
-on until the horizon. Results are within 0.2 %; see tests/planner/test_renewal.py.
+A rule by days starts anew on each date. A rule by length starts anew when a shard is repaired. Let `F(t)` be the
+chance that this happens before `t`, and `b(t)` what a quantity is until then. The quantity is the solution of the
+renewal equation, `x(t) = b(t) + integral from 0 to t of x(t - s) dF(s)` (Feller, An Introduction to Probability
+Theory and Its Applications, II, XI). It is solved on a grid, whose steps are a few hundredths of the time between two
+repairs. After a dozen repairs all curves are straight lines (the renewal theorem), and go on so until the horizon.
+Against a grid eight times as fine, and against closed forms, results are within 0.2 %.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def outlook(
         rule (`RepairRule`): When it is repaired.
         per_day (`float`): Requests per day, to all shards together.
         horizon_days (`float`): Until when.
-        prior (`Sequence[float]`, *optional*): The chance that a request to a shard hits each slice; equal ones without.
+        prior (`Sequence[float]`, *optional*): Chance that a request to a shard hits each slice; equal ones without.
 
     Returns:
         `Outlook`: What is expected. Shards that differ, more slices and a prior that does not fit are a `ValueError`.
