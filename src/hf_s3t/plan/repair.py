@@ -94,9 +94,8 @@ def _searched(
     found = []
     for old, tree in zip(kept, trees, strict=True):
         room += training_cost(tree) - training_cost(old)
-        best = (
-            first_best(lattice, [tree, best_tree(lattice, room, old, lattice.effort // len(kept))]) if room else tree
-        )
-        room -= training_cost(best) - training_cost(old)
-        found.append(best)
+        if room:
+            tree = first_best(lattice, [tree, best_tree(lattice, room, old, lattice.effort // len(kept))])
+        room -= training_cost(tree) - training_cost(old)
+        found.append(tree)
     return found, room

@@ -34,7 +34,7 @@ def best_orders(lattice: Lattice, budget: int) -> list[Order]:
     check_budget(num_slices, budget)
     budget = min(budget, 2 * math.comb(num_slices, num_slices // 2))  # half of them can have every set as a prefix
     rotations = [spaced_starts(num_slices, budget), [rotation(num_slices, number) for number in range(budget)]]
-    search = Search(lattice, budget, by_cost=False)
+    search = _Search(lattice, budget, by_cost=False)
     starts = [[], renumbered(rotations[0], coldest_first(lattice)), rotations[0]]
     return first_best(lattice, [*rotations, *map(search.polished, starts)])
 
@@ -66,7 +66,7 @@ def best_tree(
     coldest = coldest_first(lattice)
     rotations = [spaced_starts(num_slices, budget) for budget in range(1, num_slices + 1)]
     budget = cost_budget if alive is None else cost_budget + training_cost(alive)
-    search = Search(lattice, budget, by_cost=True, kept=[coldest] if alive is None else alive)
+    search = _Search(lattice, budget, by_cost=True, kept=[coldest] if alive is None else alive)
     search.left = search.left if effort is None else effort
     widest = search.widest([renumbered(orders, coldest) for orders in rotations], search.kept)
     own = search.widest(rotations, () if alive is None else alive)
@@ -98,7 +98,7 @@ def spaced_starts(num_slices: int, budget: int) -> list[Order]:
     return [rotation(num_slices, round(number * step)) for number in range(budget)]
 
 
-class Search:
+class _Search:
     """Plans of one budget that begin with the same orders.
 
     Args:
@@ -110,7 +110,7 @@ class Search:
 
     def __init__(self, lattice: Lattice, budget: int, by_cost: bool, kept: Sequence[Order] = ()) -> None:
         self.lattice, self.budget, self.by_cost, self.kept = lattice, budget, by_cost, list(kept)
-        self.left = lattice.effort
+        self.left = lattice.effort  # searches for a path; once they are used up, no plan is polished further
 
     def polished(self, start: Sequence[Order]) -> list[Order]:
         """The plan that grows from a start, with one order after the other cut back and grown anew."""

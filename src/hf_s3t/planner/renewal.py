@@ -128,29 +128,32 @@ class _Shard:
 
     def repaired_below(self, length: int, horizon: float) -> Outlook:
         served = self.lengths >= length
-        cost, dying = np.zeros_like(self.costs), np.zeros_like(self.costs)  # per day, by a hit that leads to a repair
+        alive, lengths = self._terms(served, np.where(served, self.lengths, 0.0))
+        spending, dying = self._terms(*self._last_hits(served))
+        end = self._grid_end(alive, horizon)
+        times = np.linspace(0.0, end, STEPS + 1)
+        lasting, in_use = (np.array([self._at(terms, t) for t in times]) for terms in (alive, lengths))
+        spent, died = (np.array([self._until(terms, t) for t in times]) for terms in (spending, dying))
+        first = 1 - lasting
+        repairs, costs = _renewed(first, first), _renewed(spent, first)
+        in_use, lives = _renewed(in_use, first), _renewed(lasting, first - died)
+        used = np.concatenate([[0.0], np.cumsum(in_use[1:] + in_use[:-1]) * end / STEPS / 2])
+        cost, number, mean = (_line(curve, end, horizon) for curve in (costs, repairs, used / horizon))
+        return self._outlook(
+            self.num_shards * cost, self.num_shards * number, mean, in_use[-1], _power(lives, end, horizon)
+        )
+
+    def _last_hits(self, served: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """By the set that is untouched before it: what the hit that leads to a repair costs per day, and how often
+        such a hit leaves nothing."""
         sets = np.arange(len(served))
+        cost, dead = np.zeros_like(self.costs), np.zeros_like(self.costs)
         for j, rate in enumerate(self.hits):
             after = sets & ~(1 << j)
             repaired = served & (after != sets) & ~served[after]
             cost += np.where(repaired, rate * self.costs[after], 0.0)
-            dying += np.where(repaired & (self.lengths[after] == 0), rate, 0.0)
-        alive, lengths, cost, dying = self._terms(served, np.where(served, self.lengths, 0.0), cost, dying)
-        end = self._grid_end(alive, horizon)
-        times = np.linspace(0.0, end, STEPS + 1)
-        lasting, in_use, spent, died = self._curves(times, alive, lengths, cost, dying)
-        first = 1 - lasting
-        repairs = _renewed(first, first)
-        in_use = _renewed(in_use, first)
-        lives = _renewed(lasting, first - died)
-        used = np.concatenate([[0.0], np.cumsum(in_use[1:] + in_use[:-1]) * end / STEPS / 2])
-        cost_then, repairs_then, used_then = (_line(c, end, horizon) for c in (_renewed(spent, first), repairs, used))
-        half = STEPS // 2
-        ratio = lives[-1] / lives[half] if lives[half] > 0 else 0.0  # the chance to live falls like a power
-        lives_then = max(0.0, lives[-1]) * max(0.0, ratio) ** ((horizon - end) / (end / 2))
-        return self._outlook(
-            self.num_shards * cost_then, self.num_shards * repairs_then, used_then / horizon, in_use[-1], lives_then
-        )
+            dead += np.where(repaired & (self.lengths[after] == 0), rate, 0.0)
+        return cost, dead
 
     def _grid_end(self, alive: _Terms, horizon: float) -> float:
         """The horizon, or an earlier time by which a shard was repaired about a dozen times or more."""
@@ -158,13 +161,6 @@ class _Shard:
         while half_life > 0 and self._at(alive, half_life / 2) < 0.5:
             half_life /= 2
         return min(horizon, LIVES * half_life)
-
-    def _curves(self, times: np.ndarray, *of: _Terms) -> tuple[np.ndarray, ...]:
-        """Two quantities at each time, and two integrated up to it."""
-        points = [
-            (self._at(of[0], t), self._at(of[1], t), self._until(of[2], t), self._until(of[3], t)) for t in times
-        ]
-        return tuple(np.array(points).T)
 
     # ---- expectations ----
 
@@ -212,9 +208,7 @@ def _renewed(before: np.ndarray, first: np.ndarray) -> np.ndarray:
     found = np.zeros_like(before)
     found[0] = before[0]
     for i in range(1, len(before)):
-        later = (
-            found[i - 1 : 0 : -1] + found[i - 2 :: -1][: i - 1]
-        )  # x(t - s) at both ends of the steps after the first
+        later = found[i - 1 : 0 : -1] + found[i - 2 :: -1][: i - 1]  # x(t - s) at both ends of each further step
         known = steps[0] * found[i - 1] + steps[1:i] @ later
         found[i] = (before[i] + known / 2) / (1 - steps[0] / 2)
     return found
@@ -224,3 +218,10 @@ def _line(curve: np.ndarray, end: float, horizon: float) -> float:
     """A curve at the horizon, which beyond its end goes on as straight as in its second half."""
     slope = (curve[-1] - curve[STEPS // 2]) / (end / 2)
     return float(curve[-1] + slope * (horizon - end))
+
+
+def _power(curve: np.ndarray, end: float, horizon: float) -> float:
+    """A chance at the horizon, which beyond the end of its curve falls by the same factor in equal times."""
+    half = curve[STEPS // 2]
+    factor = max(0.0, curve[-1] / half) if half > 0 else 0.0
+    return float(max(0.0, curve[-1]) * factor ** ((horizon - end) / (end / 2)))
