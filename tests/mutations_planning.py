@@ -57,7 +57,7 @@ PLANNING = (
      (("    trees, room = _searched(lattice, kept, trees, room)", "    trees, _ = _searched(lattice, kept, trees, 0)"),),
      ("plan/test_repair_plan.py::test_a_repair_is_near_the_best_of_all_ways_to_spend_the_budget",)),
     (11, "a repair that comes of a repair is not counted", "planner/renewal.py",
-     (("repairs = _renewed(first, first)", "repairs = first"),),
+     (("repairs, costs = _renewed(first, first),", "repairs, costs = first,"),),
      (RENEWAL + "repairs_of_dead_shards_have_their_renewal_function",)),
     (11, "a shard that dies before its repair is not dead", "planner/renewal.py",
      (("np.where(repaired & (self.lengths[after] == 0), rate, 0.0)", "0.0"),),
