@@ -17,11 +17,10 @@ from quality_tasks import Settings, Task, score_of
 from quality_training import run, served, train_full, train_s3t
 
 from hf_s3t import Plan, S3TEnsemble, Stage
-from hf_s3t.plan.life import first_slice_chances, life_until_all_dead, uniform_life
+from hf_s3t.plan.life import life_left
 from hf_s3t.plan.optimal import optimal
 from hf_s3t.plan.sequences import select_sequences
-from hf_s3t.planner.arrivals import RepairPolicy
-from hf_s3t.planner.simulate import simulate, simulate_full_retraining, simulate_sisa
+from hf_s3t.planner.renewal import RepairRule, outlook
 
 Answers = dict[Stage, torch.Tensor]
 FEWER_PASSES = 10  # of 12 that the rotation of three slices costs
@@ -106,22 +105,16 @@ def check_against_ensemble(trainer: Any, task: Task, found: Served, rows: Any) -
     return difference
 
 
-def life_figures(settings: Settings, slices: int, sizes: dict[Stage, int], seed: int) -> list[dict[str, Any]]:
-    """For each budget: bytes of the stages, slice passes, requests until nothing is left (simulated and by formula),
-    and until the first shard is dead. Asserts that simulation and formula agree."""
+def life_figures(settings: Settings, slices: int, sizes: dict[Stage, int]) -> list[dict[str, Any]]:
+    """For each budget: bytes of the stages, slice passes, requests until nothing is left and until a shard is dead."""
     found = []
     for budget in range(1, slices + 1):
         plan = Plan.make(settings.shards, slices, select_sequences("cyclic", slices, budget))
-        simulated = simulate(plan, streams=settings.simulated_streams, seed=seed)
-        mean, exact = simulated.requests_until_all_dead, uniform_life(settings.shards, slices, budget).mean
-        assert mean is not None and abs(mean.mean - exact) < 4 * mean.standard_error, (mean, exact)
-        first = simulated.requests_until_first_dead
-        assert first is not None
+        life = life_left(plan)
         found.append(
             {
                 "budget": budget, "slice_passes": plan.cost, "bytes": sum(sizes[stage] for stage in plan.stages),
-                "life": mean.mean, "life_error": mean.standard_error, "life_by_formula": exact,
-                "first_shard_dead": first.mean,
+                "life": life.until_all_dead.mean, "first_shard_dead": life.until_first_dead.mean,
             }
         )  # fmt: skip
     return found
@@ -129,22 +122,23 @@ def life_figures(settings: Settings, slices: int, sizes: dict[Stage, int], seed:
 
 def time_figures(settings: Settings, slices: int, seconds: dict[str, float], epochs: float) -> dict[str, Any]:
     """Slice passes and seconds of training over many requests, the first training included, in expectation."""
-    many = {"streams": settings.simulated_streams // 10, "max_requests": settings.simulated_requests}
     cyclic = Plan.make(settings.shards, slices, select_sequences("cyclic", slices, slices))
     cheaper = Plan.make(settings.shards, slices, optimal(slices, cost_budget=FEWER_PASSES).orders)
-    runs = {
-        "s3t_cyclic": simulate(cyclic, policy=RepairPolicy(below=1), **many),
-        "s3t_optimal": simulate(cheaper, policy=RepairPolicy(below=1), **many),
-        "sisa": simulate_sisa(settings.shards, slices, **many),
-        "full": simulate_full_retraining(settings.shards, slices, **many),
+    sisa = Plan.make(settings.shards, slices, select_sequences("cyclic", slices, 1))
+    plans = {
+        "s3t_cyclic": (cyclic, RepairRule(below=1), 1),
+        "s3t_optimal": (cheaper, RepairRule(below=1), 1),
+        "sisa": (sisa, RepairRule(below=slices), 1),
+        "full": (Plan.make(1, 1, [(0,)]), RepairRule(below=1), settings.shards * slices),
     }
     of = {"s3t_cyclic": "layer_group", "s3t_optimal": "layer_group", "sisa": "all", "full": "full"}
     found = {}
-    for name, simulated in runs.items():
-        passes = epochs * (simulated.training_cost + simulated.repair_cost.mean())
+    for name, (plan, rule, slice_passes) in plans.items():
+        expected = outlook(plan, rule, per_day=1, horizon_days=settings.many_requests)
+        passes = epochs * slice_passes * (plan.cost + expected.repair_cost)
         found[name] = {
             "slice_passes": passes, "seconds": passes * seconds[of[name]],
-            "trainings": float(simulated.repairs.mean()),
+            "trainings": expected.repairs,
         }  # fmt: skip
     return found
 
@@ -189,7 +183,7 @@ def stream_figures(settings: Settings, task: Task, scratch: Path) -> dict[str, A
     found = Served(answers_of(s3t, task, rows), task.probabilities(task.base(), rows), rows["labels"])
     sizes = stage_bytes(s3t)
 
-    life = life_until_all_dead(first_slice_chances(plan))
+    life = life_left(plan).until_all_dead
     requests = int(life.mean + 10 * life.standard_deviation)
     streams = draw.integers(0, settings.shards * slices, (settings.streams, requests))
     curves, figures = {}, {}
@@ -226,7 +220,7 @@ def stream_figures(settings: Settings, task: Task, scratch: Path) -> dict[str, A
         "full_accuracy": score_of(task.probabilities(full, rows), rows["labels"])["accuracy"],
         "base_accuracy": score_of(found.base, rows["labels"])["accuracy"],
         "life_by_formula": life.mean,
-        "storage": life_figures(settings, slices, sizes, task.seed),
+        "storage": life_figures(settings, slices, sizes),
         "sisa_bytes": sisa_bytes,
         "seconds_per_slice_pass": seconds,
         "over_requests": time_figures(settings, slices, seconds, epochs),

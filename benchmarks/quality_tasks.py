@@ -83,8 +83,7 @@ class Settings:
     streams: int = 200
     sisa_retrainings: int = 3
     full_retraining_after: int = 20
-    simulated_streams: int = 2000
-    simulated_requests: int = 1000
+    many_requests: int = 1000
     ranks: dict[str, int] = field(default_factory=lambda: {"rank_group": 6, "wedge": 10})
     choose: str = (
         "learning rates by the loss on validation rows of seed 0. Alpaca: layer groups and full LoRA as in "
@@ -112,7 +111,7 @@ QUICK = replace(
     alpaca=replace(ALPACA, train_rows=20, validation_rows=4, test_rows=4, prefix_rows=4, max_length=96),
     vision=replace(VISION, train_rows=24, validation_rows=4, test_rows=8, prefix_rows=8, epochs=1.0),
     pretraining_rows=16, pretraining_epochs=1, tuning_rows=40, shards=2, stream_rows=8, stream_epochs=1.0,
-    sisa_retrainings=1, streams=50, full_retraining_after=2, simulated_streams=200, simulated_requests=50,
+    sisa_retrainings=1, streams=50, full_retraining_after=2, many_requests=50,
 )  # fmt: skip
 
 

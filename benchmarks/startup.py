@@ -38,7 +38,7 @@ STORE = StoreSettings(
 )
 HEAVY = "transformers_peft"
 PLAN = ("plan", "--examples", "100", "--requests-per-day", "0.1", "--horizon-days", "10", "--shards", "1",
-        "--slices", "2", "--streams", "10")  # fmt: skip
+        "--slices", "2")  # fmt: skip
 
 
 @dataclass(frozen=True)

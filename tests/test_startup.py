@@ -30,7 +30,7 @@ except SystemExit as ended:
     code = ended.code
 """
 PLAN = ("plan", "--examples", "100", "--requests-per-day", "0.1", "--horizon-days", "10", "--shards", "1",
-        "--slices", "2", "--streams", "10")  # fmt: skip
+        "--slices", "2")  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -103,10 +103,10 @@ def status(
 
 
 def _draw(store: S3TStore, file: Path) -> None:
-    from ..planner.pictures import draw_store
+    from ..planner.pictures import draw_tree
 
     manifest = store.live()
-    draw_store(manifest.plan, manifest.stages, file, replay=manifest.replay)
+    draw_tree(manifest.plan, manifest.stages, file, replay=manifest.replay)
 
 
 @app.command()

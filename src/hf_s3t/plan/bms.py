@@ -25,11 +25,10 @@ def bms(num_slices: int, budget: int, prior: Sequence[float] | None = None, seed
     `t = 100` requests.
 
     Ours is: The score has no factor `i`, which expected survival does not have. It is computed in logarithms and
-    scaled in each step, and the part of it that every choice shares is left out, so it does not drown in rounding.
-    Below `L` the sequences are those that start with the slices least often hit; the others are matched too, at no
-    score, because without them some sequences can be left without a slice that they lack. Above `L` the paper samples
-    all sequences; here the first `L` are the matched ones, and only the rest is sampled: slice after slice, each with
-    a chance proportional to `1 - p_j` among those that the order lacks.
+    scaled in each step, so it does not drown in rounding. Below `L` the sequences are those that start with the slices
+    least often hit; the others are matched too, at no score, because without them some sequences can be left without a
+    slice that they lack. Above `L` the paper samples all sequences; here the first `L` are the matched ones, and only
+    the rest is sampled: slice after slice, each with a chance proportional to `1 - p_j` among those that it lacks.
 
     Args:
         num_slices (`int`): `L`, the number of slices in the shard.
@@ -46,8 +45,15 @@ def bms(num_slices: int, budget: int, prior: Sequence[float] | None = None, seed
     """
     check_budget(num_slices, budget)
     chances = checked_prior(prior, num_slices)
-    matched = _matched(chances, budget)
-    return matched if budget <= num_slices else _with_samples(matched, budget, chances, random.Random(seed))
+    orders = dict.fromkeys(_matched(chances, budget))
+    rng = random.Random(seed)
+    for drawn in itertools.count():  # a race of exponential clocks draws slices in proportion to their rates
+        if len(orders) >= budget:
+            break
+        rates = np.maximum(1 - chances, 1e-9) if drawn < REJECTIONS * budget else np.ones(num_slices)
+        clocks = [-math.log(1 - rng.random()) / rate for rate in rates]
+        orders[tuple(sorted(range(num_slices), key=clocks.__getitem__))] = None
+    return list(orders)
 
 
 def _matched(chances: np.ndarray, budget: int) -> list[Order]:
@@ -75,15 +81,3 @@ def _scores(orders: list[Order], chances: np.ndarray, counted: np.ndarray) -> np
     for row, order in enumerate(orders):
         scores[row, list(order)] = -np.inf
     return scores
-
-
-def _with_samples(matched: list[Order], budget: int, chances: np.ndarray, rng: random.Random) -> list[Order]:
-    """More orders, distinct ones: a race of exponential clocks draws slices in proportion to their rates."""
-    orders = dict.fromkeys(matched)
-    for rejected in itertools.count():
-        if len(orders) == budget:
-            return list(orders)
-        rates = np.maximum(1 - chances, 1e-9) if rejected < REJECTIONS * budget else np.ones(len(chances))
-        clocks = [-math.log(1 - rng.random()) / rate for rate in rates]
-        orders[tuple(sorted(range(len(chances)), key=clocks.__getitem__))] = None
-    raise AssertionError("unreachable")

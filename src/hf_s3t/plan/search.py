@@ -1,98 +1,92 @@
-"""The search for orders of a number that keep most through deletions, and what it shares with the search for trees.
+"""The search for the orders, or the tree of stages, that keep most through deletions.
 
-Responsible for the search alone: what a plan is worth, and its best next path of stages, come from a *measure*, a
-[`Lattice`] or [`Streams`]. Trees of stages are in `trees.py`; `optimal.py` is the way in.
+Responsible for the search alone: what a plan is worth, and its best next path of stages, come from `survival.py`;
+`optimal.py` is the way in.
 
-Taking the best next path again and again is the greedy plan. Then paths are taken out and put in anew while that
-helps, from the greedy plan and from rotations, which a greedy plan can lose to. The work is bounded by a number of
-searches for a path, never by time, so the same seed finds the same plan.
+Taking the best next path again and again is the greedy plan. Rotations are tried as well, since a greedy plan can lose
+to them. Then one order after the other is cut back, and others grow in its place while that helps. The work is bounded
+by a number of searches for a path, never by time, so the same question has the same answer.
 """
 
 import math
-import random
 from collections.abc import Iterable, Sequence
 
-import numpy as np
+from .sequences import Order, check_budget, check_count, prune_orders, rotation, training_cost
+from .survival import ROUNDING, Lattice, Path, path_cost
 
-from .sequences import Order, check_budget, random_orders, rotation
-from .streams import Streams
-from .survival import LATTICE_SLICES, Lattice, joined
-
-Measure = Lattice | Streams
-Profiles = dict[Order, np.ndarray]
-
-ROUNDING = 1e-12  # a gain below this part of the value is none
-HELD_BYTES = 1 << 28  # more profiles than this are not held at a time: the plan stays greedy
-TAKEN_OUT = 6  # at most so many orders at a time
-BLUR = 0.3  # gains are seen up to this part too large, mostly much less, so that other orders come back
-TEMPERATURE = 2e-4  # how much of the value a change may lose at first; falls to 0 as the searches are used up
+MAX_COST = 10**9
 
 
-def best_orders(measure: Measure, budget: int, seed: int = 0, judge: Measure | None = None) -> list[Order]:
+def best_orders(lattice: Lattice, budget: int) -> list[Order]:
     """Complete orders, at most `budget` of them, that are worth most.
 
     Args:
-        measure ([`Lattice`] or [`Streams`]): What to optimise.
+        lattice ([`Lattice`]): What orders are worth.
         budget (`int`): `B`, at most `L!`. Fewer orders come back where more would add nothing.
-        seed (`int`, *optional*, defaults to `0`): For what is taken out and put in anew.
-        judge ([`Lattice`] or [`Streams`], *optional*): Compares the candidates instead of `measure`.
 
     Returns:
-        `list[Order]`: The orders, never worth less than the cyclic and the spaced ones to the judge.
+        `list[Order]`: The orders, never worth less than the cyclic and the spaced ones.
 
     >>> best_orders(Lattice([0.7, 0.2, 0.1]), 1)
     [(2, 1, 0)]
     """
-    num_slices = measure.num_slices
+    num_slices = lattice.num_slices
     check_budget(num_slices, budget)
-    coldest = coldest_first(measure)
-    if num_slices <= LATTICE_SLICES and budget >= math.comb(num_slices, num_slices // 2):
-        return renumbered(symmetric_chains(num_slices), coldest)
+    budget = min(budget, 2 * math.comb(num_slices, num_slices // 2))  # half of them can have every set as a prefix
     rotations = [spaced_starts(num_slices, budget), [rotation(num_slices, number) for number in range(budget)]]
-    starts = [renumbered(rotations[0], coldest), rotations[0]]
-    if num_slices > LATTICE_SLICES:
-        starts.append(random_orders(num_slices, budget, seed))
-    search = Search(measure, seed)
-    best: list[Order] = []
-    if search.left:
-        starts = [search.polished(start, budget) for start in ([], *starts)]
-        best = search.shaken(max(starts, key=measure.value), budget)
-    return first_best(judge or measure, [*rotations, *starts, best])
+    search = _Search(lattice, budget, by_cost=False)
+    starts = [[], renumbered(rotations[0], coldest_first(lattice)), rotations[0]]
+    return first_best(lattice, [*rotations, *map(search.polished, starts)])
 
 
-def first_best(judge: Measure, plans: Iterable[list[Order]]) -> list[Order]:
-    """The first of those plans that differ from the best in rounding only."""
-    values = [(judge.value(plan), plan) for plan in plans]
+def best_tree(
+    lattice: Lattice, cost_budget: int, alive: Sequence[Order] | None = None, effort: int | None = None
+) -> list[Order]:
+    """A tree of stages, at most `cost_budget` slice passes, that is worth most.
+
+    Args:
+        lattice ([`Lattice`]): What orders are worth.
+        cost_budget (`int`): What the new stages may cost.
+        alive (`Sequence[Order]`, *optional*): Prefixes that are there and cost nothing. Without it the plan begins
+            with one complete order, and a budget too small for that is a `ValueError`.
+        effort (`int`, *optional*): About how many searches for a path; as many as the lattice says without.
+
+    Returns:
+        `list[Order]`: What is alive or the complete order, then the other branches of the tree.
+
+    >>> best_tree(Lattice([0.7, 0.2, 0.1]), 7)
+    [(2, 1, 0), (1,)]
+    """
+    num_slices = lattice.num_slices
+    check_count("cost_budget, in slice passes,", cost_budget, 1, MAX_COST)
+    least = path_cost(0, num_slices)
+    if alive is None and cost_budget < least:
+        found = f"cost_budget={cost_budget} is too small: one complete order of {num_slices} slices costs {least}"
+        raise ValueError(f"{found}. Give at least {least}, or fewer slices.")
+    coldest = coldest_first(lattice)
+    rotations = [spaced_starts(num_slices, budget) for budget in range(1, num_slices + 1)]
+    budget = cost_budget if alive is None else cost_budget + training_cost(alive)
+    search = _Search(lattice, budget, by_cost=True, kept=[coldest] if alive is None else alive)
+    search.left = search.left if effort is None else effort
+    widest = search.widest([renumbered(orders, coldest) for orders in rotations], search.kept)
+    own = search.widest(rotations, () if alive is None else alive)
+    return first_best(lattice, [*map(search.polished, (search.kept, widest)), own])
+
+
+def first_best(lattice: Lattice, plans: Iterable[list[Order]]) -> list[Order]:
+    """The first of the cheapest of those plans that differ from the best in rounding only."""
+    values = [(lattice.value(plan), plan) for plan in plans]
     highest = max(value for value, _ in values)
-    return next(plan for value, plan in values if value >= highest * (1 - ROUNDING))
+    return min((plan for value, plan in values if value >= highest * (1 - ROUNDING)), key=training_cost)
 
 
-def coldest_first(measure: Measure) -> Order:
+def coldest_first(lattice: Lattice) -> Order:
     """All slices, those that are hit least often first.
 
     >>> coldest_first(Lattice([0.2, 0.3, 0.1, 0.4]))
     (2, 0, 1, 3)
     """
-    return tuple(sorted(range(measure.num_slices), key=lambda slice_id: (measure.prior[slice_id], slice_id)))
-
-
-def symmetric_chains(num_slices: int) -> list[Order]:
-    """`C(L, L // 2)` orders that have every set of slices as a prefix: nothing survives longer than with all `L!`.
-
-    De Bruijn, Tengbergen and Kruyswijk's chains: each chain of one slice less goes on with the new slice at its end,
-    and, without its own end, once more with the new slice at its beginning.
-
-    >>> len(symmetric_chains(4))
-    6
-    """
-    chains: list[tuple[Order, Order]] = [((), ())]  # what a chain begins with, and what is added to that one by one
-    for new in range(num_slices):
-        chains = [
-            chain
-            for first, added in chains
-            for chain in ([(first, (*added, new))] + ([((*first, new), added[:-1])] if added else []))
-        ]
-    return [(*first, *added, *sorted(set(range(num_slices)).difference(first, added))) for first, added in chains]
+    return tuple(sorted(range(lattice.num_slices), key=lambda slice_id: (lattice.prior[slice_id], slice_id)))
 
 
 def renumbered(orders: Iterable[Order], names: Order) -> list[Order]:
@@ -104,85 +98,74 @@ def spaced_starts(num_slices: int, budget: int) -> list[Order]:
     return [rotation(num_slices, round(number * step)) for number in range(budget)]
 
 
-class Search:
-    """Orders with their profiles, and how many searches for a path are left."""
+class _Search:
+    """Plans of one budget that begin with the same orders.
 
-    def __init__(self, measure: Measure, seed: int) -> None:
-        self.measure = measure
-        self.left = measure.effort
-        self.rng = random.Random(seed)
-        self.noise = np.random.default_rng(seed)
+    Args:
+        lattice ([`Lattice`]): What orders are worth.
+        budget (`int`): How many complete orders there may be, or what the new stages may cost.
+        by_cost (`bool`): Which of the two.
+        kept (`Sequence[Order]`, *optional*): What every plan begins with.
+    """
 
-    def profiles(self, orders: Iterable[Order]) -> Profiles:
-        return {order: self.measure.profile(order) for order in orders}
+    def __init__(self, lattice: Lattice, budget: int, by_cost: bool, kept: Sequence[Order] = ()) -> None:
+        self.lattice, self.budget, self.by_cost, self.kept = lattice, budget, by_cost, list(kept)
+        self.left = lattice.effort  # searches for a path; once they are used up, no plan is polished further
 
-    def gains(self, profile: np.ndarray, blur: float) -> np.ndarray:
-        gains = self.measure.gains(profile)
-        return gains * (1 + blur * self.noise.random(gains.shape)) if blur else gains
+    def polished(self, start: Sequence[Order]) -> list[Order]:
+        """The plan that grows from a start, with one order after the other cut back and grown anew."""
+        plan = self._best_grown(start)
+        value, better = self.lattice.value(plan), True
+        while better:
+            better = False
+            for trial in self._cut_back(plan):
+                if self.left <= 0:
+                    return plan
+                best = self._best_grown(trial)
+                if self.lattice.value(best) > value * (1 + ROUNDING):
+                    plan, value, better = best, self.lattice.value(best), True
+                    break
+        return plan
 
-    def filled(self, profiles: Profiles, budget: int, blur: float = 0.0) -> tuple[Profiles, float]:
-        """Add the best next order until there are enough, or none adds anything. Returns the value as well."""
-        profiles, held = dict(profiles), joined(profiles.values(), self.measure.nothing())
-        while len(profiles) < budget:
-            self.left -= 1
-            path = self.measure.whole(self.gains(held, blur))
-            if path.gain <= ROUNDING * self.measure.every_order or path.order in profiles:
-                break
-            profiles[path.order] = self.measure.profile(path.order)
-            np.maximum(held, profiles[path.order], out=held)
-        return profiles, self.measure.worth(held)
+    def _cut_back(self, plan: list[Order]) -> Iterable[list[Order]]:
+        """The plan with one order less, or shorter; what is kept stays."""
+        for place, order in enumerate(plan[len(self.kept) :], start=len(self.kept)):
+            for length in range(len(order)) if self.by_cost else (0,):
+                yield [*plan[:place], *([order[:length]] if length else []), *plan[place + 1 :]]
 
-    def polished(self, orders: Iterable[Order], budget: int) -> list[Order]:
-        """Take out one order, then two and three neighbours, and put in the best instead, while that helps."""
-        profiles, value = self.filled(self.profiles(orders), budget)
-        size = 1
-        while size <= min(3, len(profiles)) and self.goes_on(profiles, value):
-            before = value
-            for first in list(profiles):
-                if self.left > 0 and first in profiles:
-                    others = _without(profiles, _neighbours(list(profiles), first, size))
-                    trial, worth = self.filled(others, budget)
-                    if worth > value * (1 + ROUNDING):
-                        profiles, value = trial, worth
-            size = 1 if value > before else size + 1
-        return list(profiles)
+    def _best_grown(self, start: Sequence[Order]) -> list[Order]:
+        """The better of two ways to grow; whole orders cost the same, so there is one."""
+        ways = [self._grown(start, dear) for dear in (False, True)[: 1 + self.by_cost]]
+        return first_best(self.lattice, ways)
 
-    def shaken(self, orders: Iterable[Order], budget: int) -> list[Order]:
-        """Take out some orders at random and put in others, while there are searches left. Keeps the best seen."""
-        profiles, value = self.filled(self.profiles(orders), budget)
-        best, highest, searches = list(profiles), value, self.left
-        while len(profiles) > 1 and self.goes_on(profiles, highest):
-            others = _without(profiles, self.some(list(profiles)))
-            trial, worth = self.filled(others, budget, self.blur())
-            if worth > value - self.tolerance(searches):
-                profiles, value = trial, worth
-            if value > highest:
-                best, highest = list(profiles), value
-        return best
+    def _grown(self, start: Sequence[Order], dear: bool) -> list[Order]:
+        """Add the best next path until none fits or adds anything; the first one may be dear: it adds most."""
+        plan = list(start)
+        while path := self._next(plan, dear):
+            plan.append(path.order)
+            dear = False
+        return tidied(self.kept, plan[len(self.kept) :]) if self.by_cost else plan
 
-    def some(self, orders: Sequence[Order]) -> list[Order]:
-        count = 1 + int(self.rng.random() * min(len(orders), TAKEN_OUT))
-        return sorted(orders, key=lambda _: self.rng.random())[:count]
+    def _next(self, plan: list[Order], dear: bool) -> Path | None:
+        self.left -= 1
+        if self.by_cost:
+            return self.lattice.densest(plan, self.budget - training_cost(plan), dear)
+        return self.lattice.whole(plan) if len(plan) < self.budget else None
 
-    def blur(self) -> float:
-        blur = BLUR * self.rng.random() ** 2
-        return blur if self.rng.random() < 0.8 else 10 * blur
+    def widest(self, plans: Iterable[list[Order]], kept: Sequence[Order]) -> list[Order]:
+        """The best of some plans, joined with what is kept, pruned, and without the orders that do not fit."""
+        cut = [self._fitting([*kept, *prune_orders(orders, beside=kept)]) for orders in plans]
+        return max(cut, key=self.lattice.value)
 
-    def tolerance(self, searches: int) -> float:
-        """Simulated annealing: how much worse a change may be, drawn from an exponential distribution."""
-        temperature = TEMPERATURE * self.measure.every_order * max(self.left, 0) / searches
-        return -temperature * math.log(1 - self.rng.random())
-
-    def goes_on(self, profiles: Profiles, value: float) -> bool:
-        held = len(profiles) * self.measure.nothing().nbytes
-        return self.left > 0 and held <= HELD_BYTES and value < self.measure.every_order * (1 - ROUNDING)
+    def _fitting(self, orders: list[Order]) -> list[Order]:
+        """The first orders, as many as fit."""
+        while training_cost(orders) > self.budget:
+            orders = orders[:-1]
+        return orders
 
 
-def _without(profiles: Profiles, taken: Iterable[Order]) -> Profiles:
-    gone = set(taken)
-    return {order: profile for order, profile in profiles.items() if order not in gone}
-
-
-def _neighbours(orders: list[Order], first: Order, size: int) -> list[Order]:
-    place = orders.index(first)
-    return (orders + orders)[place : place + size]
+def tidied(kept: Sequence[Order], orders: Iterable[Order]) -> list[Order]:
+    """What is kept first; the others pruned, and without those that are the beginning of another."""
+    orders = list(orders)
+    inner = {order[:depth] for order in orders for depth in range(1, len(order))}
+    return [*kept, *prune_orders((order for order in orders if order not in inner), beside=kept)]

@@ -1,7 +1,7 @@
 """Orders of a shard's slices, and what deletions leave of them.
 
-Responsible for choosing the sequences of one shard, for cutting the tails that no deletion can make useful, and for
-the arithmetic of survival. It leaves stages and shards to `tree.py`, parameters and data to others.
+Responsible for choosing the sequences of one shard, and for cutting the tails that no deletion can make useful. It
+leaves what survives to `survival.py`, stages and shards to `tree.py`, parameters and data to others.
 
 A sequence is an order of the slice ids `0..L-1`, `L = num_slices`. Once some slices were deleted from, the part before
 its first hit slice survives. Whether a prefix survives is thus a matter of its *set* of slices alone.
@@ -10,15 +10,11 @@ its first hit slice survives. Whether a prefix survives is thus a matter of its 
 import math
 import random
 import warnings
-from collections.abc import Collection, Iterable, Sequence
-
-import numpy as np
+from collections.abc import Iterable, Sequence
 
 Order = tuple[int, ...]
 
 MAX_SLICES = 1000  # more than any model has layers; bounds the work that an untrusted plan can ask for
-EXACT_SLICES = 12  # up to here all 2^L hit sets are enumerated
-SAMPLED_STREAMS = 20_000  # deletion streams drawn beyond that
 
 
 def check_count(name: str, value: object, low: int, high: int) -> None:
@@ -50,10 +46,14 @@ def cyclic(num_slices: int, budget: int) -> list[Order]:
     [(0, 1, 2, 3), (1, 2, 3, 0), (2, 3, 0, 1)]
     """
     check_budget(num_slices, budget)
-    orders = [rotation(num_slices, number) for number in range(budget)]
     if budget > num_slices:
-        _warn_about_extra(orders, num_slices)
-    return orders
+        message = (
+            f"budget={budget} is more than num_slices={num_slices}: rotations beyond {num_slices} add nothing up to "
+            f"{2 * num_slices}, and little above, at their full training cost. Consider budget={num_slices}, or "
+            "sequence_selection='optimal'."
+        )
+        warnings.warn(message, stacklevel=2)
+    return [rotation(num_slices, number) for number in range(budget)]
 
 
 def rotation(num_slices: int, number: int) -> Order:
@@ -66,19 +66,6 @@ def rotation(num_slices: int, number: int) -> Order:
         rest = rest[len(rest) - turn :] + rest[: len(rest) - turn]
         order.append(rest.pop(0))
     return tuple(order)
-
-
-def _warn_about_extra(orders: Sequence[Order], num_slices: int) -> None:
-    first = orders[:num_slices]
-    gain = expected_surviving_prefix(orders, num_slices) / expected_surviving_prefix(first, num_slices) - 1
-    cost = training_cost(orders) / training_cost(first)
-    pruned = training_cost(prune_orders(orders)) / training_cost(prune_orders(first))
-    message = (
-        f"budget={len(orders)} is more than num_slices={num_slices}: after {num_slices} deletions the extra sequences "
-        f"add {100 * gain:.1f} % to the expected surviving prefix, at {cost:.2f} times the training cost "
-        f"({pruned:.2f} times with pruning). Consider budget={num_slices}, or orders of your own."
-    )
-    warnings.warn(message, stacklevel=3)
 
 
 def spaced(num_slices: int, budget: int) -> list[Order]:
@@ -217,86 +204,3 @@ def training_cost(orders: Iterable[Order]) -> int:
     8
     """
     return sum(map(len, {order[:depth] for order in orders for depth in range(1, len(order) + 1)}))
-
-
-def surviving_length(order: Order, hit: Collection[int]) -> int:
-    """How many leading slices of an order survive when the slices in `hit` were deleted from.
-
-    >>> surviving_length((2, 0, 3, 1), hit={3})
-    2
-    """
-    return next((depth for depth, slice_id in enumerate(order) if slice_id in hit), len(order))
-
-
-def expected_surviving_prefix(orders: Iterable[Order], requests: int, prior: Sequence[float] | None = None) -> float:
-    """The expected length of the longest surviving prefix after a number of deletion requests.
-
-    Exact up to 12 slices. Above that it is the mean over 20,000 deletion streams drawn with a fixed seed.
-
-    Args:
-        orders (`Iterable[Order]`): The orders of one shard.
-        requests (`int`): Deletions of one example each, all within this shard.
-        prior (`Sequence[float]`, *optional*): The probability that a request hits each slice. Without it, all slices
-            up to the largest id in `orders` are equally likely.
-
-    Returns:
-        `float`: The expected length, in slices. Invalid input is a `ValueError`.
-
-    >>> expected_surviving_prefix([(0, 1), (1, 0)], requests=1)
-    1.0
-    """
-    check_count("requests", requests, 0, 10**6)
-    checked = explicit(orders, MAX_SLICES if prior is None else len(prior))
-    num_slices = len(prior) if prior is not None else 1 + max(map(max, checked))
-    chances = np.asarray([1 / num_slices] * num_slices if prior is None else prior, dtype=float)
-    if not (chances >= 0).all() or abs(chances.sum() - 1) > 1e-6:
-        raise ValueError(f"The prior must be non-negative and sum to 1, not {prior!r:.100}. Divide it by its sum.")
-    if num_slices <= EXACT_SLICES:
-        hit = (np.arange(1 << num_slices) >> np.arange(num_slices)[:, None] & 1).astype(bool)  # column D: its bits
-        weights = _hit_set_chances(hit, requests, chances)
-    else:
-        hit = np.random.default_rng(0).multinomial(requests, chances, size=SAMPLED_STREAMS).T > 0
-        weights = np.full(SAMPLED_STREAMS, 1 / SAMPLED_STREAMS)
-    return float(weights @ _best_lengths(checked, hit))
-
-
-def _hit_set_chances(hit: np.ndarray, requests: int, chances: np.ndarray) -> np.ndarray:
-    """`P_{r+1}(D) = P_r(D) p(D) + sum_{j in D} P_r(D - j) p_j` for every hit set `D`, a column of `hit`."""
-    inside = chances @ hit  # p(D)
-    current = np.zeros(hit.shape[1])
-    current[0] = 1.0
-    for _ in range(requests):
-        following = current * inside
-        for j, chance in enumerate(chances):  # the middle axis of the reshaped arrays is bit j
-            following.reshape(-1, 2, 1 << j)[:, 1] += chance * current.reshape(-1, 2, 1 << j)[:, 0]
-        current = following
-    return current
-
-
-def _best_lengths(orders: Iterable[Order], hit: np.ndarray) -> np.ndarray:
-    """The longest surviving prefix for each column of `hit`, `(slices, hit sets)`."""
-    best = np.zeros(hit.shape[1], dtype=int)
-    for order in orders:
-        alive, length = np.ones_like(hit[0]), np.zeros_like(best)
-        for slice_id in order:
-            alive &= ~hit[slice_id]
-            if not alive.any():
-                break
-            length += alive
-        np.maximum(best, length, out=best)
-    return best
-
-
-def requests_until_dead(num_shards: int, num_slices: int, budget: int) -> float:
-    """The expected number of deletion requests until no stage of any shard is left: `m L H(m min(B, L))`.
-
-    Each request hits one of the `m L` slices, all equally likely, and everything is gone once every slice that starts
-    a sequence was hit (`H` is the harmonic number). Exact for sequences with as many different starts as possible.
-
-    >>> round(requests_until_dead(5, 4, 1), 2)
-    45.67
-    """
-    for name, value in (("num_shards", num_shards), ("num_slices", num_slices), ("budget", budget)):
-        check_count(name, value, 1, 10**6)
-    starts = num_shards * min(budget, num_slices)
-    return num_shards * num_slices * math.fsum(1 / i for i in range(1, starts + 1))

@@ -1,14 +1,13 @@
-"""What a plan is worth: the performance that deletions are expected to leave, exactly.
+"""What a plan is worth: the length that deletions are expected to leave, exactly.
 
-Responsible for how likely each set of hit slices is, for the value of orders over all of those sets, and for the best
-next path of stages. It leaves more than 16 slices to `streams.py`, bounds to `bounds.py`, and the search for plans to
-`optimal.py`.
+Responsible for how long each set of hit slices is expected to last, for the value of orders over all of those sets,
+and for the best next path of stages. It leaves the search for plans to `search.py`.
 
 An order survives as long as its prefixes do, and a prefix survives a hit set `D` while it has no slice in common with
 it. So everything here is indexed by sets, written as bits: slice `j` is in set `U` if `U >> j & 1`.
 
               {0,1,2}              An order is a way up from {} to the top. `untouched` is the complement of `D`: the
-            /    |    \\            prefixes below it survive, and the value of `D` is the performance of the longest.
+            /    |    \\            prefixes below it survive, and the value of `D` is the length of the longest.
        {0,1}   {0,2}   {1,2}
          |   X       X   |         What a prefix adds to a plan is summed over the untouched sets above it that the
         {0}     {1}     {2}        plan serves with less; the best next order is the way up that adds most.
@@ -17,14 +16,14 @@ it. So everything here is indexed by sets, written as bits: slice `j` is in set 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from .sequences import Order, check_count
 
 LATTICE_SLICES = 16  # up to here all 2^L sets are held in memory
-MAX_REQUESTS = 10**6
+ROUNDING = 1e-12  # a gain below this part of the value is none
 
 
 def checked_prior(prior: Sequence[float] | None, num_slices: int) -> np.ndarray:
@@ -42,109 +41,51 @@ def checked_prior(prior: Sequence[float] | None, num_slices: int) -> np.ndarray:
     return chances
 
 
-def checked_performance(performance: Sequence[float] | None, num_slices: int) -> np.ndarray:
-    """`f(0), f(1), ..., f(L)`, `(num_slices + 1,)`; the length itself without a performance.
+def check_few(num_slices: int) -> None:
+    """Raises `ValueError` if there are too many slices to look at all their sets."""
+    if num_slices > LATTICE_SLICES:
+        found = f"num_slices={num_slices}, but the best plan is searched for up to {LATTICE_SLICES} slices"
+        raise ValueError(f'{found}. Give fewer slices, or choose the sequences by "spaced" or "random".')
 
-    >>> checked_performance([0.7, 0.9], 2)
-    array([0. , 0.7, 0.9])
+
+def subset_sums(numbers: Iterable[float]) -> np.ndarray:
+    """The sum over each set, `(2^L,)`.
+
+    >>> subset_sums([1.0, 10.0])
+    array([ 0.,  1., 10., 11.])
     """
-    curve = np.asarray(range(1, num_slices + 1) if performance is None else performance, dtype=float)
-    if curve.shape != (num_slices,):
-        found = f"must be {num_slices} numbers, of 1 to {num_slices} surviving slices, not {performance!r:.100}"
-        raise ValueError(f"The performance {found}. Correct it.")
-    curve = np.concatenate([[0.0], curve])
-    if not np.isfinite(curve).all() or (np.diff(curve) < 0).any():
-        raise ValueError(f"The performance must not fall from 0 on, not {performance!r:.100}. Sort or shift it.")
-    return curve
+    sums = np.zeros(1)
+    for number in numbers:
+        sums = np.concatenate([sums, sums + number])
+    return sums
 
 
-# How likely each hit set is
-
-
-def weights_after(prior: Sequence[float] | None, requests: int, num_slices: int | None = None) -> np.ndarray:
-    """The chance of every hit set after a number of requests.
-
-    `P_{r+1}(D) = P_r(D) p(D) + sum_{j in D} P_r(D - j) p_j`: sums of what is not negative, so nothing cancels.
-
-    Args:
-        prior (`Sequence[float]`, *optional*): The chance that a request hits each slice; equal ones without.
-        requests (`int`): How many requests there were.
-        num_slices (`int`, *optional*): Needed without a prior.
-
-    Returns:
-        `np.ndarray`: `(2^L,)`, by the bits of the hit set. Numbers out of range are a `ValueError`.
-
-    >>> weights_after([0.5, 0.5], requests=2)
-    array([0.  , 0.25, 0.25, 0.5 ])
-    """
-    return _history(prior, requests, num_slices)[0]
-
-
-def weights_over(prior: Sequence[float] | None, requests: int, num_slices: int | None = None) -> np.ndarray:
-    """The mean of [`weights_after`] over 1 to `requests` requests; arguments and errors as there.
-
-    >>> weights_over([0.5, 0.5], requests=2)
-    array([0.   , 0.375, 0.375, 0.25 ])
-    """
-    check_count("requests", requests, 1, MAX_REQUESTS)
-    return _history(prior, requests, num_slices)[1] / requests
-
-
-def _history(prior: Sequence[float] | None, requests: int, num_slices: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The chances after the last request, and their sum over all requests."""
-    check_count("requests", requests, 0, MAX_REQUESTS)
-    chances = _lattice_prior(prior, num_slices)
-    inside = _subset_sums(chances)
-    current = np.zeros(len(inside))
-    current[0] = 1.0
-    total = np.zeros(len(inside))
-    for _ in range(requests):
-        following = current * inside
-        for j, chance in enumerate(chances):  # the middle axis of the reshaped arrays is bit j
-            following.reshape(-1, 2, 1 << j)[:, 1] += chance * current.reshape(-1, 2, 1 << j)[:, 0]
-        current = following
-        total += current
-    return current, total
-
-
-def life_weights(prior: Sequence[float] | None, num_slices: int | None = None) -> np.ndarray:
+def life_weights(prior: Sequence[float]) -> np.ndarray:
     """How many requests every hit set is expected to last, from the first request to the last untouched slice.
 
-    `w({}) = 1`, `w(D) = sum_{j in D} p_j w(D - j) / (1 - p(D))`. The set of all slices lasts for ever and has weight 0
-    here: nothing survives it. Arguments and errors as in [`weights_after`]; a chance of zero is refused, since such a
-    slice outlives every number of requests.
+    `w({}) = 1`, `w(D) = sum_{j in D} p_j w(D - j) / (1 - p(D))`: the expected number of visits to `D` of the chain in
+    which each request adds its slice. The set of all slices lasts for ever and has weight 0: nothing survives it.
+
+    Args:
+        prior (`Sequence[float]`): The chance that a request hits each slice, of at most 16. A chance of 0 is a
+            `ValueError`: such a slice would live for ever.
+
+    Returns:
+        `np.ndarray`: `(2^L,)`, by the bits of the hit set.
 
     >>> life_weights([0.5, 0.5])
     array([1., 1., 1., 0.])
     """
-    chances = _lattice_prior(prior, num_slices)
+    check_few(len(prior))
+    chances = checked_prior(prior, len(prior))
     if not (chances > 0).all():
         raise ValueError(f"No slice may have the chance 0: it would live for ever, in {prior!r:.100}. Raise it.")
-    outside = _subset_sums(chances)[::-1]  # 1 - p(D), without the cancellation
+    outside = subset_sums(chances)[::-1]  # 1 - p(D), without the cancellation
     weights = np.zeros(len(outside))
     weights[0] = 1.0
     for depth, (level, before) in enumerate(_levels(len(chances))[:-1], start=1):
         weights[level] = (chances[_slices_in(level, depth)] * weights[before]).sum(axis=1) / outside[level]
     return weights
-
-
-def _lattice_prior(prior: Sequence[float] | None, num_slices: int | None) -> np.ndarray:
-    if num_slices is None:
-        num_slices = 0 if prior is None else len(prior)
-    check_count("num_slices, where all hit sets are enumerated,", num_slices, 1, LATTICE_SLICES)
-    return checked_prior(prior, num_slices)
-
-
-def _subset_sums(chances: np.ndarray) -> np.ndarray:
-    sums = np.zeros(1)
-    for chance in chances:
-        sums = np.concatenate([sums, sums + chance])
-    return sums
-
-
-def _sizes(num_slices: int) -> np.ndarray:
-    """How many slices each set has, `(2^L,)`."""
-    return _subset_sums(np.ones(num_slices)).astype(np.int8)
 
 
 def _slices_in(level: np.ndarray, depth: int) -> np.ndarray:
@@ -154,7 +95,7 @@ def _slices_in(level: np.ndarray, depth: int) -> np.ndarray:
 
 def _levels(num_slices: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """For 1 to L slices: the sets of that many, `(sets,)`, and each of them without one slice, `(sets, slices)`."""
-    sizes = _sizes(num_slices)
+    sizes = subset_sums([1] * num_slices)
     levels = []
     for depth in range(1, num_slices + 1):
         level = np.flatnonzero(sizes == depth)
@@ -162,27 +103,21 @@ def _levels(num_slices: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return levels
 
 
-# The value of plans, and the best next path
+def surviving_lengths(orders: Iterable[Order], num_slices: int) -> np.ndarray:
+    """The longest surviving prefix of some orders per set of untouched slices, `(2^L,)`.
 
-
-@dataclass(frozen=True)
-class Path:
-    """Stages to add to a plan: `order` from depth `start + 1` on. What is above is trained already.
-
-    Args:
-        order (`Order`): The slices from depth 1 on.
-        start (`int`): How many of them the plan has as a node.
-        gain (`float`): What the plan's value grows by.
+    >>> surviving_lengths([(0, 1), (1,)], num_slices=2)
+    array([0, 1, 1, 2], dtype=int8)
     """
-
-    order: Order
-    start: int
-    gain: float
-
-    @property
-    def cost(self) -> int:
-        """Slice passes of the stages that are new."""
-        return path_cost(self.start, len(self.order))
+    sets = np.arange(1 << num_slices)
+    longest = np.zeros(len(sets), dtype=np.int8)
+    for order in orders:
+        alive, length = np.ones_like(longest), np.zeros_like(longest)
+        for slice_id in order:
+            alive &= (sets >> slice_id & 1).astype(np.int8)
+            length += alive
+        np.maximum(longest, length, out=longest)
+    return longest
 
 
 def path_cost(start: int, end: int) -> int:
@@ -203,155 +138,127 @@ def set_of(order: Iterable[int]) -> int:
     return sum(1 << slice_id for slice_id in order)
 
 
-def joined(profiles: Iterable[np.ndarray], nothing: np.ndarray) -> np.ndarray:
-    """The profile of several orders: the elementwise maximum of theirs, written into that of a plan without stages."""
-    for profile in profiles:
-        np.maximum(nothing, profile, out=nothing)
-    return nothing
+class Path(NamedTuple):
+    """Stages to add to a plan: `order` from depth `start + 1` on. What is above is trained already.
 
+    Args:
+        order (`Order`): The slices from depth 1 on.
+        start (`int`): How many of them the plan has as a node.
+        gain (`float`): What the plan's value grows by.
+    """
 
-def _weights(prior: Sequence[float], requests: int | None) -> np.ndarray:
-    return life_weights(prior) if requests is None else weights_over(prior, requests)
+    order: Order
+    start: int
+    gain: float
+
+    @property
+    def cost(self) -> int:
+        """Slice passes of the stages that are new."""
+        return path_cost(self.start, len(self.order))
 
 
 class Lattice:
     """Values of plans, over all hit sets of up to 16 slices.
 
-    A plan is known here by its *profile*: per untouched set the longest surviving length, `(2^L,)`. The profile of
-    several orders is the elementwise maximum of theirs.
-
     Args:
         prior (`Sequence[float]`): The chance that a request hits each slice.
-        performance (`Sequence[float]`, *optional*): What 1 to L surviving slices are worth; their number without.
-        requests (`int`, *optional*): Look at the mean over the first so many requests; at the whole life without.
-        uniform_share (`float`, *optional*, defaults to `0.0`): How much of a value is what the plan is worth if all
-            slices are equally likely to be hit; the rest is what it is worth under the prior.
+        weights (`np.ndarray`, *optional*): What each hit set counts, `(2^L,)`; [`life_weights`] without.
 
     >>> Lattice([0.5, 0.5]).value([(0, 1), (1, 0)])
     4.0
     """
 
-    def __init__(
-        self,
-        prior: Sequence[float],
-        performance: Sequence[float] | None = None,
-        requests: int | None = None,
-        uniform_share: float = 0.0,
-    ) -> None:
+    def __init__(self, prior: Sequence[float], weights: np.ndarray | None = None) -> None:
+        check_few(len(prior))
         self.num_slices = len(prior)
         self.prior = checked_prior(prior, self.num_slices)
-        uniform = checked_prior(None, self.num_slices)
-        shares = ((1 - uniform_share, self.prior.tolist()), (uniform_share, uniform.tolist()))
-        weights = np.sum([share * _weights(chances, requests) for share, chances in shares if share], axis=0)
-        self.performance = checked_performance(performance, self.num_slices)
-        self._weights = weights[::-1].copy()  # by untouched set
-        self._sets = np.arange(len(weights))
-        self._sizes = _sizes(self.num_slices)
+        self._weights = (life_weights(prior) if weights is None else weights)[::-1].copy()  # by untouched set
+        self._sizes = subset_sums([1] * self.num_slices).astype(int)
         self._levels = _levels(self.num_slices)
-        self.every_order = self.worth(self._sizes)  # the value of training every order: what is untouched survives
+        self._profiles: dict[Order, np.ndarray] = {}
+        self.every_order = float(self._weights @ self._sizes)  # what is untouched survives
 
     @property
     def effort(self) -> int:
-        """How many searches for a path take a few seconds; fewer where there are few sets to choose from."""
-        return int(min(8000, 250 << self.num_slices, 6e8 / (self.num_slices**2 << self.num_slices)))
+        """How many searches for a path take a few seconds."""
+        return int(min(6000, 3e8 / (self.num_slices**2 << self.num_slices)))
 
-    def profile(self, order: Order) -> np.ndarray:
-        """Per untouched set, how many slices of one order survive, `(2^L,)`."""
-        alive = np.ones(len(self._sets), dtype=np.int8)
-        length = np.zeros_like(alive)
-        for slice_id in order:
-            alive &= (self._sets >> slice_id & 1).astype(np.int8)
-            length += alive
-        return length
-
-    def nothing(self) -> np.ndarray:
-        """The profile of a plan without stages."""
-        return np.zeros(len(self._sets), dtype=np.int8)
-
-    def worth(self, profile: np.ndarray) -> float:
-        """The value of the plan with this profile."""
-        return float((self._weights * self.performance[profile]).sum())
+    def lengths(self, orders: Iterable[Order]) -> np.ndarray:
+        """See [`surviving_lengths`]; each order is looked at once."""
+        longest = np.zeros(len(self._sizes), dtype=np.int8)
+        for order in orders:
+            if order not in self._profiles:
+                self._profiles[order] = surviving_lengths([order], self.num_slices)
+            np.maximum(longest, self._profiles[order], out=longest)
+        return longest
 
     def value(self, orders: Iterable[Order]) -> float:
-        """The value of some orders: the performance of the longest surviving prefix, weighted over the hit sets."""
-        return self.worth(joined(map(self.profile, orders), self.nothing()))
+        """The value of some orders: the longest surviving prefix, weighted over the hit sets."""
+        return float(self._weights @ self.lengths(orders))
 
-    def gains(self, profile: np.ndarray) -> np.ndarray:
+    def gains(self, lengths: np.ndarray) -> np.ndarray:
         """What each prefix set would add to a plan once all prefixes below it are there, `(2^L,)`.
 
-        `g(U) = (f(|U|) - f(|U|-1)) * sum of the weights of the untouched sets above U that the plan serves with less`.
+        The sum of the weights of the untouched sets above `U` that the plan serves with less than `|U|`.
         """
-        depths = np.arange(1, self.num_slices + 1)
-        missed = self._weights[:, None] * (profile[:, None] < depths)  # (sets, depth)
+        missed = self._weights[:, None] * (lengths[:, None] < np.arange(1, self.num_slices + 1))  # (sets, depth)
         for j in range(self.num_slices):  # sums over supersets, one slice at a time
             view = missed.reshape(-1, 2, self.num_slices << j)
             view[:, 0] += view[:, 1]
-        gains = np.diff(self.performance) * missed
-        return gains[self._sets, np.maximum(self._sizes - 1, 0)]
+        return missed[np.arange(len(missed)), np.maximum(self._sizes - 1, 0)]
 
-    def path(self, gains: np.ndarray, nodes: Mapping[int, Order], rate: float, limit: int) -> Path | None:
-        """The path with the most gain beyond `rate` times its cost, among those that cost at most `limit`.
+    def whole(self, orders: Iterable[Order]) -> Path | None:
+        """The complete order that adds most to some orders; `None` if none adds anything."""
+        gains = self.gains(self.lengths(orders))
+        _, ways = self._ways(gains, {0: ()})
+        path = self._back(ways[0], gains, {0: ()}, len(gains) - 1)
+        return path if path.gain > ROUNDING * self.every_order else None
 
-        Args:
-            gains (`np.ndarray`): From [`Lattice.gains`].
-            nodes (`Mapping[int, Order]`): What a path may hang off: prefixes of the plan by their set, `{0: ()}` for
-                the root.
-            rate (`float`): Gain per slice pass that has to be exceeded.
-            limit (`int`): The most that the path may cost.
+    def densest(self, orders: Sequence[Order], limit: int, dear: bool = False) -> Path | None:
+        """The path with the most gain per slice pass, hung off the tree of some orders, that costs at most `limit`.
 
         Returns:
-            `Path`: The best path, or `None` if none fits.
+            `Path`: The best path; `None` if none fits, or none adds anything.
         """
-        path = self._path(gains, nodes, rate, 0, self.num_slices)
-        if path is None or path.cost <= limit:
-            return path
-        found = []
-        for start in {len(order) for order in nodes.values()}:
-            deepest = start
-            while deepest < self.num_slices and path_cost(start, deepest + 1) <= limit:
-                deepest += 1
-            hung = {node: order for node, order in nodes.items() if len(order) == start}
-            found.append(self._path(gains, hung, rate, start, deepest))
-        return max((path for path in found if path), key=lambda path: path.gain - rate * path.cost, default=None)
+        prefixes = {order[:depth] for order in orders for depth in range(1, len(order) + 1)}
+        nodes = {0: ()} | {set_of(prefix): prefix for prefix in sorted(prefixes)}
+        gains = self.gains(self.lengths(orders))
+        starts, ways = self._ways(gains, nodes)
+        costs = (self._sizes * (self._sizes + 1) - (starts * (starts + 1))[:, None]) // 2  # see path_cost
+        fits = (costs > 0) & (costs <= limit)
+        rates = np.where(fits, ways / np.where(fits & (not dear), costs, 1), -np.inf)
+        if not starts.size or rates.max() <= ROUNDING * self.every_order:
+            return None
+        row, end = divmod(int(rates.argmax()), len(gains))
+        hung = {node: order for node, order in nodes.items() if len(order) == starts[row]}
+        return self._back(ways[row], gains, hung, end)
 
-    def whole(self, gains: np.ndarray) -> Path:
-        """The complete order that adds most: the heaviest way up, by dynamic programming over the sets."""
-        potential, _ = self._potentials(gains, {0: ()}, 0.0, 0, self.num_slices)
-        return self._back(potential, gains, {0: ()}, len(gains) - 1)
+    def _ways(self, gains: np.ndarray, nodes: Mapping[int, Order]) -> tuple[np.ndarray, np.ndarray]:
+        """Depths of nodes, and for each depth what the best way from a node of it up to a set adds, `(depths, 2^L)`.
 
-    def _path(
-        self, gains: np.ndarray, nodes: Mapping[int, Order], rate: float, start: int, deepest: int
-    ) -> Path | None:
-        potential, end = self._potentials(gains, nodes, rate, start, deepest)
-        return None if end < 0 else self._back(potential, gains, nodes, end)
-
-    def _potentials(
-        self, gains: np.ndarray, nodes: Mapping[int, Order], rate: float, start: int, deepest: int
-    ) -> tuple[np.ndarray, int]:
-        """Per set the best surplus of a path that ends there, and the set with the best of all (-1: there is none)."""
-        potential = np.full(len(gains), -np.inf)
+        By dynamic programming over the sets. No way leads through a node: it would better begin there.
+        """
         held = np.fromiter(nodes, dtype=int, count=len(nodes))
-        potential[held] = 0.0
-        fixed = np.zeros(len(gains), dtype=bool)
-        fixed[held] = True
-        best, end = -np.inf, -1
-        for depth in range(start + 1, deepest + 1):
-            level, before = self._levels[depth - 1]
-            reached = gains[level] - rate * depth + potential[before].max(axis=1)
-            reached[fixed[level]] = -np.inf
-            top = int(reached.argmax())
-            if reached[top] > best:
-                best, end = reached[top], int(level[top])
-            potential[level] = np.where(fixed[level], 0.0, reached)
-        return potential, end
+        starts = np.unique(self._sizes[held])
+        starts = starts[starts < self.num_slices]
+        ways = np.full((len(starts), len(gains)), -np.inf)
+        taken = np.zeros(len(gains), dtype=bool)
+        taken[held] = True
+        for row, start in enumerate(starts):
+            ways[row, held[self._sizes[held] == start]] = 0.0
+        for depth, (level, before) in enumerate(self._levels, start=1):
+            rows = int(np.searchsorted(starts, depth))  # those that start above
+            reached = gains[level] + ways[:rows][:, before].max(axis=2)
+            ways[:rows, level] = np.where(taken[level], -np.inf, reached)
+        return starts, ways
 
-    def _back(self, potential: np.ndarray, gains: np.ndarray, nodes: Mapping[int, Order], end: int) -> Path:
+    def _back(self, way: np.ndarray, gains: np.ndarray, nodes: Mapping[int, Order], end: int) -> Path:
+        """The path that a way took, from its end back to its node."""
         slices: list[int] = []
         gain, here = 0.0, end
         while here not in nodes:
             gain += gains[here]
-            below = [(potential[here ^ 1 << j], -j) for j in range(self.num_slices) if here >> j & 1]
-            j = -max(below)[1]
+            j = -max((way[here ^ 1 << j], -j) for j in range(self.num_slices) if here >> j & 1)[1]
             slices.append(j)
             here ^= 1 << j
         return Path((*nodes[here], *reversed(slices)), len(nodes[here]), float(gain))

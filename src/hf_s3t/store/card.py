@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..lora.adapter import with_rank
-from ..plan.sequences import requests_until_dead
+from ..plan.life import life_left
 from ..plan.tree import Stage
 from .manifest import Manifest
 from .recipe_differences import NOT_BIT_EQUAL
@@ -130,7 +130,7 @@ def render_card(manifest: Manifest) -> str:
         prefix_lines=prefix_lines(example, manifest) if example else PREFIX_LINES.format(folders=""),
         table=_table(manifest, served) or "| none | | |",
         accepted=_accepted(manifest),
-        requests=requests_until_dead(manifest.plan.num_shards, manifest.plan.num_slices, _budget(manifest)),
+        requests=life_left(manifest.plan).until_all_dead.mean,
     )
 
 
@@ -187,6 +187,3 @@ def _accepted(manifest: Manifest) -> str:
 def _cell(value: Any) -> str:
     return json.dumps(value).replace("|", "/").replace("`", "'")[:80]
 
-
-def _budget(manifest: Manifest) -> int:
-    return max(len({order[0] for order in orders}) for orders in manifest.plan.sequences)

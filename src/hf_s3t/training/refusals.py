@@ -7,8 +7,9 @@ from typing import Any, Literal
 from torch import nn
 from transformers import TrainingArguments
 
+from ..plan.search import MAX_COST
 from ..plan.sequences import check_count
-from ..plan.trees import MAX_COST
+from ..plan.survival import LATTICE_SLICES
 from ..seams.arguments import loader_setting, setting
 from ..seams.models import is_compiled
 
@@ -66,7 +67,7 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
         )
 
 
-def check_repair(repair: Repair, cost_budget: int | None, extend: bool) -> None:
+def check_repair(repair: Repair, cost_budget: int | None, extend: bool, num_slices: int) -> None:
     """Raises `ValueError` unless a cost budget is given for the best repair, and for nothing else."""
     if repair not in ("all", "best"):
         raise ValueError(f"`repair` must be 'all' or 'best', got {repair!r}.")
@@ -82,6 +83,9 @@ def check_repair(repair: Repair, cost_budget: int | None, extend: bool) -> None:
         )
     if cost_budget is not None:
         check_count("cost_budget, in slice passes per epoch over all shards,", cost_budget, 1, MAX_COST)
+        if num_slices > LATTICE_SLICES:
+            found = f"`repair='best'` is searched for up to {LATTICE_SLICES} slices, and there are {num_slices}"
+            raise ValueError(f"{found}. Run `train()` without `repair`.")
 
 
 def set_stage_defaults(args: TrainingArguments) -> None:

@@ -19,12 +19,10 @@ def make_plan(config: S3TConfig, seed: int) -> Plan:
     num_slices, budget, prior = config.num_slices, config.budget, config.deletion_prior
     if config.sequence_selection == "optimal":
         best = optimal(num_slices, budget, config.cost_budget, prior)
-        bound = "" if best.bound is None else f"; no plan of this budget is worth more than {best.bound:.4g}"
         logger.info(
-            "the best plan found is worth %.4g, every order %.4g, in requests x surviving slices over the whole life "
-            "of a shard%s; it costs %d slice passes per epoch and shard",
-            best.value, best.every_order, bound, best.cost,
-        )  # fmt: skip
+            "the plan keeps %.1f %% of what training every order would, over the whole life of a shard",
+            100 * best.value / best.every_order,
+        )
         return Plan.make(config.num_shards, num_slices, best.orders, prune=config.prune)
     numbers = [_number(f"orders of shard {shard}, seed {seed}") for shard in range(config.num_shards)]
     if config.sequence_selection == "bms":

@@ -181,7 +181,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         """
         if resume_from_checkpoint not in (None, True, False) or trial is not None:
             raise ValueError("`train()` resumes from the store itself; pass no checkpoint path and no trial.")
-        check_repair(repair, cost_budget, self.extend)
+        check_repair(repair, cost_budget, self.extend, self.s3t_config.num_slices)
         if self._rows is None:
             raise ValueError("`train()` needs a `train_dataset`.")
         with self._training_lock():
