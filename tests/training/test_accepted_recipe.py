@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hf_s3t import RecipeError, S3TStore, StoreError
+from hf_s3t import DatasetError, RecipeError, S3TStore, StoreError
 from hf_s3t.cli.tables import show_status
 from hf_s3t.store.audit import verify
 from hf_s3t.store.manifest import Manifest
@@ -79,6 +79,20 @@ def test_other_settings_train_only_where_each_is_named(world, store):
     with pytest.raises(ValueError, match=r"'config\.r' can not be accepted: live stages and those to come are joined"):
         world.trainer(store.path, accept_recipe=["config.r"], **PLAN, r=4)
     assert published(store.path) == before and store.manifest().accepted == ()
+
+
+def test_a_run_that_is_refused_for_another_reason_accepts_nothing(world, store):
+    before, some = published(store.path), world.rows.select(range(8))
+    with pytest.raises(DatasetError, match="gone from the train set"):
+        world.trainer(store.path, some, accept_recipe=[DECAY], **PLAN | OTHER).train()
+    assert published(store.path) == before and not store.manifest().accepted
+
+
+def test_rows_that_vanish_from_such_a_run_have_receipts_of_the_lower_grade(world, store):
+    first = next(place for place, name in enumerate(world.rows["id"]) if name != victim(world, 1))
+    some = world.rows.select([row for row in range(len(world.rows)) if row != first])
+    world.trainer(store.path, some, accept_recipe=[DECAY], missing="delete", **PLAN | OTHER).train()
+    assert [CLAIM in read_receipts(store)[number]["limits"][-1] for number in (0, 1)] == [False, True]
 
 
 def test_the_repair_goes_on_and_is_on_record_everywhere(world, repaired):

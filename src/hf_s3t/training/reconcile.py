@@ -75,12 +75,19 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
     manifest, state = store.manifest(), store.state()
     differences = check_same(manifest.recipe, wanted.recipe, wanted.accept)
     check_generation(store, manifest, state)
-    if differences:
-        manifest = _with_new_settings(store, manifest, wanted.recipe, differences)
     index, rows = store.index(), _unburied(wanted.rows.entries, state)
     comparison = compare(index, rows)
-    if manifest.stages and (comparison.missing or comparison.changed):
-        manifest, index = _settle_differences(store, comparison, wanted, manifest, index)
+    vanished = bool(manifest.stages and (comparison.missing or comparison.changed))
+    if vanished and wanted.missing == "error":
+        raise DatasetError(
+            f"{len(comparison.missing)} examples that were trained on are gone from the train set and "
+            f"{len(comparison.changed)} have changed. Stages still hold their influence. Pass missing='delete' to "
+            "delete them now, missing='ignore' to keep their influence, or restore the rows."
+        )
+    if differences:  # nothing is refused any more
+        manifest = _with_new_settings(store, manifest, wanted.recipe, differences)
+    if vanished and wanted.missing == "delete":
+        manifest, index = _delete_vanished(store, comparison)
     if wanted.plan is not None:
         manifest = replace(manifest, plan=wanted.plan, deletion_prior=_chances(wanted.prior), repair=None)
     if manifest.stages and wanted.extend:
@@ -212,18 +219,8 @@ def _unburied(rows: Mapping[str, Entry], state: State) -> Index:
     return {digest: entry for digest, entry in rows.items() if not state.buries(digest, entry.group)}
 
 
-def _settle_differences(
-    store: S3TStore, comparison: Comparison, wanted: Wanted, manifest: Manifest, index: Index
-) -> tuple[Manifest, Index]:
+def _delete_vanished(store: S3TStore, comparison: Comparison) -> tuple[Manifest, Index]:
     gone = comparison.missing | comparison.changed
-    if wanted.missing == "error":
-        raise DatasetError(
-            f"{len(comparison.missing)} examples that were trained on are gone from the train set and "
-            f"{len(comparison.changed)} have changed. Stages still hold their influence. Pass missing='delete' to "
-            "delete them now, missing='ignore' to keep their influence, or restore the rows."
-        )
-    if wanted.missing == "ignore":
-        return manifest, index
     receipt = store._delete({"digests": sorted(gone)}, reference="vanished or changed rows")
     if comparison.changed:  # their new content may be trained on
         readmit(store, dict.fromkeys(sorted(comparison.changed), "id"), "changed rows")
