@@ -10,7 +10,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..seams import lost
 from ..seams.answering import caches_in
-from ..trunk.trunk import in_eval_mode
+from ..trunk.trunk import in_eval_mode, is_close
 from .member_rows import Notes
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Trial:
             self.members.notes = None
         exact = {value.dtype for value in self.base.parameters()} <= {torch.float32, torch.float64}
         for name, value in expected.items():
-            if isinstance(value, torch.Tensor) and not _close(found[name], value, 1e-4 if exact else 0.05):
+            if isinstance(value, torch.Tensor) and not is_close(found[name], value, 1e-4 if exact else 0.05):
                 return f"together they have other {name}", notes
         return None, notes
 
@@ -139,8 +139,3 @@ class Trial:
 
     def _with_cache(self, rows: dict[str, Any]) -> dict[str, Any]:
         return {**rows, "use_cache": True} if "use_cache" in self.members.parameters else rows
-
-
-def _close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
-    """Whether logits differ by no more than a share of their size."""
-    return found.shape == expected.shape and bool((found - expected).norm() <= bound * expected.norm())
