@@ -23,9 +23,7 @@ class Trial:
     """A few rows are answered by two members in turn, by both together, and by both on a shared trunk.
 
     The logits have to be the same. Nothing depends on what arguments are called, so that a new name changes nothing.
-
-    Args:
-        members ([`Members`]): what is tried; nothing else may ask it meanwhile.
+    Nothing else may ask the [`Members`] meanwhile.
     """
 
     def __init__(self, members: Any):
@@ -35,9 +33,7 @@ class Trial:
     def run(self, inputs: dict[str, Any] | None = None) -> None:
         """Finds out whether members answer together (`batched`) and share a trunk (`shares_trunk`).
 
-        Args:
-            inputs (`dict`, *optional*): arguments of a forward pass, with rows to try with. `None`: rows of tokens; of
-                a model that takes something else, nothing is found out.
+        Rows of tokens are tried first; where these tell nothing, rows of `inputs`, the arguments of a forward pass.
         """
         rows = self._tokens()
         if rows is not None and self._is_conclusive(rows, given=False):
@@ -76,7 +72,7 @@ class Trial:
             if again is not None:
                 self._settle(False, reason)
                 return True
-            lost("lora_by_views", f"PEFT's LoRA layers can not be computed by views: {reason}")
+            lost("lora_by_views", f"PEFT's LoRA layers cannot be computed by views: {reason}")
         self._settle(True)
         if members.lowest_layer > 0:
             members.share(True)
