@@ -24,7 +24,7 @@ SERVING = (
      (('if lowest != self._members.lowest_layer:', 'if False:'),),
      (LIVE + 'refreshing_moves_the_trunk_up_and_no_bit',)),
     (9, 'a repair below the trunk does not move it down', 'serving/ensemble.py',
-     (('live != before or lowest < self._members.lowest_layer', 'live != before'),),
+     (('live != self.members or lowest < self._members.lowest_layer', 'live != self.members'),),
      (LIVE + 'a_deletion_takes_over_a_repair_below_the_trunk',)),
     (9, "the first member's row group is used for every member", 'serving/member_rows.py',
      (('names = [name for name in self.names for _ in range(rows // count)]', 'names = [self.names[0]] * rows'),),

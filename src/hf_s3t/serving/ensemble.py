@@ -276,20 +276,9 @@ class S3TEnsemble(nn.Module):
             return False
         before = self.members
         with self._gate.changing():
-            try:
-                for shard, change in changes.items():
-                    self._slots[shard].take(change)
-            except BaseException:  # interrupted: who still has an old prefix and should not answers no more
-                for shard, change in changes.items():
-                    if self._slots[shard].path != change.path:
-                        self._slots[shard].clear()
-                raise
-            finally:
-                live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
-                if live != before or lowest < self._members.lowest_layer:
-                    self._members.serve(live, lowest)
+            self._take(changes)
             self.generation = manifest.generation
-        if not live and (self._marks is None or before):
+        if not self.members and (self._marks is None or before):
             logger.warning("no stage of %s is live: the bare base model answers", self._own_store().path)
         for problem in problems:
             logger.error("a member could not be brought up to date: %s", problem)
@@ -297,6 +286,21 @@ class S3TEnsemble(nn.Module):
             raise problems[0]
         self._marks = None if problems else marks
         return True
+
+    def _take(self, changes: Mapping[int, Change]) -> None:
+        """Overwrites the slots that change; who has a live prefix then answers."""
+        try:
+            for shard, change in changes.items():
+                self._slots[shard].take(change)
+        except BaseException:  # interrupted: who still has an old prefix and should not answers no more
+            for shard, change in changes.items():
+                if self._slots[shard].path != change.path:
+                    self._slots[shard].clear()
+            raise
+        finally:
+            live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
+            if live != self.members or lowest < self._members.lowest_layer:
+                self._members.serve(live, lowest)
 
     def _read_changes(self) -> tuple[Manifest, dict[int, Change], list[StoreError]]:
         """What has to change, read while answers go on; anew where the store changed meanwhile."""
