@@ -109,7 +109,7 @@ def parse_share(text: str) -> float:
 def digests_not_in(store: S3TStore, file: Path, at_most: float) -> list[str]:
     """Keyed digests of the store's examples that a dataset does not hold.
 
-    Nothing is to be deleted by mistake. So there is a `ValueError` if more are missing than the share `at_most`, or if
+    Nothing is to be deleted by mistake. So it raises `ValueError` if more are missing than the share `at_most`, or if
     some may be there in another spelling.
     """
     from ..store.partition import keyed_digest, raw_rows, row_digest

@@ -15,8 +15,9 @@ Combine = Literal["probabilities", "logits"]
 def average_logits(members: torch.Tensor, combine: Combine, problem: str | None = None) -> torch.Tensor:
     """The logits of an ensemble, `(batch, ..., classes)`, from those of its members, `(members, batch, ..., classes)`.
 
-    Of probabilities it is `log(mean(softmax(logits)))`. By the config's `problem_type`: with several labels each has a
-    probability of its own, and a regression's values are averaged as they are.
+    With `"probabilities"` they are `log(mean(softmax(logits)))`, with `"logits"` the mean of the logits. `problem` is
+    the config's `problem_type`: with several labels each has a probability of its own, and a regression's values are
+    averaged as they are.
     """
     if combine == "logits" or problem == "regression" or members.shape[-1] == 1:
         return members.mean(dim=0)

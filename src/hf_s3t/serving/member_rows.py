@@ -1,6 +1,6 @@
 """Rows of several members in one batch: which of them a layer sees, and which adapter each of them is for.
 
-The hooks are here that a layer of the base model, a layer with LoRA and a head get.
+Holds the hooks of the base model's layers, of the layers with LoRA and of the heads.
 """
 
 from __future__ import annotations

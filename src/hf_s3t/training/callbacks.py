@@ -90,7 +90,7 @@ class StageGuard(TrainerCallback):
 
     @contextmanager
     def stage(self, state: Callable[[], Any]) -> Iterator[None]:
-        """While a stage trains; raises if the Trainer, whose state is given by a function, did not tell of it."""
+        """While a stage trains; raises if the Trainer did not tell of it. `state()` is the Trainer's state."""
         self.told.clear()
         self.first_step = 0
         yield

@@ -25,7 +25,7 @@ DIGEST_COLUMN = "hf_s3t_example"
 
 
 class TrainRows:
-    """Which row of the train set, as it comes raw from the user, is which example."""
+    """Which raw row of the train set is which example."""
 
     def __init__(self, dataset: Any, key: bytes, config: S3TConfig):
         pairs = read_rows(dataset, key, config)

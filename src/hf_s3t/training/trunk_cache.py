@@ -40,7 +40,7 @@ SAMPLE = 32
 
 
 class TrunkCache:
-    """Feeds the stages of one trainer; its arguments are those of [`S3TMixin`], the limit in 10^9 bytes."""
+    """Feeds the stages of one trainer. What the arguments mean is told by [`S3TMixin`]."""
 
     def __init__(self, trainer: Any, cache: ActivationCache, limit_gb: float | None, eval_trunk: bool):
         self.trainer, self.cache, self.eval_trunk = trainer, cache, eval_trunk
