@@ -67,7 +67,7 @@ SPEED = (
      (("    if not eval_trunk:\n", "    if False:\n"),),
      (T + "a_random_trunk_is_refused_unless_it_may_run_in_eval_mode",)),
     (4, "rows that see each other's padding are cached", "trunk/row_states.py",
-     (("    if not all(_close(found[: len(states)],", "    if False and not all(_close(found[: len(states)],"),),
+     (("    if not all(is_close(found[: len(states)],", "    if False and not all(is_close(found[: len(states)],"),),
      (T + "rows_that_see_each_others_padding_are_refused",)),
     (4, "the cache is not part of the recipe", "store/recipe.py",
      (("    if cached_trunk:\n", "    if False:\n"),),

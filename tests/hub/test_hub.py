@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from hf_s3t import S3TEnsemble, S3TStore, Stage
 from hf_s3t.hub import repo as hub
 from hf_s3t.seams.hub import http_library
-from hf_s3t.serving import ensemble
+from hf_s3t.serving import loading
 from machines import OFF, Failed
 from served import SHAPES, copy, inputs_of
 from stores import KEY, make_store, people
@@ -387,7 +387,7 @@ def opened(how):
         found.update(revision=source.revision, token=source.repo.api.token, private=str(store.private), base=kwargs)
         raise KeyboardInterrupt
 
-    ensemble.load_base = load_base
+    loading.load_base = load_base
     try:
         S3TEnsemble.from_pretrained("owner/m", **how)
     except KeyboardInterrupt:

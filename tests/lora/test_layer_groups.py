@@ -133,7 +133,7 @@ def test_several_stacks_are_refused():
     with pytest.raises(ValueError, match="None of them is in one stack alone"):
         find_layout(bart, config(target_modules=["self_attn.q_proj"]))
     # Its other stack has modules of the same names, and a plain config tells stacks apart by no other means.
-    with pytest.raises(ValueError, match="plain PEFT configs can not express"):
+    with pytest.raises(ValueError, match="plain PEFT configs cannot express"):
         find_layout(bart, config(target_modules=["q_proj"], exclude_modules=r".*encoder.*"))
 
 

@@ -289,7 +289,7 @@ def test_an_encoder_decoder_is_refused() -> None:
     base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
     ensemble, inputs = S3TEnsemble(by_peft(base, target_modules=["q", "v"]), {"a": 2, "b": 2}), inputs_of("llama")
     for ask in (ensemble.generate, partial(ensemble, decoder_input_ids=inputs["input_ids"])):
-        with pytest.raises(ValueError, match="encoder-decoder model can not answer together"):
+        with pytest.raises(ValueError, match="encoder-decoder model cannot answer together"):
             ask(**inputs)
 
 
@@ -480,7 +480,7 @@ def test_reordering_and_cropping_act_per_member() -> None:
             assert [part.tolist() for part in found] == [[1, 1], [1, 1, 11, 11, 21, 21]]
             assert torch.equal(cache.layers[1].keys, cache.layers[1].values)
             assert {layer.keys.shape[2] for layer in cache.layers} == {2}
-    with pytest.raises(ValueError, match="Rows can not be selected"):
+    with pytest.raises(ValueError, match="Rows cannot be selected"):
         cache.batch_select_indices(torch.tensor([0]))
 
 

@@ -140,7 +140,7 @@ def test_two_processes_share_an_activation_cache(folder: Path) -> None:
     assert first["disk"]["blocks"] == [f"shard-00_slice-{number}_layer-2.states" for number in (0, 1)]
     assert first["memory"]["blocks"] == [] and first["disk"]["trained"] == first["memory"]["trained"]
     assert artefacts(folder / "disk") == artefacts(folder / "memory")
-    assert "random batches can not be cached" in first["refusal"]
+    assert "random batches cannot be cached" in first["refusal"]
     uncached = S3TStore(folder / "off").read_stage(Stage(0, (1,))).tensors
     cached = S3TStore(folder / "disk").read_stage(Stage(0, (1,))).tensors
     torch.testing.assert_close(cached, uncached, rtol=1e-4, atol=1e-5)

@@ -836,7 +836,7 @@ def left_padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("collator", "message"),
     [
-        (shuffled, "random batches can not be cached"),
+        (shuffled, "random batches cannot be cached"),
         (left_padded, "padding on the left, packing and random batches"),
         (joined, "gives 'input_ids' of shape .* for 4 rows"),
     ],
@@ -915,7 +915,7 @@ def test_several_sequences_per_row_are_refused(tmp_path):
         tmp_path / "out", CASES["bert"], rows=Dataset.from_list(rows), model=BertForMultipleChoice(config),
         task_type=None, modules_to_save=["classifier"], activation_cache="disk",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="Several sequences per row can not be cached"):
+    with pytest.raises(ValueError, match="Several sequences per row cannot be cached"):
         trainer.train()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,14 +55,6 @@ def unpurged_of(store: S3TStore) -> dict[str, list[str]]:
     return {repo_id: names} if names else {}
 
 
-def names_in(unpurged: Mapping[str, list[str]]) -> list[str]:
-    return [name for names in unpurged.values() for name in names]
-
-
-def kept_refs(keep_refs: list[str] | None, drop_refs: bool) -> list[str] | None:
-    return keep_refs or ([] if drop_refs else None)
-
-
 def push(
     store: OneStore,
     repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model; made, private, if there is none.")],
@@ -80,7 +71,7 @@ def push(
     def verb(opened: S3TStore) -> Outcome:
         info = opened.push(repo, private=not public, tombstones=tombstones)
         unpurged = unpurged_of(S3TStore(repo, state=opened.private))
-        result = {"repo": repo, "commit": info.oid, "unpurged": names_in(unpurged)}
+        result = {"repo": repo, "commit": info.oid, "unpurged": sum(unpurged.values(), [])}
         shown = f"{repo} is what {opened.path} holds, at {info.oid}."
         if unpurged:
             shown += f" {display.still_serves(unpurged)}"
@@ -113,7 +104,7 @@ def purge(
     """Remove from a repository's history what its head does not serve, probe it, and report what was seen."""
 
     def verb(store: S3TStore) -> Outcome:
-        found = store.purge(kept_refs(keep_refs, drop_refs), seconds)
+        found = store.purge(keep_refs or ([] if drop_refs else None), seconds)
         return _purge_outcome(repo, found, report, store.private / file_name(found))
 
     run([repo], None, as_json, verb, state)

@@ -1,11 +1,6 @@
 """`hf-s3t`: the verbs of an eraser on the command line, thin over `S3TStore` and `verify`.
 
-Exit codes: 0 done; 2 bad input, or something to be put right first; 3 done here, but pending elsewhere: in exports
-that were made before, or in the history of a repository; 4 something asked for is not known, nothing was changed; 5 a
-promise is broken or a file is damaged; 6 fewer requests are left than `status --fail-below` asks for. Of several
-stores the gravest code counts (5, 2, 4, 3, 6), and one store's fault does not stop the others: see `outcomes.py`. What
-a person sees is laid out in `tables.py`, what a person names is read in `options.py`; verbs for a repository are in
-`hub.py`, the planner's in `plan.py`.
+Verbs for a repository are in `hub.py`, the planner's in `plan.py`.
 """
 
 from __future__ import annotations
@@ -22,19 +17,26 @@ from rich.console import Group
 from . import hub as cli_hub
 from . import plan as cli_plan
 from . import tables as display
-from .hub import kept_refs, names_in, unpurged_of
+from .hub import unpurged_of
 from .options import (
     AsJson,
+    AtMost,
     DropRefs,
+    DryRun,
     Groups,
     GroupsFile,
     Ids,
     IdsFile,
     KeepRefs,
     KeyFile,
+    MissingOk,
+    NotIn,
     OneStore,
     Prior,
+    Purge,
     Reference,
+    RefreshExports,
+    Slices,
     StateFolder,
     Stores,
     digests_not_in,
@@ -48,7 +50,7 @@ from .options import (
 from .outcomes import BROKEN, DONE, LOW, PENDING, UNKNOWN, Outcome, Verb, run
 
 if TYPE_CHECKING:  # each verb imports what it needs
-    from ..store.audit import Check, VerifyReport
+    from ..store.audit import Check
     from ..store.store import S3TStore
 
 logger = logging.getLogger(__name__)
@@ -64,9 +66,9 @@ for command in (cli_plan.plan, cli_hub.push, cli_hub.pull, cli_hub.purge, cli_hu
 def main() -> None:
     """Look after stores of stages that S3T trained: find examples, delete them, check what is there.
 
-    Exit codes: 0 done; 2 bad input; 3 done here, but pending elsewhere (exports, a repository's history); 4 not known,
-    nothing changed; 5 a promise is broken or a file is damaged; 6 fewer requests are left than --fail-below asks for.
-    Of several stores the gravest counts: 5, 2, 4, 3, 6.
+    Exit codes: 0 done; 2 bad input, or something to be put right first; 3 done here, but pending elsewhere (exports, a
+    repository's history); 4 not known, nothing changed; 5 a promise is broken or a file is damaged; 6 fewer requests
+    are left than --fail-below asks for. Of several stores the gravest counts: 5, 2, 4, 3, 6.
     """
 
 
@@ -91,22 +93,18 @@ def status(
     def verb(store: S3TStore) -> Outcome:
         found, unpurged = store.status(parse_prior(prior)), unpurged_of(store)
         if plot is not None:
-            _draw(store, plot)
+            from ..planner.pictures import draw_tree
+
+            manifest = store.live()
+            draw_tree(manifest.plan, manifest.stages, plot, replay=manifest.replay)
         shown = display.show_status(found, unpurged)
         code = PENDING if unpurged or found.interrupted_deletions else DONE
         if fail_below is not None and found.requests_left < fail_below:
             code = code or LOW
             shown = Group(shown, f"{found.requests_left:.1f} requests are left, fewer than {fail_below:g}.")
-        return Outcome(found.path, code, {**found.to_json(), "unpurged": names_in(unpurged)}, shown)
+        return Outcome(found.path, code, {**found.to_json(), "unpurged": sum(unpurged.values(), [])}, shown)
 
     run(stores, None, as_json, verb, state)
-
-
-def _draw(store: S3TStore, file: Path) -> None:
-    from ..planner.pictures import draw_tree
-
-    manifest = store.live()
-    draw_tree(manifest.plan, manifest.stages, file, replay=manifest.replay)
 
 
 @app.command()
@@ -139,24 +137,14 @@ def delete(
     ids_file: IdsFile = None,
     groups: Groups = None,
     groups_file: GroupsFile = None,
-    not_in: Annotated[
-        Path | None, typer.Option(help="Dataset file or folder; every example that is not in it is deleted.")
-    ] = None,
-    at_most: Annotated[
-        str, typer.Option(help="With --not-in: the share of the examples that may be missing there.")
-    ] = "10%",
-    slices: Annotated[list[str] | None, typer.Option(help="SHARD:SLICE; works with the state lost, too.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
+    not_in: NotIn = None,
+    at_most: AtMost = "10%",
+    slices: Slices = None,
+    dry_run: DryRun = False,
     reference: Reference = None,
-    missing_ok: Annotated[
-        bool, typer.Option("--missing-ok", help="Delete what is known, ignore what is not.")
-    ] = False,
-    refresh_exports: Annotated[
-        bool, typer.Option("--refresh-exports", help="Make exports that carry the influence anew, or remove them.")
-    ] = False,
-    purge: Annotated[
-        bool, typer.Option("--purge", help="Of a repository: remove it from the history, too, and probe.")
-    ] = False,
+    missing_ok: MissingOk = False,
+    refresh_exports: RefreshExports = False,
+    purge: Purge = False,
     keep_refs: KeepRefs = None,
     drop_refs: DropRefs = False,
     key_file: KeyFile = None,
@@ -175,7 +163,7 @@ def delete(
         receipt = store._delete(
             {**wanted, "slices": places, "digests": digests},
             dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
-            purge=purge, keep_refs=kept_refs(keep_refs, drop_refs),
+            purge=purge, keep_refs=keep_refs or ([] if drop_refs else None),
         )  # fmt: skip
         unpurged = {} if dry_run or store.source.repo_id is None else unpurged_of(store)
         pending = receipt.exports or receipt.still_served_at or receipt.status == "pending" or unpurged
@@ -239,13 +227,10 @@ def verify_command(
         report = verify(store)
         if retrain:
             report = replace(report, checks=report.checks + _retrain(store, retrain, str(trainer), Path(str(data))))
-        return _report_outcome(report)
+        code = DONE if report.ok else BROKEN
+        return Outcome(report.path, code, report.to_json(), display.show_report(report))
 
     run(stores, key_file, as_json, verb)
-
-
-def _report_outcome(report: VerifyReport) -> Outcome:
-    return Outcome(report.path, DONE if report.ok else BROKEN, report.to_json(), display.show_report(report))
 
 
 @app.command()

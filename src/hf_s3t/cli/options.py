@@ -32,6 +32,17 @@ KeyFile = Annotated[Path | None, typer.Option(help="File with the partition key,
 StateFolder = Annotated[
     Path | None, typer.Option("--state", help="Folder of the state of a repository's store; also HF_S3T_STATE.")
 ]
+NotIn = Annotated[
+    Path | None, typer.Option(help="Dataset file or folder; every example that is not in it is deleted.")
+]
+AtMost = Annotated[str, typer.Option(help="With --not-in: the share of the examples that may be missing there.")]
+Slices = Annotated[list[str] | None, typer.Option(help="SHARD:SLICE; works with the state lost, too.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")]
+MissingOk = Annotated[bool, typer.Option("--missing-ok", help="Delete what is known, ignore what is not.")]
+RefreshExports = Annotated[
+    bool, typer.Option("--refresh-exports", help="Make exports that carry the influence anew, or remove them.")
+]
+Purge = Annotated[bool, typer.Option("--purge", help="Of a repository: remove it from the history, too, and probe.")]
 KeepRefs = Annotated[
     list[str] | None,
     typer.Option("--keep-ref", help="A branch, tag or pull request to keep; all others are removed. Repeatable."),
@@ -64,7 +75,7 @@ def _lines(file: Path | None) -> list[str]:
         message = f"{file} is no UTF-8 text ({error}): save it as UTF-8, or names with accents would not be found."
         raise typer.BadParameter(message) from None
     except OSError as error:
-        raise typer.BadParameter(f"{file} can not be read: {error}") from None
+        raise typer.BadParameter(f"{file} cannot be read: {error}") from None
     return [line for line in re.split("\r\n|\r|\n", text) if line.strip()]
 
 
@@ -98,11 +109,8 @@ def parse_share(text: str) -> float:
 def digests_not_in(store: S3TStore, file: Path, at_most: float) -> list[str]:
     """Keyed digests of the store's examples that a dataset does not hold.
 
-    Args:
-        at_most (`float`): the share of the examples that may be missing.
-
-    Raises:
-        ValueError: more are missing, or some may be there in another spelling: nothing is to be deleted by mistake.
+    Nothing is to be deleted by mistake. So it raises `ValueError` if more are missing than the share `at_most`, or if
+    some may be there in another spelling.
     """
     from ..store.partition import keyed_digest, raw_rows, row_digest
     from ..store.requests import LookAlikes

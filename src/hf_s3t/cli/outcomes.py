@@ -97,16 +97,16 @@ def outcome_of(name: str, verb: Callable[[], Outcome]) -> Outcome:
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the outcomes alone
         try:
             return verb()
-        except (S3TError, ValueError, OSError) as error:
-            code, message = _exit_code(error), str(error)
-            described = {"type": type(error).__name__, "message": message}
         except Exception as error:
-            if _is_of_the_hub(error):
+            if isinstance(error, S3TError | ValueError | OSError):
+                code, message = _exit_code(error), str(error)
+            elif _is_of_the_hub(error):
+                code = BAD_INPUT
                 message = f"the Hub did not answer ({error}). Run it again later: it goes on from there."
-                return Outcome(name, BAD_INPUT, error={"type": type(error).__name__, "message": message})
-            traceback.print_exc()
-            code, described = 1, {"type": type(error).__name__, "message": f"{error} (a fault of this program)"}
-    return Outcome(name, code, error=described)
+            else:
+                traceback.print_exc()
+                code, message = 1, f"{error} (a fault of this program)"
+            return Outcome(name, code, error={"type": type(error).__name__, "message": message})
 
 
 def _is_of_the_hub(error: Exception) -> bool:

@@ -12,7 +12,6 @@ from rich.table import Table
 from .options import WIDTH
 
 if TYPE_CHECKING:
-    from ..plan.life import LifeLeft
     from ..store.audit import VerifyReport
     from ..store.exports import Export
     from ..store.receipts import Receipt
@@ -24,17 +23,24 @@ NONE: Mapping[str, Sequence[str]] = {}
 
 def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) -> RenderableType:
     """A store at a glance; `unpurged` are deletions that the history of a repository still has."""
+    lengths = [*map(len, status.served.values()), *(0 for _ in status.dead_shards)]
+    places = status.num_shards * status.num_slices
+    repair = f"{status.repair_slice_passes} slice passes for {len(status.missing)} missing stages"
+    if status.repair_budget is not None:
+        repair += f" of a repair by cost ({status.repair_budget}); train() comes back to the config's plan"
     rows: list[tuple[str, Any]] = [
         ("generation", status.generation),
         ("stages", f"{status.trained} of {status.planned} trained"),
         ("served", ", ".join(status.served) or "nothing: only the base model can answer"),
-        ("slices in use", _in_use_line(status)),
-        ("repair", _repair_line(status)),
+        ("slices in use", f"{sum(lengths)} of {places}; in each shard at least {min(lengths)}"),
+        ("repair", repair),
         ("examples", UNKNOWN if status.examples is None else status.examples),
         ("deleted examples", UNKNOWN if status.deleted_examples is None else status.deleted_examples),
         ("requests received", status.requests),
-        *((f"requests left, {under}", _life_line(left)) for under, left in status.life.items()),
     ]
+    for under, left in status.life.items():
+        first, last = (f"{life.mean:.1f}" if math.isfinite(life.mean) else "any number" for life in left)
+        rows.append((f"requests left, {under}", f"about {first} until a shard is dead, {last} until all are"))
     if status.dead_shards:
         names = ", ".join(f"shard {shard}" for shard in status.dead_shards)
         rows.insert(4, ("dead", f"{names}: nothing of it can be served until it is trained again"))
@@ -54,23 +60,6 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
     if unpurged:
         rows.append(("history", still_serves(unpurged)))
     return Group(status.path, _pairs(rows))
-
-
-def _in_use_line(status: Status) -> str:
-    lengths = [*map(len, status.served.values()), *(0 for _ in status.dead_shards)]
-    return f"{sum(lengths)} of {status.num_shards * status.num_slices}; in each shard at least {min(lengths)}"
-
-
-def _repair_line(status: Status) -> str:
-    line = f"{status.repair_slice_passes} slice passes for {len(status.missing)} missing stages"
-    if status.repair_budget is None:
-        return line
-    return f"{line} of a repair by cost ({status.repair_budget}); train() comes back to the config's plan"
-
-
-def _life_line(left: LifeLeft) -> str:
-    first, last = (f"{life.mean:.1f}" if math.isfinite(life.mean) else "any number" for life in left)
-    return f"about {first} until a shard is dead, {last} until all are"
 
 
 def still_serves(unpurged: Mapping[str, Sequence[str]]) -> str:
@@ -97,13 +86,15 @@ def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
 
 def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[str]] = NONE) -> RenderableType:
     """What a deletion did, or would do; `unpurged` are deletions that the history of a repository still has."""
-    rows: list[tuple[str, Any]] = [("request", _request_line(receipt))]
+    before = f", {receipt.already_deleted} deleted before" if receipt.already_deleted else ""
+    rows: list[tuple[str, Any]] = [("request", f"{receipt.found} of {receipt.asked} found{before}")]
     if receipt.status != "unchanged":
+        dark = f"{receipt.dark_examples} other examples, whose slices are not served"
         rows += [
             ("examples", UNKNOWN if receipt.examples is None else f"{receipt.examples} of this request"),
             ("served prefixes", _served_lines(receipt)),
             ("stages removed", ", ".join(receipt.stages_removed) or "none"),
-            ("dark until repair", UNKNOWN if receipt.dark_examples is None else _dark_line(receipt.dark_examples)),
+            ("dark until repair", UNKNOWN if receipt.dark_examples is None else dark),
         ]
     elif receipt.deleted_by:
         rows += [("deleted by", ", ".join(receipt.deleted_by)), ("since", receipt.inactive_since or "not known here")]
@@ -171,15 +162,6 @@ def _sentence(path: str, receipt: Receipt) -> str:
     return (
         f"{stages} {'is' if count == 1 else 'are'} no longer served by {where} since {receipt.inactive_since}.{purge}"
     )
-
-
-def _request_line(receipt: Receipt) -> str:
-    line = f"{receipt.found} of {receipt.asked} found"
-    return f"{line}, {receipt.already_deleted} deleted before" if receipt.already_deleted else line
-
-
-def _dark_line(count: int) -> str:
-    return f"{count} other examples, whose slices are not served"
 
 
 def _served_lines(receipt: Receipt) -> str:

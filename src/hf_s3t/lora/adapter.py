@@ -1,8 +1,6 @@
 """Arithmetic of LoRA adapters on the CPU: stages joined into a prefix, prefixes averaged into the root adapter.
 
-An adapter here is what an adapter folder holds: the dictionary of `adapter_config.json` and the tensors, as numpy
-arrays. No model is needed, and no torch: who has a model asks for [`Adapter.tensors`]. Which stages to join is for
-`store/folder.py`.
+An adapter here is what an adapter folder holds, as numpy arrays. No model is needed, and no torch.
 """
 
 from __future__ import annotations
@@ -22,15 +20,10 @@ if TYPE_CHECKING:
 
 
 class Adapter(NamedTuple):
-    """Content of an adapter folder.
+    """Content of an adapter folder."""
 
-    Args:
-        config (`dict`): the fields of a plain PEFT config of type `LORA`.
-        arrays (`dict[str, np.ndarray]`): LoRA matrices, A of shape `(r, in)` and B of shape `(out, r)`, and heads.
-    """
-
-    config: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+    config: dict[str, Any]  # the fields of a plain PEFT config of type `LORA`
+    arrays: dict[str, np.ndarray]  # LoRA matrices, A of shape `(r, in)` and B of shape `(out, r)`, and heads
 
     @classmethod
     def from_tensors(cls, config: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Adapter:
@@ -104,15 +97,11 @@ def with_rank(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
 
 
 def join(stages: Sequence[Adapter], stage_parameters: str = "layer_group") -> Adapter:
-    """Joins the stages along a prefix into one adapter.
+    """Joins the stages along a prefix, the first one first, into one adapter.
 
     Layer groups are disjoint: their union. Rank groups lie in the same layers: A of shape `(r, in)` is stacked along
     its first dimension, B of shape `(out, r)` along its second, and ranks add up. A stage that owns all layers
     replaces its parent as a whole, as a later head replaces an older one.
-
-    Args:
-        stages (`list[Adapter]`): the stages, the first one first.
-        stage_parameters (`str`, *optional*, defaults to `"layer_group"`): what a stage owns, as the recipe says.
     """
     import numpy as np
 
@@ -134,10 +123,8 @@ def average(members: Sequence[Adapter]) -> Adapter | None:
     """The weight average of several prefixes as one plain LoRA adapter: `mean_i(scaling_i * B_i @ A_i)`.
 
     Ranks add up; `lora_alpha = r`, so that the scale is 1; B is multiplied by `scaling_i / members` in fp64 and
-    rounded once, A stays as it is; a member without LoRA in a layer gets zero columns there.
-
-    Returns:
-        [`Adapter`] or `None`: `None` where there is no such adapter: no members, or several members with heads.
+    rounded once, A stays as it is; a member without LoRA in a layer gets zero columns there. `None` where there is
+    no such adapter: without members, or where several have heads.
     """
     import numpy as np
 

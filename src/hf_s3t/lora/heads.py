@@ -48,16 +48,14 @@ def freshly_initialized(model: nn.Module) -> list[str]:
 def draw_heads(model: nn.Module, heads: tuple[str, ...], seed: int) -> dict[str, str]:
     """Draws the heads that the base lacks anew, each from a digest of (seed, path); returns their sha256.
 
-    Raises:
-        ValueError: a freshly initialised module is not in `modules_to_save`, so no stage would store it.
+    Refuses a base that lacks the weights of anything else.
     """
     fresh = freshly_initialized(model)
     orphans = [path for path in fresh if not any(path == head or path.startswith(f"{head}.") for head in heads)]
     if orphans:
         raise ValueError(
             f"The base model lacks weights for {', '.join(orphans)}, which were drawn at random and would be lost: no "
-            "stage stores them. Add them to the config: "
-            f"`modules_to_save={orphans}`."
+            f"stage stores them. Add them to the config: `modules_to_save={orphans}`."
         )
     drawn = {}
     for path in fresh:

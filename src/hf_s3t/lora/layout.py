@@ -26,20 +26,14 @@ logger = logging.getLogger(__name__)
 class Layout:
     """Where a model's numbered layers are, which of their modules are targets, and how they form layer groups.
 
-    Args:
-        container (`str`): path of the list of layers, for example `"model.layers"`.
-        targets (`dict[int, tuple[str, ...]]`): per layer, the paths of its targets below the layer.
-        groups (`tuple[tuple[int, ...], ...]`): layer groups, the top one first; `groups[i - 1]` is stage `i`'s. Where
-            a stage does not own a layer group one, of all targeted layers.
-        heads (`tuple[str, ...]`): paths of the modules that are trained whole and saved with every stage.
-        suffixes (`tuple[str, ...]`): the shortest `target_modules` that name the same modules to stock PEFT.
+    `groups[i - 1]` is stage `i`'s. Where stages own no layer groups there is one group, of all targeted layers.
     """
 
-    container: str
-    targets: dict[int, tuple[str, ...]]
-    groups: tuple[tuple[int, ...], ...]
-    heads: tuple[str, ...]
-    suffixes: tuple[str, ...]
+    container: str  # path of the list of layers, for example "model.layers"
+    targets: dict[int, tuple[str, ...]]  # per layer, the paths of its targets below the layer
+    groups: tuple[tuple[int, ...], ...]  # the top one first
+    heads: tuple[str, ...]  # paths of the modules that are trained whole and saved with every stage
+    suffixes: tuple[str, ...]  # the shortest `target_modules` that name the same modules to stock PEFT
 
     @property
     def grouped_layers(self) -> tuple[int, ...]:
@@ -160,7 +154,7 @@ def _shortest_suffixes(model: nn.Module, layout: Layout) -> tuple[str, ...]:
             fitting.append(tuple(sorted(suffixes)))
     if not fitting:
         raise ValueError(
-            "`target_modules` pick different modules in different layers, which plain PEFT configs can not express. "
+            "`target_modules` pick different modules in different layers, which plain PEFT configs cannot express. "
             "Name modules that are targeted in every layer where they occur."
         )
     inside = [suffixes for suffixes in fitting if not _outside(model, suffixes)]

@@ -14,7 +14,7 @@ layer          stage 1        stage 2        stage 3        a served prefix of l
 The model holds at most two adapters while it trains: `default`, what the running stage owns plus its head, and
 `prefix`, its parent assembled into one plain frozen LoRA. A kind of stage is nothing but the answer to two questions,
 [`owned_layers`] and [`frozen_layers`]: with rank groups every layer has both adapters, and `prefix` the ranks of all
-stages above it. Data, order and files are for `plan/tree.py`, `training/trainer.py` and `store/store.py`.
+stages above it.
 """
 
 from __future__ import annotations
@@ -89,18 +89,8 @@ def plain_lora_config(config: S3TConfig, layout: Layout, layers: tuple[int, ...]
     return {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}
 
 
-def without_grad(model: nn.Module) -> None:
-    """Freezes every parameter."""
-    for parameter in model.parameters():
-        parameter.requires_grad = False
-
-
 class StageTuner:
-    """Puts one stage at a time into a PEFT model, and takes it out again.
-
-    Args:
-        model ([`~peft.PeftModel`]): a model whose adapters are of type `S3T`.
-    """
+    """Puts one stage at a time into a PEFT model, whose adapters are of type `S3T`, and takes it out again."""
 
     def __init__(self, model: PeftModel):
         self.model = model
@@ -113,12 +103,10 @@ class StageTuner:
         self._numel = {name: value.numel() for name, value in self.adapter_parameters("default").items()}
 
     def begin(self, depth: int, seed: int, parent: Adapter | None) -> None:
-        """Makes the model ready to train the stage at `depth`: its own LoRA and head fresh, its parent frozen.
+        """Makes the model ready to train the stage at `depth` (1 is the first).
 
-        Args:
-            depth (`int`): length of the stage's prefix, 1 for a first stage.
-            seed (`int`): seeds the LoRA's initial values.
-            parent ([`Adapter`], *optional*): the assembled parent prefix.
+        Its own LoRA is drawn from the seed. Of `parent`, the assembled prefix, it takes the head; the LoRA is frozen
+        beside its own, or goes on as its own where every stage trains all layers.
         """
         self._clear()
         set_seed(seed)
@@ -140,11 +128,9 @@ class StageTuner:
         self.arm(training=True)
 
     def serve(self, members: Mapping[str, Adapter]) -> None:
-        """Replaces whatever is loaded by whole prefixes, one adapter each, and activates the first.
+        """Replaces whatever is loaded by whole prefixes, one adapter each by its name, and activates the first.
 
-        Args:
-            members (`dict[str, Adapter]`): per adapter name the assembled prefix. Empty: an untrained adapter takes
-                their place, which answers exactly as the base model.
+        Without any, an untrained adapter takes their place, which answers exactly as the base model.
         """
         self._clear()
         for name, member in members.items():
@@ -162,7 +148,7 @@ class StageTuner:
     def arm(self, training: bool) -> None:
         """Sets active adapters, heads and `requires_grad`. Runs after everything that may have changed them."""
         activate(self.model, self.active)
-        without_grad(self.model)
+        self.model.requires_grad_(False)
         owned = self.adapter_parameters("default") if training else {}
         for parameter in owned.values():
             parameter.requires_grad = True
@@ -217,8 +203,7 @@ class StageTuner:
     def frozen_digests(self, known: Mapping[str, str] | None = None) -> dict[str, str]:
         """sha256 of every tensor in the model's state that the running stage does not own.
 
-        Args:
-            known (`dict[str, str]`, *optional*): digests of base tensors by [`base_name`], not computed again.
+        Those of base tensors that are `known`, by [`base_name`], are not computed again.
         """
         known = known or {}
         return {
@@ -230,15 +215,14 @@ class StageTuner:
     def check_frozen(self, before: Mapping[str, str]) -> dict[str, str]:
         """Raises [`IsolationError`] if a tensor outside the stage differs from `before`.
 
-        Returns:
-            `dict[str, str]`: sha256 of the base's tensors by [`base_name`], as the next stage finds them.
+        Returns what the next stage's [`frozen_digests`] may take as known.
         """
         after = self.frozen_digests()
         changed = sorted(name for name in before if after.get(name) != before[name])
         if changed:
             raise IsolationError(
                 f"Training changed {len(changed)} tensors that the stage does not own: {', '.join(changed[:5])}. "
-                "Running statistics (batch norm) and tied weights can not be isolated; freeze them first."
+                "Running statistics (batch norm) and tied weights cannot be isolated; freeze them first."
             )
         return {plain: digest for name, digest in after.items() if (plain := base_name(name)) is not None}
 
@@ -273,11 +257,8 @@ class StageTuner:
         )
         add_adapter(self.model, name, config, self.layout.module_names(layers))
 
-    def _keys(self, name: str) -> set[str]:
-        return set(get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False))
-
     def _load(self, name: str, tensors: Tensors, whole: bool = False) -> None:
-        keys = self._keys(name)
+        keys = set(get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False))
         surplus, missing = sorted(set(tensors) - keys), sorted(keys - set(tensors)) if whole else []
         if surplus or missing:
             raise IsolationError(

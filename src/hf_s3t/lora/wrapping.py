@@ -19,11 +19,7 @@ BASE_OF_ADAPTER = (
 
 
 def wrap_model(model: nn.Module, config: S3TConfig | None, seed: int) -> tuple[PeftModel, S3TConfig, dict[str, str]]:
-    """The base model with S3T adapters, the config with what it left open filled in, and digests of drawn heads.
-
-    Raises:
-        ValueError: no config, adapters of another type, or a freshly drawn module that no stage would store.
-    """
+    """The base model with S3T adapters, the config with what it left open filled in, and digests of drawn heads."""
     if isinstance(model, PeftModel):
         config = config or next(iter(model.peft_config.values()))
         _refuse_trained(model)

@@ -13,16 +13,11 @@ Combine = Literal["probabilities", "logits"]
 
 
 def average_logits(members: torch.Tensor, combine: Combine, problem: str | None = None) -> torch.Tensor:
-    """The logits of an ensemble.
+    """The logits of an ensemble, `(batch, ..., classes)`, from those of its members, `(members, batch, ..., classes)`.
 
-    Args:
-        members (`torch.Tensor`): `(members, batch, ..., classes)`.
-        combine (`"probabilities"` or `"logits"`): `log(mean(softmax(logits)))`, or the mean of the logits.
-        problem (`str`, *optional*): the config's `problem_type`; with several labels each has a probability of its
-            own, and a regression's values are averaged as they are.
-
-    Returns:
-        `torch.Tensor`: `(batch, ..., classes)`.
+    With `"probabilities"` they are `log(mean(softmax(logits)))`, with `"logits"` the mean of the logits. `problem` is
+    the config's `problem_type`: with several labels each has a probability of its own, and a regression's values are
+    averaged as they are.
     """
     if combine == "logits" or problem == "regression" or members.shape[-1] == 1:
         return members.mean(dim=0)

@@ -1,8 +1,7 @@
 """`S3TEnsemble`: the served model in memory, which forgets while it answers.
 
-It holds the base model once and one slot per shard, allocated at full depth (`slots.py`); all members answer one batch
-together (`members.py`). A deletion, or a store that somebody else changed, overwrites the slots between two answers
-(`gate.py`). What is served is decided by `store/folder.py`.
+It holds the base model once and one slot per shard, allocated at full depth (`slots.py`). A deletion, or a store that
+somebody else changed, overwrites the slots between two answers (`gate.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +20,12 @@ from ..errors import S3TError, StoreError
 from ..lora.adapter import WEIGHTS_FILE
 from ..plan.tree import Stage
 from ..seams.answering import caches_in, introduce_to_pipelines
-from ..store.base_model import check_base, load_base
 from ..store.manifest import Manifest
 from ..store.receipts import Receipt
 from ..store.store import S3TStore
 from .averages import Combine
 from .gate import Gate
-from .loading import member_name, opened, take_out, with_slots
+from .loading import base_of, member_name, opened, take_out, with_slots
 from .members import Members
 from .slots import Change, Slot
 
@@ -107,14 +105,8 @@ class S3TEnsemble(nn.Module):
         """
         store = opened(folder, key=key, state=state, revision=revision, token=token)
         manifest = store.live()
-        if not isinstance(base_model, nn.Module):
-            base_model, _ = load_base(store, base_model, **kwargs)
-        elif kwargs:
-            raise ValueError(f"{sorted(kwargs)} are for loading a base model, but one was given. Leave them out.")
-        else:
-            check_base(base_model, manifest.recipe)
         names = [member_name(shard) for shard in range(manifest.plan.num_shards)]
-        model = with_slots(base_model, manifest, names)
+        model = with_slots(base_of(store, base_model, kwargs), manifest, names)
         ensemble = cls(model, {}, combine)
         stored = manifest.recipe["config"]
         rank = stored["r"] if stored.get("stage_parameters") == "rank_group" else None
@@ -177,7 +169,7 @@ class S3TEnsemble(nn.Module):
         The whole generation is one answer: a deletion waits for it.
 
         Raises:
-            ValueError: an encoder-decoder model, or a kind of cache that can not hold several members.
+            ValueError: an encoder-decoder model, or a kind of cache that cannot hold several members.
         """
         with self._gate.answering():
             if len(self.members) > 1:
@@ -266,7 +258,7 @@ class S3TEnsemble(nn.Module):
     def _follow(self, strict: bool) -> bool:
         """Makes the slots what the store serves now; returns whether the store had changed.
 
-        A member whose new prefix can not be read keeps the old one if all of it is still live, and is dropped if not;
+        A member whose new prefix cannot be read keeps the old one if all of it is still live, and is dropped if not;
         with `strict` that is an error at the end.
         """
         marks = self._own_store().marks()
@@ -284,20 +276,9 @@ class S3TEnsemble(nn.Module):
             return False
         before = self.members
         with self._gate.changing():
-            try:
-                for shard, change in changes.items():
-                    self._slots[shard].take(change)
-            except BaseException:  # interrupted: who still has an old prefix and should not answers no more
-                for shard, change in changes.items():
-                    if self._slots[shard].path != change.path:
-                        self._slots[shard].clear()
-                raise
-            finally:
-                live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
-                if live != before or lowest < self._members.lowest_layer:
-                    self._members.serve(live, lowest)
+            self._take(changes)
             self.generation = manifest.generation
-        if not live and (self._marks is None or before):
+        if not self.members and (self._marks is None or before):
             logger.warning("no stage of %s is live: the bare base model answers", self._own_store().path)
         for problem in problems:
             logger.error("a member could not be brought up to date: %s", problem)
@@ -305,6 +286,21 @@ class S3TEnsemble(nn.Module):
             raise problems[0]
         self._marks = None if problems else marks
         return True
+
+    def _take(self, changes: Mapping[int, Change]) -> None:
+        """Overwrites the slots that change; who has a live prefix then answers."""
+        try:
+            for shard, change in changes.items():
+                self._slots[shard].take(change)
+        except BaseException:  # interrupted: who still has an old prefix and should not answers no more
+            for shard, change in changes.items():
+                if self._slots[shard].path != change.path:
+                    self._slots[shard].clear()
+            raise
+        finally:
+            live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
+            if live != self.members or lowest < self._members.lowest_layer:
+                self._members.serve(live, lowest)
 
     def _read_changes(self) -> tuple[Manifest, dict[int, Change], list[StoreError]]:
         """What has to change, read while answers go on; anew where the store changed meanwhile."""
@@ -326,8 +322,6 @@ class S3TEnsemble(nn.Module):
             if not problems or store.marks() == marks or reading == READINGS - 1:
                 break
         return manifest, changes, problems
-
-
 
 
 def _needed(stage: Stage, manifest: Manifest) -> tuple[Stage, ...]:

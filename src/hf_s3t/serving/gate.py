@@ -48,7 +48,7 @@ class Gate:
         """Raises [`S3TError`] in the middle of this thread's own answer, which a change would wait for without end."""
         if getattr(self._thread, "depth", 0):
             raise S3TError(
-                "The model can not be changed from within its own answer. Do it when the answer is complete."
+                "The model cannot be changed from within its own answer. Do it when the answer is complete."
             )
 
     @contextmanager

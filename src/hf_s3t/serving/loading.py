@@ -16,6 +16,7 @@ from ..lora.adapter import with_rank
 from ..lora.config import LORA_FIELDS, S3TConfig
 from ..lora.layout import find_layout
 from ..lora.tuner import plain_lora_config
+from ..store.base_model import check_base, load_base
 from ..store.folder import StoreFolder
 from ..store.manifest import Manifest
 from ..store.sources import is_repo_id
@@ -42,9 +43,21 @@ def opened(folder: str | os.PathLike[str] | S3TStore, **how: Any) -> S3TStore:
     return S3TStore(folder, **how)
 
 
+def base_of(store: S3TStore, given: nn.Module | str | None, kwargs: dict[str, Any]) -> nn.Module:
+    """The base model of a store: the given one, which has to be the store's, or one that is loaded."""
+    if not isinstance(given, nn.Module):
+        return load_base(store, given, **kwargs)[0]
+    if kwargs:
+        raise ValueError(f"{sorted(kwargs)} are for loading a base model, but one was given. Leave them out.")
+    check_base(given, store.manifest().recipe)
+    return given
+
+
 def with_slots(base: nn.Module, manifest: Manifest, names: list[str]) -> Any:
-    """The base with adapters over all grouped layers, with rank groups of the ranks of all slices; what is
-    in them is still to be written."""
+    """The base with adapters over all grouped layers. Of rank groups they have the ranks of all slices.
+
+    What is in them is still to be written.
+    """
     stored = manifest.recipe["config"]
     if any(isinstance(module, LoraLayer | ModulesToSaveWrapper) for module in base.modules()):
         raise StoreError("This base model carries adapters already, maybe another ensemble's. Load it once more.")

@@ -14,11 +14,9 @@ from transformers import DynamicCache
 class MemberCache(DynamicCache):
     """A key-value cache of several members, whose rows beam search reorders within each member.
 
-    Args:
-        config (`PreTrainedConfig`): the base model's.
-        copies (`list[int]`): per layer, how many members have rows in it: one in the shared trunk.
-        turns (`int`): number of members that answer in turn, each with layers of its own. Between two answers the
-            cache is all of them, one member's layers after the other's: what is done to it is done to every member's.
+    `copies` says per layer how many members have rows in it: one in the shared trunk. `turns` is the number of members
+    that answer in turn, each with layers of its own. Between two answers the cache is all of them, one member's layers
+    after the other's: what is done to it is done to every member's.
     """
 
     layers: list[Any]
@@ -50,5 +48,5 @@ class MemberCache(DynamicCache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Not supported: which rows stay differs from layer to layer."""
         raise ValueError(
-            "Rows can not be selected from the cache of several members. Use another generation strategy."
+            "Rows cannot be selected from the cache of several members. Use another generation strategy."
         )

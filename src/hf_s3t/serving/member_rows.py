@@ -1,7 +1,6 @@
 """Rows of several members in one batch: which of them a layer sees, and which adapter each of them is for.
 
-The hooks are here that a layer of the base model, a layer with LoRA and a head get. What is asked of the model, and
-what becomes of the answer, is for `members.py`.
+Holds the hooks of the base model's layers, of the layers with LoRA and of the heads.
 """
 
 from __future__ import annotations
@@ -30,25 +29,15 @@ class OtherRows(Exception):
 
 @dataclass
 class Notes:
-    """What is noted while rows are answered together for the first time.
+    """What is noted while rows are answered together for the first time."""
 
-    Args:
-        rows (`int`): of the batch, before they are repeated for every member.
-        reached (`bool`): whether the first layer has been reached.
-        head_first (`bool`): whether a head came before it.
-    """
-
-    rows: int
-    reached: bool = False
-    head_first: bool = False
+    rows: int  # of the batch, before they are repeated for every member
+    reached: bool = False  # whether the first layer has been reached
+    head_first: bool = False  # whether a head came before it
 
 
 class MemberRows:
-    """The layers of a base model, which see the rows of several members.
-
-    Args:
-        base (`torch.nn.Module`): the model, with adapters in it.
-    """
+    """The layers of a base model with adapters in it, which see the rows of several members."""
 
     def __init__(self, base: Any):
         self.base = base

@@ -12,8 +12,7 @@ The base model's `forward` is replaced while a [`Members`] is attached to it, so
 (`generate`, pipelines) asks all members and receives their average. PEFT's `adapter_names` says which row is whose.
 
 Whether a model can do that is found out by trying (`trial.py`), never by the names of its class or arguments. Where
-rows of one batch cannot be told apart, members answer in turn. What a layer sees of the rows is for `member_rows.py`,
-which tensors a member has for `slots.py`, how logits are averaged for `averages.py`.
+rows of one batch cannot be told apart, members answer in turn.
 """
 
 from __future__ import annotations
@@ -36,12 +35,7 @@ from .trial import Trial
 
 
 class Members(MemberRows):
-    """Makes a model answer as the average of some of its adapters.
-
-    Args:
-        model ([`~peft.PeftModel`]): holds the adapters.
-        combine (`"probabilities"` or `"logits"`): what is averaged.
-    """
+    """Makes a model answer as the average of some of its adapters."""
 
     def __init__(self, model: Any, combine: Combine = "probabilities"):
         if combine not in ("probabilities", "logits"):
@@ -74,11 +68,9 @@ class Members(MemberRows):
             del self.base.forward
 
     def serve(self, names: Sequence[str], lowest_layer: int) -> None:
-        """Says who answers from now on; nothing may be answering meanwhile.
+        """Says which adapters answer from now on, and below which layer none of them has LoRA.
 
-        Args:
-            names (`list[str]`): adapters; empty: the bare base model answers.
-            lowest_layer (`int`): no member has LoRA below it.
+        Without any, the bare base model answers. Nothing may be answering meanwhile.
         """
         switched, self.names, self.lowest_layer = bool(names) != bool(self.names), tuple(names), lowest_layer
         self.share(bool(self.shares_trunk))
@@ -97,9 +89,7 @@ class Members(MemberRows):
     def look(self, inputs: dict[str, Any] | None = None) -> None:
         """Finds out, once, whether several members can answer one batch, and whether they can share the trunk.
 
-        Args:
-            inputs (`dict`, *optional*): see [`Trial.run`]. Without it, a model that takes no tokens is tried with its
-                first batch.
+        Without `inputs` (see [`Trial.run`]), a model that takes no tokens is tried with its first batch.
         """
         with self._turn:
             if not self.tried and len(self.names) > 1:
@@ -129,16 +119,12 @@ class Members(MemberRows):
         """Raises `ValueError` for several members of a model whose encoder runs apart from what is asked of it."""
         if self.base.config.is_encoder_decoder:
             raise ValueError(
-                "Several members of an encoder-decoder model can not answer together. Serve one prefix of the store "
+                "Several members of an encoder-decoder model cannot answer together. Serve one prefix of the store "
                 "at a time (`store.export(path, prefix=...)`)."
             )
 
     def _with_members_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments with a cache that has rows for every member, where a cache is wanted.
-
-        Raises:
-            ValueError: a cache was given that has not.
-        """
+        """The arguments with a cache that has rows for every member, where a cache is wanted."""
         given = {name: cache for name, cache in caches_in(kwargs).items() if cache is not None}
         for name, cache in given.items():
             self.check_cache(name, cache)

@@ -2,7 +2,7 @@
 
 What a prefix has no stage for is zero, which gives the bits of not being there; of rank groups, which share matrices,
 to rounding. So a deletion changes numbers and no module: nothing is allocated, a compiled model stays compiled, and no
-old value remains in memory. Which prefix a member has is decided in `ensemble.py`; `store/folder.py` reads the files.
+old value remains in memory.
 """
 
 from __future__ import annotations
@@ -36,25 +36,15 @@ class Change(NamedTuple):
 
 @dataclass
 class Slot:
-    """One member's tensors in a model, by their names in an adapter file.
+    """One member's tensors in a model, by their names in an adapter file."""
 
-    Args:
-        name (`str`): the adapter.
-        whole (`dict[str, torch.Tensor]`): the model's own parameters and buffers.
-        path (`tuple[Owner, ...]`): the stages along the prefix that is loaded; empty: the member does not answer.
-        layers (`dict[str, int]`): the layer of each LoRA matrix, or of what one stage has of it.
-        owners (`dict[str, Owner]`): which stage each tensor that is in use came from.
-        lowest_layer (`int`): that the loaded prefix has LoRA in.
-        rank (`int`, *optional*): of a rank group; `None`: stages have matrices of their own.
-    """
-
-    name: str
-    whole: dict[str, torch.Tensor]
-    layers: dict[str, int]
-    path: tuple[Owner, ...] = ()
-    owners: dict[str, Owner] = field(default_factory=dict)
-    lowest_layer: int = 0
-    rank: int | None = None
+    name: str  # of the adapter
+    whole: dict[str, torch.Tensor]  # the model's own parameters and buffers
+    layers: dict[str, int]  # the layer of each LoRA matrix, or of what one stage has of it
+    path: tuple[Owner, ...] = ()  # the stages along the prefix that is loaded; empty: the member does not answer
+    owners: dict[str, Owner] = field(default_factory=dict)  # which stage each tensor that is in use came from
+    lowest_layer: int = 0  # that the loaded prefix has LoRA in
+    rank: int | None = None  # of a rank group; `None`: stages have matrices of their own
 
     @classmethod
     def of(cls, model: nn.Module, name: str, rank: int | None = None) -> Slot:
@@ -82,10 +72,7 @@ class Slot:
         return found
 
     def plan(self, store: StoreFolder, manifest: Manifest, path: Sequence[Stage]) -> Change:
-        """Reads what a prefix has and the slot has not; changes nothing.
-
-        Args:
-            path (`tuple[Stage, ...]`): the stages along the prefix; empty: the member is to be emptied.
+        """Reads what a prefix has and the slot has not; changes nothing. An empty path empties the member.
 
         Raises:
             StoreError: a file is missing or damaged, or its tensors do not fit the model.

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..seams import lost
 from ..seams.answering import caches_in
-from ..trunk.trunk import in_eval_mode
+from ..trunk.trunk import in_eval_mode, is_close
 from .member_rows import Notes
 
 logger = logging.getLogger(__name__)
@@ -23,9 +23,7 @@ class Trial:
     """A few rows are answered by two members in turn, by both together, and by both on a shared trunk.
 
     The logits have to be the same. Nothing depends on what arguments are called, so that a new name changes nothing.
-
-    Args:
-        members ([`Members`]): what is tried; nothing else may ask it meanwhile.
+    Nothing else may ask the [`Members`] meanwhile.
     """
 
     def __init__(self, members: Any):
@@ -35,9 +33,7 @@ class Trial:
     def run(self, inputs: dict[str, Any] | None = None) -> None:
         """Finds out whether members answer together (`batched`) and share a trunk (`shares_trunk`).
 
-        Args:
-            inputs (`dict`, *optional*): arguments of a forward pass, with rows to try with. `None`: rows of tokens; of
-                a model that takes something else, nothing is found out.
+        Rows of tokens are tried first; where these tell nothing, rows of `inputs`, the arguments of a forward pass.
         """
         rows = self._tokens()
         if rows is not None and self._is_conclusive(rows, given=False):
@@ -76,7 +72,7 @@ class Trial:
             if again is not None:
                 self._settle(False, reason)
                 return True
-            lost("lora_by_views", f"PEFT's LoRA layers can not be computed by views: {reason}")
+            lost("lora_by_views", f"PEFT's LoRA layers cannot be computed by views: {reason}")
         self._settle(True)
         if members.lowest_layer > 0:
             members.share(True)
@@ -105,7 +101,7 @@ class Trial:
             self.members.notes = None
         exact = {value.dtype for value in self.base.parameters()} <= {torch.float32, torch.float64}
         for name, value in expected.items():
-            if isinstance(value, torch.Tensor) and not _close(found[name], value, 1e-4 if exact else 0.05):
+            if isinstance(value, torch.Tensor) and not is_close(found[name], value, 1e-4 if exact else 0.05):
                 return f"together they have other {name}", notes
         return None, notes
 
@@ -139,8 +135,3 @@ class Trial:
 
     def _with_cache(self, rows: dict[str, Any]) -> dict[str, Any]:
         return {**rows, "use_cache": True} if "use_cache" in self.members.parameters else rows
-
-
-def _close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
-    """Whether logits differ by no more than a share of their size."""
-    return found.shape == expected.shape and bool((found - expected).norm() <= bound * expected.norm())

@@ -35,10 +35,8 @@ LOOKING = ("on_log", "on_save", "on_evaluate", "on_predict", "on_prediction_step
 class StageCallbackHandler(CallbackHandler):
     """Passes `stage` to every callback, and shows trackers one run: they begin with the first stage and end once.
 
-    Args:
-        handler ([`~transformers.trainer_callback.CallbackHandler`]): the trainer's own; its callbacks are
-            taken over.
-        report_to (`list[str]`): names of the trackers, as in the TrainingArguments.
+    It takes over the callbacks of the trainer's own handler. `report_to` names the trackers, as in the
+    TrainingArguments.
     """
 
     def __init__(self, handler: CallbackHandler, report_to: list[str]):
@@ -79,10 +77,8 @@ class StageCallbackHandler(CallbackHandler):
 class StageGuard(TrainerCallback):
     """Checks promise 1 while a stage trains, and drops the stage when a deletion hits it.
 
-    Args:
-        tuner ([`StageTuner`]): knows what the stage owns.
-        drop_if_hit (`Callable`): raises when an intent covers the running stage.
-        check_rows (`Callable`): raises when the rows of a step were not looked at.
+    `drop_if_hit` raises when an intent covers the running stage, `check_rows` when the rows of a step were not looked
+    at.
     """
 
     def __init__(self, tuner: StageTuner, drop_if_hit: Callable[[], None], check_rows: Callable[[], None]):
@@ -93,11 +89,7 @@ class StageGuard(TrainerCallback):
 
     @contextmanager
     def stage(self, state: Callable[[], Any]) -> Iterator[None]:
-        """While a stage trains; raises if the Trainer did not tell of it.
-
-        Args:
-            state (`Callable`): gives the Trainer's state.
-        """
+        """While a stage trains; raises if the Trainer did not tell of it. `state()` is the Trainer's state."""
         self.told.clear()
         self.first_step = 0
         yield
@@ -129,12 +121,10 @@ class StageGuard(TrainerCallback):
                 "weights. With activation checkpointing use `use_reentrant=False`; otherwise see whether the loss "
                 "depends on the model's outputs."
             )
-        shown = ", ".join(sorted(self.waiting)[:5])
         logger.warning(
             "%d parameters of the stage never received a non-zero gradient (LoRA A needs a second step): %s",
-            len(self.waiting),
-            shown,
-        )
+            len(self.waiting), ", ".join(sorted(self.waiting)[:5]),
+        )  # fmt: skip
 
 
 class PlanProgressCallback(ProgressCallback):

@@ -36,35 +36,20 @@ Missing = Literal["error", "delete", "ignore"]
 class Wanted:
     """What a run brings along: its recipe, its plan, its rows, and what to do where they differ from the store's.
 
-    Args:
-        recipe (`dict`): every setting that changes bits.
-        plan ([`Plan`], *optional*): may differ from the store's; live stages are kept. `None`: the store's stays, a
-            repair by cost is to come; see [`plan_repair`].
-        prior (`list[float]`, *optional*): chance that a request hits each slice.
-        rows ([`TrainRows`]): the train set.
-        missing (`"error"`, `"delete"` or `"ignore"`): for rows that are gone or changed.
-        extend (`bool`): train stages again that saw other rows than the train set has for them now.
-        accept (`Collection[str]`): settings that may differ from the store's.
+    Where a repair by cost is to come (see [`plan_repair`]) there is no plan, and the store's stays until then.
     """
 
-    recipe: dict[str, Any]
-    plan: Plan | None
-    prior: list[float] | None
+    recipe: dict[str, Any]  # every setting that changes bits
+    plan: Plan | None  # may differ from the store's; live stages are kept
+    prior: list[float] | None  # chance that a request hits each slice
     rows: TrainRows
-    missing: Missing
-    extend: bool
-    accept: Collection[str] = ()
+    missing: Missing  # what to do about rows that are gone or changed
+    extend: bool  # train stages again that saw other rows than the train set has for them now
+    accept: Collection[str] = ()  # settings that may differ from the store's
 
 
 def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
-    """Creates the store, or brings it and the train set into agreement; under the write lock.
-
-    Raises:
-        RecipeError: the settings differ.
-        StateError: the state is absent, or older than the manifest.
-        DatasetError: rows are gone or changed and `missing="error"`.
-        ValueError: a repair by cost is asked for, and nothing was trained yet.
-    """
+    """Creates the store, or brings it and the train set into agreement; under the write lock."""
     if not store.exists:
         if wanted.plan is None:
             raise ValueError(
@@ -112,11 +97,7 @@ def plan_repair(store: S3TStore, cost_budget: int, prior: list[float] | None) ->
     """Makes the stages that add most to what lives the store's plan, after [`reconcile`].
 
     The search may take minutes, and a deletion must not wait for it: the write lock is taken afterwards, and if
-    something was deleted meanwhile the search begins again.
-
-    Args:
-        cost_budget (`int`): slice passes that they may cost, over all shards.
-        prior (`list[float]`, *optional*): chance that a request hits each slice.
+    something was deleted meanwhile the search begins again. The budget is in slice passes, over all shards.
     """
     while True:
         before = store.manifest()
@@ -165,9 +146,8 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted, plan: Plan) -> M
     warn_of_empty_slices(index, key, config)
     logger.warning(
         "The private state of this store is in %s. Back it up (`hf-s3t state export`): without it, nobody can be "
-        "found again.",
-        store.private,
-    )
+        "found again.", store.private,
+    )  # fmt: skip
     manifest = Manifest(
         len(state.log), state.digest(key), key_check_value(key), wanted.recipe, plan, log=state.log,
         deletion_prior=_chances(wanted.prior),

@@ -15,10 +15,22 @@ from ..seams.models import is_compiled
 
 Repair = Literal["all", "best"]
 COMPILED = "what is compiled is specialised to the batches of earlier stages, which moves last bits of later ones"
+REFUSED = {
+    "auto_find_batch_size": "it starts again on weights that were updated already; set the batch size",
+    "ignore_data_skip": "a killed stage would begin with rows that it has seen, and miss others; leave it out",
+    "bf16_full_eval": "an evaluation would leave the base and the stages in bfloat16; load the base in bfloat16",
+    "fp16_full_eval": "an evaluation would leave the base and the stages in float16; load the base in float16",
+    "packing": "it joins examples of different slices; set `packing=False`",
+    "fsdp": "stages need whole tensors on every process; use DDP",
+    "deepspeed": "stages need whole tensors on every process; use DDP",
+    "torch_compile": f"{COMPILED}; leave it out",
+    "use_liger_kernel": "it patches the model at every stage; patch it once before you pass it",
+}
+"""Settings of the TrainingArguments, and why none of them may be on."""
 
 
 def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str) -> None:
-    """Raises `ValueError` for what can not work stage by stage, with the way out."""
+    """Raises `ValueError` for what cannot work stage by stage, with the way out."""
     if args is None:
         raise ValueError("S3T needs `args`: `TrainingArguments(output_dir=...)` names the store.")
     if not isinstance(model, nn.Module):
@@ -34,18 +46,7 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
             f"The model, or a module of it, was compiled: {COMPILED}. Pass it as it was loaded; the ensemble that is "
             "served may be compiled."
         )
-    refusals = {
-        "auto_find_batch_size": "it starts again on weights that were updated already; set the batch size",
-        "ignore_data_skip": "a killed stage would begin with rows that it has seen, and miss others; leave it out",
-        "bf16_full_eval": "an evaluation would leave the base and the stages in bfloat16; load the base in bfloat16",
-        "fp16_full_eval": "an evaluation would leave the base and the stages in float16; load the base in float16",
-        "packing": "it joins examples of different slices; set `packing=False`",
-        "fsdp": "stages need whole tensors on every process; use DDP",
-        "deepspeed": "stages need whole tensors on every process; use DDP",
-        "torch_compile": f"{COMPILED}; leave it out",
-        "use_liger_kernel": "it patches the model at every stage; patch it once before you pass it",
-    }
-    for name, reason in refusals.items():
+    for name, reason in REFUSED.items():
         if setting(args, name):
             raise ValueError(f"S3T does not work with `{name}={getattr(args, name)!r}`: {reason}.")
     for name, wanted in {"dispatch_batches": (None, False), "use_seedable_sampler": (None, True)}.items():

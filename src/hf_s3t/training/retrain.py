@@ -29,21 +29,11 @@ MakeTrainer = Callable[[str], S3TMixin]
 
 
 def retrain_and_compare(store: StoreFolder, stage: str | Stage, make_trainer: MakeTrainer) -> Check:
-    """Trains one stage of a store again and compares the bytes. Needs the state and the key.
+    """Trains one live stage of a store again and compares the bytes. Needs the state and the key.
 
-    Args:
-        store ([`S3TStore`]): the store; it is not changed.
-        stage (`str` or [`Stage`]): a live stage, for example `"shard-00/2-0"`.
-        make_trainer (`Callable`): given an `output_dir`, returns a trainer with the store's model, arguments, config
-            and train set.
-
-    Returns:
-        [`Check`]: broken if the bytes differ without an innocent reason (other versions, rows that were added later,
-            settings that were accepted since).
-
-    Raises:
-        ValueError: the stage is not live, or the trainer does not train into the given folder or has no such stage.
-        RecipeError, DatasetError: the trainer's settings or rows are not the store's.
+    `make_trainer` is given an `output_dir` and returns a trainer with the store's model, arguments, config and train
+    set. The check is broken if the bytes differ without an innocent reason, such as other versions, rows that were
+    added later, or settings that were accepted since.
 
     Example:
 

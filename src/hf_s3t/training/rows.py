@@ -24,13 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainRows:
-    """Which row of the train set is which example.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or map-style dataset): the raw rows.
-        key (`bytes`): the partition key.
-        config ([`S3TConfig`]): names the columns.
-    """
+    """Which raw row of the train set is which example."""
 
     def __init__(self, dataset: Any, key: bytes, config: S3TConfig):
         pairs = read_rows(dataset, key, config)
@@ -50,11 +44,7 @@ class TrainRows:
         return dataset.add_column(DIGEST_COLUMN, self._digests) if hasattr(dataset, "add_column") else dataset
 
     def adopt(self, prepared: Any) -> Any:
-        """Takes the prepared dataset; returns it without the digest column.
-
-        Raises:
-            ValueError: rows were lost or joined and it can not be told which are left.
-        """
+        """Takes the prepared dataset; returns it without the digest column."""
         if DIGEST_COLUMN in getattr(prepared, "column_names", ()):
             digests = list(prepared.with_format(None)[DIGEST_COLUMN])
             prepared = prepared.remove_columns(DIGEST_COLUMN)

@@ -126,7 +126,7 @@ class ServedModelMixin(TrainerSeam):
         return {key: sum(metrics[key] for metrics in found) / len(found) for key in found[0]}
 
     def try_evaluation(self) -> None:
-        """Runs one batch of each evaluation set through the model, so that what can not be evaluated fails at once."""
+        """Runs one batch of each evaluation set through the model, so that what cannot be evaluated fails at once."""
         sets = self.eval_dataset
         counted = {name: deepcopy(value) for name, value in vars(self).items() if _is_data(value)}
         with kept_generators():

@@ -24,23 +24,14 @@ class StageDropped(Exception):
 
 @dataclass(frozen=True)
 class StageOrder:
-    """What every process needs to train one stage.
-
-    Args:
-        stage ([`Stage`]): the stage.
-        examples (`tuple[str, ...]`): keyed digests of its examples, slice by slice, ordered by digest.
-        content (`str`): one digest for what stands in those examples.
-        parent ([`Adapter`], *optional*): the assembled parent prefix.
-        generation (`int`): generation of the store when it was given out.
-        steps_before (`int`): optimizer steps of all stages that the store holds: where the run's step count stands.
-    """
+    """What every process needs to train one stage."""
 
     stage: Stage
-    examples: tuple[str, ...]
-    content: str
-    parent: Adapter | None
-    generation: int
-    steps_before: int
+    examples: tuple[str, ...]  # keyed digests, slice by slice, ordered by digest
+    content: str  # one digest for what stands in those examples
+    parent: Adapter | None  # the assembled parent prefix
+    generation: int  # of the store when the order was given out
+    steps_before: int  # optimizer steps of all stages that the store holds: where the run's step count stands
 
     @property
     def mark(self) -> dict[str, str]:
@@ -49,14 +40,10 @@ class StageOrder:
 
 
 def next_order(store: S3TStore, rows: TrainRows) -> StageOrder | None:
-    """The first stage that the store lacks, with its rows as they may be used now; `None` when nothing is missing.
-
-    Raises:
-        StateError: the manifest names deletions that the state does not know; they came while another stage trained.
-    """
+    """The first stage that the store lacks, with its rows as they may be used now; `None` when nothing is missing."""
     with store.writing():
         manifest, state = store.manifest(), store.state()
-        check_generation(store, manifest, state)
+        check_generation(store, manifest, state)  # deletions may have come while another stage trained
         missing = manifest.plan.missing(manifest.stages)
         if not missing:
             return None
@@ -89,8 +76,7 @@ def is_hit(store: S3TStore, order: StageOrder) -> bool:
 def commit(store: S3TStore, order: StageOrder, adapter: Adapter, record: dict[str, Any]) -> None:
     """Writes a trained stage: its record first, the manifest, which makes it count, last.
 
-    Raises:
-        StageDropped: a deletion hit it; nothing was written.
+    Raises [`StageDropped`], and writes nothing, if a deletion hit it.
     """
     with store.writing():
         if is_hit(store, order):

@@ -1,9 +1,8 @@
 """`S3TTrainer`: a Trainer whose `train()` trains every stage that the store lacks.
 
-One stage is one ordinary `Trainer.train()` on the rows of its prefix. This file decides which stage comes next,
-prepares model, rows and a fresh optimizer for it, and hands the result to the store; the loop itself, user hooks,
-checkpoints and distribution stay the Trainer's. Which parameters train is for `lora/tuner.py`, what is on disk for
-`store/store.py`.
+One stage is one ordinary `Trainer.train()` on the rows of its prefix. This file prepares model, rows and a fresh
+optimizer for one stage after the other, and hands the results to the store; the loop itself, user hooks, checkpoints
+and distribution stay the Trainer's.
 """
 
 from __future__ import annotations
@@ -104,9 +103,6 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         eval_trunk: bool = False,
         **kwargs: Any,
     ):
-        self.train_dataset: Any
-        self.data_collator: Any
-        self.callback_handler: Any
         refuse_arguments(model, args, kwargs, missing)
         if base_model_id is not None:
             validate_repo_id(base_model_id)
@@ -119,11 +115,10 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         check_cache(activation_cache, activation_cache_gb, eval_trunk, self.s3t_config, args, model)
         self.base_model_id = base_model_id or public_id(model)
         self.s3t_config.base_model_name_or_path = self.base_model_id
-        self._rows: TrainRows | None = None
         check_processes(args)
+        self._rows = None
         if train_dataset is not None:
-            key = on_main_process(args, self.store.ensure_key)
-            self._rows = TrainRows(train_dataset, key, self.s3t_config)
+            self._rows = TrainRows(train_dataset, on_main_process(args, self.store.ensure_key), self.s3t_config)
             train_dataset = self._rows.marked(train_dataset)
         with watched_preparation():
             super().__init__(
@@ -132,16 +127,18 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         self.tuner = StageTuner(self.model)
         if self._rows is not None:
             self.train_dataset = self._rows.adopt(self.train_dataset)
-        self.guard = StageGuard(self.tuner, self._drop_if_hit, self._check_rows)
+        self._adopt_callbacks()
+        self._order = self._members = self._marks = None
+
+    def _adopt_callbacks(self) -> None:
+        """Makes the user's callbacks see one run, and adds the guard and our progress bar to them."""
         self.callback_handler = StageCallbackHandler(self.callback_handler, self.args.report_to)
         self.callback_handler.keep_outside(self.args.output_dir)
+        self.guard = StageGuard(self.tuner, self._drop_if_hit, self._check_rows)
         self.add_callback(self.guard)
         self.progress = PlanProgressCallback(self.s3t_config.replay)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
-        self._order: StageOrder | None = None
-        self._members: dict[str, int] | None = None
-        self._marks: Any = None
 
     # ---- training ----
 
@@ -157,11 +154,8 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         """Trains every stage that the store lacks: a first run, a resumed run and a repair are the same call.
 
         `repair="best"` does not come back to the config's plan: it spends at most `cost_budget` slice passes per
-        epoch, over all shards, on the stages that add most given what still lives, and what lives costs nothing.
-        What is added is served length over the requests to come: where a short stage promises more than a long prefix,
-        the prefix that is served now stays as it is. Those stages are the plan from then on, until `repair="all"`.
-        Called again with the same budget before another deletion, it goes on with them (a killed repair), or trains
-        nothing. What a deletion removes of them while they train is trained again on the rest, as of any plan.
+        epoch, over all shards, on the stages that add most to what still lives. These are the plan from then on, until
+        `repair="all"`. See "Plan again at repair" in docs/planning.md.
 
         Args:
             resume_from_checkpoint (`bool`, *optional*): a killed stage is always resumed; only `None`, `True` and

@@ -1,8 +1,7 @@
 """The activation cache of a training: each row's states computed once, and fed to every stage that can use them.
 
 Which states are kept, and where, changes no bit of a stage: what is not kept is computed when it is needed, in the
-same way. How a block lies in memory or on the disk is for `store/activation_blocks.py`, how a model is entered at a
-layer for `trunk/trunk.py`, what may be cached for `trunk/row_states.py`.
+same way.
 """
 
 from __future__ import annotations
@@ -41,14 +40,7 @@ SAMPLE = 32
 
 
 class TrunkCache:
-    """Feeds the stages of one trainer.
-
-    Args:
-        trainer ([`S3TMixin`]): the trainer.
-        cache (`"off"`, `"memory"` or `"disk"`): where states are kept.
-        limit_gb (`float`, *optional*): how much of them, in 10^9 bytes.
-        eval_trunk (`bool`): whether a trunk that is random in training may run without.
-    """
+    """Feeds the stages of one trainer. What the arguments mean is told by [`S3TMixin`]."""
 
     def __init__(self, trainer: Any, cache: ActivationCache, limit_gb: float | None, eval_trunk: bool):
         self.trainer, self.cache, self.eval_trunk = trainer, cache, eval_trunk
@@ -101,7 +93,8 @@ class TrunkCache:
         """Computes what no block holds yet, and finds out where the states of every row are."""
         if self._entrance not in self._checked:
             some = self._rows.company(_sample([number for _, number in rows]))
-            self._together(partial(check_model, self._rows, some, self._entrance, self.eval_trunk))
+            check = partial(check_model, self._rows, some, self._entrance, self.eval_trunk)
+            on_every_process(self.trainer.args, check)
             self._checked.add(self._entrance)
         if self.blocks is None:
             self._settle(rows)
@@ -109,7 +102,7 @@ class TrunkCache:
         for example, number in rows:
             entry = self.trainer.rows.entries[example]
             by_place.setdefault((entry.shard, entry.slice), []).append((example, number))
-        self._together(partial(self._fill_absent, order, by_place))
+        on_every_process(self.trainer.args, partial(self._fill_absent, order, by_place))
         for place, own in by_place.items():
             self._locate(place, own)
 
@@ -233,7 +226,8 @@ class TrunkCache:
             yield
             return
         states: list[Any] = []
-        with self.trunk.evaluating() if self._computes else nullcontext():
+        computes = any(layer < self._entrance for layer, _ in self._sources.values())
+        with self.trunk.evaluating() if computes else nullcontext():
             for number in numbers:
                 layer, found = self._sources[number]
                 if layer < self._entrance:
@@ -241,10 +235,6 @@ class TrunkCache:
                 states.append(found)
         with self.trunk.fed(self._entrance, states, inputs):
             yield
-
-    @property
-    def _computes(self) -> bool:
-        return any(layer < self._entrance for layer, _ in self._sources.values())
 
     # ---- once per training ----
 
@@ -334,9 +324,6 @@ class TrunkCache:
 
     def _on_main(self, function: Callable[[], Any]) -> Any:
         return on_main_process(self.trainer.args, function)
-
-    def _together(self, function: Callable[[], None]) -> None:
-        on_every_process(self.trainer.args, function)
 
 
 def _sample(numbers: Sequence[int]) -> Sequence[int]:

@@ -16,14 +16,11 @@ def choose_blocks(
 ) -> list[BlockName]:
     """The blocks to keep while they fit: those that are there already, then those that save most layers per byte.
 
+    `passes` says per slice how often its rows are to enter each layer, `sizes` how many bytes one block of a slice
+    takes, `there` how many the blocks take that need no filling, and `limit` how many all may take together.
+
     Every pass that enters at a block's layer or above saves as many layers; filling it costs that once. From a block
     below its own layer a stage computes the layers between.
-
-    Args:
-        passes (`dict[Place, dict[int, float]]`): per slice, how often its rows are to enter each layer.
-        sizes (`dict[Place, int]`): bytes of one block of each slice.
-        limit (`float`, *optional*): bytes of all blocks together.
-        there (`dict[BlockName, int]`, *optional*): bytes of blocks that need no filling.
 
     >>> choose_blocks({(0, 0): {12: 4, 8: 2, 4: 1}}, {(0, 0): 100}, limit=250)
     [BlockName(shard=0, slice=0, layer=8), BlockName(shard=0, slice=0, layer=12)]

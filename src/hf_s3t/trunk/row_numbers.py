@@ -1,9 +1,7 @@
 """Rows that keep their numbers on the way into a batch, so that it is known which rows a training step sees.
 
-Every row carries a mark: which stage it was handed to, and which prepared row it is. The collator is the user's own;
-around it marks are taken out of the rows and put into the batch, and every step looks at them before the model does.
-With an activation cache each row is compared, too, with what the collator had made of it alone: that is how padding on
-the left, packing and random batches are told, by whatever they come about.
+Every row carries a mark: which stage it was handed to, and which prepared row it is. Around the user's collator marks
+are taken out of the rows and put into the batch, and every step looks at them before the model does.
 """
 
 from __future__ import annotations
@@ -24,12 +22,9 @@ NUMBER_BITS = 40
 
 
 class NumberedRows(Dataset):
-    """Prepared rows of one stage that know their numbers; all else is asked of the rows themselves.
+    """Prepared rows of one stage that know their numbers in the whole train set; all else is asked of the rows.
 
-    Args:
-        rows ([`~datasets.Dataset`] or map-style dataset): the rows.
-        numbers (`list[int]`): their numbers in the whole train set.
-        serial (`int`): of the stage, another one for every stage that a process trains.
+    `serial` is the stage's, another one for every stage that a process trains.
     """
 
     def __init__(self, rows: Any, numbers: Sequence[int], serial: int):
@@ -64,11 +59,7 @@ class NumberedRows(Dataset):
 
 
 class MarkingCollator:
-    """Makes the user's batch, and adds the marks of its rows.
-
-    Args:
-        collate (`Callable`): the user's collator.
-    """
+    """Makes the batch that the user's collator makes, and adds the marks of its rows."""
 
     def __init__(self, collate: Callable[[Any], Any]):
         self.collate = collate
@@ -80,7 +71,7 @@ class MarkingCollator:
         batch = self.collate([{name: row[name] for name in row if name != ROW_NUMBER} for row in rows])
         if not isinstance(batch, MutableMapping):
             raise IsolationError(
-                f"The collator gives a {type(batch).__name__}, which can not say whose rows are in it. Return a "
+                f"The collator gives a {type(batch).__name__}, which cannot say whose rows are in it. Return a "
                 "mapping from the names of the model's arguments to tensors."
             )
         self.look(batch, [number_of(mark) for mark in marks])
@@ -97,22 +88,14 @@ class MarkingCollator:
 
 
 class RowGuard:
-    """Lets the rows of one stage into its training steps, and no others.
-
-    Args:
-        rows ([`NumberedRows`]): the stage's.
-    """
+    """Lets the rows of one stage into its training steps, and no others."""
 
     def __init__(self, rows: NumberedRows):
         self.serial, self.numbers = rows.serial, frozenset(rows.numbers)
         self.batches = self._seen = 0
 
     def take(self, batch: MutableMapping[str, Any]) -> list[int]:
-        """Takes the marks out of a batch, and gives the numbers of its rows.
-
-        Raises:
-            IsolationError: a row is not the stage's, or it is not known whose it is.
-        """
+        """Takes the marks out of a batch, and gives the numbers of its rows, all of which have to be the stage's."""
         marks: Any = batch.pop(ROW_NUMBER, None)
         if marks is None:
             raise IsolationError(
@@ -154,12 +137,10 @@ def without_marks(batch: Any) -> Any:
 
 
 class NumberingCollator(MarkingCollator):
-    """A [`MarkingCollator`] that compares each row with what its states were computed from.
+    """A [`MarkingCollator`] that compares each row with what its states were computed from: with the row alone.
 
-    Args:
-        collate (`Callable`): the user's collator.
-        main_input (`str`): name of the tensor whose second dimension is padded.
-        key (`bytes`): for the digests.
+    That is how padding on the left, packing and random batches are told, whatever they come from. `main_input` names
+    the tensor whose second dimension is padded.
     """
 
     def __init__(self, collate: Callable[[Any], Any], main_input: str, key: bytes):
@@ -175,18 +156,14 @@ class NumberingCollator(MarkingCollator):
             if expected is not None and self.digest(batch, position, len(numbers), expected) != expected:
                 raise ValueError(
                     f"The collator makes something else of row {number} in a batch than of the row alone, padded on "
-                    "the right: padding on the left, packing and random batches can not be cached. Use "
+                    "the right: padding on the left, packing and random batches cannot be cached. Use "
                     "padding_side='right' and a collator that always gives the same, or activation_cache='off'."
                 )
 
     def digest(self, batch: Mapping[str, Any], position: int, rows: int, alone: str | None = None) -> str:
         """Keyed digest of one row of a batch, after the row's length and which of the columns, by name, are as long.
 
-        Args:
-            batch (`dict[str, torch.Tensor]`): what the collator gave.
-            position (`int`): which row.
-            rows (`int`): how many there are.
-            alone (`str`, *optional*): digest of the row alone, which says how much of it is padding here.
+        `alone`, the digest of the row by itself, says how much of it is padding here.
         """
         main = batch.get(self.main_input)
         if not isinstance(main, torch.Tensor) or main.ndim < 2:

@@ -1,7 +1,7 @@
 """Rows one at a time: what enters a layer for a row alone, and whether that may stand for the row in a batch.
 
 A batch of one, without padding, in eval mode: then the states depend on the row and the base model, and on nothing
-else that a deletion could take away. What a cache of them can not serve is refused here, by name and with the way out.
+else that a deletion could take away. What a cache of them cannot serve is refused here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..seams.arguments import setting
 from ..seams.models import LAYER_DROPS, is_encoder_decoder
 from ..store.recipe import quantization
 from .row_numbers import ROW_NUMBER, NumberingCollator, row_length, without_marks
-from .trunk import Trunk
+from .trunk import Trunk, is_close
 
 ActivationCache = Literal["off", "memory", "disk"]
 
@@ -33,7 +33,7 @@ COMPANY = 4
 def check_cache(
     cache: ActivationCache, limit_gb: float | None, eval_trunk: bool, config: S3TConfig, args: Any, model: Any
 ) -> None:
-    """Raises `ValueError` for what an activation cache can not serve, as far as it is known before the first row."""
+    """Raises `ValueError` for what an activation cache cannot serve, as far as it is known before the first row."""
     if cache not in ("off", "memory", "disk"):
         raise ValueError(f"`activation_cache` must be 'off', 'memory' or 'disk', got {cache!r}.")
     if cache == "off":
@@ -52,7 +52,7 @@ def check_cache(
             "activation_cache='off'."
         )
     if is_encoder_decoder(model):
-        raise ValueError("An encoder-decoder model has two trunks. It can not be cached: use activation_cache='off'.")
+        raise ValueError("An encoder-decoder model has two trunks. It cannot be cached: use activation_cache='off'.")
     for name in LAYER_DROPS:
         if getattr(model.config, name, 0):
             raise ValueError(
@@ -72,13 +72,7 @@ def check_cache(
 
 
 class AloneRows:
-    """The rows of a stage, each alone.
-
-    Args:
-        trainer ([`S3TMixin`]): the trainer, with the stage's rows.
-        trunk ([`Trunk`]): its model's trunk.
-        collator ([`NumberingCollator`]): its collator.
-    """
+    """The rows of the stage that a trainer is about to train, each alone."""
 
     def __init__(self, trainer: Any, trunk: Trunk, collator: NumberingCollator):
         self.trainer, self.trunk, self.collator = trainer, trunk, collator
@@ -100,11 +94,7 @@ class AloneRows:
     def states(self, batch: Any, layers: Sequence[int], start: int = 0, given: Any = None) -> dict[int, torch.Tensor]:
         """What enters some layers of a batch of one, each `(positions, hidden)`; the model has to be in eval mode.
 
-        Args:
-            batch (`dict`): the row, collated alone.
-            layers (`list[int]`): the layers.
-            start (`int`, *optional*, defaults to 0): a layer from which on the states are not known yet.
-            given (`torch.Tensor`, *optional*): what enters that layer.
+        The model starts at layer `start`, with what is `given` to enter there.
         """
         with self.trainer.accelerator.autocast():
             seen = self.trunk.states(self.inputs(batch), layers, start, None if given is None else [given])
@@ -113,7 +103,7 @@ class AloneRows:
                 reason = "Several sequences per row" if states.ndim == 3 else "Layers that pass on something else"
                 raise ValueError(
                     f"Of one row, states of shape {tuple(states.shape)} enter a layer; (1, positions, hidden) was "
-                    f"expected. {reason} can not be cached: use activation_cache='off'."
+                    f"expected. {reason} cannot be cached: use activation_cache='off'."
                 )
         return {layer: states[0] for layer, states in seen.items()}
 
@@ -131,14 +121,9 @@ class AloneRows:
 
 
 def check_model(rows: AloneRows, numbers: Sequence[int], entrance: int, eval_trunk: bool) -> None:
-    """Raises `ValueError` unless some rows have the same states alone, in training and together, and states are all
-    that the layers above depend on.
+    """Raises `ValueError` unless some rows have the same states alone and together, and in training, too.
 
-    Args:
-        rows ([`AloneRows`]): computes them.
-        numbers (`list[int]`): the rows to look at.
-        entrance (`int`): the layer that the states enter.
-        eval_trunk (`bool`): whether they may differ in training.
+    With `eval_trunk` they may differ in training. The states have to be all that the layers above depend on.
     """
     trunk, trainer = rows.trunk, rows.trainer
     batches = [rows.batch(number) for number in numbers]
@@ -155,16 +140,16 @@ def check_model(rows: AloneRows, numbers: Sequence[int], entrance: int, eval_tru
         unfed = trainer.model(**trunk.taken(one))
         with trunk.fed(entrance, alone[:1], one):
             fed = trainer.model(**trunk.taken(one))
-    exact = _is_exact(rows, alone[0])
-    if not all(_close(found[: len(states)], states, exact) for found, states in zip(company, alone, strict=True)):
+    bound = 1e-4 if _is_exact(rows, alone[0]) else 0.03
+    if not all(is_close(found[: len(states)], states, bound) for found, states in zip(company, alone, strict=True)):
         raise ValueError(
-            "What enters a layer depends on the company that a row has in its batch, so it can not be cached. A "
+            "What enters a layer depends on the company that a row has in its batch, so it cannot be cached. A "
             "collator without attention mask may be the reason; otherwise use activation_cache='off'."
         )
-    if not all(_close(*pair, exact) for pair in zip(_tensors(fed), _tensors(unfed), strict=True)):
+    if not all(is_close(*pair, bound) for pair in zip(_tensors(fed), _tensors(unfed), strict=True)):
         raise ValueError(
             f"What enters layer {entrance} is not all that the layers above depend on: fed with it, the model gives "
-            "something else. It can not be cached: use activation_cache='off'."
+            "something else. It cannot be cached: use activation_cache='off'."
         )
 
 
@@ -218,14 +203,6 @@ def _is_exact(rows: AloneRows, states: torch.Tensor) -> bool:
     if rows.trainer.args.device.type != "cpu":  # cuDNN takes TF32 for convolutions unless told otherwise
         tf32 |= any(isinstance(module, CONVOLUTIONS) for module in base.modules())
     return states.itemsize >= 4 and not tf32
-
-
-def _close(found: torch.Tensor, expected: torch.Tensor, exact: bool) -> bool:
-    """Whether two tensors differ by no more than their precision explains."""
-    found, expected = found.float(), expected.float()
-    return found.shape == expected.shape and bool(
-        (found - expected).norm() <= (1e-4 if exact else 0.03) * expected.norm()
-    )
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -36,19 +36,12 @@ class _Seen(Exception):
 
 @dataclass
 class _Pass:
-    """One run of the model, or several of the same batch.
+    """One run of the model, or several of the same batch."""
 
-    Args:
-        entrance (`int`): layers below hand their input through.
-        given (`list[torch.Tensor]`, *optional*): what enters there, of each row `(length, hidden)`.
-        wanted (`tuple[int, ...]`): layers whose input is noted; the run ends at the last. Empty: it runs to its end.
-        times (`int`): how often the model began.
-    """
-
-    entrance: int = 0
-    given: States | None = None
-    wanted: tuple[int, ...] = ()
-    times: int = 0
+    entrance: int = 0  # layers below hand their input through
+    given: States | None = None  # what enters there, of each row `(length, hidden)`
+    wanted: tuple[int, ...] = ()  # layers whose input is noted; the run ends at the last. Empty: it runs to its end
+    times: int = 0  # how often the model began
     seen: dict[int, torch.Tensor] = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)
 
@@ -56,9 +49,7 @@ class _Pass:
 class Trunk:
     """The numbered layers of a PEFT model, any of which may be entered with given states.
 
-    Args:
-        model ([`~peft.PeftModel`]): the model.
-        container (`str`): path of the list of layers in the base model.
+    `container` is the path of the list of layers in the base model.
     """
 
     def __init__(self, model: Any, container: str):
@@ -137,19 +128,9 @@ class Trunk:
     def states(
         self, inputs: Mapping[str, Any], layers: Sequence[int], entrance: int = 0, given: States | None = None
     ) -> dict[int, torch.Tensor]:
-        """What enters some layers, without gradients; the model has to be in eval mode.
+        """What enters some layers, each `(batch, positions, hidden)`; the model has to be in eval mode.
 
-        Args:
-            inputs (`dict[str, torch.Tensor]`): a batch; what the model does not take is left out.
-            layers (`list[int]`): the layers.
-            entrance (`int`, *optional*, defaults to 0): where to start.
-            given (`list[torch.Tensor]`, *optional*): what enters there.
-
-        Returns:
-            `dict[int, torch.Tensor]`: per layer, `(batch, positions, hidden)`.
-
-        Raises:
-            ValueError: the layers do not follow one another.
+        It starts at layer `entrance`, with what is `given` to enter there. No gradients are computed.
         """
         run = self._pass = _Pass(entrance, given, tuple(layers))
         try:
@@ -173,15 +154,10 @@ class Trunk:
 
     @contextmanager
     def fed(self, entrance: int, given: States, batch: Mapping[str, Any]) -> Iterator[None]:
-        """The model starts at a layer whenever it is asked about this very batch.
+        """The model starts at a layer, with what is given of each row, whenever it is asked about this very batch.
 
-        Args:
-            entrance (`int`): the layer.
-            given (`list[torch.Tensor]`): what enters it, of each row of the batch.
-            batch (`dict[str, torch.Tensor]`): the batch, by whose tensors its forward is known.
-
-        Raises:
-            ValueError: the batch did not reach the model, or went past the layer.
+        The batch is known by its tensors. If it did not reach the model, or went past the layer, the block ends with
+        a `ValueError`.
         """
         run, tensors = _Pass(entrance, given), _tensors(self.taken(batch))
         self._awaited = (run, tensors)
@@ -211,7 +187,7 @@ class Trunk:
         if layer_again is not None:
             raise ValueError(
                 f"Activation checkpointing of {type(layer_again).__name__} runs whole layers again, hooks included: "
-                "cached states can not be fed to it. Use activation_cache='off', or no activation checkpointing: with "
+                "cached states cannot be fed to it. Use activation_cache='off', or no activation checkpointing: with "
                 "the cache, layers below the stage keep nothing for the backward pass anyway."
             )
 
@@ -229,6 +205,12 @@ def in_eval_mode(model: nn.Module, random: bool = False) -> Iterator[None]:
             module.training = training
 
 
+def is_close(found: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
+    """Whether two tensors differ by no more than a share of their size."""
+    found, expected = found.float(), expected.float()
+    return found.shape == expected.shape and bool((found - expected).norm() <= bound * expected.norm())
+
+
 def _tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
 
@@ -242,7 +224,7 @@ def _padded(states: States, hidden: torch.Tensor) -> torch.Tensor:
     if hidden.ndim != 3 or len(states) != len(hidden):
         raise ValueError(
             f"Hidden states of shape {tuple(hidden.shape)} came for {len(states)} rows; (rows, positions, hidden) was "
-            "expected. Several sequences per row, and models split over devices by DataParallel, can not be cached: "
+            "expected. Several sequences per row, and models split over devices by DataParallel, cannot be cached: "
             "use activation_cache='off'."
         )
     padded = torch.zeros(hidden.shape, dtype=states[0].dtype, device=hidden.device)
