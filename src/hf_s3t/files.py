@@ -143,7 +143,7 @@ def write_durable(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes creations, renames and removals in a folder durable; where folders can not be synced, nothing."""
+    """Makes creations, renames and removals in a folder durable; where folders cannot be synced, nothing."""
     if not POSIX:
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -229,7 +229,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist, but the manifest lists it. Restore it from a backup.") from None
     except SafetensorError as error:
-        raise StoreError(f"{path} can not be read ({error}): it is truncated or damaged.") from None
+        raise StoreError(f"{path} cannot be read ({error}): it is truncated or damaged.") from None
 
 
 class Lock:

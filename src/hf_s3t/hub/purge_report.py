@@ -69,7 +69,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class PurgeReport:
-    """What a purge removed, what was seen afterwards, and what can not be seen.
+    """What a purge removed, what was seen afterwards, and what cannot be seen.
 
     Args:
         status (`str`): `"no_longer_served"`: every probe of a removed large file said so; `"pending"`: some did not;

@@ -66,7 +66,7 @@ class HubRepo:
     def head(self, revision: str | None = None) -> str:
         """The full sha of a revision, by default of the branch's newest commit.
 
-        While the Hub can not be reached, what this machine saw last.
+        While the Hub cannot be reached, what this machine saw last.
 
         Raises:
             StoreError: there is no such repository or revision, or no access to it.
@@ -76,8 +76,8 @@ class HubRepo:
         except (OfflineModeIsEnabled, seam.transport_error()) as error:
             seen = self._cached_sha(revision or self.branch)
             if seen is None:
-                raise HubError(f"{self.repo_id} can not be looked up, and nothing of it is cached: {error}") from None
-            logger.warning("%s can not be looked up: reading the cached commit %s", self.repo_id, seen)
+                raise HubError(f"{self.repo_id} cannot be looked up, and nothing of it is cached: {error}") from None
+            logger.warning("%s cannot be looked up: reading the cached commit %s", self.repo_id, seen)
             return seen
         if sha is None:
             raise HubError(
@@ -102,7 +102,7 @@ class HubRepo:
         """Whether a revision has a file.
 
         Raises:
-            HubError: it is not in the cache, and the Hub can not be reached.
+            HubError: it is not in the cache, and the Hub cannot be reached.
         """
         if self.is_cached(path, revision):
             return True
@@ -110,7 +110,7 @@ class HubRepo:
             return bool(self.api.get_paths_info(self.repo_id, [path], revision=revision))
         except (OfflineModeIsEnabled, seam.transport_error()) as error:
             raise HubError(
-                f"{path} of {self.repo_id} at {revision} is not in the cache, and the Hub can not be reached: {error}"
+                f"{path} of {self.repo_id} at {revision} is not in the cache, and the Hub cannot be reached: {error}"
             ) from None
 
     def file(self, path: str, revision: str, limit: int | None = None) -> Path:
@@ -131,7 +131,7 @@ class HubRepo:
             return Path(self.api.hf_hub_download(self.repo_id, path, revision=revision))
         except LocalEntryNotFoundError as error:
             raise StoreError(
-                f"{path} of {self.repo_id} is not in the cache, and the Hub can not be reached."
+                f"{path} of {self.repo_id} is not in the cache, and the Hub cannot be reached."
             ) from error
         except (EntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
             raise StoreError(f"{self.repo_id} has no file {path} at {revision}.") from None
@@ -150,7 +150,7 @@ class HubRepo:
                     seam.snapshot_folder(self.repo_id, sha).mkdir(parents=True, exist_ok=True)
                     write_atomic(ref, sha.encode())
         except OSError as error:
-            logger.warning("%s of %s can not be noted in the cache: %s", revision, self.repo_id, error)
+            logger.warning("%s of %s cannot be noted in the cache: %s", revision, self.repo_id, error)
 
     def _cached_sha(self, revision: str) -> str | None:
         ref = seam.ref_file(self.repo_id, revision)
@@ -179,7 +179,7 @@ class HubRepo:
 
         Raises:
             HeadMovedError: the head is not `parent` any more; look again.
-            HubError: no right to write, or the Hub can not be reached: whether the commit arrived is not known.
+            HubError: no right to write, or the Hub cannot be reached: whether the commit arrived is not known.
             StoreError: a weight file would not be in large-file storage.
         """
         removed = list(removed)
@@ -304,7 +304,7 @@ class HubRepo:
         """Refs and commits that have a file for which `wanted` says so, given its path and its entry in the tree.
 
         Raises:
-            HubError: the Hub can not be reached.
+            HubError: the Hub cannot be reached.
         """
         serves: dict[str, bool] = {}
         names = []
@@ -317,5 +317,5 @@ class HubRepo:
                 if serves[commits[0]]:
                     names.append(name)
         except (OfflineModeIsEnabled, seam.transport_error()) as error:
-            raise HubError(f"The history of {self.repo_id} can not be looked at: {error}") from None
+            raise HubError(f"The history of {self.repo_id} cannot be looked at: {error}") from None
         return [*names, *(revision for revision, found in serves.items() if found)]

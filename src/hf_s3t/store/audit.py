@@ -1,4 +1,4 @@
-"""Audits of a store: what of its promises holds as the files stand, what is broken, and what can not be checked.
+"""Audits of a store: what of its promises holds as the files stand, what is broken, and what cannot be checked.
 
 An audit reads and changes nothing. Whatever it lacks, the state or the key, it names; nothing passes in silence.
 Hashes tell damage and mix-ups; of a manifest that was rewritten together with its files only training a stage again
@@ -99,7 +99,7 @@ def verify(store: StoreFolder | str | os.PathLike[str]) -> VerifyReport:
         [`VerifyReport`]
 
     Raises:
-        StoreError: there is no store, or its manifest can not be read.
+        StoreError: there is no store, or its manifest cannot be read.
         StoreLockedError: somebody kept changing it meanwhile.
 
     Example:
@@ -218,7 +218,7 @@ def differing_examples(stage: str, seen: int, known: int) -> str | NotChecked:
     if seen < known:
         return NotChecked(
             f"{stage} saw {seen} examples and its slices have {known}: rows were added later, or left out in the "
-            "dataset's preparation, so it can not be told whether the others are the same"
+            "dataset's preparation, so it cannot be told whether the others are the same"
         )
     return f"{stage} saw {seen} examples, which are not the {known} that its slices have: one that it saw is gone"
 

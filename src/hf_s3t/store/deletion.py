@@ -85,7 +85,7 @@ def delete(
     try:
         if when_durable is not None:
             when_durable()
-    finally:  # from here on it can not be undone, whatever the caller's part ends in
+    finally:  # from here on it cannot be undone, whatever the caller's part ends in
         receipt = carry_out(folder, intent)
     _obey_beside(folder)
     return receipt
@@ -191,7 +191,7 @@ def _rewrite(folder: StoreFolder, manifest: Manifest, state: State | None) -> Ma
     try:
         manifest = folder.write_root(manifest)
     except StoreError as error:  # a damaged stage that stays must not keep another one from being deleted
-        logger.error("the root adapter was removed, because a kept stage can not be read: %s", error)
+        logger.error("the root adapter was removed, because a kept stage cannot be read: %s", error)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             folder.source.drop(name)
         manifest = replace(manifest, root=None)

@@ -61,6 +61,6 @@ def read_intent(data: Any, path: Path) -> dict[str, Any]:
         }  # fmt: skip
     except DAMAGED as error:
         raise StateError(
-            f"{path} is a deletion that was begun, and can not be read ({type(error).__name__} {error}). Nothing is "
+            f"{path} is a deletion that was begun, and cannot be read ({type(error).__name__} {error}). Nothing is "
             "served, trained or changed until it is: restore it from a backup of the state."
         ) from None

@@ -198,7 +198,7 @@ class StoreFolder(StateFiles):
             try:
                 found = hashlib.sha256(path.read_bytes()).hexdigest()
             except OSError as error:
-                raise StoreError(f"{path} can not be read: {error}.") from error
+                raise StoreError(f"{path} cannot be read: {error}.") from error
             if found != digest:
                 raise StoreError(f"{path} is not the file that was trained: its sha256 differs from the manifest's.")
         return Adapter(read_json(paths[CONFIG_FILE], MAX_CONFIG_BYTES), read_safetensors(paths[WEIGHTS_FILE]))

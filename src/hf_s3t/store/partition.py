@@ -121,7 +121,7 @@ def raw_rows(dataset: Any) -> Iterable[Mapping[str, Any]]:
         ValueError: the dataset has no length (it is streamed), or its rows are no mappings.
     """
     if not hasattr(dataset, "__len__"):
-        raise ValueError("S3T needs a train set with a length: a stream can not be cut into slices. Materialise it.")
+        raise ValueError("S3T needs a train set with a length: a stream cannot be cut into slices. Materialise it.")
     if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
         for batch in dataset.with_format("arrow").iter(batch_size=1000):
             yield from batch.to_pylist()
@@ -149,7 +149,7 @@ def id_source(config: S3TConfig, columns: Sequence[str]) -> str | None:
     tokenized = [name for name in TOKENIZED_COLUMNS if name in columns]
     if tokenized:
         raise ValueError(
-            f"The train set has no ids and is already tokenised ({', '.join(tokenized)}): a digest of tokens can not "
+            f"The train set has no ids and is already tokenised ({', '.join(tokenized)}): a digest of tokens cannot "
             "be found again from a person's text. Keep an id column through tokenisation, pass the raw rows, or name "
             f"the column that shall serve as the id, e.g. `id_column={tokenized[0]!r}`."
         )

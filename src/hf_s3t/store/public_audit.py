@@ -54,7 +54,7 @@ def _check_tree(folder: StoreFolder, manifest: Manifest) -> Findings:
         if named != (stage.parent.name if stage.parent else None):
             yield f"{stage.name}: the manifest names {named!r} as its parent"
         if stage.parent and stage.parent not in manifest.stages:
-            yield f"{stage.name}: its parent {stage.parent.name} is not in the store, so it can not be served"
+            yield f"{stage.name}: its parent {stage.parent.name} is not in the store, so it cannot be served"
     if data["served"] != manifest.to_json()["served"]:
         yield "the served prefixes that the manifest names are not those that follow from its stages"
     if (recipe["partition"]["num_shards"], recipe["partition"]["num_slices"]) != (plan.num_shards, plan.num_slices):
@@ -71,7 +71,7 @@ def _check_contents(folder: StoreFolder, manifest: Manifest) -> Findings:
             header = read_header(path / WEIGHTS_FILE)
             yield from stage_findings(stage, recipe, read_json(path / CONFIG_FILE), header)
         except MALFORMED as error:
-            yield f"{stage.name} can not be read: {type(error).__name__}: {error}"
+            yield f"{stage.name} cannot be read: {type(error).__name__}: {error}"
             continue
         depth = 0 if whole else stage.depth
         shapes = frozenset((name, tuple(entry["shape"])) for name, entry in header.items())

@@ -104,7 +104,7 @@ class Receipt:
             required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
             check_fields(data, required, [f.name for f in fields(cls)])
         except DAMAGED as error:
-            raise StateError(f"A receipt can not be read ({error}). Restore the state from a backup.") from None
+            raise StateError(f"A receipt cannot be read ({error}). Restore the state from a backup.") from None
         return cls(**data)
 
 

@@ -80,7 +80,7 @@ NOT_BIT_EQUAL = "What is trained since is influence-free by construction, and no
 
 
 def why_not(setting: str) -> str | None:
-    """Why a difference in a setting can not be accepted; `None` where it can."""
+    """Why a difference in a setting cannot be accepted; `None` where it can."""
     return None if setting in OUTSIDE else STRUCTURE.get(setting.split(".")[0])
 
 
@@ -93,7 +93,7 @@ def check_accept(accept: Any) -> None:
         )
     for setting in accept:
         if why_not(setting):
-            raise ValueError(f"A change of {setting!r} can not be accepted: {why_not(setting)}.")
+            raise ValueError(f"A change of {setting!r} cannot be accepted: {why_not(setting)}.")
 
 
 def check_same(

@@ -116,7 +116,7 @@ class StateFiles:
         """Deletions that were begun and not finished, oldest first; their places as a set of `(shard, slice)`.
 
         Raises:
-            StateError: they are another user's, and whether there are any can not be seen; or a newer version of
+            StateError: they are another user's, and whether there are any cannot be seen; or a newer version of
                 hf_s3t began one.
         """
         found = []

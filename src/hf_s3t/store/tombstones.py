@@ -52,7 +52,7 @@ def travelling(there: StoreFolder, key: bytes) -> State | None:
     """
     if not isinstance(there.source, RepoSource) or not there.source.has(TOMBSTONES):
         return None
-    path = there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES)  # where it can not be fetched nothing goes on
+    path = there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES)  # where it cannot be fetched nothing goes on
     try:
         data = read_json(path, MAX_MANIFEST_BYTES)
         return State.from_tombstones_json(data, key)
