@@ -246,8 +246,3 @@ def uncovered(repo_id: str, receipts: Iterable[Mapping[str, Any]], folder: Path 
         if receipt["kind"] == "delete" and receipt["receipt"] not in done and receipt["status"] != "unchanged"
         and (receipt["stages_removed"] or (receipt.get("still_served_at") and receipt.get("repository") == repo_id))
     ]  # fmt: skip
-
-
-def now() -> str:
-    """UTC time in ISO 8601."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

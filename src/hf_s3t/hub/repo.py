@@ -40,13 +40,7 @@ _NOTING = threading.Lock()
 
 
 class HubRepo:
-    """A model repository.
-
-    Args:
-        repo_id (`str`): `"me/model"`.
-        branch (`str`): what is read and committed to.
-        token (`str`, *optional*): `None`: the one that is logged in.
-    """
+    """A model repository, of which one branch is read and committed to."""
 
     def __init__(self, repo_id: str, branch: str = "main", token: str | None = None):
         self.repo_id, self.branch = repo_id, branch
@@ -66,10 +60,7 @@ class HubRepo:
     def head(self, revision: str | None = None) -> str:
         """The full sha of a revision, by default of the branch's newest commit.
 
-        While the Hub cannot be reached, what this machine saw last.
-
-        Raises:
-            StoreError: there is no such repository or revision, or no access to it.
+        While the Hub cannot be reached, what this machine saw last. A [`HubError`] if there is neither.
         """
         try:
             sha = self._sha(revision)
@@ -92,18 +83,18 @@ class HubRepo:
         if revision is not None:
             info = self.info(revision)
             return info and info.sha
-        try:  # after a rewrite of the history the info may name the old head for a while
-            branches = self.api.list_repo_refs(self.repo_id).branches
+        try:
+            return self.branch_head()
         except RepositoryNotFoundError:
             return None
+
+    def branch_head(self) -> str | None:
+        """The branch's newest commit. After a rewrite of the history the info may name an older one for a while."""
+        branches = self.api.list_repo_refs(self.repo_id).branches
         return next((ref.target_commit for ref in branches if ref.name == self.branch), None)
 
     def has(self, path: str, revision: str) -> bool:
-        """Whether a revision has a file.
-
-        Raises:
-            HubError: it is not in the cache, and the Hub cannot be reached.
-        """
+        """Whether a revision has a file. A [`HubError`] if it is not in the cache, and the Hub cannot be reached."""
         if self.is_cached(path, revision):
             return True
         try:
@@ -116,11 +107,7 @@ class HubRepo:
     def file(self, path: str, revision: str, limit: int | None = None) -> Path:
         """A file of a revision, from the cache where it is there.
 
-        Args:
-            limit (`int`, *optional*): most bytes that it may have, looked at before anything is downloaded.
-
-        Raises:
-            StoreError: there is no such file, it is larger than `limit`, or it is not in the cache while offline.
+        A [`StoreError`] if there is none, or it is larger than `limit` bytes: that is seen before it is downloaded.
         """
         try:
             if limit is not None and not self.is_cached(path, revision):
@@ -171,11 +158,8 @@ class HubRepo:
         """One commit on top of `parent`. The files of a folder are uploaded together, and apart from other folders'.
 
         On the Hub's storage files that are uploaded in one session may share a block, which then outlives one of them.
-
-        Args:
-            message (`str`): has to be unique: by it a commit is recognised whose answer was lost.
-            files (`dict[str, bytes | Path]`): contents by path.
-            removed (`Iterable[str]`): files, and folders that end with a slash.
+        The message has to be unique: by it a commit is recognised whose answer was lost. Of `removed`, folders end
+        with a slash.
 
         Raises:
             HeadMovedError: the head is not `parent` any more; look again.
@@ -248,11 +232,7 @@ class HubRepo:
         )
 
     def check_writable(self) -> None:
-        """Asks what every upload asks first; uploads nothing.
-
-        Raises:
-            HubError: no right to write.
-        """
+        """Asks what every upload asks first; uploads nothing. A [`HubError`] if there is no right to write."""
         try:
             asked = [CommitOperationAdd("README.md", b"#")]
             self.api.preupload_lfs_files(self.repo_id, asked, revision=self.branch)
@@ -301,11 +281,7 @@ class HubRepo:
         return [commit.commit_id for commit in self.api.list_repo_commits(self.repo_id, revision=revision)]
 
     def revisions_with(self, wanted: Callable[[str, Any], bool]) -> list[str]:
-        """Refs and commits that have a file for which `wanted` says so, given its path and its entry in the tree.
-
-        Raises:
-            HubError: the Hub cannot be reached.
-        """
+        """Refs and commits that have a file for which `wanted` says so, given its path and its entry in the tree."""
         serves: dict[str, bool] = {}
         names = []
         try:

@@ -22,15 +22,10 @@ HAND_IN = "Load the base as it was for the training and pass `base_model=`."
 def load_base(
     store: StoreFolder, name: str | None = None, unquantised: bool = False, **kwargs: Any
 ) -> tuple[nn.Module, str]:
-    """Loads a store's base model, of the class that was trained.
+    """Loads a store's base model, of the class that was trained, and tells where it came from.
 
-    Args:
-        name (`str`, *optional*): a folder or a repository id; `None`: the one that the store names, at its revision.
-        unquantised (`bool`): refuse one whose weights are quantised, before it is loaded.
-        kwargs: for `from_pretrained`.
-
-    Returns:
-        `tuple[torch.nn.Module, str]`: the model, and where it came from.
+    `name` is a folder or a repository id; `None`: what the store names, at its revision. A model whose weights should
+    be `unquantised` and are not is refused before it is loaded.
 
     Raises:
         ValueError: the store does not say which it is.

@@ -41,10 +41,6 @@ def check_fields(record: Mapping[str, Any], required: Iterable[str], known: Iter
 def read_intent(data: Any, path: Path) -> dict[str, Any]:
     """An intent with all its fields, its places as a set of `(shard, slice)`.
 
-    Args:
-        data (`dict`): what its file holds.
-        path (`Path`): the file.
-
     Raises:
         StateError: it is of a newer format, or damaged.
     """

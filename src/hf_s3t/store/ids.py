@@ -34,7 +34,9 @@ def id_text(value: Any) -> str:
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, float | Decimal) and math.isfinite(value):
-        return str(int(value)) if value == int(value) else _shortest(value)
+        if value == int(value):
+            return str(int(value))
+        return format(value.normalize(), "f") if isinstance(value, Decimal) else repr(value)
     if isinstance(value, int | datetime.date | datetime.time | datetime.timedelta | uuid.UUID):
         return str(value)
     if isinstance(value, list | tuple):
@@ -43,10 +45,6 @@ def id_text(value: Any) -> str:
         f"{value!r:.80} ({type(value).__name__}) is no id. An id is a text, a number, a date, bytes or a list, not "
         "None or NaN. Make a text of it."
     )
-
-
-def _shortest(value: float | Decimal) -> str:
-    return format(value.normalize(), "f") if isinstance(value, Decimal) else repr(value)
 
 
 def look_alikes(value: Any) -> list[str]:
