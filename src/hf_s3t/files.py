@@ -225,7 +225,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 class Lock:
     """A lock between processes, held in the kernel: the lock of a process that died is free at once.
 
-    A `.holder` file beside it names the process that has it. The message says that, and its purpose.
+    A `.holder` file beside it names the process that has it. Who waits in vain is told that name and the `purpose`.
     """
 
     def __init__(self, path: Path, purpose: str):

@@ -1,6 +1,6 @@
 """Purging a repository's history of what its head does not serve.
 
-It removes refs that lead to older revisions, squashes the branches that stay, and deletes large files: everything that
+A purge removes refs that lead to older revisions, squashes the branches that stay, and deletes large files: all that
 is stored, less what a kept ref serves. Then it asks for every removed content, by every way that led to it. The report
 is written first, and every step may find its work done: purging again ends a purge that was interrupted.
 """
@@ -85,7 +85,6 @@ def purge(
         keep_refs (`Iterable[str]`, *optional*): other refs to keep: `"dev"`, `"refs/tags/v1"`, `"refs/pr/1"`. `None`:
             refuse if there are others. A kept branch is squashed and keeps all files of its head, also those that the
             own branch lost: they are reported as pending. A kept tag or pull request loses what the own branch lost.
-        seconds (`float`): how long to wait for the Hub to settle.
         protected (`Iterable[str]`): sha256 of contents that must stay: those of live stages. What a receipt says was
             removed and is not among them is reported as pending where a kept branch has it, under whatever name.
         receipts (`Iterable[dict]`): of deletions; those that no finished purge in `folder` covers are covered by this.
@@ -113,19 +112,14 @@ def purge(
         delete_large_files(repo.repo_id, unwanted)
         left = dict(repo.refs())
     logger.info("%s: %d refs and %d large files removed", repo.repo_id, len(dropped), len(unwanted))
-    cleared, uncleared = clear_caches(repo.repo_id, left[kept[0]])
-    report = replace(
-        report, status="pending", refs_removed=[ref for ref in report.refs_removed if ref not in left],
-        caches_cleared=sorted({*report.caches_cleared, *cleared}), caches_left=uncleared,
-    )  # fmt: skip
-    report = recheck(repo, report, seconds)
+    report = recheck(repo, _cleared(repo, report, left), seconds)
     keep(report, folder)
     return report
 
 
 @contextmanager
 def _stopping(repo: HubRepo) -> Iterator[None]:
-    """Whatever stops the steps of a purge in this block, says how it goes on."""
+    """Tells how to go on with a purge that is stopped in this block."""
     try:
         yield
     except (HfHubHTTPError, seam.transport_error()) as error:
@@ -136,6 +130,15 @@ def _stopping(repo: HubRepo) -> Iterator[None]:
     except KeyboardInterrupt:
         logger.error("The purge of %s was stopped. What was removed is removed: purge again to end it.", repo.repo_id)
         raise
+
+
+def _cleared(repo: HubRepo, report: PurgeReport, left: Mapping[str, str]) -> PurgeReport:
+    """Clears this machine's caches; the report says so, and which refs are not among those that are left."""
+    cleared, uncleared = clear_caches(repo.repo_id, left[report.refs_kept[0]])
+    return replace(
+        report, status="pending", refs_removed=[ref for ref in report.refs_removed if ref not in left],
+        caches_cleared=sorted({*report.caches_cleared, *cleared}), caches_left=uncleared,
+    )  # fmt: skip
 
 
 def _prepare(

@@ -60,7 +60,7 @@ class HubRepo:
     def head(self, revision: str | None = None) -> str:
         """The full sha of a revision, by default of the branch's newest commit.
 
-        While the Hub cannot be reached, what this machine saw last. A [`HubError`] if there is neither.
+        While the Hub cannot be reached, it is what this machine saw last. A [`HubError`] if there is no such revision.
         """
         try:
             sha = self._sha(revision)
@@ -107,7 +107,7 @@ class HubRepo:
     def file(self, path: str, revision: str, limit: int | None = None) -> Path:
         """A file of a revision, from the cache where it is there.
 
-        A [`StoreError`] if there is none, or it is larger than `limit` bytes: that is seen before it is downloaded.
+        A [`StoreError`] if there is none, or if it has more than `limit` bytes, which is asked before the download.
         """
         try:
             if limit is not None and not self.is_cached(path, revision):

@@ -46,7 +46,7 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What an audit found in which stages."""
+    """What an audit of a store found; `checks` has an entry for each thing that was looked at."""
 
     path: str
     generation: int

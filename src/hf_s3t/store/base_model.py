@@ -24,8 +24,8 @@ def load_base(
 ) -> tuple[nn.Module, str]:
     """Loads a store's base model, of the class that was trained, and tells where it came from.
 
-    `name` is a folder or a repository id; `None`: what the store names, at its revision. A model whose weights should
-    be `unquantised` and are not is refused before it is loaded.
+    `name` is a folder or a repository id; `None`: what the store names, at its revision. With `unquantised`, a base
+    whose weights are quantised is refused before it is loaded.
 
     Raises:
         ValueError: the store does not say which it is.

@@ -60,7 +60,7 @@ class Export:
 def export_source(folder: StoreFolder, stage: Stage | None, manifest: Manifest) -> tuple[list[Stage], Adapter | None]:
     """The last stages of the prefixes that an export is made of, and their adapter.
 
-    Without a stage at which a prefix ends it is the root adapter, or `None` where there is none.
+    The stage is the end of a prefix; `None`: the root adapter, which there may not be.
     """
     if stage is not None:
         return [stage], folder.assemble(stage.shard, stage.prefix, manifest)

@@ -53,7 +53,7 @@ LOCK_SECONDS = 120.0
 
 
 def as_key(key: str | bytes) -> bytes:
-    """A partition key as 16 bytes or more: hexadecimal text is decoded, other text taken as it is."""
+    """A partition key as bytes, 16 at least: hexadecimal text is decoded, other text taken as it is."""
     if isinstance(key, str):
         text = key
         try:

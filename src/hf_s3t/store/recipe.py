@@ -49,17 +49,10 @@ def make_recipe(
         heads (`dict[str, str]`): digests of the heads that the base lacked and that were drawn.
         user_code (`tuple`): what else of the user's changes bits: the optimizer with its settings, the loss function.
         cached_trunk (`bool`): whether what enters a stage is computed row by row, as an activation cache needs it.
-        steering (`dict`, *optional*): see [`steering_by`].
     """
     recipe = {
         "config": _config_section(config, layout),
-        "partition": {
-            "num_shards": config.num_shards,
-            "num_slices": config.num_slices,
-            "id_column": id_column,
-            "group_column": config.group_column,
-            "slice_columns": list(config.slice_columns) if config.slice_columns else None,
-        },
+        "partition": _partition_section(config, id_column),
         "arguments": bit_changing_arguments(args),
         "mixed_precision": str(args.mixed_precision),
         "processes": args.world_size,
@@ -94,6 +87,16 @@ def _config_section(config: S3TConfig, layout: Layout) -> dict[str, Any]:
     if config.replay != 1:  # recipes from before there was a choice do not name it
         section["replay"] = config.replay
     return section
+
+
+def _partition_section(config: S3TConfig, id_column: str | None) -> dict[str, Any]:
+    return {
+        "num_shards": config.num_shards,
+        "num_slices": config.num_slices,
+        "id_column": id_column,
+        "group_column": config.group_column,
+        "slice_columns": list(config.slice_columns) if config.slice_columns else None,
+    }
 
 
 def _base_section(model: nn.Module, layout: Layout, has_tokenizer: bool) -> dict[str, Any]:

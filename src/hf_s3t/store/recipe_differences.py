@@ -49,7 +49,7 @@ class Accepted:
     """A setting that was changed although stages live which were trained with another value."""
 
     setting: str  # its path in the recipe
-    before: Any  # `None`, as `after`, where one side did not know it, too
+    before: Any  # its values; `None`, too, where a side did not name it
     after: Any
     generation: int  # of the store when it was changed; what is trained from then on has the new value
 

@@ -119,8 +119,8 @@ class RepoSource:
     """Published files in a repository, read at one commit.
 
     Threads may share it. While one is in [`drafting`], what it reads and what it puts are its own: it commits on top
-    of the very commit that it read, wherever others look meanwhile. Without a revision, which is read for good, it
-    reads the head: when it is first asked, and at every [`look`].
+    of the very commit that it read, wherever others look meanwhile. A revision that is given is read for good. Without
+    one it is the head when it is first asked, and at every [`look`].
     """
 
     def __init__(self, repo: HubRepo, revision: str | None = None):
