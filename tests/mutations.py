@@ -122,7 +122,8 @@ MUTATIONS = (
              (("{**heads, **lora} if self._goes_on else heads", "heads"),), (BEGINS + "[llama-all]",)),
     # 3. never seen
     Mutation(3, "a deletion removes nothing", "store/deletion.py",
-             (("if stage.slices & hit]\n        manifest = _rewrite(", "if False]\n        manifest = _rewrite("),),
+             (("replace(manifest.untouched_by(hit), log=log), state)\n        title",
+               "replace(manifest, log=log), state)\n        title"),),
              (NEVER_SEEN + LLAMA,)),
     Mutation(3, "only the last slice of a prefix counts as hit", "plan/tree.py",
              (("for slice_id in self.prefix)", "for slice_id in self.prefix[-1:])"),), (NEVER_SEEN + LLAMA,)),

@@ -56,7 +56,7 @@ ISOLATION = (
      (('for name in fresh & missing})', 'for name in fresh})'),),
      (DRAWN + 'what_was_resized_or_replaced_after_loading_is_not_drawn',)),
     (4, 'a base that computes otherwise repairs a store', 'store/recipe.py',
-     (('            "config": base_config(model, processing_class is not None),\n', '            "config": {},\n'),),
+     (('        "config": base_config(model, has_tokenizer),\n', '        "config": {},\n'),),
      (ISOLATED + 'a_base_that_computes_otherwise_repairs_nothing',)),
     (4, 'another evaluation set chooses at a repair', 'training/trainer.py',
      (('steering=steering_by(self.args, with_state(self.callback_handler.callbacks), self.eval_dataset)', 'steering=None'),),

@@ -3,10 +3,10 @@
 ```
 S3TError
 ├── IsolationError      a stage touched a tensor that it does not own
-├── StoreError          the store can not be read or written as asked
+├── StoreError          the store cannot be read or written as asked
 │   ├── StateError      the private state is absent, foreign or older than the manifest
 │   ├── StoreLockedError  another writer or another training run holds the store
-│   ├── HubError        a repository can not be reached, or this token may not do that
+│   ├── HubError        a repository cannot be reached, or this token may not do that
 │   └── HeadMovedError  somebody else committed to the repository meanwhile
 ├── RecipeError         settings that change bits differ from those of the store
 ├── DatasetError        rows have vanished or changed without a deletion
@@ -19,7 +19,7 @@ Bad arguments are plain `ValueError`s.
 
 
 class S3TError(Exception):
-    """Base class: a promise of the library can not be kept as things stand."""
+    """Base class: a promise of the library cannot be kept as things stand."""
 
 
 class IsolationError(S3TError):
@@ -43,7 +43,7 @@ class HeadMovedError(StoreError):
 
 
 class HubError(StoreError):
-    """A repository can not be reached, is not there for this token, or may not be changed by it."""
+    """A repository cannot be reached, is not there for this token, or may not be changed by it."""
 
 
 class RecipeError(S3TError):

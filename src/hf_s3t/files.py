@@ -6,6 +6,7 @@ used here and nowhere else: elsewhere a store can be read, and the first change 
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
@@ -36,12 +37,13 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """Reads a JSON file.
+def utc_now() -> str:
+    """UTC in ISO 8601, to the millisecond."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
-    Raises:
-        StoreError: it is absent, larger than `limit` bytes, or no JSON.
-    """
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """Reads a JSON file. A [`StoreError`] if it is absent, larger than `limit` bytes, or no JSON."""
     try:
         if path.stat().st_size > limit:
             raise StoreError(f"{path} has {path.stat().st_size} bytes, more than the {limit} that it may have.")
@@ -65,11 +67,7 @@ OTHERS = 0o077
 
 
 def private_folder(path: Path) -> None:
-    """Makes a folder that its owner alone may enter, also of one that is there.
-
-    Raises:
-        StoreError: this is no POSIX system.
-    """
+    """Makes a folder that its owner alone may enter, also of one that is there. A [`StoreError`] without POSIX."""
     if not POSIX:
         raise StoreError(
             "hf_s3t needs a POSIX file system to change a store: modes that keep the state private, and locks in the "
@@ -143,7 +141,7 @@ def write_durable(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes creations, renames and removals in a folder durable; where folders can not be synced, nothing."""
+    """Makes creations, renames and removals in a folder durable; where folders cannot be synced, nothing."""
     if not POSIX:
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -174,11 +172,7 @@ def remove(path: Path) -> None:
 
 
 def inside(root: Path, relative: str) -> Path:
-    """`root / relative`.
-
-    Raises:
-        StoreError: the path leaves `root`, by itself or through a link.
-    """
+    """`root / relative`. A [`StoreError`] if the path leaves `root`, by itself or through a link."""
     path = root / relative
     if os.path.isabs(relative) or not path.resolve().is_relative_to(root.resolve()):
         raise StoreError(f"Path {relative!r} leaves the store {root}. The manifest is damaged or hostile.")
@@ -212,11 +206,7 @@ def safetensors_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a safetensors file, as arrays.
-
-    Raises:
-        StoreError: it is absent or truncated, or holds numbers of a kind that numpy lacks.
-    """
+    """Tensors of a safetensors file, as arrays. A [`StoreError`] if it is absent, damaged, or not of numpy's types."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -229,15 +219,13 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist, but the manifest lists it. Restore it from a backup.") from None
     except SafetensorError as error:
-        raise StoreError(f"{path} can not be read ({error}): it is truncated or damaged.") from None
+        raise StoreError(f"{path} cannot be read ({error}): it is truncated or damaged.") from None
 
 
 class Lock:
     """A lock between processes, held in the kernel: the lock of a process that died is free at once.
 
-    Args:
-        path (`Path`): the lock file; `path` + `.holder` names the process that has it.
-        purpose (`str`): what the holder is doing, for the message.
+    A `.holder` file beside it names the process that has it. Who waits in vain is told that name and the `purpose`.
     """
 
     def __init__(self, path: Path, purpose: str):
@@ -247,9 +235,6 @@ class Lock:
 
     def acquire(self, timeout: float) -> None:
         """Takes the lock; may be nested, each time with a [`release`].
-
-        Args:
-            timeout (`float`): seconds to wait for another holder.
 
         Raises:
             StoreLockedError: another process still has it after `timeout` seconds; the message names it.

@@ -266,7 +266,7 @@ def test_without_the_hub_a_machine_does_not_go_back_to_before_its_own_deletion(
     machine(delete, state=tmp_path / "out/.s3t", slices=[(0, 0)])
     variables = {"HF_HUB_OFFLINE": "1"} if gone == "offline" else OFF
     again = new_machine(home=machine.home, **variables)
-    with pytest.raises(Failed, match="HubError: s3t.json .* is not in the cache, and the Hub can not be reached"):
+    with pytest.raises(Failed, match="HubError: s3t.json .* is not in the cache, and the Hub cannot be reached"):
         again(assemble)
     assert machine(cache_warnings) == []
     after = machine(assemble)

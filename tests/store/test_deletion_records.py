@@ -135,9 +135,9 @@ CHANGES = {
     "a newer receipt in it": ({"receipt": {"format": 2, "name": "another form"}}, NEWER),
     "an unknown field": ({"until": "2027"}, r"unknown fields \['until'\]"),
     "an unknown kind": ({"kind": "forget"}, "its kind is 'forget'"),
-    "no places": ({"places": None}, "can not be read"),
-    "no place": ({"places": [[0, -1]]}, "can not be read"),
-    "no number": ({"format": "1"}, "can not be read"),
+    "no places": ({"places": None}, "cannot be read"),
+    "no place": ({"places": [[0, -1]]}, "cannot be read"),
+    "no number": ({"format": "1"}, "cannot be read"),
 }
 SERVES_OR_CHANGES = {
     "live": lambda store: store.live(),

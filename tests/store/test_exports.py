@@ -243,7 +243,7 @@ def test_what_can_not_be_merged_is_refused_before_anything_is_written(open_store
         (in_memory, ValueError, "The base model is quantised"),
         (wrapped, ValueError, "has adapters already"),
         (small, StoreError, "not the base model that the store was trained on"),
-        (str(tmp_path / "nothing"), OSError, "The base model .*nothing can not be loaded"),
+        (str(tmp_path / "nothing"), OSError, "The base model .*nothing cannot be loaded"),
     ]:
         with pytest.raises(error, match=message):
             store.export(tmp_path / "whole", merge=True, base_model=base)

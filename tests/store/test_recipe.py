@@ -428,7 +428,7 @@ def test_what_a_promise_rests_on_can_not_be_accepted(tmp_path, fields, setting):
     reason = STRUCTURE[setting.split(".")[0]]
     with pytest.raises(RecipeError, match=f"Not to be accepted are {setting}: {reason}"):
         check_same(recipe(tmp_path), recipe(tmp_path, **fields), [setting])
-    with pytest.raises(ValueError, match=f"'{setting}' can not be accepted: {reason}"):
+    with pytest.raises(ValueError, match=f"'{setting}' cannot be accepted: {reason}"):
         check_accept([setting])
 
 

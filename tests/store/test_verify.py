@@ -104,7 +104,7 @@ def test_missing_file(store: Path) -> None:
     (store / "shard-00/1/adapter_config.json").unlink()
     found = broken(verify(store))
     assert "shard-00/1/adapter_config.json is missing" in found[FILES]
-    assert "shard-00/1 can not be read" in found[CONTENTS]
+    assert "shard-00/1 cannot be read" in found[CONTENTS]
 
 
 def test_truncated_file_of_the_served_prefix(store: Path) -> None:

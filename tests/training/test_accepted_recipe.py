@@ -76,7 +76,7 @@ def test_other_settings_train_only_where_each_is_named(world, store):
             world.trainer(store.path, accept_recipe=accept, **PLAN | OTHER).train()
     with pytest.raises(RecipeError, match=r"arguments\.seed"):
         world.trainer(store.path, accept_recipe=[DECAY], **PLAN, args={"weight_decay": 0.5, "seed": 1}).train()
-    with pytest.raises(ValueError, match=r"'config\.r' can not be accepted: live stages and those to come are joined"):
+    with pytest.raises(ValueError, match=r"'config\.r' cannot be accepted: live stages and those to come are joined"):
         world.trainer(store.path, accept_recipe=["config.r"], **PLAN, r=4)
     assert published(store.path) == before and store.manifest().accepted == ()
 

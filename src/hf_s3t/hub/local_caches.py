@@ -26,11 +26,8 @@ def clear_caches(repo_id: str, head: str) -> tuple[list[str], list[str]]:
     """Removes from this machine's caches every revision of a repository but its head.
 
     The blocks in the Xet cache do not tell which repository they are of: all of them go, and are fetched again when
-    they are needed. Uploads under way there stay.
-
-    Returns:
-        `tuple[list[str], list[str]]`: names of what was removed, and of what is left and may be of an old revision,
-        which is warned of, too.
+    they are needed. Uploads under way there stay. Returns the names of what was removed, and of what is left and may
+    be of an old revision; a warning names that, too.
     """
     cleared: list[str] = []
     folder = seam.cache_folder(repo_id)

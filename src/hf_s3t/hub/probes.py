@@ -2,7 +2,7 @@
 
 An answer is one of three. *Served*: the Hub hands the content out, or an address for it, whether or not the address
 answers. *Gone*: it says that there is no such thing. Everything else (no answer, 5xx, 401, 403, 429, a repository that
-this token does not see) is *not known*, and stays pending. What the answers add up to is for `purge_report.py`.
+this token does not see) is *not known*, and stays pending.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from urllib.parse import parse_qs, urlsplit
 from huggingface_hub import hf_hub_url
 
 from ..errors import CompatibilityError
+from ..files import utc_now
 from ..seams import hub as seam
-from .purge_report import Probe, PurgeReport, now
+from .purge_report import Probe, PurgeReport
 from .repo import HubRepo
 
 WORKERS = 8
@@ -50,11 +51,11 @@ def _asked(repo: HubRepo, report: PurgeReport) -> PurgeReport:
     probes = [probe for probe in report.probes if probe.served is False] + probes
     report = replace(report, probes=sorted(probes, key=lambda probe: (probe.oid, probe.way, probe.at)))
     try:
-        head = _branch_head(repo)
+        head = repo.branch_head() or ""
     except (seam.http_error(), OSError):
         head = report.head
     status = "pending" if report.pending else "no_longer_served"
-    return replace(report, head=head, ended_at=now(), status="begun" if report.status == "begun" else status)
+    return replace(report, head=head, ended_at=utc_now(), status="begun" if report.status == "begun" else status)
 
 
 def ask(repo: HubRepo, probes: Iterable[Probe]) -> list[Probe]:
@@ -65,14 +66,14 @@ def ask(repo: HubRepo, probes: Iterable[Probe]) -> list[Probe]:
     except (seam.http_error(), OSError) as error:
         hidden = f"no answer: {_short(error)}"
     if hidden is not None:
-        return [replace(probe, answer=hidden, served=None, seen_at=now()) for probe in probes]
+        return [replace(probe, answer=hidden, served=None, seen_at=utc_now()) for probe in probes]
     first = [probe for probe in probes if probe.way != "address"]
     listing = _listing(repo) if any(probe.way == "listing" for probe in first) else "not asked"
     objects = _objects(repo, first)
 
     def one(probe: Probe) -> Probe:
         served, answer = _answer(repo, probe, listing, objects)
-        return replace(probe, answer=answer, served=served, seen_at=now())
+        return replace(probe, answer=answer, served=served, seen_at=utc_now())
 
     with ThreadPoolExecutor(WORKERS) as pool:
         done = list(pool.map(one, first))
@@ -86,7 +87,7 @@ def ask(repo: HubRepo, probes: Iterable[Probe]) -> list[Probe]:
 def _answer(repo: HubRepo, probe: Probe, listing: set[str] | str, objects: Mapping[str, Answer]) -> Answer:
     try:
         if probe.way == "head":
-            found, head = repo.info(), _branch_head(repo)
+            found, head = repo.info(), repo.branch_head()
             late = found is None or found.sha != head
             return late, "answers with an older commit" if late else f"answers with {head}"
         if probe.way == "listing":
@@ -159,12 +160,12 @@ def _address(probe: Probe) -> Probe:
         with seam.session().stream("GET", probe.at, headers={"range": "bytes=0-0"}, timeout=seam.TIMEOUT) as response:
             status = response.status_code
     except (seam.http_error(), OSError) as error:
-        return replace(probe, answer=f"no answer: {_short(error)}", served=None, seen_at=now())
+        return replace(probe, answer=f"no answer: {_short(error)}", served=None, seen_at=utc_now())
     gone = status in (404, 410) or (status == 403 and expired(probe.at))
     served = True if status < 400 else (False if gone else None)
     answer = f"HTTP {status}{', expired' if status == 403 and gone else ''}"
     where = probe.at.split("?")[0] if gone else probe.at
-    return replace(probe, at=where, answer=answer, served=served, seen_at=now())
+    return replace(probe, at=where, answer=answer, served=served, seen_at=utc_now())
 
 
 def expired(address: str) -> bool:
@@ -198,11 +199,6 @@ def head_of(repo: HubRepo, revision: str, path: str) -> Any:
     # `get_hf_file_metadata` follows redirects inside the Hub and raises what has to be told apart here.
     url = hf_hub_url(repo.repo_id, path, revision=revision, endpoint=repo.api.endpoint)
     return seam.session().head(url, headers=repo.headers(), follow_redirects=False, timeout=seam.TIMEOUT)
-
-
-def _branch_head(repo: HubRepo) -> str:
-    branches = repo.api.list_repo_refs(repo.repo_id).branches
-    return next((branch.target_commit for branch in branches if branch.name == repo.branch), "")
 
 
 def _short(error: Exception) -> str:

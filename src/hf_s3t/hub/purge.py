@@ -1,11 +1,8 @@
 """Purging a repository's history of what its head does not serve.
 
-A commit that removes a file leaves it in every older revision. A purge removes the refs that lead to those, squashes
-the branches that stay, and deletes large files by the difference of two sets of contents: everything stored, less what
-a kept ref serves. Then it asks, for every removed content and every way that led to it (`probes.py`).
-
-The report is written before anything is removed, and every step may find its work done: a purge that was interrupted
-is ended by purging again, and still asks for the ways that are known from the first time.
+A purge removes refs that lead to older revisions, squashes the branches that stay, and deletes large files: all that
+is stored, less what a kept ref serves. Then it asks for every removed content, by every way that led to it. The report
+is written first, and every step may find its work done: purging again ends a purge that was interrupted.
 """
 
 from __future__ import annotations
@@ -13,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,11 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import hf_raise_for_status
 
 from ..errors import HubError, StoreError
+from ..files import utc_now
 from ..seams import hub as seam
 from .local_caches import cached_revisions, clear_caches
 from .probes import WORKERS, ask, head_of, recheck, stored
-from .purge_report import SECONDS, Probe, PurgeReport, keep, now, uncovered, unfinished
+from .purge_report import SECONDS, Probe, PurgeReport, keep, uncovered, unfinished
 from .refs import drop_ref, is_branch, sort_refs, squash
 from .repo import HubRepo
 
@@ -83,11 +82,9 @@ def purge(
     """Removes from a repository's history what its own branch does not serve.
 
     Args:
-        repo ([`HubRepo`]): its own branch is always kept.
         keep_refs (`Iterable[str]`, *optional*): other refs to keep: `"dev"`, `"refs/tags/v1"`, `"refs/pr/1"`. `None`:
             refuse if there are others. A kept branch is squashed and keeps all files of its head, also those that the
             own branch lost: they are reported as pending. A kept tag or pull request loses what the own branch lost.
-        seconds (`float`): how long to wait for the Hub to settle.
         protected (`Iterable[str]`): sha256 of contents that must stay: those of live stages. What a receipt says was
             removed and is not among them is reported as pending where a kept branch has it, under whatever name.
         receipts (`Iterable[dict]`): of deletions; those that no finished purge in `folder` covers are covered by this.
@@ -101,7 +98,7 @@ def purge(
     """
     protected = set(protected)
     known = Known(uncovered(repo.repo_id, receipts, folder), unfinished(repo.repo_id, folder))
-    try:
+    with _stopping(repo):
         kept, dropped = sort_refs(repo, keep_refs)
         report, unwanted = _prepare(repo, kept, dropped, known, protected)
         refuse_if_live(repo, kept, unwanted, protected)
@@ -114,6 +111,17 @@ def purge(
         refuse_if_live(repo, kept, unwanted, protected)  # somebody may have committed one of them meanwhile
         seam.delete_large_files(repo.api, repo.repo_id, unwanted)
         left = dict(repo.refs())
+    logger.info("%s: %d refs and %d large files removed", repo.repo_id, len(dropped), len(unwanted))
+    report = recheck(repo, _cleared(repo, report, left), seconds)
+    keep(report, folder)
+    return report
+
+
+@contextmanager
+def _stopping(repo: HubRepo) -> Iterator[None]:
+    """Tells how to go on with a purge that is stopped in this block."""
+    try:
+        yield
     except (HfHubHTTPError, seam.transport_error()) as error:
         raise HubError(
             f"The purge of {repo.repo_id} stopped: {error}. What was done stays done, and nothing that is kept was "
@@ -122,16 +130,15 @@ def purge(
     except KeyboardInterrupt:
         logger.error("The purge of %s was stopped. What was removed is removed: purge again to end it.", repo.repo_id)
         raise
-    logger.info("%s: %d refs and %d large files removed", repo.repo_id, len(dropped), len(unwanted))
-    removed, uncleared = clear_caches(repo.repo_id, left[kept[0]])
-    cleared = {*report.caches_cleared, *removed}
-    gone = [ref for ref in report.refs_removed if ref not in left]
-    report = replace(
-        report, status="pending", refs_removed=gone, caches_cleared=sorted(cleared), caches_left=uncleared
+
+
+def _cleared(repo: HubRepo, report: PurgeReport, left: Mapping[str, str]) -> PurgeReport:
+    """Clears this machine's caches; the report says so, and which refs are not among those that are left."""
+    cleared, uncleared = clear_caches(repo.repo_id, left[report.refs_kept[0]])
+    return replace(
+        report, status="pending", refs_removed=[ref for ref in report.refs_removed if ref not in left],
+        caches_cleared=sorted({*report.caches_cleared, *cleared}), caches_left=uncleared,
     )  # fmt: skip
-    report = recheck(repo, report, seconds)
-    keep(report, folder)
-    return report
 
 
 def _prepare(
@@ -149,7 +156,8 @@ def _prepare(
     gone = lost | unwanted
     sizes = known.sizes | {oid: size for tree in trees.values() for oid, size in contents(tree).items()} | there
     weights = _plain_weights(repo, history, trees, kept, {oid: sizes.get(oid) for oid in gone}, deleted)
-    stuck = weights & {blob for ref in kept for at in _commits_left(ref, history) for blob in plain_files(trees[at])}
+    left = [at for ref in kept for at in (history[ref][:1] if is_branch(ref) else history[ref])]  # after the squash
+    stuck = weights & {blob for at in left for blob in plain_files(trees[at])}
     probes = [*_ways(trees, gone, weights, kept), Probe("", "head", kept[0])]
     for oid in sorted(gone):
         probes += [Probe(oid, "object", f"{sizes.get(oid, 1)} bytes"), Probe(oid, "listing", "large-file storage")]
@@ -158,7 +166,7 @@ def _prepare(
         for path, entry in tree.items():
             if entry.lfs is not None and entry.lfs.sha256 in gone and path not in names[entry.lfs.sha256]:
                 names[entry.lfs.sha256].append(path)
-    began = now()
+    began = utc_now()
     report = PurgeReport(
         repo.repo_id, "begun", began, began, "", [receipt["receipt"] for receipt in known.receipts],
         names, sorted(gone & live | stuck), dropped, kept, _asked_before(repo, probes),
@@ -194,22 +202,14 @@ def plain_files(tree: Mapping[str, Any]) -> set[str]:
     return {entry.blob_id for entry in tree.values() if entry.lfs is None}
 
 
-def _commits_left(ref: str, history: Mapping[str, list[str]]) -> list[str]:
-    """The commits that a kept ref leads to after the purge: a branch is squashed."""
-    return history[ref][:1] if is_branch(ref) else history[ref]
-
-
 def _plain_weights(
     repo: HubRepo, history: Mapping[str, list[str]], trees: Mapping[str, Files], kept: Sequence[str],
     gone: Mapping[str, int | None], deleted: set[str],
 ) -> set[str]:  # fmt: skip
     """git's names of the plain files that hold weights which should be gone: by their ending, or by their content.
 
-    The ending is not enough at the head of a kept branch, unless the own branch lost the file.
-
-    Args:
-        gone (`dict[str, int | None]`): sha256 of what should be gone -> size, by which files are chosen to be read.
-        deleted (`set[str]`): those of them that should not be at the head of the own branch.
+    The ending is not enough at the head of a kept branch, unless the own branch lost the file. `gone` has sizes by
+    sha256, which choose the files to read; `deleted` those of them that should not be at the own branch's head.
     """
     own = plain_files(trees[kept[0]])
     lost = {blob for revision in history[kept[0]] for blob in plain_files(trees[revision])} - own

@@ -69,7 +69,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class PurgeReport:
-    """What a purge removed, what was seen afterwards, and what can not be seen.
+    """What a purge removed, what was seen afterwards, and what cannot be seen.
 
     Args:
         status (`str`): `"no_longer_served"`: every probe of a removed large file said so; `"pending"`: some did not;
@@ -246,8 +246,3 @@ def uncovered(repo_id: str, receipts: Iterable[Mapping[str, Any]], folder: Path 
         if receipt["kind"] == "delete" and receipt["receipt"] not in done and receipt["status"] != "unchanged"
         and (receipt["stages_removed"] or (receipt.get("still_served_at") and receipt.get("repository") == repo_id))
     ]  # fmt: skip
-
-
-def now() -> str:
-    """UTC time in ISO 8601."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -29,7 +29,7 @@ def sort_refs(repo: HubRepo, keep_refs: Iterable[str] | None) -> tuple[list[str]
     stuck = [ref for ref in dropped if not re.match("refs/(heads|tags|pr)/", ref)]
     if stuck:
         raise ValueError(
-            f"{', '.join(stuck)} of {repo.repo_id} can not be removed from here. Nothing was changed. Remove it on "
+            f"{', '.join(stuck)} of {repo.repo_id} cannot be removed from here. Nothing was changed. Remove it on "
             "the Hub, or keep it."
         )
     return [own, *(ref for ref in others if ref in wanted)], dropped

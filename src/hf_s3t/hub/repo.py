@@ -40,12 +40,7 @@ _NOTING = threading.Lock()
 
 
 class HubRepo:
-    """A model repository.
-
-    Args:
-        repo_id (`str`): `"me/model"`.
-        token (`str`, *optional*): `None`: the one that is logged in.
-    """
+    """A model repository, of which one branch is read and committed to."""
 
     branch = "main"
     """What is read and committed to."""
@@ -68,18 +63,15 @@ class HubRepo:
     def head(self, revision: str | None = None) -> str:
         """The full sha of a revision, by default of the branch's newest commit.
 
-        While the Hub can not be reached, what this machine saw last.
-
-        Raises:
-            StoreError: there is no such repository or revision, or no access to it.
+        While the Hub cannot be reached, it is what this machine saw last. A [`HubError`] if there is no such revision.
         """
         try:
             sha = self._sha(revision)
         except (OfflineModeIsEnabled, seam.transport_error()) as error:
             seen = self._cached_sha(revision or self.branch)
             if seen is None:
-                raise HubError(f"{self.repo_id} can not be looked up, and nothing of it is cached: {error}") from None
-            logger.warning("%s can not be looked up: reading the cached commit %s", self.repo_id, seen)
+                raise HubError(f"{self.repo_id} cannot be looked up, and nothing of it is cached: {error}") from None
+            logger.warning("%s cannot be looked up: reading the cached commit %s", self.repo_id, seen)
             return seen
         if sha is None:
             raise HubError(
@@ -94,35 +86,31 @@ class HubRepo:
         if revision is not None:
             info = self.info(revision)
             return info and info.sha
-        try:  # after a rewrite of the history the info may name the old head for a while
-            branches = self.api.list_repo_refs(self.repo_id).branches
+        try:
+            return self.branch_head()
         except RepositoryNotFoundError:
             return None
+
+    def branch_head(self) -> str | None:
+        """The branch's newest commit. After a rewrite of the history the info may name an older one for a while."""
+        branches = self.api.list_repo_refs(self.repo_id).branches
         return next((ref.target_commit for ref in branches if ref.name == self.branch), None)
 
     def has(self, path: str, revision: str) -> bool:
-        """Whether a revision has a file.
-
-        Raises:
-            HubError: it is not in the cache, and the Hub can not be reached.
-        """
+        """Whether a revision has a file. A [`HubError`] if it is not in the cache, and the Hub cannot be reached."""
         if self.is_cached(path, revision):
             return True
         try:
             return bool(self.api.get_paths_info(self.repo_id, [path], revision=revision))
         except (OfflineModeIsEnabled, seam.transport_error()) as error:
             raise HubError(
-                f"{path} of {self.repo_id} at {revision} is not in the cache, and the Hub can not be reached: {error}"
+                f"{path} of {self.repo_id} at {revision} is not in the cache, and the Hub cannot be reached: {error}"
             ) from None
 
     def file(self, path: str, revision: str, limit: int | None = None) -> Path:
         """A file of a revision, from the cache where it is there.
 
-        Args:
-            limit (`int`, *optional*): most bytes that it may have, looked at before anything is downloaded.
-
-        Raises:
-            StoreError: there is no such file, it is larger than `limit`, or it is not in the cache while offline.
+        A [`StoreError`] if there is none, or if it has more than `limit` bytes, which is asked before the download.
         """
         try:
             if limit is not None and not self.is_cached(path, revision):
@@ -133,7 +121,7 @@ class HubRepo:
             return Path(self.api.hf_hub_download(self.repo_id, path, revision=revision))
         except LocalEntryNotFoundError as error:
             raise StoreError(
-                f"{path} of {self.repo_id} is not in the cache, and the Hub can not be reached."
+                f"{path} of {self.repo_id} is not in the cache, and the Hub cannot be reached."
             ) from error
         except (EntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
             raise StoreError(f"{self.repo_id} has no file {path} at {revision}.") from None
@@ -152,7 +140,7 @@ class HubRepo:
                     seam.snapshot_folder(self.repo_id, sha).mkdir(parents=True, exist_ok=True)
                     write_atomic(ref, sha.encode())
         except OSError as error:
-            logger.warning("%s of %s can not be noted in the cache: %s", revision, self.repo_id, error)
+            logger.warning("%s of %s cannot be noted in the cache: %s", revision, self.repo_id, error)
 
     def _cached_sha(self, revision: str) -> str | None:
         ref = seam.ref_file(self.repo_id, revision)
@@ -173,15 +161,12 @@ class HubRepo:
         """One commit on top of `parent`. The files of a folder are uploaded together, and apart from other folders'.
 
         On the Hub's storage files that are uploaded in one session may share a block, which then outlives one of them.
-
-        Args:
-            message (`str`): has to be unique: by it a commit is recognised whose answer was lost.
-            files (`dict[str, bytes | Path]`): contents by path.
-            removed (`Iterable[str]`): files, and folders that end with a slash.
+        The message has to be unique: by it a commit is recognised whose answer was lost. Of `removed`, folders end
+        with a slash.
 
         Raises:
             HeadMovedError: the head is not `parent` any more; look again.
-            HubError: no right to write, or the Hub can not be reached: whether the commit arrived is not known.
+            HubError: no right to write, or the Hub cannot be reached: whether the commit arrived is not known.
             StoreError: a weight file would not be in large-file storage.
         """
         removed = list(removed)
@@ -250,11 +235,7 @@ class HubRepo:
         )
 
     def check_writable(self) -> None:
-        """Asks what every upload asks first; uploads nothing.
-
-        Raises:
-            HubError: no right to write.
-        """
+        """Asks what every upload asks first; uploads nothing. A [`HubError`] if there is no right to write."""
         try:
             asked = [CommitOperationAdd("README.md", b"#")]
             self.api.preupload_lfs_files(self.repo_id, asked, revision=self.branch)
@@ -303,11 +284,7 @@ class HubRepo:
         return [commit.commit_id for commit in self.api.list_repo_commits(self.repo_id, revision=revision)]
 
     def revisions_with(self, wanted: Callable[[str, Any], bool]) -> list[str]:
-        """Refs and commits that have a file for which `wanted` says so, given its path and its entry in the tree.
-
-        Raises:
-            HubError: the Hub can not be reached.
-        """
+        """Refs and commits that have a file for which `wanted` says so, given its path and its entry in the tree."""
         serves: dict[str, bool] = {}
         names = []
         try:
@@ -319,5 +296,5 @@ class HubRepo:
                 if serves[commits[0]]:
                     names.append(name)
         except (OfflineModeIsEnabled, seam.transport_error()) as error:
-            raise HubError(f"The history of {self.repo_id} can not be looked at: {error}") from None
+            raise HubError(f"The history of {self.repo_id} cannot be looked at: {error}") from None
         return [*names, *(revision for revision, found in serves.items() if found)]

@@ -1,15 +1,13 @@
-"""The states that enter layers of the frozen trunk, kept for the stages to come: where, and how large.
+"""The states that enter layers of the frozen trunk, kept as files for the stages to come.
 
 ```
 out/.s3t/activations/shard-00_slice-2_layer-12.states     what enters layer 12, of every example of slice 2
 ```
 
-Nothing below a stage's layer group has an adapter, so what enters the group is the base model's alone, whatever the
-sequence, the epoch and the stage. A *block* holds it for one slice and one layer. It is computed from the examples, so
-it goes with the first deletion that hits its slice. A file begins with the length of a JSON text, and that text, which
-says whose states it holds: a deletion finds them in a half-written file, too. The states of row after row follow as
-they are in memory, then JSON on how long each is, the length of that JSON, and the sha256 of all before. How states
-are computed is for `trunk/trunk.py`, which of them are kept for `trunk/choice.py`.
+Nothing below a stage's layer group has an adapter, so what enters the group is the base model's alone. A *block* holds
+it for one slice and one layer, and goes with the first deletion that hits its slice. Its file begins with the length
+of a JSON text, and that text, which says whose states it holds: a deletion finds them in a half-written file, too. The
+states of row after row follow, then JSON on how long each is, the length of that JSON, and the sha256 of all before.
 """
 
 from __future__ import annotations
@@ -81,24 +79,14 @@ class BlockName(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """States of one slice at one layer.
-
-    Args:
-        examples (`list[tuple[str, str]]`): whose rows they are.
-        inputs (`list[str]`): keyed digest of what the collator makes of each row alone.
-        states (`list[torch.Tensor]`): of each row `(length, hidden)`.
-    """
+    """States of one slice at one layer, row by row."""
 
     examples: Examples
-    inputs: list[str]
-    states: list[torch.Tensor]
+    inputs: list[str]  # keyed digest of what the collator makes of each row alone
+    states: list[torch.Tensor]  # of each row (length, hidden)
 
     def part(self, examples: Examples) -> Block | None:
-        """What it has of some rows, in their order, or `None` unless it has all of them.
-
-        Args:
-            examples (`list[tuple[str, str]]`): keyed digests of an example and of its content, once for each row.
-        """
+        """What it has of some rows, in their order, or `None` unless it has all of them."""
         if examples == self.examples:
             return self
         places: dict[tuple[str, str], list[int]] = {}
@@ -205,9 +193,7 @@ class FileWriter:
 class FileBlocks:
     """Blocks as files of a store's scratch; they outlast the training and serve its repairs.
 
-    Args:
-        private (`Path`): the store's `.s3t/`.
-        tie (`str`): digest of all that the states depend on but the examples. Files of another one are removed.
+    `tie` is a digest of all that the states depend on but the examples: files of another one are removed.
     """
 
     def __init__(self, private: Path, tie: str):
@@ -313,10 +299,7 @@ def _dtype(text: str) -> torch.dtype:
 def sweep_activations(private: Path, hit: Container[Place], read_index: Callable[[], Container[str]] | None) -> None:
     """Removes the blocks of slices that a deletion hits, and of examples that the index does not know (any more).
 
-    Args:
-        private (`Path`): a folder of scratch, `.s3t/`.
-        hit (`set[Place]`): slices that were deleted from.
-        read_index (`Callable`, *optional*): gives the keyed digests of the live examples; `None`: the state is lost.
+    With the state lost there is no index to read (`None`).
     """
     left = []
     for path in (private / FOLDER).glob("*"):

@@ -1,8 +1,7 @@
-"""Audits of a store: what of its promises holds as the files stand, what is broken, and what can not be checked.
+"""Audits of a store: what of its promises holds as the files stand, what is broken, and what cannot be checked.
 
-An audit reads and changes nothing. Whatever it lacks, the state or the key, it names; nothing passes in silence.
-Hashes tell damage and mix-ups; of a manifest that was rewritten together with its files only training a stage again
-tells, which is for `training/retrain.py`. Checks that need neither key nor state are in `public_audit.py`.
+Whatever an audit lacks, the state or the key, it names; nothing passes in silence. Hashes tell damage and mix-ups. A
+manifest that was rewritten together with its files is found only by training a stage again (`training/retrain.py`).
 """
 
 from __future__ import annotations
@@ -24,17 +23,11 @@ from .state import State
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One thing that was looked at."""
 
-    Args:
-        name (`str`): what should hold.
-        broken (`tuple[str, ...]`): where it does not.
-        not_checked (`tuple[str, ...]`): where it could not be told, with the reason.
-    """
-
-    name: str
-    broken: tuple[str, ...] = ()
-    not_checked: tuple[str, ...] = ()
+    name: str  # what should hold
+    broken: tuple[str, ...] = ()  # where it does not
+    not_checked: tuple[str, ...] = ()  # where it could not be told, with the reason
 
     @property
     def outcome(self) -> Literal["holds", "broken", "not checked"]:
@@ -53,14 +46,7 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What an audit found.
-
-    Args:
-        path (`str`): the store.
-        generation (`int`): the manifest's generation.
-        stages (`tuple[str, ...]`): the stages that were looked at.
-        checks (`tuple[Check, ...]`): one entry for each thing that was looked at.
-    """
+    """What an audit of a store found; `checks` has an entry for each thing that was looked at."""
 
     path: str
     generation: int
@@ -90,16 +76,10 @@ class VerifyReport:
 
 
 def verify(store: StoreFolder | str | os.PathLike[str]) -> VerifyReport:
-    """Audits a store; changes nothing.
-
-    Args:
-        store ([`S3TStore`], `str` or `Path`): the store. Its key and its state are used where they are at hand.
-
-    Returns:
-        [`VerifyReport`]
+    """Audits a store, with its key and its state where they are at hand; changes nothing.
 
     Raises:
-        StoreError: there is no store, or its manifest can not be read.
+        StoreError: there is no store, or its manifest cannot be read.
         StoreLockedError: somebody kept changing it meanwhile.
 
     Example:
@@ -218,7 +198,7 @@ def differing_examples(stage: str, seen: int, known: int) -> str | NotChecked:
     if seen < known:
         return NotChecked(
             f"{stage} saw {seen} examples and its slices have {known}: rows were added later, or left out in the "
-            "dataset's preparation, so it can not be told whether the others are the same"
+            "dataset's preparation, so it cannot be told whether the others are the same"
         )
     return f"{stage} saw {seen} examples, which are not the {known} that its slices have: one that it saw is gone"
 

@@ -22,20 +22,15 @@ HAND_IN = "Load the base as it was for the training and pass `base_model=`."
 def load_base(
     store: StoreFolder, name: str | None = None, unquantised: bool = False, **kwargs: Any
 ) -> tuple[nn.Module, str]:
-    """Loads a store's base model, of the class that was trained.
+    """Loads a store's base model, of the class that was trained, and tells where it came from.
 
-    Args:
-        name (`str`, *optional*): a folder or a repository id; `None`: the one that the store names, at its revision.
-        unquantised (`bool`): refuse one whose weights are quantised, before it is loaded.
-        kwargs: for `from_pretrained`.
-
-    Returns:
-        `tuple[torch.nn.Module, str]`: the model, and where it came from.
+    `name` is a folder or a repository id; `None`: what the store names, at its revision. With `unquantised`, a base
+    whose weights are quantised is refused before it is loaded.
 
     Raises:
         ValueError: the store does not say which it is.
         StoreError: it is another one than the store was trained on.
-        OSError: it can not be loaded.
+        OSError: it cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -53,7 +48,7 @@ def load_base(
             check_unquantised(AutoConfig.from_pretrained(source, revision=kwargs.get("revision")), source)
         model = base_class.from_pretrained(source, **{key: value for key, value in given.items() if value is not None})
     except OSError as error:
-        raise OSError(f"The base model {source} can not be loaded: {error}") from error
+        raise OSError(f"The base model {source} cannot be loaded: {error}") from error
     check_base(model, recipe)
     return model, source
 
@@ -85,8 +80,8 @@ def public_id(model: nn.Module) -> str | None:
 def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     """Raises [`StoreError`] if a model is not the base that a store was trained on, its heads aside.
 
-    Tensors of another dtype or quantisation can not be compared; then a warning says so. Offloaded ones are refused,
-    as adapters can not be with them.
+    Tensors of another dtype or quantisation cannot be compared; then a warning says so. Offloaded ones are refused,
+    as adapters cannot be with them.
     """
     from ..seams.models import original
     from .recipe import bare, base_config, base_digest, quantization

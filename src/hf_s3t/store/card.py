@@ -117,12 +117,13 @@ def render_card(manifest: Manifest) -> str:
     base, task = manifest.recipe.get("base", {}).get("id"), manifest.recipe.get("config", {}).get("task_type")
     auto_class, _ = AUTO_CLASSES.get(task, ("AutoModel", None))
     name = base or "the base model that this was trained on"
-    served = manifest.plan.served(manifest.stages)
-    example = Stage(*next(iter(sorted(served.items())))) if served else None
+    served = manifest.served_ends
+    example = served[0] if served else None
+    plan = manifest.plan
     return CARD.format(
         metadata=_metadata(base, task),
-        shards=manifest.plan.num_shards,
-        slices=manifest.plan.num_slices,
+        shards=plan.num_shards,
+        slices=plan.num_slices,
         generation=manifest.generation,
         base_line=f"base = transformers.{auto_class}.from_pretrained({json.dumps(name)})",
         root_text=_root_text(manifest, len(served)),
@@ -168,10 +169,10 @@ def _root_text(manifest: Manifest, live: int) -> str:
     return f"The adapter in the root of this folder is {relation} the served model:\n\n```python\n{ROOT_LINES}```"
 
 
-def _table(manifest: Manifest, served: dict[int, tuple[int, ...]]) -> str:
+def _table(manifest: Manifest, served: list[Stage]) -> str:
     rows = []
     for stage in sorted(manifest.stages):
-        mark = "yes" if served.get(stage.shard) == stage.prefix else ""
+        mark = "yes" if stage in served else ""
         rows.append(f"| `{stage.name}` | {f'`{stage.parent.name}`' if stage.parent else ''} | {mark} |")
     return "\n".join(rows)
 

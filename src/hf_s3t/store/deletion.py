@@ -1,8 +1,7 @@
 """What a deletion does: write the intent, remove what depends on the examples, leave tombstones and a receipt.
 
-No model, no dataset and no gradient step: everything follows from the index and the tree of stages. The intent is
-durable before anything changes, and `carry_out` may be run again from any point, so an interrupted deletion ends the
-same. The files themselves are `folder.py`'s.
+Everything follows from the index and the tree of stages. The intent is durable before anything changes, and
+`carry_out` may be run again from any point, so an interrupted deletion ends the same.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import StoreError, UnknownExampleError
-from ..files import json_bytes, remove
+from ..files import json_bytes, remove, utc_now
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from .deletion_records import INTENT_FORMAT
 from .export_records import carrying
@@ -23,15 +22,16 @@ from .exports import settle
 from .folder import StoreFolder
 from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
 from .partition import count_by_place
-from .receipts import Receipt, append_receipt, limits_of, now, read_receipts, receipt_name, versions
+from .receipts import Receipt, append_receipt, limits_of, read_receipts, receipt_name, versions
 from .requests import Place, Request
 from .sources import TOMBSTONES, on_top
 from .state import State, Tombstone
 from .state_files import INTENTS
 from .sweep import sweep
-from .tombstones import absorb, clear_index, event_of, put_tombstones, state_or_none, with_tombstones
+from .tombstones import absorb, clear_index, event_of, put_tombstones, state_or_none, tombstones_hmac, with_tombstones
 
 logger = logging.getLogger(__name__)
+
 
 def _alike(request: Request) -> str:
     """A sentence on what looks like something that was asked for, and is something else."""
@@ -52,25 +52,14 @@ def delete(
 ) -> Receipt:
     """Deletes what a request covers. Runs under the store's write lock; see [`S3TStore.delete`] for the arguments."""
     if request.unknown and not missing_ok:
-        shown = ", ".join(map(repr, request.unknown[:5]))
-        raise UnknownExampleError(
-            f"{len(request.unknown)} of {request.asked} are not known to {folder.path}: {shown}. Nothing was changed."
-            f"{_alike(request)} Check them (`locate`), or pass `missing_ok=True` to delete the others."
-        )
+        raise _unknown(folder, request)
     if request.look_alikes:
         logger.warning("Not deleted, as nobody asked for it:%s", _alike(request))
     receipt = _preview(folder, request, reference)
     if dry_run:
         return replace(receipt, status="dry run")
     if not request.places:
-        copies = settle(folder, receipt.exports, receipt.generation, refresh_exports)
-        places = {place for stone in request.stones for place in stone.places}
-        reached = folder.source.reached(places, folder.manifest().weights)  # of one that somebody else made, too
-        earlier = {known["receipt"]: known["inactive_since"] for known in read_receipts(folder)}
-        since = [earlier[name] for name in receipt.deleted_by if name in earlier]
-        last = max(since) if len(since) == len(receipt.deleted_by) > 0 else None  # made elsewhere: not known here
-        receipt = replace(receipt, status="unchanged", inactive_since=last, still_served_at=reached, **copies)
-        return append_receipt(folder, receipt)
+        return _unchanged(folder, request, receipt, refresh_exports)
     intent = {
         "kind": "delete",
         "receipt": receipt.to_json(),
@@ -85,17 +74,37 @@ def delete(
     try:
         if when_durable is not None:
             when_durable()
-    finally:  # from here on it can not be undone, whatever the caller's part ends in
+    finally:  # from here on it cannot be undone, whatever the caller's part ends in
         receipt = carry_out(folder, intent)
     _obey_beside(folder)
     return receipt
+
+
+def _unknown(folder: StoreFolder, request: Request) -> UnknownExampleError:
+    shown = ", ".join(map(repr, request.unknown[:5]))
+    return UnknownExampleError(
+        f"{len(request.unknown)} of {request.asked} are not known to {folder.path}: {shown}. Nothing was changed."
+        f"{_alike(request)} Check them (`locate`), or pass `missing_ok=True` to delete the others."
+    )
+
+
+def _unchanged(folder: StoreFolder, request: Request, receipt: Receipt, refresh_exports: bool) -> Receipt:
+    """The receipt of a request all of which had been deleted before."""
+    copies = settle(folder, receipt.exports, receipt.generation, refresh_exports)
+    places = {place for stone in request.stones for place in stone.places}
+    reached = folder.source.reached(places, folder.manifest().weights)  # of one that somebody else made, too
+    earlier = {known["receipt"]: known["inactive_since"] for known in read_receipts(folder)}
+    since = [earlier[name] for name in receipt.deleted_by if name in earlier]
+    last = max(since) if len(since) == len(receipt.deleted_by) > 0 else None  # made elsewhere: not known here
+    receipt = replace(receipt, status="unchanged", inactive_since=last, still_served_at=reached, **copies)
+    return append_receipt(folder, receipt)
 
 
 def readmit(folder: StoreFolder, request_digests: Mapping[str, str], reference: str | None) -> Receipt:
     """Lifts tombstones (`digest -> "id" | "group"`). Examples come back when they are handed to a training again."""
     manifest = folder.manifest()
     receipt = Receipt(
-        receipt_name(), "readmit", "readmitted", now(), manifest.generation + 1, reference=reference,
+        receipt_name(), "readmit", "readmitted", utc_now(), manifest.generation + 1, reference=reference,
         asked=len(request_digests), found=len(request_digests), versions=versions(), limits=(),
     )  # fmt: skip
     intent = {
@@ -127,7 +136,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
     hit = {place for places in request.ids.values() for place in places}
     dark = None if counts is None else max(sum(counts[place] for place in {*lost, *hit}) - deleted, 0)
     return Receipt(
-        receipt=receipt_name(), kind="delete", status="inactive", requested_at=now(),
+        receipt=receipt_name(), kind="delete", status="inactive", requested_at=utc_now(),
         generation=generation, asked=request.asked,
         found=request.asked - request.already - len(request.unknown), already_deleted=request.already,
         examples=None if counts is None else deleted, dark_examples=dark, reference=reference,
@@ -161,10 +170,9 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
         log = merged(log, state.log)
     hit = places_beyond(log, manifest.log)
     if log != manifest.log:  # else it had been carried out, and was interrupted afterwards
-        gone = [stage for stage in manifest.stages if stage.slices & hit]
-        manifest = _rewrite(folder, replace(manifest.without(gone), log=log), state)
+        manifest = _rewrite(folder, replace(manifest.untouched_by(hit), log=log), state)
         title = "Deletion" if receipt.kind == "delete" else "Readmission"
-        folder.source.publish(f"{title} {receipt.receipt}", {stage.name for stage in manifest.stages})
+        folder.source.publish(f"{title} {receipt.receipt}", manifest.names)
     sweep(folder, manifest, hit | {tuple(place) for place in intent["places"]})
     if state is not None:
         folder.write_state(state.only(manifest.stages))
@@ -172,15 +180,10 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
     reached = folder.source.reached({tuple(place) for place in intent["places"]}, manifest.weights)
     at_head = folder.source.repo_id is not None and receipt.kind == "delete"
-    status = "inactive_at_head" if at_head else receipt.status
     receipt = replace(
-        receipt,
-        status=status,
-        generation=manifest.generation,
-        inactive_since=now(),
-        still_served_at=reached,
-        **copies,
-    )
+        receipt, status="inactive_at_head" if at_head else receipt.status, generation=manifest.generation,
+        inactive_since=utc_now(), still_served_at=reached, **copies,
+    )  # fmt: skip
     receipt = append_receipt(folder, receipt)
     remove(folder.private / INTENTS / intent["file"])
     return receipt
@@ -191,14 +194,12 @@ def _rewrite(folder: StoreFolder, manifest: Manifest, state: State | None) -> Ma
     try:
         manifest = folder.write_root(manifest)
     except StoreError as error:  # a damaged stage that stays must not keep another one from being deleted
-        logger.error("the root adapter was removed, because a kept stage can not be read: %s", error)
+        logger.error("the root adapter was removed, because a kept stage cannot be read: %s", error)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             folder.source.drop(name)
         manifest = replace(manifest, root=None)
-    digest = NOT_KNOWN
-    if state is not None and state.knows(manifest) and folder.has_key:
-        digest = state.digest(folder.key)
-    manifest = replace(manifest, generation=len(manifest.log), tombstones=digest)
+    stones = tombstones_hmac(folder, state, manifest)
+    manifest = replace(manifest, generation=len(manifest.log), tombstones=stones)
     folder.write_manifest(manifest)
     if state is not None and folder.has_key and folder.source.has(TOMBSTONES):
         put_tombstones(folder, state, folder.key)
@@ -245,9 +246,8 @@ def _obey(folder: StoreFolder) -> None:
         hit = places_beyond(log, manifest.log)
         untold = manifest.tombstones == NOT_KNOWN and state.knows(manifest) and folder.has_key
         if untold or log != manifest.log:
-            gone = [stage for stage in manifest.stages if stage.slices & hit]
-            manifest = _rewrite(folder, replace(manifest.without(gone), log=log), state)
-            folder.source.publish(f"Deletions up to {manifest.generation}", {s.name for s in manifest.stages})
+            manifest = _rewrite(folder, replace(manifest.untouched_by(hit), log=log), state)
+            folder.source.publish(f"Deletions up to {manifest.generation}", manifest.names)
             folder.write_state(state.only(manifest.stages))
     sweep(folder, manifest, hit)
 

@@ -41,10 +41,6 @@ def check_fields(record: Mapping[str, Any], required: Iterable[str], known: Iter
 def read_intent(data: Any, path: Path) -> dict[str, Any]:
     """An intent with all its fields, its places as a set of `(shard, slice)`.
 
-    Args:
-        data (`dict`): what its file holds.
-        path (`Path`): the file.
-
     Raises:
         StateError: it is of a newer format, or damaged.
     """
@@ -61,6 +57,6 @@ def read_intent(data: Any, path: Path) -> dict[str, Any]:
         }  # fmt: skip
     except DAMAGED as error:
         raise StateError(
-            f"{path} is a deletion that was begun, and can not be read ({type(error).__name__} {error}). Nothing is "
+            f"{path} is a deletion that was begun, and cannot be read ({type(error).__name__} {error}). Nothing is "
             "served, trained or changed until it is: restore it from a backup of the state."
         ) from None

@@ -19,30 +19,18 @@ EXPORTS = "exports.json"
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of one export.
+    """What is known of one export."""
 
-    Args:
-        stages (`tuple[str, ...]`): names of all stages whose tensors are in it, or may be after an interruption.
-        prefix (`str`, *optional*): the stage that was asked for; `None`: the root adapter.
-        merge (`bool`): whether it is a whole model.
-        base (`str`, *optional*): where a merged one's base model came from; `None`: it was handed in as a module.
-        generation (`int`): the store's when it was made. What was deleted later, it may carry.
-    """
-
-    stages: tuple[str, ...]
-    prefix: str | None
-    merge: bool
-    base: str | None
-    generation: int
+    stages: tuple[str, ...]  # all whose tensors are in it, or may be after an interruption
+    prefix: str | None  # the stage that was asked for; `None`: the root adapter
+    merge: bool  # whether it is a whole model
+    base: str | None  # where a merged one's base model came from; `None`: it was handed in as a module
+    generation: int  # the store's when it was made; what was deleted later, it may carry
 
     def carries(self, deleted: Iterable[Tombstone]) -> bool:
         """Whether it was made of what something deleted depends on, before that was deleted."""
         places = {place for name in self.stages for place in Stage.from_name(name).slices}
         return any(stone.generation > self.generation and places & stone.places for stone in deleted)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `.s3t/exports.json`."""
-        return asdict(self) | {"stages": list(self.stages)}
 
 
 def read_exports(folder: StoreFolder) -> dict[str, Record]:
@@ -52,11 +40,7 @@ def read_exports(folder: StoreFolder) -> dict[str, Record]:
 
 
 def records_from_json(data: Any) -> dict[str, Record]:
-    """Reads the record of exports.
-
-    Raises:
-        StateError: it is none.
-    """
+    """Reads the record of exports. A [`StateError`] if it is none."""
     try:
         return {path: Record(**{**fields, "stages": tuple(fields["stages"])}) for path, fields in data.items()}
     except (AttributeError, KeyError, TypeError) as error:
@@ -67,7 +51,7 @@ def records_from_json(data: Any) -> dict[str, Record]:
 
 def records_to_json(records: Mapping[str, Record]) -> dict[str, Any]:
     """The record of exports as plain data."""
-    return {path: record.to_json() for path, record in records.items()}
+    return {path: asdict(record) for path, record in records.items()}
 
 
 def write_exports(folder: StoreFolder, records: Mapping[str, Record]) -> None:

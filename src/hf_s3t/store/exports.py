@@ -1,9 +1,8 @@
 """Copies that leave the store for stock runtimes: a plain adapter folder, or a whole model with the adapter merged in.
 
-An export is written beside the store and belongs to whoever asked for it, so it is on record (`.s3t/exports.json`)
-before its first byte is written: a deletion names every copy that still carries the influence, or makes it anew from
-what is live. What a copy holds while it is being replaced is the old and the new, and the record says both. When a
-deletion calls for this is for `deletion.py`.
+An export belongs to whoever asked for it, so it is on record (`.s3t/exports.json`) before its first byte is written: a
+deletion names every copy that still carries the influence, or makes it anew from what is live. While a copy is being
+replaced it holds the old and the new, and the record says both.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreError
 from ..files import install_folder, remove, sync_folder, write_atomic
-from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average
+from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from ..plan.tree import Stage
 from .base_model import HAND_IN, check_base, check_unquantised, load_base
 from .export_records import Record, present, read_exports, scratch_of, write_exports
@@ -61,25 +60,15 @@ class Export:
 def export_source(folder: StoreFolder, stage: Stage | None, manifest: Manifest) -> tuple[list[Stage], Adapter | None]:
     """The last stages of the prefixes that an export is made of, and their adapter.
 
-    Args:
-        stage ([`Stage`], *optional*): the end of a prefix; `None`: the root adapter.
-        manifest ([`Manifest`]): of the stages that may be served.
-
-    Returns:
-        `tuple`: the adapter is `None` where there is no root adapter.
+    The stage is the end of a prefix; `None`: the root adapter, which there may not be.
     """
     if stage is not None:
         return [stage], folder.assemble(stage.shard, stage.prefix, manifest)
-    served = [Stage(shard, order) for shard, order in sorted(manifest.plan.served(manifest.stages).items())]
-    return served, average([folder.assemble(end.shard, end.prefix, manifest) for end in served])
+    return manifest.served_ends, folder.assemble_root(manifest)
 
 
 def merged_model(base: nn.Module, adapter: Adapter) -> nn.Module:
-    """An adapter merged into its base model, which is changed: LoRA added to the weights, heads put in place.
-
-    Raises:
-        ValueError: the adapter does not fit the model.
-    """
+    """An adapter merged into its base model, which is changed: LoRA added to the weights, heads put in place."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     try:
@@ -93,12 +82,7 @@ def merged_model(base: nn.Module, adapter: Adapter) -> nn.Module:
 
 
 def given_base(folder: StoreFolder, model: nn.Module) -> nn.Module:
-    """A copy of a base model that was handed in: merging changes weights, and the caller's stay as they are.
-
-    Raises:
-        ValueError: it is quantised, or has adapters.
-        StoreError: it is another one than the store was trained on.
-    """
+    """A copy of a base model that was handed in: merging changes weights, and the caller's stay as they are."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     check_unquantised(getattr(model, "config", None), "The base model")
@@ -114,17 +98,10 @@ def given_base(folder: StoreFolder, model: nn.Module) -> nn.Module:
 def write_export(
     folder: StoreFolder, target: Path, stage: Stage | None, base: nn.Module | None, base_name: str | None
 ) -> Export:
-    """Writes an export, on record before its first byte. Runs under the store's write lock.
+    """Writes an export; see [`S3TStore.export`]. Runs under the store's write lock.
 
-    Args:
-        target (`Path`): its folder, resolved.
-        stage ([`Stage`], *optional*): the end of a prefix; `None`: the root adapter.
-        base (`torch.nn.Module`, *optional*): to merge into, and change; `None`: only the adapter is written.
-        base_name (`str`, *optional*): where the base came from, if it can be loaded again.
-
-    Raises:
-        StoreError: there is no such adapter.
-        ValueError: `target` holds something else, or the base does not fit.
+    The stage is the end of a prefix; `None`: the root adapter. A base is merged into, and changed; it has a name if it
+    can be loaded again.
     """
     manifest = folder.live()
     ends, adapter = export_source(folder, stage, manifest)
@@ -214,14 +191,8 @@ def _sync(scratch: Path) -> None:
 def settle(folder: StoreFolder, paths: Iterable[str], generation: int, refresh: bool) -> dict[str, Any]:
     """What becomes of exports that a deletion found to carry the influence; may be run again from any point.
 
-    Args:
-        paths (`Iterable[str]`): of these exports.
-        generation (`int`): of the deletion: an export that was made since is clean.
-        refresh (`bool`): whether each one is made anew from what is live, or removed where nothing of it is.
-
-    Returns:
-        `dict[str, list[str]]`: paths by what to call them in a receipt: `"exports"` (still carrying the influence),
-        `"exports_refreshed"`, `"exports_removed"`.
+    With `refresh` each one is made anew from what is live, or removed where nothing of it is; one that was made since
+    the deletion's generation is clean. Returns their paths, by the fields of a receipt that name them.
     """
     found: dict[str, list[str]] = {"exports": [], "exports_refreshed": [], "exports_removed": []}
     for path in paths:

@@ -8,10 +8,8 @@ out/  README.md  s3t.json  adapter_config.json  adapter_model.safetensors      t
 ```
 
 Readers take no lock: every file is replaced in one step and the manifest is written last. What an open intent covers
-is served no more, whether or not its files are still there. What a deletion does is for `deletion.py`.
-
-In a repository on the Hub the published files are those of one revision, downloaded when they are read; what is
-written waits until `publish` commits all of it at once. The state stays on this machine.
+is served no more, whether or not its files are still there. In a repository on the Hub the published files are those
+of one revision, and what is written waits until `publish` commits all of it at once. The state stays on this machine.
 """
 
 from __future__ import annotations
@@ -55,11 +53,7 @@ LOCK_SECONDS = 120.0
 
 
 def as_key(key: str | bytes) -> bytes:
-    """A partition key as bytes: hexadecimal text is decoded, other text taken as it is.
-
-    Raises:
-        ValueError: shorter than 16 bytes.
-    """
+    """A partition key as bytes, 16 at least: hexadecimal text is decoded, other text taken as it is."""
     if isinstance(key, str):
         text = key
         try:
@@ -82,18 +76,7 @@ def digests(files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 class StoreFolder(StateFiles):
-    """Files of one store.
-
-    Args:
-        path (`str` or `Path`): the folder, which need not exist yet, or the id of a repository (a `str` such as
-            `"me/model"`, where there is no such folder).
-        key (`str` or `bytes`, *optional*): the partition key. `None`: the environment variable `HF_S3T_KEY`, else
-            `partition.key` of the state.
-        state (`str` or `Path`, *optional*): the folder of the state. `None`: `.s3t/` in the folder; of a repository
-            what `HF_S3T_STATE` says.
-        revision (`str`, *optional*): of a repository, a commit, branch or tag to read from. `None`: the head.
-        token (`str`, *optional*): for the Hub. `None`: the one that is logged in.
-    """
+    """Files of one store, whose folder need not exist yet. [`S3TStore`] says what the arguments mean."""
 
     def __init__(
         self,
@@ -143,7 +126,7 @@ class StoreFolder(StateFiles):
         manifest = manifest or self.manifest()  # after the intents: one that ended in between is in the manifest
         intents = [intent for intent in intents if intent["receipt"]["receipt"] not in manifest.log]
         hit = {place for intent in intents for place in intent["places"]}
-        manifest = manifest.without([stage for stage in manifest.stages if stage.slices & hit])
+        manifest = manifest.untouched_by(hit)
         return replace(manifest, generation=max([manifest.generation, *(intent["generation"] for intent in intents)]))
 
     def served(self, manifest: Manifest | None = None) -> dict[int, Order]:
@@ -152,22 +135,14 @@ class StoreFolder(StateFiles):
         return manifest.plan.served(manifest.stages)
 
     def marks(self) -> tuple[Any, ...]:
-        """Changes whenever a deletion begins or ends: of a folder cheap enough to look at before every step.
-
-        Raises:
-            StateError: as [`intents`].
-        """
+        """Changes whenever a deletion begins or ends: of a folder cheap enough to look at before every step."""
         names = self._names_of_intents()
         return (*self.source.marks(), *names)
 
     # ---- adapters ----
 
     def read_stage(self, stage: Stage, manifest: Manifest | None = None) -> Adapter:
-        """A stage's own adapter, after its files were compared with the manifest.
-
-        Raises:
-            StoreError: the stage is not live, or a file is missing or differs.
-        """
+        """A live stage's own adapter, after its files were compared with the manifest."""
         return self._read_live_stage(stage, self.live(manifest))
 
     def _read_live_stage(self, stage: Stage, manifest: Manifest) -> Adapter:
@@ -198,7 +173,7 @@ class StoreFolder(StateFiles):
             try:
                 found = hashlib.sha256(path.read_bytes()).hexdigest()
             except OSError as error:
-                raise StoreError(f"{path} can not be read: {error}.") from error
+                raise StoreError(f"{path} cannot be read: {error}.") from error
             if found != digest:
                 raise StoreError(f"{path} is not the file that was trained: its sha256 differs from the manifest's.")
         return Adapter(read_json(paths[CONFIG_FILE], MAX_CONFIG_BYTES), read_safetensors(paths[WEIGHTS_FILE]))
@@ -221,23 +196,27 @@ class StoreFolder(StateFiles):
         install_folder(scratch, inside(self.path, stage.name))
         return digests(files)
 
+    def assemble_root(self, manifest: Manifest) -> Adapter | None:
+        """The root adapter of a manifest's served prefixes, if they have one."""
+        return average([self.assemble(end.shard, end.prefix, manifest) for end in manifest.served_ends])
+
+    def root_files(self, manifest: Manifest) -> dict[str, bytes]:
+        """The files of the root adapter, by name; none if there is none."""
+        root = self.assemble_root(manifest)
+        return root.files({"root": [end.name for end in manifest.served_ends]}) if root else {}
+
     def write_root(self, manifest: Manifest) -> Manifest:
         """Replaces the root adapter and the card by those of the manifest's served prefixes.
 
         Weights go first: under an older config, layers that they lack start at zero, which is their absence.
         """
-        served = manifest.plan.served(manifest.stages)
-        root = average([self.assemble(shard, prefix, manifest) for shard, prefix in sorted(served.items())])
-        if root is None:
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
-                self.source.drop(name)
-            root_digests = None
-        else:
-            files = root.files({"root": [Stage(shard, prefix).name for shard, prefix in sorted(served.items())]})
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
+        files = self.root_files(manifest)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            if files:
                 self.source.put(name, files[name])
-            root_digests = digests(files)
-        manifest = replace(manifest, root=root_digests)
+            else:
+                self.source.drop(name)
+        manifest = replace(manifest, root=digests(files) or None)
         self.source.put("README.md", render_card(manifest).encode())
         return manifest
 
@@ -245,11 +224,7 @@ class StoreFolder(StateFiles):
 
     @property
     def key(self) -> bytes:
-        """The partition key.
-
-        Raises:
-            StateError: there is none, or it is not the one that this store was trained with.
-        """
+        """The partition key. A [`StateError`] unless it is the one that this store was trained with."""
         key = self._given_key or self._environment_key()
         if key is None:
             path = self._private_file("partition.key")

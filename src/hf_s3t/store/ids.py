@@ -19,13 +19,10 @@ def id_text(value: Any) -> str:
     """The one text of an id or a group, which a command line can spell.
 
     A whole number is the same id as an integer, a float, a decimal and a text; dates and times are as Python prints
-    them, bytes are hexadecimal, a list of tokens is as JSON writes it.
+    them, bytes are hexadecimal, a list of tokens is as JSON writes it. `None` and NaN name nobody: a `ValueError`.
 
     >>> [id_text(value) for value in (4, 4.0, Decimal("4.00"), "4", 1.5, datetime.date(2026, 1, 2), b"id")]
     ['4', '4', '4', '4', '1.5', '2026-01-02', '6964']
-
-    Raises:
-        ValueError: the value names nobody, as `None` and NaN do.
     """
     if hasattr(value, "tolist"):  # numpy and torch
         value = value.tolist()
@@ -34,7 +31,9 @@ def id_text(value: Any) -> str:
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, float | Decimal) and math.isfinite(value):
-        return str(int(value)) if value == int(value) else _shortest(value)
+        if value == int(value):
+            return str(int(value))
+        return format(value.normalize(), "f") if isinstance(value, Decimal) else repr(value)
     if isinstance(value, int | datetime.date | datetime.time | datetime.timedelta | uuid.UUID):
         return str(value)
     if isinstance(value, list | tuple):
@@ -43,10 +42,6 @@ def id_text(value: Any) -> str:
         f"{value!r:.80} ({type(value).__name__}) is no id. An id is a text, a number, a date, bytes or a list, not "
         "None or NaN. Make a text of it."
     )
-
-
-def _shortest(value: float | Decimal) -> str:
-    return format(value.normalize(), "f") if isinstance(value, Decimal) else repr(value)
 
 
 def look_alikes(value: Any) -> list[str]:

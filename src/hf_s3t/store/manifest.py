@@ -7,7 +7,7 @@ it is written, is for `folder.py`; how a recipe is made, for `recipe.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -33,14 +33,11 @@ class Event:
     """A deletion or a readmission that a manifest has obeyed: no stage that it lists was trained before it on these
     places. It has the name of its receipt; nothing in it tells whom it was about.
 
-    Args:
-        places (`tuple[tuple[int, int], ...]`): `(shard, slice)`s; none for a readmission.
-        named (`bool`): whether it made or lifted tombstones; `False` where whole slices were deleted with the state
-            lost: whoever has the index makes the tombstones then.
+    It is not `named` where whole slices were deleted with the state lost: whoever has the index makes the tombstones.
     """
 
-    places: tuple[tuple[int, int], ...]
-    named: bool = True
+    places: tuple[tuple[int, int], ...]  # (shard, slice)s; none for a readmission
+    named: bool = True  # whether it made or lifted tombstones
 
 
 Log = dict[str, Event]
@@ -65,47 +62,27 @@ def merged(first: Log, second: Log) -> Log:
 
 @dataclass(frozen=True)
 class RepairBudget:
-    """For which repair the plan was made: `train(repair="best")`, called again after a kill, goes on with it.
+    """For which repair the plan was made: `train(repair="best")`, called again after a kill, goes on with it."""
 
-    Args:
-        cost_budget (`int`): slice passes that it may cost, over all shards.
-        deletions (`int`): how many there had been when it began.
-    """
-
-    cost_budget: int
-    deletions: int
+    cost_budget: int  # slice passes that it may cost, over all shards
+    deletions: int  # how many there had been when it began
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of `s3t.json`.
+    """Content of `s3t.json`."""
 
-    Args:
-        generation (`int`): number of events so far.
-        tombstones (`str`): HMAC over the events and their tombstones, or [`NOT_KNOWN`].
-        key_check (`str`): tells whether a partition key is this store's.
-        recipe (`dict`): every setting that changes bits.
-        plan ([`Plan`]): the tree of stages.
-        stages (`dict[Stage, dict[str, str]]`): sha256 per file of each trained stage.
-        root (`dict`, *optional*): sha256 per file of the root adapter, or `None` while there is none.
-        log (`dict[str, Event]`): what its stages have obeyed, by name.
-        deletion_prior (`tuple[float, ...]`, *optional*): chance that a request hits each slice, that the plan was
-            made for; `None`: all alike.
-        repair ([`RepairBudget`], *optional*): `None` where the plan is the one of the config.
-        accepted (`tuple[Accepted, ...]`): settings that were changed while stages lived, oldest first.
-    """
-
-    generation: int
-    tombstones: str
-    key_check: str
-    recipe: dict[str, Any]
+    generation: int  # number of events so far
+    tombstones: str  # HMAC over the events and their tombstones, or `NOT_KNOWN`
+    key_check: str  # tells whether a partition key is this store's
+    recipe: dict[str, Any]  # every setting that changes bits
     plan: Plan
-    stages: dict[Stage, dict[str, str]] = field(default_factory=dict)
-    root: dict[str, str] | None = None
-    log: Log = field(default_factory=dict)
-    deletion_prior: tuple[float, ...] | None = None
-    repair: RepairBudget | None = None
-    accepted: tuple[Accepted, ...] = ()
+    stages: dict[Stage, dict[str, str]] = field(default_factory=dict)  # sha256 per file of each trained stage
+    root: dict[str, str] | None = None  # sha256 per file of the root adapter, `None` while there is none
+    log: Log = field(default_factory=dict)  # what its stages have obeyed, by name
+    deletion_prior: tuple[float, ...] | None = None  # that the plan was made for; `None`: all slices alike
+    repair: RepairBudget | None = None  # `None` where the plan is the one of the config
+    accepted: tuple[Accepted, ...] = ()  # settings that were changed while stages lived, oldest first
 
     @property
     def replay(self) -> float:
@@ -122,6 +99,20 @@ class Manifest:
         """sha256 of the weights of each trained stage."""
         return {files[WEIGHTS_FILE] for files in self.stages.values()}
 
+    @property
+    def names(self) -> set[str]:
+        """Names of the trained stages."""
+        return {stage.name for stage in self.stages}
+
+    @property
+    def served_ends(self) -> list[Stage]:
+        """The last stage of the served prefix of each live shard, in the shards' order."""
+        return [Stage(shard, prefix) for shard, prefix in sorted(self.plan.served(self.stages).items())]
+
+    def untouched_by(self, places: Set[tuple[int, int]]) -> Manifest:
+        """The manifest less every stage that saw one of some `(shard, slice)`s."""
+        return self.without(stage for stage in self.stages if stage.slices & places)
+
     def without(self, stages: Iterable[Stage]) -> Manifest:
         """The manifest less some stages."""
         gone = set(stages)
@@ -129,7 +120,6 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `s3t.json`."""
-        served = self.plan.served(self.stages)
         return {
             "library": "hf_s3t",
             "format": FORMAT,
@@ -140,23 +130,19 @@ class Manifest:
             "plan": self.plan.to_json(),
             "deletion_prior": None if self.deletion_prior is None else list(self.deletion_prior),
             "repair": None if self.repair is None else asdict(self.repair),
-            "accepted": [setting.to_json() for setting in self.accepted],
+            "accepted": [asdict(setting) for setting in self.accepted],
             "stages": {
                 stage.name: {"parent": stage.parent.name if stage.parent else None, "sha256": files}
                 for stage, files in sorted(self.stages.items())
             },
-            "served": {Stage(shard, prefix).name: list(prefix) for shard, prefix in sorted(served.items())},
+            "served": {end.name: list(end.prefix) for end in self.served_ends},
             "root": self.root,
             "log": log_json(self.log),
         }
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:
-        """Reads a manifest strictly.
-
-        Raises:
-            StoreError: it is of another format version, or not a manifest.
-        """
+        """Reads a manifest strictly. A [`StoreError`] if it is none, or of another format version."""
         if not isinstance(data, dict) or data.get("library") != "hf_s3t":
             raise StoreError("This is no manifest of hf_s3t. Give the folder that a training wrote.")
         if data.get("format") != FORMAT:

@@ -1,8 +1,7 @@
 """Where an example lives: from a row of the train set to `(shard, slice)`, and the index that remembers it.
 
 An example's place is a keyed hash of its id (or of its group), so it never depends on other examples, on the order of
-the rows or on the content beyond the id: deleting one example moves no other. Only keyed digests leave this file;
-which stages a place belongs to is for `plan/tree.py`, where the index is kept for `store.py`.
+the rows or on the content beyond the id: deleting one example moves no other. Only keyed digests leave this file.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from ..errors import DatasetError
@@ -75,11 +73,7 @@ def _plain(value: Any) -> Any:
 
 
 def row_digest(row: Mapping[str, Any]) -> str:
-    """SHA-256 over the canonical JSON of an undecoded raw row; of a file's bytes and path only the bytes count.
-
-    Raises:
-        ValueError: a value says nothing but where it is in memory, as a decoded image does.
-    """
+    """SHA-256 over the canonical JSON of an undecoded raw row; of a file's bytes and path only the bytes count."""
     return hashlib.sha256(canonical(_without_path(row))).hexdigest()
 
 
@@ -93,11 +87,7 @@ def _without_path(value: Any) -> Any:
 
 
 def keyed_digest(key: bytes, kind: Literal["id", "group", "content", "key check"], value: Any) -> str:
-    """HMAC-SHA256 of an id, group or content digest, in hexadecimal. An id `17` and an id `"17"` are the same id.
-
-    Raises:
-        ValueError: the value is no id; see [`id_text`].
-    """
+    """HMAC-SHA256 of an id, group or content digest, in hexadecimal. An id `17` and an id `"17"` are the same id."""
     message = f"{kind}\0{id_text(value)}".encode(errors="surrogatepass")
     return hmac.new(key, message, hashlib.sha256).hexdigest()[:DIGEST_CHARS]
 
@@ -115,13 +105,9 @@ def assign(key: bytes, digest: str, num_shards: int, num_slices: int) -> tuple[i
 
 
 def raw_rows(dataset: Any) -> Iterable[Mapping[str, Any]]:
-    """Rows of a dataset before any transform or decoding, each a mapping from column to plain value.
-
-    Raises:
-        ValueError: the dataset has no length (it is streamed), or its rows are no mappings.
-    """
+    """Rows of a dataset before any transform or decoding, each a mapping from column to plain value."""
     if not hasattr(dataset, "__len__"):
-        raise ValueError("S3T needs a train set with a length: a stream can not be cut into slices. Materialise it.")
+        raise ValueError("S3T needs a train set with a length: a stream cannot be cut into slices. Materialise it.")
     if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
         for batch in dataset.with_format("arrow").iter(batch_size=1000):
             yield from batch.to_pylist()
@@ -134,11 +120,7 @@ def raw_rows(dataset: Any) -> Iterable[Mapping[str, Any]]:
 
 
 def id_source(config: S3TConfig, columns: Sequence[str]) -> str | None:
-    """The column that names an example, or `None` for a digest of the raw row.
-
-    Raises:
-        ValueError: a named column is missing, or the rows are tokenised and have no id.
-    """
+    """The column that names an example, or `None` for a digest of the raw row, which must not be tokenised then."""
     for name in (config.id_column, config.group_column, *(config.slice_columns or ())):
         if name is not None and name not in columns:
             raise ValueError(f"The train set has no column {name!r}. Its columns: {', '.join(columns)}.")
@@ -149,7 +131,7 @@ def id_source(config: S3TConfig, columns: Sequence[str]) -> str | None:
     tokenized = [name for name in TOKENIZED_COLUMNS if name in columns]
     if tokenized:
         raise ValueError(
-            f"The train set has no ids and is already tokenised ({', '.join(tokenized)}): a digest of tokens can not "
+            f"The train set has no ids and is already tokenised ({', '.join(tokenized)}): a digest of tokens cannot "
             "be found again from a person's text. Keep an id column through tokenisation, pass the raw rows, or name "
             f"the column that shall serve as the id, e.g. `id_column={tokenized[0]!r}`."
         )
@@ -157,11 +139,7 @@ def id_source(config: S3TConfig, columns: Sequence[str]) -> str | None:
 
 
 def read_rows(dataset: Any, key: bytes, config: S3TConfig) -> list[tuple[str, Entry]]:
-    """Keyed digest and entry of every row, in the dataset's order.
-
-    Raises:
-        ValueError: an id that occurs twice, a place out of range, or a group in several places.
-    """
+    """Keyed digest and entry of every row, in the dataset's order. Each id occurs once, each group in one place."""
     digests: list[tuple[str, Entry]] = []
     names: dict[str, Any] = {}
     people: dict[str, Any] = {}
@@ -259,8 +237,7 @@ def warn_of_empty_slices(index: Index, key: bytes, config: S3TConfig) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """How a train set differs from the index: keyed digests of rows that are gone, changed, or new."""
 
     missing: frozenset[str]
@@ -271,8 +248,7 @@ class Comparison:
 def compare(index: Index, rows: Mapping[str, Entry]) -> Comparison:
     """Compares the rows of a train set with the index of what was handed in before.
 
-    Raises:
-        DatasetError: a known example moved to another place, which only the dataset's own columns can cause.
+    A [`DatasetError`] if a known example moved to another place, which only the dataset's own columns can cause.
     """
     moved = [digest for digest, entry in rows.items() if digest in index and entry[:3] != index[digest][:3]]
     if moved:
@@ -287,13 +263,9 @@ def compare(index: Index, rows: Mapping[str, Entry]) -> Comparison:
 def stage_examples(stage: Stage, by_slice: Mapping[int, Iterable[str]], replay: float = 1.0) -> tuple[str, ...]:
     """The examples that a stage sees: slice by slice along its prefix, ordered by digest.
 
-    Of each slice but the newest they are a share: those of which a digest, of the stage's name and the example's keyed
-    digest, is small enough. So it depends on no other example, and without the key nobody can tell which they are.
-
-    Args:
-        stage ([`Stage`]): the stage.
-        by_slice (`dict[int, list[str]]`): keyed digests of the examples of its shard.
-        replay (`float`, *optional*, defaults to `1.0`): the share.
+    Of each slice but the newest they are a share, `replay`: those of which a digest, of the stage's name and the
+    example's keyed digest, is small enough. So it depends on no other example, and without the key nobody can tell
+    which they are. `by_slice` has the keyed digests of the examples of the stage's shard.
     """
     newest = stage.prefix[-1]
     return tuple(

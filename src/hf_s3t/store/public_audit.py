@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ..errors import S3TError
 from ..files import inside, read_json
-from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, average
+from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..plan.tree import Stage
 from .folder import MANIFEST, StoreFolder
-from .manifest import Manifest
+from .manifest import DAMAGED, Manifest
 from .stage_contents import read_header, stage_findings
 
 TENSOR_FILES = (
@@ -24,7 +24,7 @@ TENSOR_FILES = (
 )  # fmt: skip
 """Endings of files that may hold tensors or rows; in a store only the manifest's own may."""
 
-MALFORMED = (S3TError, OSError, KeyError, TypeError, ValueError, AttributeError)
+MALFORMED = (S3TError, OSError, *DAMAGED)
 """What reading a damaged or hostile file raises."""
 
 
@@ -43,7 +43,7 @@ def _check_files(folder: StoreFolder, manifest: Manifest) -> Findings:
             path = inside(folder.path, f"{stage.name}/{name}")
             if not path.is_file():
                 yield f"{stage.name}/{name} is missing"
-            elif _sha256(path) != digest:
+            elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
                 yield f"{stage.name}/{name} is not the file that was trained: its sha256 differs from the manifest's"
 
 
@@ -54,7 +54,7 @@ def _check_tree(folder: StoreFolder, manifest: Manifest) -> Findings:
         if named != (stage.parent.name if stage.parent else None):
             yield f"{stage.name}: the manifest names {named!r} as its parent"
         if stage.parent and stage.parent not in manifest.stages:
-            yield f"{stage.name}: its parent {stage.parent.name} is not in the store, so it can not be served"
+            yield f"{stage.name}: its parent {stage.parent.name} is not in the store, so it cannot be served"
     if data["served"] != manifest.to_json()["served"]:
         yield "the served prefixes that the manifest names are not those that follow from its stages"
     if (recipe["partition"]["num_shards"], recipe["partition"]["num_slices"]) != (plan.num_shards, plan.num_slices):
@@ -71,7 +71,7 @@ def _check_contents(folder: StoreFolder, manifest: Manifest) -> Findings:
             header = read_header(path / WEIGHTS_FILE)
             yield from stage_findings(stage, recipe, read_json(path / CONFIG_FILE), header)
         except MALFORMED as error:
-            yield f"{stage.name} can not be read: {type(error).__name__}: {error}"
+            yield f"{stage.name} cannot be read: {type(error).__name__}: {error}"
             continue
         depth = 0 if whole else stage.depth
         shapes = frozenset((name, tuple(entry["shape"])) for name, entry in header.items())
@@ -87,7 +87,7 @@ def _check_contents(folder: StoreFolder, manifest: Manifest) -> Findings:
 def _check_surplus(folder: StoreFolder, manifest: Manifest) -> Findings:
     expected = {f"{stage.name}/{name}" for stage, files in manifest.stages.items() for name in files}
     expected |= set(manifest.root or ())
-    folders = {stage.name for stage in manifest.stages} | {f"shard-{stage.shard:02d}" for stage in manifest.stages}
+    folders = manifest.names | {f"shard-{stage.shard:02d}" for stage in manifest.stages}
     resumable = (folder.private / "running", folder.private / "scratch")
     for path in _walk(folder.path):
         relative = path.relative_to(folder.path).as_posix()
@@ -110,10 +110,8 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _check_root(folder: StoreFolder, manifest: Manifest) -> Findings:
-    served = [Stage(shard, prefix) for shard, prefix in sorted(folder.served(manifest).items())]
-    root = average([folder.assemble(stage.shard, stage.prefix, manifest) for stage in served])
-    names = [stage.name for stage in served]
-    files = root.files({"root": names}) if root else {}
+    live = folder.live(manifest)
+    files, names = folder.root_files(live), [end.name for end in live.served_ends]
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         path, recorded = folder.path / name, (manifest.root or {}).get(name)
         found = path.read_bytes() if path.is_file() else None
@@ -132,8 +130,3 @@ PUBLISHED_CHECKS: dict[str, FindingsOf] = {
     "the root adapter is the served model": _check_root,
 }
 """By what should hold."""
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

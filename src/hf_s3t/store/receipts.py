@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import secrets
@@ -104,7 +103,7 @@ class Receipt:
             required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
             check_fields(data, required, [f.name for f in fields(cls)])
         except DAMAGED as error:
-            raise StateError(f"A receipt can not be read ({error}). Restore the state from a backup.") from None
+            raise StateError(f"A receipt cannot be read ({error}). Restore the state from a backup.") from None
         return cls(**data)
 
 
@@ -122,11 +121,7 @@ def append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
 
 
 def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
-    """Every receipt, oldest first; a line that a crash cut short is left out.
-
-    Raises:
-        StateError: a newer version of hf_s3t wrote one.
-    """
+    """Every receipt, oldest first; a line that a crash cut short is left out."""
     path = folder.private / "receipts.jsonl"
     found = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
@@ -147,8 +142,3 @@ def versions() -> dict[str, str]:
 def receipt_name() -> str:
     """A name that no other deletion has."""
     return f"receipt-{secrets.token_hex(6)}"
-
-
-def now() -> str:
-    """UTC in ISO 8601, to the millisecond."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -49,53 +49,67 @@ def make_recipe(
         heads (`dict[str, str]`): digests of the heads that the base lacked and that were drawn.
         user_code (`tuple`): what else of the user's changes bits: the optimizer with its settings, the loss function.
         cached_trunk (`bool`): whether what enters a stage is computed row by row, as an activation cache needs it.
-        steering (`dict`, *optional*): see [`steering_by`].
     """
-    lora = {name: getattr(config, name) for name in LORA_FIELDS if name != "exclude_modules"}
     recipe = {
-        "config": {
-            **lora,
-            "target_modules": list(layout.suffixes),
-            "modules_to_save": list(layout.heads),
-            "groups": [list(group) for group in layout.groups],
-            "stage_parameters": config.stage_parameters,
-            "task_type": config.task_type,
-        },
-        "partition": {
-            "num_shards": config.num_shards,
-            "num_slices": config.num_slices,
-            "id_column": id_column,
-            "group_column": config.group_column,
-            "slice_columns": list(config.slice_columns) if config.slice_columns else None,
-        },
+        "config": _config_section(config, layout),
+        "partition": _partition_section(config, id_column),
         "arguments": bit_changing_arguments(args),
         "mixed_precision": str(args.mixed_precision),
         "processes": args.world_size,
         "base": {
             "id": base_id,
             "revision": config.revision,
-            "class": type(bare(model)).__name__,
-            "num_labels": bare(model).config.num_labels if layout.heads else None,
-            "dtype": str(bare(model).dtype),
-            "quantization": quantization(model),
-            "config": base_config(model, processing_class is not None),
-            "sha256": base_digest(model, layout.heads),
             "drawn_heads": dict(heads),
-            "heads": {head: base_digest(bare(model).get_submodule(head)) for head in layout.heads},
+            **_base_section(model, layout, has_tokenizer=processing_class is not None),
         },
         "processing": processing_digest(processing_class),
         "collator": type(collator).__name__ if not hasattr(collator, "__name__") else collator.__name__,
+        "collator_settings": described(collator),
+        "user_code": described(user_code),
+        "user_values": {"code": _digest(carried(user_code)), "collator": _digest(carried(collator))},
+        "steering": steering,
+        UNSET: unset_arguments(args),
     }
-    if config.replay != 1:  # recipes from before there was a choice do not name it
-        recipe["config"]["replay"] = config.replay
-    recipe["collator_settings"] = described(collator)
-    recipe["user_code"] = described(user_code)
-    recipe["user_values"] = {"code": _digest(carried(user_code)), "collator": _digest(carried(collator))}
-    recipe["steering"] = steering
-    recipe[UNSET] = unset_arguments(args)
     if cached_trunk:
         recipe["cached_trunk"] = True
     return json.loads(json.dumps(recipe, default=str, sort_keys=True))
+
+
+def _config_section(config: S3TConfig, layout: Layout) -> dict[str, Any]:
+    section = {
+        **{name: getattr(config, name) for name in LORA_FIELDS if name != "exclude_modules"},
+        "target_modules": list(layout.suffixes),
+        "modules_to_save": list(layout.heads),
+        "groups": [list(group) for group in layout.groups],
+        "stage_parameters": config.stage_parameters,
+        "task_type": config.task_type,
+    }
+    if config.replay != 1:  # recipes from before there was a choice do not name it
+        section["replay"] = config.replay
+    return section
+
+
+def _partition_section(config: S3TConfig, id_column: str | None) -> dict[str, Any]:
+    return {
+        "num_shards": config.num_shards,
+        "num_slices": config.num_slices,
+        "id_column": id_column,
+        "group_column": config.group_column,
+        "slice_columns": list(config.slice_columns) if config.slice_columns else None,
+    }
+
+
+def _base_section(model: nn.Module, layout: Layout, has_tokenizer: bool) -> dict[str, Any]:
+    base = bare(model)
+    return {
+        "class": type(base).__name__,
+        "num_labels": base.config.num_labels if layout.heads else None,
+        "dtype": str(base.dtype),
+        "quantization": quantization(model),
+        "config": base_config(model, has_tokenizer),
+        "sha256": base_digest(model, layout.heads),
+        "heads": {head: base_digest(base.get_submodule(head)) for head in layout.heads},
+    }
 
 
 def base_config(model: nn.Module, has_tokenizer: bool = False) -> dict[str, Any]:
@@ -132,9 +146,6 @@ def steering_by(args: TrainingArguments, callbacks: Iterable[Any], eval_dataset:
 
     It does where it chooses the weights, drives the learning rate, or where a callback with a state listens to it, as
     one that stops early. Then the evaluation set is part of the recipe, and so is how often it is asked.
-
-    Raises:
-        ValueError: a row of the evaluation set has no canonical form.
     """
     told = [(type(callback).__name__, callback.state().get("args", {})) for callback in callbacks]
     if not told and not is_evaluation_heard(args):
@@ -171,7 +182,7 @@ def described(thing: Any) -> Any:
 
 
 def _digest(values: Any) -> str:
-    """sha256 over plain data, of which nothing is to be published itself."""
+    """sha256 over plain data that is not published itself."""
     return hashlib.sha256(canonical(values)).hexdigest()
 
 
@@ -282,7 +293,7 @@ def base_digest(model: nn.Module, heads: Iterable[str] = ()) -> str:
         plain = base_name(name)
         if plain is not None and not plain.startswith(outside) and isinstance(value, torch.Tensor):
             digests[plain] = tensor_digest(value)
-    return hashlib.sha256(canonical(digests)).hexdigest()
+    return _digest(digests)
 
 
 def processing_digest(processing_class: Any) -> str | None:
@@ -290,9 +301,9 @@ def processing_digest(processing_class: Any) -> str | None:
     if processing_class is None:
         return None
     if not isinstance(processing_class, PreTrainedTokenizerBase):
-        return hashlib.sha256(canonical(processing_class.to_dict())).hexdigest()
+        return _digest(processing_class.to_dict())
     rules = tokenizer_rules(processing_class)
     for changing in ("truncation", "padding"):  # what the last call left in the backend
         rules.pop(changing, None)
     about = (rules, processing_class.chat_template, processing_class.special_tokens_map, processing_class.padding_side)
-    return hashlib.sha256(canonical(about)).hexdigest()
+    return _digest(about)

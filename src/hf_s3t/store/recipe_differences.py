@@ -1,15 +1,14 @@
 """How two recipes differ, which differences may be accepted, and what is claimed of a store where some were.
 
-A repair with other settings is refused, unless its user names each setting that may differ. Then two grades of claim
-part: what was deleted is in no stage, by construction and whatever the settings; what is trained from then on is no
-longer bit-equal to training from scratch. The manifest keeps what was accepted, for good. What a recipe holds is for
-`recipe.py`.
+A repair with other settings is refused, unless its user names each setting that may differ. Even then what was deleted
+is in no stage, by construction. But what is trained from then on is no longer bit-equal to training from scratch. The
+manifest keeps what was accepted, for good.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..errors import RecipeError
@@ -47,25 +46,15 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Accepted:
-    """A setting that was changed although stages live which were trained with another value.
+    """A setting that was changed although stages live which were trained with another value."""
 
-    Args:
-        setting (`str`): its path in the recipe.
-        before, after: its values; `None`, too, where one side did not know it.
-        generation (`int`): of the store when it was changed. What is trained from then on has the new value.
-    """
-
-    setting: str
-    before: Any
+    setting: str  # its path in the recipe
+    before: Any  # its values; `None`, too, where a side did not name it
     after: Any
-    generation: int
+    generation: int  # of the store when it was changed; what is trained from then on has the new value
 
     def __str__(self) -> str:
         return f"{self.setting}: {self.before!r}, since generation {self.generation} {self.after!r}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for the manifest."""
-        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> Accepted:
@@ -80,7 +69,7 @@ NOT_BIT_EQUAL = "What is trained since is influence-free by construction, and no
 
 
 def why_not(setting: str) -> str | None:
-    """Why a difference in a setting can not be accepted; `None` where it can."""
+    """Why a difference in a setting cannot be accepted; `None` where it can."""
     return None if setting in OUTSIDE else STRUCTURE.get(setting.split(".")[0])
 
 
@@ -93,25 +82,16 @@ def check_accept(accept: Any) -> None:
         )
     for setting in accept:
         if why_not(setting):
-            raise ValueError(f"A change of {setting!r} can not be accepted: {why_not(setting)}.")
+            raise ValueError(f"A change of {setting!r} cannot be accepted: {why_not(setting)}.")
 
 
 def check_same(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], accept: Collection[str] = ()
 ) -> tuple[Difference, ...]:
-    """Compares two recipes.
+    """What differs between two recipes and was accepted. A [`RecipeError`] if anything else does.
 
     An argument that one side does not know, because it came or went with a version of the Trainer, is no difference
     where the other side knows that nobody set it. A field of the base's config that only one has is none either.
-
-    Args:
-        accept (`Collection[str]`): settings that may differ.
-
-    Returns:
-        `tuple[Difference, ...]`: what differs and was accepted.
-
-    Raises:
-        RecipeError: something else differs.
     """
     unset = {*stored.get(UNSET, ()), *wanted.get(UNSET, ())}
     before, after = _comparable(stored, wanted)

@@ -21,25 +21,16 @@ Kind = Literal["id", "group"]
 
 @dataclass(frozen=True)
 class Request:
-    """A request in the store's own terms: keyed digests, places, and what was not found.
+    """A request in the store's own terms: keyed digests, places, and what was not found."""
 
-    Args:
-        ids, groups (`dict[str, tuple]`): places by keyed digest of what is to be deleted and not deleted yet.
-        places (`set`): every `(shard, slice)` that is hit.
-        asked, already (`int`): numbers of things asked for, and deleted before.
-        unknown (`tuple`): what was asked for and is not known, as it was asked.
-        look_alikes (`dict[str, list]`): of what was asked for, other spellings that are known.
-        stones (`tuple[Tombstone, ...]`): of what was deleted before.
-    """
-
-    ids: dict[str, tuple[Place, ...]]
+    ids: dict[str, tuple[Place, ...]]  # places by keyed digest, of what is not deleted yet
     groups: dict[str, tuple[Place, ...]]
-    places: frozenset[Place]
-    asked: int
-    already: int
-    unknown: tuple[Any, ...]
-    stones: tuple[Tombstone, ...] = ()
-    look_alikes: Mapping[str, list[str]] = field(default_factory=dict)
+    places: frozenset[Place]  # every one that is hit
+    asked: int  # number of things asked for
+    already: int  # and of those that were deleted before
+    unknown: tuple[Any, ...]  # what was asked for and is not known, as it was asked
+    stones: tuple[Tombstone, ...] = ()  # of what was deleted before
+    look_alikes: Mapping[str, list[str]] = field(default_factory=dict)  # other spellings that are known
 
 
 class LookAlikes:
@@ -74,12 +65,7 @@ def resolve(
     slices: Iterable[Place] = (),
     digests: Iterable[str] = (),
 ) -> Request:
-    """Looks a request up in the index and the tombstones. Changes nothing.
-
-    Raises:
-        ValueError: nothing is asked for, rows lack their id, groups in a store without groups, a slice out of range.
-        StateError: the state is needed and absent.
-    """
+    """Looks a request up in the index and the tombstones. Changes nothing."""
     manifest = folder.manifest()
     check_lists(ids=ids, groups=groups, rows=rows, slices=slices, digests=digests)
     hit = _places(slices)
@@ -87,14 +73,27 @@ def resolve(
     wanted: list[tuple[Any, Kind]] = [(value, "id") for value in ids]
     wanted += [(_row_id(row, manifest), "id") for row in rows]
     wanted += [(value, "group") for value in groups]
-    known: list[tuple[Any, str, Kind]] = [(digest, digest, "id") for digest in digests]
-    if not wanted and not hit and not known:
+    digests = list(digests)
+    if not wanted and not hit and not digests:
         raise ValueError("The request is empty: give ids, groups, rows or slices.")
     if any(kind == "group" for _, kind in wanted) and not manifest.recipe["partition"]["group_column"]:
         raise ValueError("This store was trained without `group_column`, so it knows none. Delete by ids or rows.")
-    if not wanted and not known:
+    if not wanted and not digests:
         return _slices_request(folder, hit)
+    named = _named_request(folder, wanted, digests)
+    if not hit:
+        return named
+    whole = _slices_request(folder, hit)
+    return replace(
+        named, ids={**whole.ids, **named.ids}, places=named.places | whole.places, asked=named.asked + whole.asked,
+        already=named.already + whole.already, stones=(*named.stones, *whole.stones),
+    )  # fmt: skip
+
+
+def _named_request(folder: StoreFolder, wanted: Sequence[tuple[Any, Kind]], digests: Iterable[str]) -> Request:
+    """A request for ids and groups, and for examples by their keyed digests."""
     key = folder.key if wanted else b""
+    known: list[tuple[Any, str, Kind]] = [(digest, digest, "id") for digest in digests]
     known += [(value, keyed_digest(key, kind, value), kind) for value, kind in wanted]
     index = folder.index()
     alike = LookAlikes(index, key)
@@ -104,15 +103,7 @@ def resolve(
         for value, kind in wanted
         if (found := [text for text, digest in alike.of(kind, value) if digest not in asked])
     }
-    request = replace(_look_up(index, folder.state(), known), look_alikes=others)
-    extra = _slices_request(folder, hit) if hit else None
-    if extra is None:
-        return request
-    merged = {**extra.ids, **request.ids}
-    return replace(
-        request, ids=merged, places=request.places | extra.places, asked=request.asked + len(hit),
-        already=request.already + extra.already, stones=(*request.stones, *extra.stones),
-    )  # fmt: skip
+    return replace(_look_up(index, folder.state(), known), look_alikes=others)
 
 
 def _places(slices: Iterable[Place]) -> set[Place]:

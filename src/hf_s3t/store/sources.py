@@ -119,12 +119,8 @@ class RepoSource:
     """Published files in a repository, read at one commit.
 
     Threads may share it. While one is in [`drafting`], what it reads and what it puts are its own: it commits on top
-    of the very commit that it read, wherever others look meanwhile.
-
-    Args:
-        repo ([`HubRepo`]): the repository.
-        revision (`str`, *optional*): a commit, branch or tag to read from, for good; `None`: the head when it is first
-            asked, and at every [`look`].
+    of the very commit that it read, wherever others look meanwhile. A revision that is given is read for good. Without
+    one it is the head when it is first asked, and at every [`look`].
     """
 
     def __init__(self, repo: HubRepo, revision: str | None = None):
@@ -208,10 +204,8 @@ class RepoSource:
     def publish(self, message: str, stages: set[str]) -> Any:
         """Commits everything that waits, and removes every stage that is not among `stages`.
 
-        The commit is made on top of the one that is read.
-
-        Raises:
-            HeadMovedError: somebody committed meanwhile; nothing was changed.
+        It is made on top of the commit that is read. A [`HeadMovedError`] if somebody committed meanwhile: nothing
+        was changed.
         """
         self._check_head()
         there = self.repo.tree(self.revision)
@@ -245,11 +239,8 @@ class RepoSource:
     def reached(self, places: AbstractSet[tuple[int, int]], live: AbstractSet[str]) -> list[str]:
         """Refs and commits that serve a stage which saw one of some slices: in the history, until a purge.
 
-        Args:
-            places (`set[tuple[int, int]]`): (shard, slice) pairs.
-            live (`set[str]`): sha256 of the weights of live stages, which were trained again since.
+        Weights of a sha256 in `live` are those of a stage that was trained again since.
         """
-
         return self.repo.revisions_with(lambda path, entry: bool(_places_of(path, entry, live) & places))
 
     def places_served(self, live: AbstractSet[str]) -> set[tuple[int, int]]:
@@ -288,11 +279,7 @@ Done = TypeVar("Done")
 
 
 def on_top(attempt: Callable[[], Done], look_again: Callable[[], None]) -> Done:
-    """Tries to commit until nobody else does so in between.
-
-    Raises:
-        StoreError: others kept committing.
-    """
+    """Tries to commit until nobody else does so in between."""
     for trial in range(TRIALS):
         try:
             return attempt()

@@ -35,8 +35,7 @@ def _parsed(text: str | bytes) -> Any:
 def stage_findings(stage: Stage, recipe: Any, config: Any, header: dict[str, Any]) -> Iterator[str]:
     """What does not belong to a stage in its own files, given the recipe's section `config`.
 
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: they are not even of the right form.
+    One of `manifest.DAMAGED` if they are not even of the right form.
     """
     parents = [above.name for above in stage.path[:-1]]
     about = _parsed(header.pop("__metadata__")["hf_s3t"])

@@ -21,14 +21,11 @@ from .partition import canonical, keyed_digest
 class Tombstone:
     """Where a deleted example was, and since when it must not be trained on.
 
-    Args:
-        deletions (`dict[str, tuple[tuple[int, int], ...]]`): by the names of the deletions that made it, the places
-            that each found. A readmission lifts those that it knew of; the tombstone stands while one is left.
-        generation (`int`): of the state that learned of the newest of them.
+    A readmission lifts the deletions that it knew of; the tombstone stands while one is left.
     """
 
-    deletions: dict[str, tuple[tuple[int, int], ...]]
-    generation: int
+    deletions: dict[str, tuple[tuple[int, int], ...]]  # by the name of each that made it: the places that it found
+    generation: int  # of the state that learned of the newest of them
 
     @property
     def places(self) -> set[tuple[int, int]]:
@@ -38,24 +35,15 @@ class Tombstone:
 
 @dataclass(frozen=True)
 class State:
-    """The part of the store that is never published, apart from key, index, intents and receipts.
+    """The part of the store that is never published, apart from key, index, intents and receipts."""
 
-    Args:
-        generation (`int`): the manifest's generation that this state belongs to.
-        ids, groups (`dict[str, Tombstone]`): tombstones by keyed digest.
-        stages (`dict[str, dict]`): per trained stage its generation, number of examples, steps, seconds and versions.
-        caches (`tuple[str, ...]`): files of the datasets cache outside the store that may hold the examples' text.
-        log (`dict[str, Event]`): every deletion and readmission that this state knows, by name. It only grows.
-        key_check (`str`): of the store that it belongs to, as in its manifest.
-    """
-
-    generation: int = 0
-    ids: dict[str, Tombstone] = field(default_factory=dict)
+    generation: int = 0  # the manifest's that this state belongs to
+    ids: dict[str, Tombstone] = field(default_factory=dict)  # by keyed digest
     groups: dict[str, Tombstone] = field(default_factory=dict)
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    caches: tuple[str, ...] = ()
-    log: Log = field(default_factory=dict)
-    key_check: str = ""
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # generation, examples, steps, seconds, versions
+    caches: tuple[str, ...] = ()  # files of the datasets cache outside the store that may hold the examples' text
+    log: Log = field(default_factory=dict)  # every deletion and readmission that this state knows; it only grows
+    key_check: str = ""  # of the store that it belongs to, as in its manifest
 
     def buries(self, digest: str, group: str | None) -> bool:
         """Whether a tombstone stands for an example, or for its group."""
@@ -103,11 +91,7 @@ class State:
 
     @classmethod
     def from_tombstones_json(cls, data: Any, key: bytes) -> State:
-        """Reads what travelled.
-
-        Raises:
-            StateError: it is not of the right form, or was not written by somebody with the key.
-        """
+        """Reads what travelled. A [`StateError`] if somebody without the key wrote it."""
         state = cls.from_json(data)
         if not hmac.compare_digest(str(data.get("hmac")).encode(), state.digest(key).encode()):
             raise StateError("The tombstones were not written by somebody who has the partition key.")
@@ -115,11 +99,7 @@ class State:
 
     @classmethod
     def from_json(cls, data: Any) -> State:
-        """Reads a state strictly.
-
-        Raises:
-            StateError: it is of another format version, or not a state.
-        """
+        """Reads a state strictly. A [`StateError`] if it is none, or of another format version."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StateError(f"The state is not of format {FORMAT}. Use the version of hf_s3t that wrote it.")
         try:

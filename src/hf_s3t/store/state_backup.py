@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,8 @@ def restore(store: StoreFolder, file: Path) -> None:
             store.write_private("partition.key", bundle["key"].encode() + b"\n")
         _join(store, bundle, here, joined)
         recover(store)
-        trained = {stage.name for stage in store.manifest().stages} if store.exists else set()
-        merged = store.state()
-        records = {name: record for name, record in merged.stages.items() if name in trained or not store.exists}
-        store.write_state(replace(merged, stages=records))
+        if store.exists:
+            store.write_state(store.state().only(store.manifest().stages))
 
 
 def _join(store: StoreFolder, bundle: Mapping[str, Any], here: State, state: State) -> None:
@@ -67,11 +65,8 @@ def _join(store: StoreFolder, bundle: Mapping[str, Any], here: State, state: Sta
     state = bury(state, state.log, here.log, both)
     store.write_index({d: entry for d, entry in both.items() if not state.buries(d, entry.group)})
     receipts = {receipt["receipt"]: receipt for receipt in [*bundle["receipts"], *read_receipts(store)]}
-    store.write_private("receipts.jsonl", _lines(receipts.values()))
+    lines = [json_bytes(receipt).replace(b"\n", b" ").strip() for receipt in receipts.values()]
+    store.write_private("receipts.jsonl", b"\n".join(lines))
     write_exports(store, exports)
     caches = tuple(sorted({*state.caches, *here.caches}))
     store.write_state(replace(state, stages={**state.stages, **here.stages}, caches=caches))
-
-
-def _lines(receipts: Iterable[Mapping[str, Any]]) -> bytes:
-    return b"\n".join(json_bytes(receipt).replace(b"\n", b" ").strip() for receipt in receipts)

@@ -6,7 +6,7 @@
 ```
 
 Files that their owner alone may read, in folders that the owner alone may enter. Whoever may not look into them is
-told so: not to see the deletions that were begun is not that there are none. What they mean is for `state.py`.
+told so: not to see the deletions that were begun is not that there are none.
 """
 
 from __future__ import annotations
@@ -31,17 +31,11 @@ STATE_VARIABLE = "HF_S3T_STATE"
 
 
 class StateFiles:
-    """Files of one state.
+    """Files of one state."""
 
-    Args:
-        private (`Path`): its folder.
-        path (`Path`): the store that it belongs to, for messages.
-        knows_state (`bool`): whether somebody said where the state is.
-    """
-
-    private: Path
-    path: Path
-    knows_state: bool
+    private: Path  # its folder
+    path: Path  # the store that it belongs to, for messages
+    knows_state: bool  # whether somebody said where the state is
 
     def private_folder(self, name: str = "") -> Path:
         """A folder of the state, made if it is not there; its owner alone may enter it."""
@@ -64,11 +58,7 @@ class StateFiles:
             tighten(path)
 
     def _private_file(self, name: str) -> Path | None:
-        """A file of the state, if it is there.
-
-        Raises:
-            StateError: the state is another user's.
-        """
+        """A file of the state, if it is there. A [`StateError`] if the state is another user's."""
         try:
             os.stat(self.private / name)
         except (FileNotFoundError, NotADirectoryError):
@@ -113,12 +103,7 @@ class StateFiles:
         self.write_private("index.json", json_bytes({digest: list(entry) for digest, entry in index.items()}))
 
     def intents(self) -> list[dict[str, Any]]:
-        """Deletions that were begun and not finished, oldest first; their places as a set of `(shard, slice)`.
-
-        Raises:
-            StateError: they are another user's, and whether there are any can not be seen; or a newer version of
-                hf_s3t began one.
-        """
+        """Deletions that were begun and not finished, oldest first; their places as a set of `(shard, slice)`."""
         found = []
         for path in (self.private / INTENTS / name for name in self._names_of_intents() if name.endswith(".json")):
             try:

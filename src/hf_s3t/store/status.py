@@ -94,7 +94,8 @@ def status_of(store: StoreFolder, prior: Sequence[float] | None) -> Status:
     """See [`S3TStore.status`]."""
     manifest = store.live()
     priors = {"uniform": None, "given": manifest.deletion_prior if prior is None else prior}
-    served = manifest.plan.served(manifest.stages)
+    served = manifest.served_ends
+    alive = {end.shard for end in served}
     missing = manifest.plan.missing(manifest.stages)
     examples: int | None = None
     deleted: int | None = None
@@ -117,8 +118,8 @@ def status_of(store: StoreFolder, prior: Sequence[float] | None) -> Status:
         trained=len(manifest.stages),
         missing=tuple(stage.name for stage in missing),
         repair_slice_passes=round(sum(stage.passes(manifest.replay) for stage in missing), 2),
-        served={Stage(shard, prefix).name: tuple(prefix) for shard, prefix in sorted(served.items())},
-        dead_shards=tuple(shard for shard in range(manifest.plan.num_shards) if shard not in served),
+        served={end.name: end.prefix for end in served},
+        dead_shards=tuple(shard for shard in range(manifest.plan.num_shards) if shard not in alive),
         examples=examples,
         deleted_examples=deleted,
         requests=manifest.deletions,

@@ -275,7 +275,7 @@ class S3TStore(StoreFolder):
                 Weights keep the base's dtype.
             base_model (`PreTrainedModel` or `str`, *optional*): for `merge`, the base or where to load it from.
                 `None`: the one that the store names. A model is copied, so twice its memory is needed, and comes out
-                as it was; a later deletion can not make such an export anew.
+                as it was; a later deletion cannot make such an export anew.
 
         Raises:
             StoreError: there is no such adapter, or `path` lies in the store.

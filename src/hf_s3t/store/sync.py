@@ -2,7 +2,7 @@
 
 Two machines meet in a repository. The deletions that its manifest names decide: whoever has not seen all of them
 pushes nothing. Tombstones, keyed digests without their key, may travel in a private repository; then both sides obey
-both. Otherwise a machine that is behind has to be told (`hf-s3t state import`). The commit itself is `sources.py`'s.
+both. Otherwise a machine that is behind has to be told (`hf-s3t state import`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .recipe_differences import check_same
 from .sources import TOMBSTONES, RepoSource, on_top
 from .state import State
 from .sweep import sweep
-from .tombstones import put_tombstones, state_or_none
+from .tombstones import put_tombstones, state_or_none, tombstones_hmac
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -76,7 +76,7 @@ def _push_once(
     if not source.waiting and known.keys() <= merged.stages.keys():
         return source.repo.last_commit(source.revision)
     title = message or f"Generation {merged.generation}"
-    return source.publish(f"{title} ({secrets.token_hex(6)})", _names(merged))
+    return source.publish(f"{title} ({secrets.token_hex(6)})", merged.names)
 
 
 def _merged(store: StoreFolder, target: StoreFolder, ours: Manifest, theirs: Manifest) -> Manifest:
@@ -100,10 +100,6 @@ def _joined(first: Manifest, second: Manifest) -> dict[Stage, dict[str, str]]:
         if stage not in stages and kept and not stage.slices & hit:
             stages[stage] = files
     return stages
-
-
-def _names(manifest: Manifest) -> set[str]:
-    return {stage.name for stage in manifest.stages}
 
 
 def repository(target: StoreFolder) -> RepoSource:
@@ -172,6 +168,7 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
 
 def _tombstones(store: StoreFolder, manifest: Manifest, state: State | None, parts: Iterable[Manifest]) -> str:
     """The HMAC of a joined manifest. Where the state has not seen all events, nothing trains here until it has."""
-    if state is not None and state.knows(manifest) and store.has_key:
-        return state.digest(store.key)
+    digest = tombstones_hmac(store, state, manifest)
+    if digest != NOT_KNOWN:
+        return digest
     return next((part.tombstones for part in parts if part.log == manifest.log), NOT_KNOWN)

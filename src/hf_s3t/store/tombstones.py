@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import StateError, StoreError
 from ..files import json_bytes, read_json
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
-from .manifest import Event, Log, merged
+from .manifest import NOT_KNOWN, Event, Log, Manifest, merged
 from .partition import Index
 from .receipts import receipt_name
 from .sources import TOMBSTONES, RepoSource
@@ -22,10 +22,7 @@ logger = logging.getLogger(__name__)
 def absorb(folder: StoreFolder, there: StoreFolder) -> None:
     """Takes over events and tombstones that the state has not, from a manifest and from what travels beside it.
 
-    Runs under the store's write lock.
-
-    Raises:
-        StateError: the state is of another store.
+    Runs under the store's write lock. A [`StateError`] if the state is of another store.
     """
     ours = state_or_none(folder)
     if ours is None or not there.exists:
@@ -52,7 +49,7 @@ def travelling(there: StoreFolder, key: bytes) -> State | None:
     """
     if not isinstance(there.source, RepoSource) or not there.source.has(TOMBSTONES):
         return None
-    path = there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES)  # where it can not be fetched nothing goes on
+    path = there.source.file(TOMBSTONES, MAX_MANIFEST_BYTES)  # where it cannot be fetched nothing goes on
     try:
         data = read_json(path, MAX_MANIFEST_BYTES)
         return State.from_tombstones_json(data, key)
@@ -64,9 +61,7 @@ def travelling(there: StoreFolder, key: bytes) -> State | None:
 def bury(state: State, log: Log, known: Log, index: Index) -> State:
     """The state with tombstones for the examples of slices that somebody deleted without a state.
 
-    Args:
-        log (`dict[str, Event]`): the events to look at.
-        known (`dict[str, Event]`): those of them that this index has been held against.
+    `log` has the events to look at, `known` those of them that this index has been held against.
     """
     for name, event in log.items():
         if not event.named and name not in known:
@@ -78,6 +73,13 @@ def bury(state: State, log: Log, known: Log, index: Index) -> State:
                 about = {"kind": "delete", "receipt": {"receipt": receipt_name()}, "places": places}
                 state = with_tombstones(state, {**about, "ids": ids, "groups": {}})
     return state
+
+
+def tombstones_hmac(folder: StoreFolder, state: State | None, manifest: Manifest) -> str:
+    """What a manifest says of its tombstones: their HMAC, or `NOT_KNOWN` without the key or all of its events."""
+    if state is not None and state.knows(manifest) and folder.has_key:
+        return state.digest(folder.key)
+    return NOT_KNOWN
 
 
 def put_tombstones(folder: StoreFolder, state: State, key: bytes) -> None:
