@@ -8,7 +8,7 @@ Time of an answer, for served prefixes of every depth (a batch of 4 x 64 tokens,
 its CPU time is taken: on an idle machine that is the time that passes, and other programs do not count.
 
 * `batched_over_switching`: the ensemble's one batch over what stock PEFT offers, `set_adapter` and a forward pass per
-  member, averaged alike. Where arithmetic is the limit it can not be below the predicted ratio over the number of
+  member, averaged alike. Where arithmetic is the limit it cannot be below the predicted ratio over the number of
   members, which is 1 where all layers have LoRA: the figure is of the depth where half of the layers have it.
 * `few_tokens_over_switching`: the same for a batch of 4 x 1 tokens, as many as a step of generation computes; of the
   full depth.

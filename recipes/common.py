@@ -142,7 +142,7 @@ def read_ids(file: str) -> list[str]:
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise ValueError(f"--delete_ids {file} can not be read: {error}") from None
+        raise ValueError(f"--delete_ids {file} cannot be read: {error}") from None
     ids = [line for line in lines if line.strip()]
     if not ids:
         raise ValueError(f"--delete_ids {file} has no id. Write one a line, or leave the argument out.")
@@ -231,7 +231,7 @@ def run(trainer: S3TTrainer, arguments: RecipeArguments, measure: Callable[[], F
         `dict[str, dict[str, float]]`: the columns of the table that was printed.
 
     Raises:
-        ValueError: the file of ids can not be read or has none; nothing was trained.
+        ValueError: the file of ids cannot be read or has none; nothing was trained.
     """
     state = PartialState()
     ids = None if arguments.delete_ids is None else read_ids(arguments.delete_ids)  # a fault in it shows now

@@ -1,4 +1,4 @@
-"""The metrics of GLUE and SuperGLUE: through `evaluate`, or as defined here where its scripts can not be fetched."""
+"""The metrics of GLUE and SuperGLUE: through `evaluate`, or as defined here where its scripts cannot be fetched."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_the_recipe_says_what_became_of_every_id(vit, tmp_path, capsys):
     assert S3TStore(tmp_path / "out").status().generation == 1
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "can not be read"), ("\n \n", "has no id")])
+@pytest.mark.parametrize(("text", "message"), [(None, "cannot be read"), ("\n \n", "has no id")])
 def test_without_ids_to_delete_nothing_is_trained(text, message, vit, tmp_path):
     told = flags(tmp_path, write_images(tmp_path / "data", "cifar10", 9), vit, "full", "train-3")
     (tmp_path / "ids.txt").unlink()

@@ -78,7 +78,7 @@ def test_an_attribute_that_the_trainer_does_not_use(name):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_an_argument_that_is_refused_and_called_otherwise_now(name):
-    with pytest.raises(CompatibilityError, match=f"Trainer` can not be made with {name}"):
+    with pytest.raises(CompatibilityError, match=f"Trainer` cannot be made with {name}"):
         type("Mine", (S3TMixin, upstream(without=name)), {})
 
 

@@ -51,7 +51,7 @@ def missing_weights(model: Any) -> set[str]:
             )  # fmt: skip
         return {*report["missing_keys"], *(found[0] for found in report["mismatched_keys"])}
     except Exception as error:  # whatever a checkpoint that is no longer there, or of another kind, raises
-        lost("loading_report", f"{config.name_or_path!r} can not be asked ({type(error).__name__}: {error})")
+        lost("loading_report", f"{config.name_or_path!r} cannot be asked ({type(error).__name__}: {error})")
         return set()
     finally:
         logging.set_verbosity(level)

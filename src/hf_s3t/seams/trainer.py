@@ -178,7 +178,7 @@ def check_arguments(theirs: Sequence[type]) -> None:
     taken = {name for cls in theirs for name in inspect.signature(cls).parameters}
     absent = [name for name in PARAMETERS if name not in taken]
     if absent:
-        raise broken("trainer", f"`{theirs[0].__qualname__}` can not be made with {' or '.join(absent)}")
+        raise broken("trainer", f"`{theirs[0].__qualname__}` cannot be made with {' or '.join(absent)}")
 
 
 def check_own_names(cls: type, theirs: Sequence[type]) -> None:

@@ -68,7 +68,7 @@ def status(call: Call) -> Any:
 
 def remove_ref(call: Call) -> Any:
     if _kept(call)["status"] not in ("closed", "merged"):
-        raise HubError(400, "the ref of an open pull request can not be deleted: close or merge it first")
+        raise HubError(400, "the ref of an open pull request cannot be deleted: close or merge it first")
     call.repository.set_ref(f"refs/pr/{call.part('number')}", None)
     return {}
 

@@ -213,7 +213,7 @@ def branch(call: Call) -> Any:
     if call.request.method == "POST":
         call.repository.set_ref(ref, call.repository.resolve(call.json().get("startingPoint") or "main"))
     elif ref == "refs/heads/main":
-        raise HubError(403, "the branch main can not be deleted")
+        raise HubError(403, "the branch main cannot be deleted")
     else:
         call.repository.set_ref(ref, None)
     return {}
