@@ -378,8 +378,8 @@ def measure_marks(settings: Settings, seed: int) -> dict[str, Any]:
 
         return wrapper
 
-    take, check, before = RowGuard.take, RowGuard.check_step, S3TTrainer.before_forward
-    patches = ((RowGuard, "take", take), (RowGuard, "check_step", check), (S3TTrainer, "before_forward", before))
+    take, check, before = RowGuard.take, RowGuard.check_step, S3TTrainer._hold_mask
+    patches = ((RowGuard, "take", take), (RowGuard, "check_step", check), (S3TTrainer, "_hold_mask", before))
     try:
         for owner, name, plain in patches:
             setattr(owner, name, timed(plain))

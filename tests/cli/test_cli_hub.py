@@ -66,9 +66,9 @@ def test_the_life_cycle(server: Server, machine: Machine, tmp_path: Path) -> Non
     text = run("delete", "owner/model", "--slices", "0:1", code=3)
     assert "no longer served by the head of owner/model since" in text and "hf-s3t purge owner/model" in text
     assert "still served at" in text and "refs/heads/main" not in text
-    assert "0 stages are" in run("delete", "owner/model", "--slices", "0:1", code=3)
+    assert "Nothing was changed" in run("delete", "owner/model", "--slices", "0:1", code=3)
     assert "still serves what was deleted by receipt-" in run("status", "owner/model", code=3)
-    receipt, _ = run.json("status", "owner/model", code=3)["unpurged"]
+    (receipt,) = run.json("status", "owner/model", code=3)["unpurged"]
 
     server.faults.purge_delay = 1000
     report = tmp_path / "report.json"
@@ -80,7 +80,7 @@ def test_the_life_cycle(server: Server, machine: Machine, tmp_path: Path) -> Non
     assert "Purge of owner/model: no longer served" in run("recheck", report)
     assert run.json("recheck", report)["status"] == "no_longer_served"
     assert "history" not in run("status", "owner/model")
-    assert "0 stages are" in run("delete", "owner/model", "--slices", "0:1")
+    assert "Nothing was changed" in run("delete", "owner/model", "--slices", "0:1")
 
     assert "is what owner/model holds" in run("pull", tmp_path / "out", "owner/model")
     assert "1 of 4 trained" in run("status", tmp_path / "out")
@@ -102,7 +102,7 @@ def test_a_deletion_from_a_folder_that_was_pushed_is_still_in_the_history(
     assert run.json("push", folder, "owner/model", code=3)["unpurged"] == [receipt]
     assert run.json("status", "owner/model", code=3)["unpurged"] == [receipt]
     again = run("delete", "owner/model", "--slices", "0:1", code=3)
-    assert "0 stages are" in again and receipt in again and run.json("status", "owner/fresh")["unpurged"] == []
+    assert "Nothing was changed" in again and receipt in again and run.json("status", "owner/fresh")["unpurged"] == []
     run("purge", "owner/model", "--drop-refs")
     assert run.json("push", folder, "owner/model")["unpurged"] == []
     assert run.json("status", "owner/model")["unpurged"] == []
