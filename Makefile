@@ -62,7 +62,7 @@ constraints: install
 	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//'; } > constraints/tested.txt
 
 lint: install
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 
 types: install
 	$(BIN)/mypy

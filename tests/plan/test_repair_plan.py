@@ -4,8 +4,8 @@ import itertools
 from functools import cache
 
 import pytest
-from brute_force import cost, damaged, every_tree, life_area, zipf
 
+from brute_force import cost, damaged, every_tree, life_area, zipf
 from hf_s3t.plan.optimal import lattice_of
 from hf_s3t.plan.repair import best_repair
 from hf_s3t.plan.sequences import prune_orders, spaced

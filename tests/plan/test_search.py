@@ -5,8 +5,8 @@ import math
 from functools import cache
 
 import pytest
-from brute_force import FAMILIES, best, budget_bound, cost, every_tree, hit_sets, life_area, stages_of, two_level, zipf
 
+from brute_force import FAMILIES, best, budget_bound, cost, every_tree, hit_sets, life_area, stages_of, two_level, zipf
 from hf_s3t.plan.bms import bms
 from hf_s3t.plan.optimal import lattice_of, optimal
 from hf_s3t.plan.search import best_orders, best_tree, coldest_first

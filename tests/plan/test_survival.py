@@ -5,8 +5,8 @@ import random
 
 import numpy as np
 import pytest
-from brute_force import FAMILIES, best, cost, hit_sets, life_area, life_weights, stages_of, two_level, uniform, zipf
 
+from brute_force import FAMILIES, best, cost, hit_sets, life_area, life_weights, stages_of, two_level, uniform, zipf
 from hf_s3t.plan import survival
 from hf_s3t.plan.sequences import cyclic
 from hf_s3t.plan.survival import Lattice, checked_prior, path_cost, set_of, surviving_lengths

@@ -7,8 +7,8 @@ import warnings
 from itertools import permutations
 
 import pytest
-from brute_force import best, hit_sets
 
+from brute_force import best, hit_sets
 from hf_s3t.plan.sequences import cyclic, random_orders, spaced, training_cost
 from hf_s3t.plan.tree import Plan, Stage
 
