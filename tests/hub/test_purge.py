@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -342,12 +343,15 @@ def test_this_machines_caches_forget_the_removed_weights(new_case: Any, tmp_path
         return {path.read_bytes() for path in case.machine.home.rglob("*") if path.is_file()}
 
     case.machine(fill, name=NAME)
+    cache = case.machine.home / "hub"
+    ours, fork = cache / "models--owner--model", cache / "models--owner--fork"  # with commits of the same names
+    shutil.copytree(ours, fork, ignore=shutil.ignore_patterns("*.safetensors", "blobs", "trees"))
     weights = [case.pushed / path for path in case.oids()]
     weights = [path.read_bytes() for path in weights if path.exists()]
     assert len(weights) == 3 and all(content in contents() for content in weights)
     report = case.purge()
     assert not any(content in contents() for content in weights) and b"half of a removed file" not in contents()
-    cache = case.machine.home / "hub"
+    assert list(fork.rglob("*gitattributes")), "a fork's cache stays"
     assert list((cache / "models--owner--other").rglob("*gitattributes")), "another repository's cache stays"
     assert not list((cache / "models--owner--model").glob("trees/*"))
     assert [path.parent.name for path in (case.machine.home / "xet").rglob("file")] == ["staging"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import scan_cache_dir
+from huggingface_hub import HFCacheInfo, scan_cache_dir
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..seams import hub as seam
@@ -18,8 +19,14 @@ def cached_revisions(repo_id: str) -> set[str]:
     """Commits of a repository that the cache has files of."""
     if not Path(HF_HUB_CACHE).exists():
         return set()
-    repos = [repo for repo in scan_cache_dir().repos if (repo.repo_id, repo.repo_type) == (repo_id, "model")]
-    return {revision.commit_hash for repo in repos for revision in repo.revisions}
+    return {revision.commit_hash for repo in _cache_of(repo_id).repos for revision in repo.revisions}
+
+
+def _cache_of(repo_id: str) -> HFCacheInfo:
+    """What the cache has of one repository: a fork has commits of the same names."""
+    info = scan_cache_dir()
+    ours = frozenset(repo for repo in info.repos if (repo.repo_id, repo.repo_type) == (repo_id, "model"))
+    return replace(info, repos=ours)
 
 
 def clear_caches(repo_id: str, head: str) -> tuple[list[str], list[str]]:
@@ -33,7 +40,7 @@ def clear_caches(repo_id: str, head: str) -> tuple[list[str], list[str]]:
     folder = seam.cache_folder(repo_id)
     old = sorted(cached_revisions(repo_id) - {head})
     if old:
-        scan_cache_dir().delete_revisions(*old).execute()
+        _cache_of(repo_id).delete_revisions(*old).execute()
         cleared += [f"{folder.name}/snapshots/{revision}" for revision in old]
     for path in seam.cached_listings(repo_id):
         path.unlink(missing_ok=True)
