@@ -109,7 +109,7 @@ ON_THE_HUB = (
      (('return [*asked, *addresses.values()]', 'return asked'),),
      (PURGE + 'an_address_that_an_edge_still_answers_is_pending',)),
     (10, "this machine's caches keep what was removed", 'hub/local_caches.py',
-     (('        scan_cache_dir().delete_revisions(*old).execute()\n', ''),),
+     (('        _cache_of(repo_id).delete_revisions(*old).execute()\n', ''),),
      (PURGE + 'this_machines_caches_forget_the_removed_weights',)),
     (10, 'a receipt does not name the revisions that still serve', 'store/sources.py',
      (('        return self.repo.revisions_with(lambda path, entry: bool(_places_of(path, entry, live) & places))', '        return []'),),
