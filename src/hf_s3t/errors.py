@@ -6,6 +6,7 @@ S3TError
 ├── StoreError          the store cannot be read or written as asked
 │   ├── StateError      the private state is absent, foreign or older than the manifest
 │   ├── StoreLockedError  another writer or another training run holds the store
+│   ├── UnfinishedDeletionError  a deletion was begun, is obeyed, and is not finished
 │   ├── HubError        a repository cannot be reached, or this token may not do that
 │   └── HeadMovedError  somebody else committed to the repository meanwhile
 ├── RecipeError         settings that change bits differ from those of the store
@@ -36,6 +37,10 @@ class StateError(StoreError):
 
 class StoreLockedError(StoreError):
     """Another process holds the store; the message names it."""
+
+
+class UnfinishedDeletionError(StoreError):
+    """A deletion was begun and could not be finished: what it is about is not served, and still on the disk."""
 
 
 class HeadMovedError(StoreError):

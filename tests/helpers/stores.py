@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sqlite3
 import zlib
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from datasets import Dataset
 from hf_s3t import Plan, S3TConfig, S3TStore, Stage
 from hf_s3t.lora.adapter import Adapter
 from hf_s3t.plan.sequences import cyclic
+from hf_s3t.store.folder import StoreFolder
 from hf_s3t.store.manifest import Manifest
 from hf_s3t.store.partition import Entry, Index, examples_digest, id_source, read_rows
-from hf_s3t.store.state import State, key_check_value
+from hf_s3t.store.schema import DATABASE
+from hf_s3t.store.state import key_check_value
 
 KEY = bytes(range(100, 132))
 PASSING = ("write.lock", "write.holder", "train.lock", "train.holder")
@@ -123,26 +127,54 @@ def make_store(
     index = dict(read_rows(dataset, store.key, config))
     stages = plan.stages[:trained]
     seen = {stage: examples_of(stage, index) for stage in stages}
-    state = State(
-        stages={
-            stage.name: {
-                "generation": 0,
-                "examples": len(seen[stage]),
-                "data": examples_digest(seen[stage]),
-                "steps": 1,
-            }
-            for stage in stages
-        },
-        key_check=key_check_value(store.key),
-    )
-    store.write_index(index)
-    store.write_state(state)
-    manifest = Manifest(0, state.digest(store.key), key_check_value(store.key), recipe, plan)
+    records = {
+        stage.name: {"generation": 0, "examples": len(seen[stage]), "data": examples_digest(seen[stage]), "steps": 1}
+        for stage in stages
+    }
+    tombstones = write_state(store, plan, index, records)
+    manifest = Manifest(0, tombstones, key_check_value(store.key), recipe, plan)
     stages_files = {stage: store.write_stage(stage, stage_adapter(stage, head)) for stage in stages}
     manifest = Manifest(0, manifest.tombstones, manifest.key_check, recipe, plan, stages_files)
     store.write_manifest(store.write_root(manifest))
     (store.private / "scratch").rmdir()
     return S3TStore(path)
+
+
+def write_state(store: StoreFolder, plan: Plan, index: Index, records: dict[str, dict[str, Any]]) -> str:
+    """Writes a state as a training leaves it; returns the HMAC of its tombstones."""
+    with store.changing(create=True) as state:
+        places = [(shard, number) for shard in range(plan.num_shards) for number in range(plan.num_slices)]
+        state.begin(key_check_value(store.key), places)
+        state.add_examples(index)
+        for name, record in records.items():
+            state.write_record(name, record)
+        return state.tombstones_hmac(store.key)
+
+
+def index_of(store: StoreFolder) -> Index:
+    """The whole index."""
+    with store.reading() as state:
+        return dict(state.examples())
+
+
+def records_of(store: StoreFolder) -> dict[str, dict[str, Any]]:
+    """What each stage was trained on."""
+    with store.reading() as state:
+        return state.records()
+
+
+def tombstones_of(store: StoreFolder) -> dict[str, set[str]]:
+    """Keyed digests of what tombstones stand for, by its kind."""
+    with store.reading() as state:
+        return state.buried()
+
+
+def edit_database(store: StoreFolder | Path, statement: str, *values: Any) -> None:
+    """Changes a state's database as somebody would who has the file."""
+    path = store.database if isinstance(store, StoreFolder) else store / ".s3t" / DATABASE
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(statement, values)
+        connection.commit()
 
 
 @dataclass
@@ -158,7 +190,7 @@ class Known:
         """Looks every row up, before anything is deleted."""
         rows = people() if rows is None else rows
         found = {location.asked: location.places[0] for location in store.locate(ids=[row["id"] for row in rows])}
-        return cls({row["id"]: row for row in rows}, store.index(), found)
+        return cls({row["id"]: row for row in rows}, index_of(store), found)
 
     def at(self, shard: int, slice_id: int) -> list[str]:
         """Ids of the examples of a slice."""

@@ -17,7 +17,7 @@ from hf_s3t.seams.hub import http_library
 from hf_s3t.serving import loading
 from machines import OFF, Failed
 from served import SHAPES, copy, inputs_of
-from stores import KEY, make_store, people
+from stores import KEY, index_of, make_store, people
 from trainers import BASES, batch, logits, make_trainer
 
 pytest_plugins = ["hub_fixtures"]
@@ -145,7 +145,7 @@ def test_nothing_of_examples_key_or_place_is_pushed(server, machine, tmp_path):
     store = S3TStore(tmp_path / "out")
     machine(delete, state=tmp_path / "out/.s3t", ids=["row-3"])
     secrets = [row[column] for row in people() for column in row] + [KEY.hex(), str(tmp_path), tmp_path.name]
-    secrets += list(store.index())
+    secrets += list(index_of(store))
     for row in server.repository("owner/m").log():
         for path, data in contents(server.repository("owner/m"), row["id"]).items():
             said = data.decode(errors="replace") + row["title"] + row["message"]

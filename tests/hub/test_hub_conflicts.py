@@ -18,7 +18,7 @@ from hf_s3t.store.audit import verify
 from hf_s3t.store.partition import keyed_digest
 from machines import Died, Failed
 from models import llama_rows
-from stores import KEY, Known, make_store, stage_adapter
+from stores import KEY, Known, index_of, make_store, stage_adapter
 from trainers import ROWS, artefacts, make_trainer
 
 pytest_plugins = ["hub_fixtures"]
@@ -95,7 +95,7 @@ def repair(path):
         manifest = store.manifest()
         stages = dict(manifest.stages)
         for stage in manifest.plan.missing(manifest.stages):
-            seen = sorted(digest for digest, entry in store.index().items() if entry[:2] in stage.slices)
+            seen = sorted(digest for digest, entry in index_of(store).items() if entry[:2] in stage.slices)
             adapter = stage_adapter(stage)
             for tensor in adapter.tensors.values():
                 tensor += random.Random("".join(seen)).random()
@@ -446,7 +446,7 @@ def never_had(path, name):
     store = S3TStore(path)
     with store.writing():
         digest = keyed_digest(store.key, "id", name)
-        store.write_index({known: entry for known, entry in store.index().items() if known != digest})
+        store.write_index({known: entry for known, entry in index_of(store).items() if known != digest})
 
 
 def test_what_the_head_had_lost_already_is_still_to_be_purged(server, stores):

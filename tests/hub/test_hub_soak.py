@@ -14,7 +14,7 @@ import pytest
 
 from hf_s3t import Plan, S3TStore, Stage, StoreError
 from hub_server import Faults
-from stores import make_store, stage_adapter
+from stores import index_of, make_store, stage_adapter
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -33,7 +33,7 @@ SWITCHES = [
 def make(path):
     """Two shards of two slices; returns who is in which slice, by keyed digest."""
     store = make_store(Path(path), plan=Plan.make(2, 2, [(0, 1), (1, 0)], prune=False))
-    return {digest: entry[:2] for digest, entry in store.index().items()}
+    return {digest: entry[:2] for digest, entry in index_of(store).items()}
 
 
 def push(path):
@@ -43,7 +43,7 @@ def push(path):
 def repair(store, note):
     """Trains what is missing: what a stage holds follows from the examples that it saw."""
     with store.writing():
-        manifest, index = store.manifest(), store.index()
+        manifest, index = store.manifest(), index_of(store)
         stages = dict(manifest.stages)
         for stage in manifest.plan.missing(manifest.stages):
             seen = sorted(digest for digest, entry in index.items() if entry[:2] in stage.slices)

@@ -13,7 +13,7 @@ from hf_s3t.serving.loading import read_members
 from hf_s3t.store.manifest import NOT_KNOWN
 from hf_s3t.store.partition import keyed_digest
 from hf_s3t.store.receipts import LIMITS, read_receipts
-from stores import Known, make_store, people, stage_folders, tree
+from stores import Known, index_of, make_store, people, stage_folders, tree
 
 FORK = multiprocessing.get_context("fork")
 
@@ -65,7 +65,7 @@ def test_one_that_is_deleted_is_nowhere_in_the_store(store, known):
     for secret in (f'"{name}"', text, known.rows[name]["person"] + '"'):
         assert not [file for file, data in written.items() if secret.encode() in data]
     assert {file.name for file, data in written.items() if digest.encode() in data} == {"state.json"}
-    assert set(store.state().ids) == {digest} and digest not in store.index()
+    assert set(store.state().ids) == {digest} and digest not in index_of(store)
 
 
 def test_several_ids_in_one_call_are_one_deletion(store, known, monkeypatch):
@@ -254,7 +254,7 @@ def test_every_way_of_naming_deletes_on_a_copied_folder(tmp_path, kind, group_co
     rows = ROWS[kind]
     columns = {"group_column": group_column} | ({"slice_columns": ("m", "l")} if kind == "slices" else {})
     made = make_store(tmp_path / "made", rows, **columns)
-    index = made.index()
+    index = index_of(made)
     for number, (way, asked) in enumerate(
         {"ids": ["row-5"], "rows": [rows[5]], "groups": [rows[5]["person"]]}.items()
     ):
@@ -264,7 +264,7 @@ def test_every_way_of_naming_deletes_on_a_copied_folder(tmp_path, kind, group_co
                 store.delete(**{way: asked})
             continue
         receipt = store.delete(**{way: asked})
-        gone = index.keys() - store.index().keys()
+        gone = index.keys() - index_of(store).keys()
         places = {index[digest][:2] for digest in gone}
         assert receipt.examples == len(gone) == (2 if way == "groups" else 1) and len(places) == 1
         assert kind != "slices" or places == {(rows[5]["m"], rows[5]["l"])}

@@ -29,7 +29,7 @@ from conftest import REPOSITORY
 from hf_s3t import Receipt, S3TEnsemble, S3TStore, Stage, StateError, StoreError
 from hf_s3t.store.export_records import read_exports
 from hf_s3t.store.receipts import read_receipts
-from stores import tree
+from stores import index_of, tree
 from trainers import BASES, batch, logits, make_trainer
 
 AUTO = {"llama": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification}
@@ -380,7 +380,7 @@ def test_what_can_not_be_made_anew_is_named_and_the_deletion_ends(open_store, tm
 def test_a_second_request_makes_anew_what_the_first_left(open_store, tmp_path):
     store, folder = open_store("one shard")
     store.export(tmp_path / "root")
-    digest = next(digest for digest, entry in store.index().items() if entry[:2] == (0, 0))
+    digest = next(digest for digest, entry in index_of(store).items() if entry[:2] == (0, 0))
     assert store._delete({"digests": [digest]}).exports == [str(tmp_path / "root")]
     again = store._delete({"digests": [digest]})
     assert (again.status, again.exports) == ("unchanged", [str(tmp_path / "root")])

@@ -21,7 +21,7 @@ import trained_stores
 from hf_s3t import S3TEnsemble, S3TStore, StateError, StoreError
 from hf_s3t.store.activation_blocks import BlockName, FileBlocks
 from hf_s3t.store.audit import VerifyReport, verify
-from stores import make_store, tree
+from stores import index_of, make_store, tree
 
 ALONE = "the state is its owner's alone"
 
@@ -168,7 +168,7 @@ def reachable() -> Iterator[Path]:
     [
         lambda store: store.live(), lambda store: store.marks(), lambda store: store.intents(),
         lambda store: store.status(), lambda store: store.locate(ids=["row-1"]), lambda store: store.state(),
-        lambda store: store.index(), lambda store: store.key, lambda store: store.has_key, verify,
+        lambda store: index_of(store), lambda store: store.key, lambda store: store.has_key, verify,
         lambda store: store.delete(slices=[(0, 0)]),
     ],
 )  # fmt: skip

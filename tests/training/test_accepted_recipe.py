@@ -20,7 +20,7 @@ from hf_s3t.store.receipts import LIMITS, read_receipts
 from hf_s3t.store.recipe_differences import NOT_BIT_EQUAL, Accepted
 from hf_s3t.store.sync import check_same_store
 from hf_s3t.training.retrain import retrain_and_compare
-from stores import make_store
+from stores import make_store, records_of
 from trained_stores import edit_json
 from trainings import CASES, World, place, published
 
@@ -102,7 +102,7 @@ def test_the_repair_goes_on_and_is_on_record_everywhere(world, repaired):
     assert manifest.accepted == (Accepted(DECAY, 0.0, 0.5, 1),) and manifest.recipe["arguments"]["weight_decay"] == 0.5
     data = json.loads((repaired / "s3t.json").read_text())
     assert data["accepted"] == [{"setting": DECAY, "before": 0.0, "after": 0.5, "generation": 1}]
-    counts = {name: record.get("accepted", 0) for name, record in store.state().stages.items()}
+    counts = {name: record.get("accepted", 0) for name, record in records_of(store).items()}
     assert counts == {"shard-00/0": 0, **dict.fromkeys(OUT_OF_1, 1)}
     card = (repaired / "README.md").read_text()
     assert f"| `{DECAY}` | `0.0` | `0.5` | 1 |" in card and CLAIM in card
@@ -115,7 +115,7 @@ def test_a_store_without_such_changes_says_nothing_of_them(world):
     store = S3TStore(world.folder / "small")
     said = [(store.path / "README.md").read_text(), shown_by(show_status(store.status()))]
     assert not any(CLAIM in text for text in said)
-    assert all("accepted" not in record for record in store.state().stages.values())
+    assert all("accepted" not in record for record in records_of(store).values())
 
 
 def test_receipts_tell_the_two_grades_of_claim_apart(world, repaired, tmp_path):

@@ -21,6 +21,7 @@ import models
 from hf_s3t import IsolationError, RecipeError, S3TStore, S3TTrainer, Stage
 from hf_s3t.seams.arguments import CHOOSING, SILENT
 from hf_s3t.trunk.row_numbers import ROW_NUMBER, NumberedRows, RowGuard
+from stores import records_of
 from trainers import ROWS, artefacts, make_trainer
 
 SECOND = "shard-00/0-1"
@@ -214,7 +215,7 @@ def test_a_stage_smaller_than_a_batch_is_trained_although_batches_are_dropped(
     assert "stage shard-00/0 has 7 rows, fewer than a batch of 8" in caplog.text
     make_trainer(tmp_path / "scratch", train_dataset=rest, **options).train()
     assert artefacts(tmp_path / "out") == artefacts(tmp_path / "scratch")
-    steps = S3TStore(tmp_path / "out").state().stages
+    steps = records_of(S3TStore(tmp_path / "out"))
     assert all(record["steps"] for record in steps.values())
 
 

@@ -10,6 +10,7 @@ from hf_s3t import S3TStore, StateError
 from hf_s3t.lora.adapter import Adapter
 from hf_s3t.store.manifest import NOT_KNOWN, Event
 from hf_s3t.training.stage_orders import StageDropped, commit, is_hit, next_order
+from stores import index_of
 from trainers import make_trainer
 
 ROWS = 24
@@ -31,7 +32,7 @@ def test_a_row_readmitted_meanwhile_is_not_trained_on_before_the_index_knows_it(
     begun.store.readmit(ids=[name])
     order = next_order(begun.store, begun.rows)
     assert order.stage == asked.stage and len(order.examples) == len(asked.examples) - 1
-    assert set(order.examples) <= set(begun.store.index())
+    assert set(order.examples) <= set(index_of(begun.store))
 
 
 def test_a_deletion_that_was_lifted_again_still_drops_the_stage_that_saw_the_example(begun):
@@ -94,5 +95,5 @@ def test_an_imported_state_is_obeyed_by_a_new_store(tmp_path):
     S3TStore(tmp_path / "new").import_state(tmp_path / "backup.json")
     second = make_trainer(tmp_path / "new", train_dataset=models.llama_rows(ROWS))
     second._open_store()
-    assert second.store.locate(ids=[name])[0].found == "deleted" and len(second.store.index()) == ROWS - 1
+    assert second.store.locate(ids=[name])[0].found == "deleted" and len(index_of(second.store)) == ROWS - 1
     assert second.store.manifest().log == first.store.manifest().log and second.store.manifest().generation == 1

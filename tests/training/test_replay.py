@@ -15,6 +15,7 @@ from hf_s3t import RecipeError, S3TStore, Stage
 from hf_s3t.store.audit import verify
 from hf_s3t.store.partition import keyed_digest, stage_examples
 from models import bert_rows
+from stores import records_of
 from trainings import CASES, KEY, SLICES, WEIGHTS, World, assert_same_stores, place, published, same_tensors, without
 
 PLAN = {"sequence_selection": [[0, 1, 2], [1, 2]], "args": {"per_device_train_batch_size": 8}}
@@ -48,7 +49,7 @@ def world(request, tmp_path_factory):
 
 def records(path: Path) -> dict[str, int]:
     """How many examples each stage saw."""
-    return {name.split("/")[1]: record["examples"] for name, record in S3TStore(path).state().stages.items()}
+    return {name.split("/")[1]: record["examples"] for name, record in records_of(S3TStore(path)).items()}
 
 
 # Which examples

@@ -16,6 +16,7 @@ from transformers.integrations import integration_utils
 
 import models
 from hf_s3t import RecipeError, S3TTrainer, Stage
+from stores import index_of, records_of
 from trainers import Recorder, artefacts, batch, make_trainer, tensors_of
 
 FIRST, SECOND = "shard-00/0", "shard-00/0-1"
@@ -24,7 +25,7 @@ FIRST, SECOND = "shard-00/0", "shard-00/0-1"
 def sizes(trainer: S3TTrainer) -> dict[str, int]:
     """Number of examples that each stage of the plan sees."""
     counts: dict[int, int] = {}
-    for entry in trainer.store.index().values():
+    for entry in index_of(trainer.store).values():
         counts[entry.slice] = counts.get(entry.slice, 0) + 1
     stages = trainer.store.manifest().plan.stages
     return {stage.name: sum(counts[slice_id] for slice_id in stage.prefix) for stage in stages}
@@ -59,8 +60,8 @@ def test_epochs_are_those_of_a_stage(tmp_path: Path) -> None:
     assert len(set(expected.values())) == 2  # the second stage sees more rows
     assert {name: len(seen) for name, seen in steps.steps().items()} == expected
     assert all(seen == list(range(1, len(seen) + 1)) for seen in steps.steps().values())
-    assert {name: record["steps"] for name, record in trainer.store.state().stages.items()} == expected
-    assert {name: record["examples"] for name, record in trainer.store.state().stages.items()} == sizes(trainer)
+    assert {name: record["steps"] for name, record in records_of(trainer.store).items()} == expected
+    assert {name: record["examples"] for name, record in records_of(trainer.store).items()} == sizes(trainer)
 
 
 def test_max_steps_are_those_of_a_stage(tmp_path: Path) -> None:
@@ -280,7 +281,7 @@ def test_accumulated_batches_give_what_one_large_batch_gives(tmp_path: Path) -> 
     )
     for trainer in (one, many):
         trainer.train()
-    assert [record["steps"] for record in many.store.state().stages.values()] == [1, 2]
+    assert [record["steps"] for record in records_of(many.store).values()] == [1, 2]
     torch.testing.assert_close(tensors_of(many), tensors_of(one), rtol=1e-4, atol=1e-5)
 
 
@@ -298,7 +299,7 @@ def test_activation_checkpointing_changes_no_bit(tmp_path: Path, base: str) -> N
 def test_workers_load_the_rows_of_a_stage_and_are_part_of_the_recipe(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, args={"dataloader_num_workers": 2, "max_steps": 2})
     trainer.train()
-    assert set(trainer.store.state().stages) == {FIRST, SECOND}
+    assert set(records_of(trainer.store)) == {FIRST, SECOND}
     with pytest.raises(RecipeError, match="dataloader_num_workers: the store has 2, this run 0"):
         make_trainer(tmp_path, args={"max_steps": 2}).train()
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
 import models
 from hf_s3t import DatasetError, RecipeError, S3TStore, S3TTrainer, StateError, StoreError, StoreLockedError
-from stores import tree
+from stores import index_of, records_of, tree
 from trainers import (
     BASES,
     KEY,
@@ -148,7 +148,7 @@ def test_a_ready_optimizer(tmp_path: Path) -> None:
 def test_an_optimizer_class_is_made_anew_for_every_stage(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.5, "momentum": 0.9}))
     trainer.train()
-    assert set(trainer.store.state().stages) == {FIRST, SECOND}
+    assert set(records_of(trainer.store)) == {FIRST, SECOND}
 
 
 @pytest.mark.parametrize("given", [{"resume_from_checkpoint": "out/checkpoint-3"}, {"trial": object()}])
@@ -247,7 +247,7 @@ def test_another_budget_keeps_live_stages_and_adds_what_is_missing(tmp_path: Pat
 def test_rows_that_vanished_or_changed(tmp_path: Path) -> None:
     rows = models.llama_rows(ROWS)
     make_trainer(tmp_path / "store", train_dataset=rows).train()
-    index = set(S3TStore(tmp_path / "store").index())
+    index = set(index_of(S3TStore(tmp_path / "store")))
     spared = rows.select(range(2, ROWS))
 
     def rewrite(row: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def test_rows_that_vanished_or_changed(tmp_path: Path) -> None:
     before = artefacts(tmp_path / "ignoring")
     make_trainer(tmp_path / "ignoring", train_dataset=changed, missing="ignore").train()
     assert artefacts(tmp_path / "ignoring") == before
-    assert set(S3TStore(tmp_path / "ignoring").index()) == index  # still found by a deletion
+    assert set(index_of(S3TStore(tmp_path / "ignoring"))) == index  # still found by a deletion
     with pytest.raises(DatasetError, match="2 examples .* gone .* and 1 have changed"):  # ignored once, not for good
         make_trainer(tmp_path / "ignoring", train_dataset=changed).train()
     make_trainer(tmp_path / "store", train_dataset=changed, missing="delete").train()

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_s3t import DatasetError, S3TConfig, S3TMixin, S3TStore, Stage
+from stores import records_of
 from trainers import KEY, Recorder, artefacts
 
 trl = pytest.importorskip("trl")
@@ -122,7 +123,7 @@ def test_rows_that_trl_drops_are_known_and_untrained(tmp_path: Path, make: Any, 
     trainer = make(tmp_path / "dropping", trainer_class=S3TDropping)
     trainer.train()
     assert "2 rows were dropped in the preparation" in caplog.text
-    trained = {name: record["examples"] for name, record in trainer.store.state().stages.items()}
+    trained = {name: record["examples"] for name, record in records_of(trainer.store).items()}
     assert trained["shard-00/0-1"] == 22
     assert [where.found for where in trainer.store.locate(ids=["row-3", "row-8"])] == ["live"] * 2
     others = texts().filter(lambda row: row["id"] not in ("row-3", "row-8"), keep_in_memory=True)

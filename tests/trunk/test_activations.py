@@ -39,6 +39,7 @@ from hf_s3t.trunk.row_states import check_cache
 from killed_runs import Run, check_kill
 from killing import in_child
 from scanner import find
+from stores import index_of
 from trainings import (
     CASES,
     KEY,
@@ -541,7 +542,7 @@ def test_a_deletion_while_states_are_written_leaves_none_of_them(llama, tmp_path
     assert removed == [False]
     assert_same_stores(path, llama.never_had)
     rows = {example for file in blocks_of(path).values() for example, _ in block(file).examples}
-    assert rows == S3TStore(path).index().keys() and len(rows) == 23
+    assert rows == index_of(S3TStore(path)).keys() and len(rows) == 23
 
 
 def test_what_is_in_memory_is_dropped_with_its_example(llama, tmp_path):

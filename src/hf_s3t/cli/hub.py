@@ -30,7 +30,6 @@ def unpurged_of(store: S3TStore) -> dict[str, list[str]]:
     from ..store.manifest import merged
     from ..store.receipts import read_receipts
     from ..store.sources import RepoSource
-    from ..store.tombstones import state_or_none
 
     receipts = read_receipts(store)
     if not isinstance(store.source, RepoSource):
@@ -39,10 +38,13 @@ def unpurged_of(store: S3TStore) -> dict[str, list[str]]:
             here = [receipt for receipt in receipts if receipt.get("repository") == repo]
             found[repo] = [receipt["receipt"] for receipt in uncovered(repo, here, store.private)]
         return {repo: names for repo, names in sorted(found.items()) if names}
-    repo_id, manifest, state = store.source.repo.repo_id, store.manifest(), state_or_none(store)
+    repo_id, manifest = store.source.repo.repo_id, store.manifest()
     names = [r["receipt"] for r in uncovered(repo_id, receipts, store.private) if r.get("repository") == repo_id]
     settled = covered(repo_id, store.private) | {r["receipt"] for r in receipts if r.get("repository") == repo_id}
-    log = merged(manifest.log, state.log) if state is not None else manifest.log
+    log = manifest.log
+    if store.has_state:
+        with store.reading() as state:
+            log = merged(log, state.log())
     others = {name: {*event.places} for name, event in log.items() if event.places and name not in settled}
     if others:
         head = {place for stage in manifest.stages for place in stage.slices}

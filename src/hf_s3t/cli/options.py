@@ -115,29 +115,33 @@ def digests_not_in(store: S3TStore, file: Path, at_most: float) -> list[str]:
     from ..store.partition import keyed_digest, raw_rows, row_digest
     from ..store.requests import LookAlikes
 
-    key, index = store.key, store.index()
-    column = store.manifest().recipe["partition"]["id_column"]
-    names = [row_digest(row) for row in raw_rows(read_dataset(file))] if column is None else ids_in(file, column)
-    kept = {keyed_digest(key, "id", name) for name in names}
-    if index and not index.keys() & kept:
-        raise ValueError(f"{file} holds none of the {len(index)} examples of {store.path}. Is it another dataset?")
-    missing = index.keys() - kept
-    alike = LookAlikes({digest: index[digest] for digest in missing}, key)
-    strange = [name for name in names if keyed_digest(key, "id", name) not in index] if missing else []
-    pairs = [f"{ascii(text)} for {ascii(name)}" for name in strange for text, _ in alike.of("id", name)]
+    key, column = store.key, store.manifest().recipe["partition"]["id_column"]
+
+    def names() -> Iterable[Any]:
+        return map(row_digest, raw_rows(read_dataset(file))) if column is None else ids_in(file, column)
+
+    kept = {keyed_digest(key, "id", name) for name in names()}
+    with store.reading() as state:
+        missing = {digest for digest, _ in state.examples() if digest not in kept}
+        count = state.count
+        if count and len(missing) == count:
+            raise ValueError(f"{file} holds none of the {count} examples of {store.path}. Is it another dataset?")
+        alike = LookAlikes(lambda kind, digest: kind == "id" and digest in missing, key)
+        strange = (n for n in names() if not state.has("id", keyed_digest(key, "id", n))) if missing else ()
+        pairs = [f"{ascii(text)} for {ascii(name)}" for name in strange for text, _ in alike.of("id", name)]
     if pairs:
         raise ValueError(
             f"{len(pairs)} ids of {file} are spelled otherwise in {store.path}, e.g. {', '.join(pairs[:5])}. Write "
             "them as the store knows them, or name what is to be deleted with --ids-file."
         )
-    if len(missing) > at_most * len(index):
+    if len(missing) > at_most * count:
         raise ValueError(
-            f"{len(missing)} of the {len(index)} examples of {store.path} are not in {file}: "
-            f"{len(missing) / len(index):.1%}, and --at-most allows {at_most:.0%}. Nothing was deleted. If all are to "
+            f"{len(missing)} of the {count} examples of {store.path} are not in {file}: "
+            f"{len(missing) / count:.1%}, and --at-most allows {at_most:.0%}. Nothing was deleted. If all are to "
             "go, raise it."
         )
     if missing:
-        typer.echo(f"{len(missing)} of the {len(index)} examples of {store.path} are not in {file}", err=True)
+        typer.echo(f"{len(missing)} of the {count} examples of {store.path} are not in {file}", err=True)
     return sorted(missing)
 
 

@@ -18,16 +18,15 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import StoreError
 from ..files import PRIVATE, private_folder, remove, sync_folder
-from .requests import Place
+from .database import Place
 
 if TYPE_CHECKING:  # a deletion removes blocks without it
     import torch
@@ -296,32 +295,19 @@ def _dtype(text: str) -> torch.dtype:
     return found
 
 
-def sweep_activations(private: Path, hit: Container[Place], read_index: Callable[[], Container[str]] | None) -> None:
+def sweep_activations(private: Path, hit: Container[Place], has_all: Callable[[Iterable[str]], bool]) -> None:
     """Removes the blocks of slices that a deletion hits, and of examples that the index does not know (any more).
 
-    With the state lost there is no index to read (`None`).
+    `has_all` tells whether the index has all of some examples; with the state lost it says yes.
     """
-    left = []
     for path in (private / FOLDER).glob("*"):
         name = BlockName.from_file(path.name)
-        if name is None or name.place in hit:
-            remove(path)
-        else:
-            left.append(path)
-    if not left or read_index is None:
-        return
-    try:
-        index = read_index()
-    except StoreError as error:
-        logger.warning("the activation cache is removed, because it is not known whose states it holds: %s", error)
-        index = ()
-    for path in left:
-        if not _knows_only(path, index):
+        if name is None or name.place in hit or not _knows_all(path, has_all):
             remove(path)
 
 
-def _knows_only(path: Path, index: Container[str]) -> bool:
+def _knows_all(path: Path, has_all: Callable[[Iterable[str]], bool]) -> bool:
     try:
-        return all(example in index for example, _ in _head(path)["examples"])
+        return has_all(example for example, _ in _head(path)["examples"])
     except DAMAGED:
         return False

@@ -9,16 +9,20 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import S3TError, StoreLockedError
 from ..files import POSIX
+from .database import StateDatabase
 from .folder import StoreFolder
 from .manifest import Manifest
-from .partition import Index, examples_digest, stage_examples
+from .partition import examples_digest, stage_examples
 from .public_audit import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
-from .state import State
+from .requests import entry_fits
+from .schema import DATABASE
 
 
 @dataclass(frozen=True)
@@ -125,44 +129,49 @@ def _check_intents(folder: StoreFolder, manifest: Manifest) -> Findings:
         )
 
 
-def _state(folder: StoreFolder) -> State:
-    if not (folder.private / "state.json").exists():
-        raise NotChecked("The state (.s3t/state.json) is not here.")
-    return folder.state()
+@contextmanager
+def _state(folder: StoreFolder) -> Iterator[StateDatabase]:
+    if not folder.database.exists():
+        raise NotChecked(f"The state (.s3t/{DATABASE}) is not here.")
+    with folder.reading() as state:
+        yield state
 
 
-def _index(folder: StoreFolder) -> Index:
-    if not folder.has_index:
-        raise NotChecked("The index (.s3t/index.json) is not here.")
-    return folder.index()
+def _check_database(folder: StoreFolder, manifest: Manifest) -> Findings:
+    with _state(folder) as state:
+        state.check_whole()
+        for name in state.broken_receipts():
+            yield f"{name} does not follow the receipt before it: that or this one was changed, removed or put in"
+        misplaced = sum(1 for digest, entry in state.examples() if not entry_fits(folder, manifest, digest, entry))
+        if misplaced:
+            yield f"{misplaced} examples lie in other slices than they belong in: a deletion would not find them"
 
 
 def _check_generation(folder: StoreFolder, manifest: Manifest) -> Findings:
-    state = _state(folder)
-    if state.log.keys() != manifest.log.keys():
-        yield (
-            f"the state is of generation {state.generation}, the manifest of {manifest.generation}: one of them is an "
-            "older copy, and lacks deletions"
-        )
+    with _state(folder) as state:
+        log = state.log()
+        if log.keys() != manifest.log.keys():
+            yield (
+                f"the state is of generation {len(log)}, the manifest of {manifest.generation}: one of them is an "
+                "older copy, and lacks deletions"
+            )
 
 
 def _check_tombstones(folder: StoreFolder, manifest: Manifest) -> Findings:
-    state = _state(folder)
-    if not folder.has_key:
-        raise NotChecked("The partition key is not here: give it, or set HF_S3T_KEY.")
-    if state.digest(folder.key) != manifest.tombstones:
-        yield "the tombstones are not those that the manifest was written with: some were added or removed elsewhere"
+    with _state(folder) as state:
+        if not folder.has_key:
+            raise NotChecked("The partition key is not here: give it, or set HF_S3T_KEY.")
+        if state.tombstones_hmac(folder.key) != manifest.tombstones:
+            yield "the tombstones are not those that the manifest was written with: some came or went elsewhere"
 
 
 def _check_buried(folder: StoreFolder, manifest: Manifest) -> Findings:
-    state = _state(folder)
-    newest: dict[tuple[int, int], int] = {}
-    for stone in (*state.ids.values(), *state.groups.values()):
-        for place in stone.places:
-            newest[place] = max(newest.get(place, 0), stone.generation)
+    with _state(folder) as state:
+        newest, records = state.newest_deletions(), state.records()
+        kept = state.buried_in_index()
     for stage in sorted(manifest.stages):
         needed = max((newest.get(place, 0) for place in stage.slices), default=0)
-        record = state.stages.get(stage.name)
+        record = records.get(stage.name)
         if needed and record is None:
             yield NotChecked(f"{stage.name}: the state has no record of when it was trained")
         elif record is not None and record["generation"] < needed:
@@ -170,23 +179,25 @@ def _check_buried(folder: StoreFolder, manifest: Manifest) -> Findings:
                 f"{stage.name} was trained at generation {record['generation']}, and examples of its slices were "
                 f"deleted at generation {needed}: it may hold their influence"
             )
-    kept = sum(1 for digest, entry in _index(folder).items() if state.buries(digest, entry.group))
     if kept:
         yield f"{kept} deleted examples are still in the index"
 
 
 def _check_examples(folder: StoreFolder, manifest: Manifest) -> Findings:
-    state, index = _state(folder), _index(folder)
-    by_slice: dict[int, dict[int, list[str]]] = {}
-    for digest, entry in index.items():
-        by_slice.setdefault(entry.shard, {}).setdefault(entry.slice, []).append(digest)
-    for stage in sorted(manifest.stages):
-        record = state.stages.get(stage.name)
-        examples = stage_examples(stage, by_slice.get(stage.shard, {}), manifest.replay)
-        if record is None:
-            yield NotChecked(f"{stage.name}: the state has no record of its examples")
-        elif record["data"] != examples_digest(examples):
-            yield differing_examples(stage.name, record["examples"], len(examples))
+    with _state(folder) as state:
+        records = state.records()
+        for shard in range(manifest.plan.num_shards):
+            stages = [stage for stage in sorted(manifest.stages) if stage.shard == shard]
+            slices = {slice_id for stage in stages for slice_id in stage.prefix}
+            by_slice = {slice_id: state.examples_of((shard, slice_id)) for slice_id in slices}
+            for stage in stages:
+                record = records.get(stage.name)
+                if record is None:
+                    yield NotChecked(f"{stage.name}: the state has no record of its examples")
+                    continue
+                examples = stage_examples(stage, by_slice, manifest.replay)
+                if record["data"] != examples_digest(examples):
+                    yield differing_examples(stage.name, record["examples"], len(examples))
 
 
 def differing_examples(stage: str, seen: int, known: int) -> str | NotChecked:
@@ -214,6 +225,7 @@ def _check_modes(folder: StoreFolder, manifest: Manifest) -> Findings:
 CHECKS: dict[str, FindingsOf] = {
     **PUBLISHED_CHECKS,
     "no deletion is unfinished": _check_intents,
+    "the state's database is whole": _check_database,
     "state and manifest are of one generation": _check_generation,
     "tombstones are the manifest's": _check_tombstones,
     "no stage is older than a deletion from it": _check_buried,

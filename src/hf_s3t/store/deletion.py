@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..errors import StoreError, UnknownExampleError
+from ..errors import StoreError, UnfinishedDeletionError, UnknownExampleError
 from ..files import json_bytes, remove, utc_now
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
-from .deletion_records import INTENT_FORMAT
+from .database import Kind, Place, StateDatabase
+from .deletion_records import INTENT_FORMAT, OPTIONAL
 from .export_records import carrying
 from .exports import settle
 from .folder import StoreFolder
 from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
-from .partition import count_by_place
-from .receipts import Receipt, append_receipt, limits_of, read_receipts, receipt_name, versions
-from .requests import Place, Request
-from .sources import TOMBSTONES, on_top
-from .state import State, Tombstone
+from .receipts import Receipt, append_receipt, check_receipts, limits_of, receipt_name, versions
+from .requests import Request
+from .sources import TOMBSTONES, FolderSource, on_top
 from .state_files import INTENTS
 from .sweep import sweep
-from .tombstones import absorb, clear_index, event_of, put_tombstones, state_or_none, tombstones_hmac, with_tombstones
+from .tombstones import absorb, event_of, obey, put_tombstones, tombstones_hmac
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +48,13 @@ def delete(
     dry_run: bool = False,
     refresh_exports: bool = False,
     when_durable: Callable[[], None] | None = None,
+    renewed: Collection[str] = (),
 ) -> Receipt:
-    """Deletes what a request covers. Runs under the store's write lock; see [`S3TStore.delete`] for the arguments."""
+    """Deletes what a request covers. Runs under the store's write lock; see [`S3TStore.delete`] for the arguments.
+
+    Of examples that are `renewed` (keyed digests) the content is another one now, which may be trained on: they leave
+    no tombstone.
+    """
     if request.unknown and not missing_ok:
         raise _unknown(folder, request)
     if request.look_alikes:
@@ -68,6 +72,7 @@ def delete(
         "places": sorted(request.places),
         "generation": receipt.generation,
         "refresh_exports": refresh_exports,
+        "renewed": sorted(renewed),
     }
     folder.source.check_writable()
     intent = _write_intent(folder, intent)
@@ -75,9 +80,20 @@ def delete(
         if when_durable is not None:
             when_durable()
     finally:  # from here on it cannot be undone, whatever the caller's part ends in
-        receipt = carry_out(folder, intent)
+        receipt = _to_its_end(folder, intent)
     _obey_beside(folder)
     return receipt
+
+
+def _to_its_end(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
+    try:
+        return carry_out(folder, intent)
+    except OSError as error:
+        raise UnfinishedDeletionError(
+            f"{intent['receipt']['receipt']} was begun and is not finished: {error}. What it is about is not served "
+            f"any more, but is still on the disk, in whole or in part. Put that right and run it again, or any other "
+            "change of the store, which finishes it first."
+        ) from error
 
 
 def _unknown(folder: StoreFolder, request: Request) -> UnknownExampleError:
@@ -93,14 +109,20 @@ def _unchanged(folder: StoreFolder, request: Request, receipt: Receipt, refresh_
     copies = settle(folder, receipt.exports, receipt.generation, refresh_exports)
     places = {place for stone in request.stones for place in stone.places}
     reached = folder.source.reached(places, folder.manifest().weights)  # of one that somebody else made, too
-    earlier = {known["receipt"]: known["inactive_since"] for known in read_receipts(folder)}
-    since = [earlier[name] for name in receipt.deleted_by if name in earlier]
+    since = [known["inactive_since"] for known in _earlier(folder, receipt.deleted_by)]
     last = max(since) if len(since) == len(receipt.deleted_by) > 0 else None  # made elsewhere: not known here
     receipt = replace(receipt, status="unchanged", inactive_since=last, still_served_at=reached, **copies)
     return append_receipt(folder, receipt)
 
 
-def readmit(folder: StoreFolder, request_digests: Mapping[str, str], reference: str | None) -> Receipt:
+def _earlier(folder: StoreFolder, names: Sequence[str]) -> list[dict[str, Any]]:
+    if not folder.has_state:
+        return []
+    with folder.reading() as state:
+        return [receipt for name in names if (receipt := state.receipt(name)) is not None]
+
+
+def readmit(folder: StoreFolder, request_digests: Mapping[str, Kind], reference: str | None) -> Receipt:
     """Lifts tombstones (`digest -> "id" | "group"`). Examples come back when they are handed to a training again."""
     manifest = folder.manifest()
     receipt = Receipt(
@@ -116,19 +138,20 @@ def readmit(folder: StoreFolder, request_digests: Mapping[str, str], reference: 
         "generation": receipt.generation,
     }
     folder.source.check_writable()
-    return carry_out(folder, _write_intent(folder, intent))
+    return _to_its_end(folder, _write_intent(folder, intent))
 
 
 def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Receipt:
-    manifest = folder.live()
+    manifest = folder.live(intents=folder.readable_intents())
     gone = [stage for stage in sorted(manifest.stages) if stage.slices & request.places]
     before = manifest.plan.served(manifest.stages)
     after = manifest.plan.served(manifest.without(gone).stages)
     counts: Counter[Place] | None = None
-    state = State()
-    try:
-        counts, state = count_by_place(folder.index()), folder.state()
-    except StoreError:
+    caches: list[str] = []
+    if folder.has_state:
+        with folder.reading() as state:
+            counts, caches = state.counts(), state.caches()
+    else:
         logger.warning("the state of %s is not here: how many examples this concerns is not known", folder.path)
     lost = [(shard, slice_id) for shard, prefix in before.items() for slice_id in prefix]
     lost = [place for place in lost if place[1] not in after.get(place[0], ())]
@@ -143,14 +166,23 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         deleted_by=sorted({name for stone in request.stones for name in stone.deletions}),
         stages_removed={stage.name: manifest.stages[stage] for stage in gone},
         served_before=_served_json(before), served_after=_served_json(after),
-        exports=carrying(folder, [Tombstone({"": tuple(request.places)}, generation), *request.stones]),
-        caches=list(state.caches), versions=versions(), repository=folder.source.repo_id, limits=limits_of(manifest),
+        exports=carrying(folder, _newest(request, generation)), caches=caches, versions=versions(),
+        repository=folder.source.repo_id, limits=limits_of(manifest),
     )  # fmt: skip
+
+
+def _newest(request: Request, generation: int) -> dict[Place, int]:
+    """The generation of the newest deletion of what is asked for, by the places that it hit."""
+    newest = dict.fromkeys(request.places, generation)
+    for stone in request.stones:
+        for place in stone.places:
+            newest[place] = max(newest.get(place, 0), stone.generation)
+    return newest
 
 
 def carry_out(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     """Brings an intent to its end, from wherever it was interrupted. Runs under the store's write lock."""
-    read_receipts(folder)  # of a newer version: before anything goes, not when it is to be told
+    check_receipts(folder)  # of a newer version: before anything goes, not when it is to be told
     receipt = on_top(partial(_carry_out_once, folder, intent), partial(_look_again, folder))
     logger.info("%s %s: %d stages removed", receipt.kind, receipt.receipt, len(receipt.stages_removed))
     return receipt
@@ -162,23 +194,24 @@ def _look_again(folder: StoreFolder) -> None:
 
 
 def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
-    manifest, state = folder.manifest(), state_or_none(folder)
     receipt = Receipt.from_json(intent["receipt"])
-    log = merged(manifest.log, {receipt.receipt: event_of(intent, state)})
-    if state is not None:
-        state = with_tombstones(state, intent)
-        log = merged(log, state.log)
-    hit = places_beyond(log, manifest.log)
-    if log != manifest.log:  # else it had been carried out, and was interrupted afterwards
-        manifest = _rewrite(folder, replace(manifest.untouched_by(hit), log=log), state)
-        title = "Deletion" if receipt.kind == "delete" else "Readmission"
-        folder.source.publish(f"{title} {receipt.receipt}", manifest.names)
-    sweep(folder, manifest, hit | {tuple(place) for place in intent["places"]})
-    if state is not None:
-        folder.write_state(state.only(manifest.stages))
-        clear_index(folder, intent)
+    places = {(shard, slice_id) for shard, slice_id in intent["places"]}
+    with folder.changing_if_there() as state:  # it counts after everything that it tells of is done
+        manifest = folder.manifest()
+        log = merged(manifest.log, {receipt.receipt: event_of(intent, state is not None)})
+        if state is not None:
+            obey(state, intent)
+            log = merged(log, state.log())
+        hit = places_beyond(log, manifest.log)
+        if log != manifest.log:  # else it had been carried out, and was interrupted afterwards
+            manifest = _rewrite(folder, replace(manifest.untouched_by(hit), log=log), state)
+            title = "Deletion" if receipt.kind == "delete" else "Readmission"
+            folder.source.publish(f"{title} {receipt.receipt}", manifest.names)
+        sweep(folder, manifest, hit | places, state)
+        if state is not None:
+            state.keep_records(manifest.names)
     copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
-    reached = folder.source.reached({tuple(place) for place in intent["places"]}, manifest.weights)
+    reached = folder.source.reached(places, manifest.weights)
     at_head = folder.source.repo_id is not None and receipt.kind == "delete"
     receipt = replace(
         receipt, status="inactive_at_head" if at_head else receipt.status, generation=manifest.generation,
@@ -189,7 +222,7 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     return receipt
 
 
-def _rewrite(folder: StoreFolder, manifest: Manifest, state: State | None) -> Manifest:
+def _rewrite(folder: StoreFolder, manifest: Manifest, state: StateDatabase | None) -> Manifest:
     """Writes the manifest, and the root adapter of what it lists."""
     try:
         manifest = folder.write_root(manifest)
@@ -212,20 +245,30 @@ def take_over(folder: StoreFolder, there: StoreFolder) -> None:
     recover(folder)  # the state may now be ahead of the manifest
 
 
-def recover(folder: StoreFolder) -> None:
-    """What every writer does first: finish interrupted deletions, drop half-written files, obey newer tombstones."""
+def recover(folder: StoreFolder, others: bool = True) -> list[tuple[dict[str, Any], Receipt]]:
+    """What every writer does first: finish interrupted deletions, drop half-written files, obey newer tombstones.
+
+    Where `others` is false one that cannot be finished is told of, obeyed by whatever serves, and left: it must not
+    keep another person's deletion from being carried out. Returns the intents that it finished, with their receipts.
+    """
     folder.tighten()
     _look_again(folder)
-    for intent in folder.intents():
-        state = state_or_none(folder)
-        if intent.get("repo") == folder.source.repo_id:
-            carry_out(folder, intent)
-        elif state is not None:  # whoever opens that repository ends it; what it is about is obeyed here, too
-            folder.write_state(with_tombstones(state, intent))
-            clear_index(folder, intent)
+    done = []
+    for intent in folder.intents() if others else folder.readable_intents():
+        try:
+            if intent.get("repo") == folder.source.repo_id:
+                done.append((intent, carry_out(folder, intent)))
+            elif folder.has_state:  # whoever opens that repository ends it; what it is about is obeyed here, too
+                with folder.changing() as state:
+                    obey(state, intent)
+        except (OSError, StoreError) as error:
+            if others:
+                raise
+            logger.error("%s was begun and cannot be finished: %s", intent["receipt"]["receipt"], error)
     if folder.exists:
         on_top(partial(_obey, folder), partial(_look_again, folder))
         _obey_beside(folder)
+    return done
 
 
 def _obey_beside(folder: StoreFolder) -> None:
@@ -239,23 +282,26 @@ def _obey_beside(folder: StoreFolder) -> None:
 
 def _obey(folder: StoreFolder) -> None:
     """Brings the published files up to the state, where an older copy of them was put back."""
-    manifest, state = folder.manifest(), state_or_none(folder)
-    hit: set[Place] = set()
-    if state is not None:
-        log = merged(manifest.log, state.log)
-        hit = places_beyond(log, manifest.log)
-        untold = manifest.tombstones == NOT_KNOWN and state.knows(manifest) and folder.has_key
-        if untold or log != manifest.log:
-            manifest = _rewrite(folder, replace(manifest.untouched_by(hit), log=log), state)
-            folder.source.publish(f"Deletions up to {manifest.generation}", manifest.names)
-            folder.write_state(state.only(manifest.stages))
-    sweep(folder, manifest, hit)
+    with folder.changing_if_there() as state:
+        manifest = folder.manifest()
+        hit: set[Place] = set()
+        if state is not None:
+            log = merged(manifest.log, state.log())
+            hit = places_beyond(log, manifest.log)
+            untold = manifest.tombstones == NOT_KNOWN and state.knows(manifest) and folder.has_key
+            if untold or log != manifest.log:
+                manifest = _rewrite(folder, replace(manifest.untouched_by(hit), log=log), state)
+                folder.source.publish(f"Deletions up to {manifest.generation}", manifest.names)
+                state.keep_records(manifest.names)
+        if isinstance(folder.source, FolderSource) and not folder.has_root_of(manifest):
+            manifest = _rewrite(folder, manifest, state)  # an older one was put back, or a write was interrupted
+        sweep(folder, manifest, hit, state)
 
 
 def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]:
-    read_receipts(folder)  # refused before anything is on record
+    check_receipts(folder)  # refused before anything is on record
     name = f"{intent['generation']:08d}-{intent['receipt']['receipt']}.json"
-    intent = {**intent, "format": INTENT_FORMAT, "file": name, "repo": folder.source.repo_id}
+    intent = {**OPTIONAL, **intent, "format": INTENT_FORMAT, "file": name, "repo": folder.source.repo_id}
     folder.write_private(f"{INTENTS}/{name}", json_bytes(intent))
     return intent
 

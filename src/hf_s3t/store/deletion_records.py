@@ -17,7 +17,9 @@ from .manifest import DAMAGED, read_count
 INTENT_FORMAT = 1
 RECEIPT_FORMAT = 1
 REQUIRED = ("kind", "receipt", "places", "generation")
-OPTIONAL: dict[str, Any] = {"format": 1, "ids": {}, "groups": {}, "repo": None, "refresh_exports": False, "file": ""}
+OPTIONAL: dict[str, Any] = {
+    "format": 1, "ids": {}, "groups": {}, "repo": None, "refresh_exports": False, "renewed": [], "file": "",
+}  # fmt: skip
 """Fields of an intent that need not be there. Its file has the name that it has."""
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import StateError
-from ..files import json_bytes, read_json
 from ..plan.tree import Stage
+from .database import Place
 from .folder import StoreFolder
-from .state import Tombstone
 
-EXPORTS = "exports.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,42 +26,43 @@ class Record:
     base: str | None  # where a merged one's base model came from; `None`: it was handed in as a module
     generation: int  # the store's when it was made; what was deleted later, it may carry
 
-    def carries(self, deleted: Iterable[Tombstone]) -> bool:
+    def carries(self, newest: Mapping[Place, int]) -> bool:
         """Whether it was made of what something deleted depends on, before that was deleted."""
         places = {place for name in self.stages for place in Stage.from_name(name).slices}
-        return any(stone.generation > self.generation and places & stone.places for stone in deleted)
+        return any(newest.get(place, 0) > self.generation for place in places)
 
 
 def read_exports(folder: StoreFolder) -> dict[str, Record]:
-    """Every export on record, by its path."""
-    path = folder.private / EXPORTS
-    return records_from_json(read_json(path)) if path.exists() else {}
-
-
-def records_from_json(data: Any) -> dict[str, Record]:
-    """Reads the record of exports. A [`StateError`] if it is none."""
+    """Every export on record, by its path. A [`StateError`] if the record is damaged."""
+    if not folder.database.exists():
+        return {}
+    with folder.reading(lost=True) as state:
+        found = state.exports()
     try:
-        return {path: Record(**{**fields, "stages": tuple(fields["stages"])}) for path, fields in data.items()}
+        return {path: Record(**{**fields, "stages": tuple(fields["stages"])}) for path, fields in found.items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise StateError(
             f"The record of exports is damaged ({error}). Restore it from a backup of the state."
         ) from None
 
 
-def records_to_json(records: Mapping[str, Record]) -> dict[str, Any]:
-    """The record of exports as plain data."""
-    return {path: asdict(record) for path, record in records.items()}
+def write_export_record(folder: StoreFolder, path: str, record: Record) -> None:
+    """Replaces what is known of an export, durably."""
+    with folder.changing(create=True) as state:
+        state.write_export(path, asdict(record))
 
 
-def write_exports(folder: StoreFolder, records: Mapping[str, Record]) -> None:
-    """Replaces the record of exports, durably."""
-    folder.write_private(EXPORTS, json_bytes(records_to_json(records)))
+def carrying(folder: StoreFolder, newest: Mapping[Place, int]) -> list[str]:
+    """Paths of the exports that are still there and carry the influence of something deleted.
 
-
-def carrying(folder: StoreFolder, deleted: Iterable[Tombstone]) -> list[str]:
-    """Paths of the exports that are still there and carry the influence of something deleted."""
-    deleted = list(deleted)
-    return [path for path, record in read_exports(folder).items() if record.carries(deleted) and present(Path(path))]
+    `newest` has the generation of the newest deletion that hit each place.
+    """
+    try:
+        records = read_exports(folder)
+    except StateError as error:  # a record that is only a record stops no deletion
+        logger.error("which exports carry the influence is not known: %s", error)
+        return []
+    return [path for path, record in records.items() if record.carries(newest) and present(Path(path))]
 
 
 def present(path: Path) -> bool:

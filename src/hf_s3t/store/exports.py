@@ -1,6 +1,6 @@
 """Copies that leave the store for stock runtimes: a plain adapter folder, or a whole model with the adapter merged in.
 
-An export belongs to whoever asked for it, so it is on record (`.s3t/exports.json`) before its first byte is written: a
+An export belongs to whoever asked for it, so it is on record before its first byte is written: a
 deletion names every copy that still carries the influence, or makes it anew from what is live. While a copy is being
 replaced it holds the old and the new, and the record says both.
 """
@@ -21,7 +21,7 @@ from ..files import install_folder, remove, sync_folder, write_atomic
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from ..plan.tree import Stage
 from .base_model import HAND_IN, check_base, check_unquantised, load_base
-from .export_records import Record, present, read_exports, scratch_of, write_exports
+from .export_records import Record, present, read_exports, scratch_of, write_export_record
 from .folder import StoreFolder
 from .manifest import Manifest
 
@@ -126,18 +126,17 @@ def _check_target(target: Path, record: Record, known: Record | None) -> None:
 def _replace(
     folder: StoreFolder, target: Path, record: Record, ends: list[Stage], adapter: Adapter, base: nn.Module | None
 ) -> Export:
-    records = read_exports(folder)
-    known, meanwhile = records.get(str(target)), record
+    known, meanwhile = read_exports(folder).get(str(target)), record
     if known is not None and present(target):
         both = tuple(sorted({*known.stages, *record.stages}))
         meanwhile = replace(record, stages=both, generation=min(known.generation, record.generation))
-    write_exports(folder, {**records, str(target): meanwhile})
+    write_export_record(folder, str(target), meanwhile)
     if base is None:
         done = _write_adapter(target, ends, adapter)
     else:
         done = _write_merged(target, ends, adapter, base)
     if meanwhile != record:
-        write_exports(folder, {**records, str(target): record})
+        write_export_record(folder, str(target), record)
     what = f"{'merged model' if base is not None else 'adapter'} of {', '.join(end.name for end in ends)}"
     logger.info("%s in %s: rank %d, %d parameters, %d bytes", what, target, done.rank, done.parameters, done.bytes)
     return done
@@ -211,8 +210,7 @@ def settle(folder: StoreFolder, paths: Iterable[str], generation: int, refresh: 
 
 
 def _refresh(folder: StoreFolder, path: Path, generation: int) -> str | None:
-    records = read_exports(folder)
-    record = records.get(str(path))
+    record = read_exports(folder).get(str(path))
     if record is None:
         return "exports_removed"
     if record.generation >= generation:
@@ -224,7 +222,8 @@ def _refresh(folder: StoreFolder, path: Path, generation: int) -> str | None:
     ends, adapter = ([], None) if nothing else export_source(folder, begun[-1] if begun else None, manifest)
     if adapter is None:
         _take_away(path, record)
-        write_exports(folder, {other: kept for other, kept in records.items() if other != str(path)})
+        with folder.changing() as state:
+            state.forget_export(str(path))
         return "exports_removed"
     if not present(path):
         return None  # its owner removed it

@@ -3,7 +3,7 @@
 ```
 out/  README.md  s3t.json  adapter_config.json  adapter_model.safetensors      the card, the manifest, the root adapter
       shard-00/2-0-3/adapter_config.json, adapter_model.safetensors            stage (0, (2, 0, 3))
-      .s3t/  partition.key  index.json  state.json  receipts.jsonl  intents/   the state, never published
+      .s3t/  partition.key  state.sqlite  intents/                             the state, never published
              running/  scratch/  write.lock  train.lock                        scratch
 ```
 
@@ -15,6 +15,7 @@ of one revision, and what is written waits until `publish` commits all of it at 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Mapping
@@ -97,6 +98,7 @@ class StoreFolder(StateFiles):
             state = state or os.environ.get(STATE_VARIABLE)
             self.private, self.knows_state = Path(state) if state else default_state(str(path)), bool(state)
         self._given_key = as_key(key) if key is not None else None
+        self._hashed: dict[str, tuple[Any, str]] = {}
         self.write_lock = Lock(self.private / "write.lock", "writing")
         self.train_lock = Lock(self.private / "train.lock", "training")
 
@@ -114,15 +116,18 @@ class StoreFolder(StateFiles):
         return Manifest.from_json(read_json(self.source.file(MANIFEST, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES))
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Replaces the manifest, durably."""
-        self.source.put(MANIFEST, json_bytes(manifest.to_json()))
+        """Replaces the manifest, durably. A [`StoreError`] if nobody could read it again; then nothing is written."""
+        data = json_bytes(manifest.to_json())
+        Manifest.from_json(json.loads(data))
+        self.source.put(MANIFEST, data)
 
-    def live(self, manifest: Manifest | None = None) -> Manifest:
+    def live(self, manifest: Manifest | None = None, intents: list[dict[str, Any]] | None = None) -> Manifest:
         """The manifest less every stage that an open intent covers: the stages that may be served.
 
-        Its generation counts those intents: what serves it is as new as the deletions that it obeys.
+        Its generation counts those intents: what serves it is as new as the deletions that it obeys. Where `intents`
+        are given, others that cannot be read are not an error: nothing is to be served by it.
         """
-        intents = self.intents()
+        intents = self.intents() if intents is None else intents
         manifest = manifest or self.manifest()  # after the intents: one that ended in between is in the manifest
         intents = [intent for intent in intents if intent["receipt"]["receipt"] not in manifest.log]
         hit = {place for intent in intents for place in intent["places"]}
@@ -204,6 +209,23 @@ class StoreFolder(StateFiles):
         """The files of the root adapter, by name; none if there is none."""
         root = self.assemble_root(manifest)
         return root.files({"root": [end.name for end in manifest.served_ends]}) if root else {}
+
+    def has_root_of(self, manifest: Manifest) -> bool:
+        """Whether the root adapter in the folder is the one that a manifest names. Each file is hashed once."""
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            path = self.path / name
+            try:
+                found = path.stat()
+            except FileNotFoundError:
+                digest = None
+            else:
+                mark = (found.st_ino, found.st_mtime_ns, found.st_size)
+                if self._hashed.get(name, (None, ""))[0] != mark:
+                    self._hashed[name] = (mark, hashlib.sha256(path.read_bytes()).hexdigest())
+                digest = self._hashed[name][1]
+            if digest != (manifest.root or {}).get(name):
+                return False
+        return True
 
     def write_root(self, manifest: Manifest) -> Manifest:
         """Replaces the root adapter and the card by those of the manifest's served prefixes.

@@ -17,7 +17,7 @@ from ..plan.survival import checked_prior
 from ..plan.tree import STAGE_PARAMETERS, Plan, Stage
 from .recipe_differences import Accepted
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder format; a store of another version is refused."""
 
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)

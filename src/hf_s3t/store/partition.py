@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import json
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -215,7 +214,7 @@ def _check_groups(digests: Sequence[tuple[str, Entry]]) -> None:
         )
 
 
-def warn_of_empty_slices(index: Index, key: bytes, config: S3TConfig) -> None:
+def warn_of_empty_slices(index: Mapping[str, Entry], key: bytes, config: S3TConfig) -> None:
     """Warns before the first training if a slice got no example, with the chance of it and the way out."""
     m, most = config.num_shards, config.num_slices
     filled = {entry[:2] for entry in index.values()}
@@ -245,19 +244,27 @@ class Comparison(NamedTuple):
     new: frozenset[str]
 
 
-def compare(index: Index, rows: Mapping[str, Entry]) -> Comparison:
-    """Compares the rows of a train set with the index of what was handed in before.
+def compare(index: Iterable[tuple[str, Entry]], rows: Mapping[str, Entry]) -> Comparison:
+    """Compares the rows of a train set with the index of what was handed in before, which may stream.
 
     A [`DatasetError`] if a known example moved to another place, which only the dataset's own columns can cause.
     """
-    moved = [digest for digest, entry in rows.items() if digest in index and entry[:3] != index[digest][:3]]
+    moved, missing, changed, known = 0, set(), set(), set()
+    for digest, entry in index:
+        row = rows.get(digest)
+        if row is None:
+            missing.add(digest)
+            continue
+        known.add(digest)
+        moved += row[:3] != entry[:3]
+        if row.content != entry.content:
+            changed.add(digest)
     if moved:
         raise DatasetError(
-            f"{len(moved)} known examples have another slice or group now. A stage that saw them would no longer be "
+            f"{moved} known examples have another slice or group now. A stage that saw them would no longer be "
             "found by a deletion. Restore the columns, or delete these examples first and hand them in as new ones."
         )
-    changed = {digest for digest, entry in rows.items() if digest in index and entry.content != index[digest].content}
-    return Comparison(frozenset(index.keys() - rows.keys()), frozenset(changed), frozenset(rows.keys() - index.keys()))
+    return Comparison(frozenset(missing), frozenset(changed), frozenset(rows.keys() - known))
 
 
 def stage_examples(stage: Stage, by_slice: Mapping[int, Iterable[str]], replay: float = 1.0) -> tuple[str, ...]:
@@ -285,8 +292,3 @@ def _chance(stage: Stage, digest: str) -> float:
 def examples_digest(digests: Sequence[str]) -> str:
     """One digest for the examples of a stage, in order. Made of keyed digests, it tells nothing without the key."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def count_by_place(index: Index) -> Counter[tuple[int, int]]:
-    """Number of examples per `(shard, slice)`."""
-    return Counter(entry[:2] for entry in index.values())

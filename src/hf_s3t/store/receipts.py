@@ -1,21 +1,22 @@
-"""Receipts: what a deletion found and did, and what it does not say. One line each in `.s3t/receipts.jsonl`."""
+"""Receipts: what a deletion found and did, and what it does not say. Kept in the state."""
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import secrets
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
 from ..errors import StateError
-from ..files import PRIVATE, sync_folder
+from ..files import json_bytes, read_json
 from .deletion_records import RECEIPT_FORMAT, check_fields, check_format
 from .folder import StoreFolder
 from .manifest import DAMAGED, Manifest
 from .recipe_differences import NOT_BIT_EQUAL
+
+logger = logging.getLogger(__name__)
 
 LIMITS = (
     "Nothing is said of what the base model saw in pretraining.",
@@ -37,7 +38,7 @@ def limits_of(manifest: Manifest) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a deletion found and did. Kept in `.s3t/receipts.jsonl`, never published.
+    """What a deletion found and did. Kept in the state, never published.
 
     Args:
         receipt (`str`): its own name.
@@ -108,29 +109,42 @@ class Receipt:
 
 
 def append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
-    """Appends a receipt unless it is there already, which it may be after an interruption."""
-    if not any(known["receipt"] == receipt.receipt for known in read_receipts(folder)):
-        path = folder.private_folder() / "receipts.jsonl"
-        with open(path, "a", encoding="utf-8", opener=partial(os.open, mode=PRIVATE)) as file:
-            # The newline comes first: a line that a crash cut short then spoils only itself.
-            file.write(("\n" if file.tell() else "") + json.dumps(receipt.to_json(), sort_keys=True))
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(folder.private)
+    """Keeps a receipt unless it is there already, which it may be after an interruption.
+
+    Where the state's database cannot be written it is a file of its own beside it: no deletion waits for a record.
+    """
+    if folder.loose_receipt(receipt.receipt).exists():
+        return receipt
+    try:
+        with folder.changing(create=True) as state:
+            state.add_receipt(receipt.receipt, receipt.to_json())
+    except StateError as error:
+        logger.error("receipt %s is kept as a file beside the state: %s", receipt.receipt, error)
+        folder.write_private(folder.loose_receipt(receipt.receipt).name, json_bytes(receipt.to_json()))
     return receipt
 
 
 def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
-    """Every receipt, oldest first; a line that a crash cut short is left out."""
-    path = folder.private / "receipts.jsonl"
-    found = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-        found[-1] = Receipt.from_json(found[-1]).to_json()
-    return found
+    """Every receipt, oldest first."""
+    found: list[Any] = []
+    if folder.database.exists():
+        with folder.reading(lost=True) as state:
+            found = state.receipts()
+    names = {receipt["receipt"] for receipt in found}
+    found += [r for path in folder.loose_receipts() if (r := read_json(path)).get("receipt") not in names]
+    return [Receipt.from_json(receipt).to_json() for receipt in found]
+
+
+def check_receipts(folder: StoreFolder) -> None:
+    """Raises [`StateError`] if a newer version of hf_s3t wrote a receipt here. Receipts that are lost pass."""
+    newest = [read_json(path).get("format", 1) for path in folder.loose_receipts()]
+    try:
+        if folder.database.exists():
+            with folder.reading(lost=True) as state:
+                newest.append(state.receipt_format)
+    except StateError as error:
+        logger.warning("earlier receipts cannot be read: %s", error)
+    check_format({"format": max(newest, default=1)}, RECEIPT_FORMAT, f"A receipt in {folder.private}")
 
 
 @cache

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
-from ..errors import StoreError
+from ..errors import StateError
+from .database import Kind, Place, StateDatabase
 from .folder import StoreFolder
 from .ids import id_text, look_alikes, same_to_the_eye
 from .manifest import Manifest
-from .partition import Index, keyed_digest, row_digest
-from .state import State, Tombstone
-
-Place = tuple[int, int]
-"""`(shard, slice)`: where an example lies."""
-
-Kind = Literal["id", "group"]
+from .partition import Entry, assign, keyed_digest, row_digest
+from .state import Tombstone
 
 
 @dataclass(frozen=True)
@@ -34,20 +30,18 @@ class Request:
 
 
 class LookAlikes:
-    """What an index knows that an id or a group may have been meant to be."""
+    """What an index knows that an id or a group may have been meant to be; `has` asks it."""
 
-    def __init__(self, index: Index, key: bytes):
-        self.key = key
-        groups = {entry.group for entry in index.values() if entry.group is not None}
-        self.known = {"id": index.keys(), "group": groups}
+    def __init__(self, has: Callable[[Kind, str], bool], key: bytes):
+        self.has, self.key = has, key
 
     def of(self, kind: Kind, value: Any) -> list[tuple[str, str]]:
         """Other spellings that are known, with their keyed digests; of one that is known, in other Unicode alone."""
         texts = look_alikes(value)
-        if keyed_digest(self.key, kind, value) in self.known[kind]:
+        if texts and self.has(kind, keyed_digest(self.key, kind, value)):
             texts = [text for text in texts if same_to_the_eye([text, id_text(value)])]
         found = [(text, keyed_digest(self.key, kind, text)) for text in texts]
-        return [(text, digest) for text, digest in found if digest in self.known[kind]]
+        return [(text, digest) for text, digest in found if self.has(kind, digest)]
 
 
 def check_lists(**given: Any) -> None:
@@ -95,15 +89,33 @@ def _named_request(folder: StoreFolder, wanted: Sequence[tuple[Any, Kind]], dige
     key = folder.key if wanted else b""
     known: list[tuple[Any, str, Kind]] = [(digest, digest, "id") for digest in digests]
     known += [(value, keyed_digest(key, kind, value), kind) for value, kind in wanted]
-    index = folder.index()
-    alike = LookAlikes(index, key)
     asked = {digest for _, digest, _ in known}
-    others = {
-        id_text(value): found
-        for value, kind in wanted
-        if (found := [text for text, digest in alike.of(kind, value) if digest not in asked])
-    }
-    return replace(_look_up(index, folder.state(), known), look_alikes=others)
+    manifest = folder.manifest()
+    with folder.reading() as state:
+        alike = LookAlikes(state.has, key)
+        others = {
+            id_text(value): found
+            for value, kind in wanted
+            if (found := [text for text, digest in alike.of(kind, value) if digest not in asked])
+        }
+        request = _look_up(state, known)
+        for digest in request.ids:
+            entry = state.entry(digest)
+            if entry is not None and not entry_fits(folder, manifest, digest, entry):  # its own stages would stay
+                raise StateError(
+                    f"The index says that an example lies in (shard, slice) {entry[:2]}, where it does not belong: "
+                    f"{folder.database} is damaged. Nothing was changed. Restore it from a backup (`hf-s3t state "
+                    "import`), or delete whole slices (`slices=[...]`)."
+                )
+    return replace(request, look_alikes=others)
+
+
+def entry_fits(folder: StoreFolder, manifest: Manifest, digest: str, entry: Entry) -> bool:
+    """Whether an example lies where it belongs, as far as plan and keyed hash can tell."""
+    plan = manifest.plan
+    if manifest.recipe["partition"]["slice_columns"] is None and folder.has_key:
+        return entry[:2] == assign(folder.key, entry.group or digest, plan.num_shards, plan.num_slices)
+    return entry.shard < plan.num_shards and entry.slice < plan.num_slices
 
 
 def _places(slices: Iterable[Place]) -> set[Place]:
@@ -126,36 +138,34 @@ def _row_id(row: Mapping[str, Any], manifest: Manifest) -> Any:
 
 def _slices_request(folder: StoreFolder, hit: set[Place]) -> Request:
     """A request for whole slices; with the state lost it still removes the stages."""
-    try:
-        index, stones = folder.index(), {**folder.state().ids, **folder.state().groups}
-    except StoreError:
-        index, stones = {}, {}
-    ids: dict[str, tuple[Place, ...]] = {digest: (entry[:2],) for digest, entry in index.items() if entry[:2] in hit}
-    there = {place for (place,) in ids.values()}.union(*(stage.slices for stage in folder.manifest().stages))
-    gone = hit - there
-    before = tuple(stone for stone in stones.values() if stone.places & gone)
-    return Request(ids, {}, frozenset(hit & there), len(hit), len(gone), (), before)
+    trained: set[Place] = set().union(*(stage.slices for stage in folder.manifest().stages))
+    if not folder.has_state:
+        return Request({}, {}, frozenset(hit & trained), len(hit), len(hit - trained), ())
+    with folder.reading() as state:
+        ids: dict[str, tuple[Place, ...]] = {}
+        for place in sorted(hit):
+            ids |= dict.fromkeys(state.examples_of(place), (place,))
+        there = trained.union(*ids.values())
+        before = tuple(state.stones_at(hit - there))
+    return Request(ids, {}, frozenset(hit & there), len(hit), len(hit - there), (), before)
 
 
-def _look_up(index: Index, state: State, known: Sequence[tuple[Any, str, Kind]]) -> Request:
-    members: dict[str, list[str]] = {}
-    for digest, entry in index.items():
-        if entry.group is not None:
-            members.setdefault(entry.group, []).append(digest)
+def _look_up(state: StateDatabase, known: Sequence[tuple[Any, str, Kind]]) -> Request:
     ids: dict[str, tuple[Place, ...]] = {}
     groups: dict[str, tuple[Place, ...]] = {}
     unknown: list[Any] = []
     stones: list[Tombstone] = []
     distinct = {(digest, kind): value for value, digest, kind in reversed(known)}
     for (digest, kind), value in reversed(distinct.items()):
-        if kind == "id" and digest in index:
-            ids[digest] = (index[digest][:2],)
-        elif kind == "group" and digest in members:
-            found = members[digest]
-            ids.update({member: (index[member][:2],) for member in found})
-            groups[digest] = tuple(sorted({index[member][:2] for member in found}))
-        elif digest in (state.ids if kind == "id" else state.groups):
-            stones.append((state.ids if kind == "id" else state.groups)[digest])
+        entry = state.entry(digest) if kind == "id" else None
+        members = state.members(digest) if kind == "group" else {}
+        if entry is not None:
+            ids[digest] = (entry[:2],)
+        elif members:
+            ids.update({member: (found[:2],) for member, found in members.items()})
+            groups[digest] = tuple(sorted({found[:2] for found in members.values()}))
+        elif (stone := state.tombstone(kind, digest)) is not None:
+            stones.append(stone)
         else:
             unknown.append(value)
     places = frozenset(place for found in (*ids.values(), *groups.values()) for place in found)

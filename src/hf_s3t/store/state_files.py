@@ -1,8 +1,8 @@
 """The private part of a store as files: who was trained on, what was deleted, what a deletion has begun.
 
 ```
-.s3t/  partition.key  index.json  state.json  receipts.jsonl  exports.json  purge-*.json  intents/     kept
-       running/  scratch/  activations/  write.lock  train.lock                                        scratch
+.s3t/  partition.key  state.sqlite  intents/  purge-*.json  receipt-*.json               kept
+       running/  scratch/  activations/  write.lock  train.lock                          scratch
 ```
 
 Files that their owner alone may read, in folders that the owner alone may enter. Whoever may not look into them is
@@ -11,19 +11,25 @@ told so: not to see the deletions that were begun is not that there are none.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import StateError, StoreError
-from ..files import PRIVATE, denied, json_bytes, loose, private_folder, read_json, tighten, write_atomic
+from ..files import PRIVATE, denied, loose, private_folder, read_json, tighten, write_atomic
+from . import schema
+from .database import StateDatabase
 from .deletion_records import read_intent
-from .partition import Entry, Index
-from .state import State
+from .schema import DATABASE
+
+logger = logging.getLogger(__name__)
 
 INTENTS = "intents"
 PRIVATE_NAMES = (
-    "*.json", "*.jsonl", "*.key", "*.lock", "*.holder", "*.tmp", INTENTS, f"{INTENTS}/*", "activations",
+    "*.json", "*.sqlite*", "*.key", "*.lock", "*.holder", "*.tmp", INTENTS, f"{INTENTS}/*", "activations",
     "activations/*", "running", "scratch",
 )  # fmt: skip
 """What its owner alone may use. Below `running` another library writes; what is in `scratch` is to be published."""
@@ -67,12 +73,68 @@ class StateFiles:
             raise denied(self.private) from None
         return self.private / name
 
-    def state(self) -> State:
-        """Generation, tombstones and training records."""
-        path = self._private_file("state.json")
-        if path is None:
-            raise StateError(f"{self.path} has no state (state.json). To find anybody, {self._way_out}")
-        return State.from_json(read_json(path))
+    @property
+    def database(self) -> Path:
+        """The state's database."""
+        return self.private / DATABASE
+
+    @contextmanager
+    def reading(self, lost: bool = False) -> Iterator[StateDatabase]:
+        """The state, to look something up.
+
+        With `lost`, also one that was lost and has records alone.
+
+        Raises:
+            StateError: there is none, or it cannot be read.
+        """
+        if self._private_file(DATABASE) is None:
+            raise self._no_state()
+        with schema.opened(self.database) as connection:
+            state = StateDatabase(connection)
+            if state.store is None and not lost:
+                raise self._no_state()
+            yield state
+
+    @contextmanager
+    def changing(self, create: bool = False) -> Iterator[StateDatabase]:
+        """The state in one transaction, which counts once the block has ended, and not at all if it fails.
+
+        With `create` it is made where there is none, and may be one that was lost. It cannot be nested.
+        """
+        if create and self._private_file(DATABASE) is None:
+            self.private_folder()
+            schema.create(self.database)
+        with self.reading(lost=create) as state:
+            with state.transaction():
+                yield state
+            disturbed = state.disturbed
+        if disturbed:
+            schema.write_in_order(self.database)
+
+    @contextmanager
+    def changing_if_there(self) -> Iterator[StateDatabase | None]:
+        """As [`changing`]; `None` where the state is lost."""
+        if not self.has_state:
+            yield None
+            return
+        with self.changing() as state:
+            yield state
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the state is there and can be read: `delete(slices=...)` removes stages all the same."""
+        if self._private_file(DATABASE) is None:
+            return False
+        try:
+            with self.reading():
+                return True
+        except StateError as error:
+            logger.warning("going on without the state: %s", error)
+            return False
+
+    def _no_state(self) -> StateError:
+        older = "" if self._private_file("state.json") is None else " (state.json is of a version before: not read)"
+        return StateError(f"{self.path} has no state ({DATABASE}){older}. To find anybody, {self._way_out}")
 
     @property
     def _way_out(self) -> str:
@@ -81,39 +143,41 @@ class StateFiles:
             return f"restore {self.private} from its backup (`hf-s3t state import`). {lost}"
         return f"name the folder of the state: `state=`, `--state` or {STATE_VARIABLE}. {lost}"
 
-    def write_state(self, state: State) -> None:
-        """Replaces the state, durably."""
-        self.write_private("state.json", json_bytes(state.to_json()))
+    def loose_receipt(self, name: str) -> Path:
+        """The file of a receipt that could not be written into the database; its name begins with `receipt-`."""
+        return self.private / f"{name}.json"
 
-    def index(self) -> Index:
-        """Keyed digests of the examples that were handed in and not deleted."""
-        path = self._private_file("index.json")
-        if path is None:
-            raise StateError(f"{self.path} has no index (index.json). To find anybody, {self._way_out}")
-        data = read_json(path)
-        return {digest: Entry(*entry) for digest, entry in data.items()}
-
-    @property
-    def has_index(self) -> bool:
-        """Whether there is an index."""
-        return self._private_file("index.json") is not None
-
-    def write_index(self, index: Index) -> None:
-        """Replaces the index, durably."""
-        self.write_private("index.json", json_bytes({digest: list(entry) for digest, entry in index.items()}))
+    def loose_receipts(self) -> list[Path]:
+        """All such files."""
+        return sorted(self.private.glob("receipt-*.json"))
 
     def intents(self) -> list[dict[str, Any]]:
-        """Deletions that were begun and not finished, oldest first; their places as a set of `(shard, slice)`."""
+        """Deletions that were begun and not finished, oldest first; their places as a set of `(shard, slice)`.
+
+        Raises:
+            StateError: one cannot be read, so that it is not known what is deleted.
+        """
+        found = (self._intent(name) for name in self._names_of_intents() if name.endswith(".json"))
+        return [intent for intent in found if intent is not None]
+
+    def readable_intents(self) -> list[dict[str, Any]]:
+        """Those of them that can be read: another one's deletion does not wait for the others."""
         found = []
-        for path in (self.private / INTENTS / name for name in self._names_of_intents() if name.endswith(".json")):
+        for name in self._names_of_intents():
             try:
-                intent = read_json(path)
-            except StoreError:
-                if path.exists():  # otherwise it was finished between the listing and the reading
-                    raise
-                continue
-            found.append(read_intent(intent, path))
-        return found
+                found.append(self._intent(name) if name.endswith(".json") else None)
+            except StoreError as error:
+                logger.error("%s", error)
+        return [intent for intent in found if intent is not None]
+
+    def _intent(self, name: str) -> dict[str, Any] | None:
+        path = self.private / INTENTS / name
+        try:
+            return read_intent(read_json(path), path)
+        except StoreError:
+            if path.exists():  # otherwise it was finished between the listing and the reading
+                raise
+            return None
 
     def _names_of_intents(self) -> list[str]:
         try:

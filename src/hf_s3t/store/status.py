@@ -7,15 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import StoreError
 from ..plan.life import LifeLeft, life_left
 from ..plan.tree import Stage
+from .database import Kind, Place, StateDatabase
 from .export_records import carrying, read_exports
 from .folder import StoreFolder
 from .ids import id_text
 from .recipe_differences import Accepted
-from .requests import Place
-from .state import State
 
 
 @dataclass(frozen=True)
@@ -101,13 +99,13 @@ def status_of(store: StoreFolder, prior: Sequence[float] | None) -> Status:
     deleted: int | None = None
     stale: list[str] = []  # with the state lost the record of exports is lost, too
     stacks: dict[str, int] = {}
-    try:
-        state = store.state()
-        stale = carrying(store, [*state.ids.values(), *state.groups.values()])
-        stacks = state.stacks(manifest.stages)
-        examples, deleted = len(store.index()), len(state.ids)
-    except StoreError:
-        pass
+    exports: list[str] = []
+    if store.has_state:
+        exports = list(read_exports(store))
+        with store.reading() as state:
+            examples, deleted = state.count, state.deleted
+            stacks, newest = state.stacks(manifest.names), state.newest_deletions()
+        stale = carrying(store, newest)
     return Status(
         path=str(store.path),
         generation=manifest.generation,
@@ -124,7 +122,7 @@ def status_of(store: StoreFolder, prior: Sequence[float] | None) -> Status:
         deleted_examples=deleted,
         requests=manifest.deletions,
         interrupted_deletions=len(store.intents()),
-        exports=tuple(read_exports(store)),
+        exports=tuple(exports),
         stale_exports=tuple(stale),
         life={
             under: life_left(manifest.plan, chances, manifest.stages)
@@ -136,16 +134,17 @@ def status_of(store: StoreFolder, prior: Sequence[float] | None) -> Status:
     )
 
 
-def location_of(value: Any, digest: str, kind: str, index: Any, state: State, trained: Iterable[Stage]) -> Location:
+def location_of(value: Any, digest: str, kind: Kind, state: StateDatabase, trained: Iterable[Stage]) -> Location:
+    """Where something is, and which of the trained stages saw it."""
     if kind == "id":
-        places = [index[digest][:2]] if digest in index else []
-        stone = state.ids.get(digest)
+        entry = state.entry(digest)
+        places = [entry[:2]] if entry is not None else []
     else:
-        places = sorted({entry[:2] for entry in index.values() if entry.group == digest})
-        stone = state.groups.get(digest)
+        places = sorted({entry[:2] for entry in state.members(digest).values()})
     if places:
         stages = tuple(stage.name for stage in sorted(trained) if stage.slices & set(places))
         return Location(id_text(value), "live", tuple(places), stages)
-    if stone:
+    stone = state.tombstone(kind, digest)
+    if stone is not None:
         return Location(id_text(value), "deleted", tuple(sorted(stone.places)), ())
     return Location(id_text(value), "unknown", (), ())

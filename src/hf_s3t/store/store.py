@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import S3TError, StoreError, UnknownExampleError
-from ..files import PRIVATE, json_bytes, write_atomic
 from ..hub.purge_report import SECONDS, PurgeReport
 from ..plan.tree import Order, Stage
 from . import deletion
 from . import sync as publishing
 from .base_model import load_base
+from .database import Kind, Place
 from .exports import Export, given_base, write_export
 from .folder import LOCK_SECONDS, StoreFolder
 from .ids import id_text
 from .partition import keyed_digest
 from .receipts import Receipt, read_receipts
-from .requests import Kind, LookAlikes, Place, check_lists, resolve
+from .requests import LookAlikes, check_lists, resolve
 from .sources import RepoSource
-from .state_backup import backup_of, restore
+from .state_backup import back_up, restore
 from .status import Location, Status, location_of, status_of
 
 if TYPE_CHECKING:
@@ -57,11 +57,12 @@ class S3TStore(StoreFolder):
     """
 
     @contextmanager
-    def writing(self, timeout: float = LOCK_SECONDS) -> Iterator[None]:
-        """Holds the store's write lock, after finishing what an interrupted writer left."""
+    def writing(
+        self, timeout: float = LOCK_SECONDS, others: bool = True
+    ) -> Iterator[list[tuple[dict[str, Any], Receipt]]]:
+        """Holds the store's write lock, after finishing what an interrupted writer left; see [`recover`]."""
         with self.write_lock.hold(timeout), self.source.drafting():
-            deletion.recover(self)
-            yield
+            yield deletion.recover(self, others)
 
     # ---- looking ----
 
@@ -87,16 +88,17 @@ class S3TStore(StoreFolder):
         """
         check_lists(ids=ids, groups=groups)
         self.source.look()
-        key, index, state, manifest = self.key, self.index(), self.state(), self.live()
-        alike = LookAlikes(index, key)
+        key, manifest = self.key, self.live()
         wanted: list[tuple[Kind, Any]] = [*(("id", value) for value in ids), *(("group", value) for value in groups)]
         found = []
-        for kind, value in wanted:
-            digest = keyed_digest(key, kind, value)
-            found.append(location_of(value, digest, kind, index, state, manifest.stages))
-            for text, other in alike.of(kind, value):
-                location = location_of(text, other, kind, index, state, manifest.stages)
-                found.append(replace(location, looks_like=id_text(value)))
+        with self.reading() as state:
+            alike = LookAlikes(state.has, key)
+            for kind, value in wanted:
+                digest = keyed_digest(key, kind, value)
+                found.append(location_of(value, digest, kind, state, manifest.stages))
+                for text, other in alike.of(kind, value):
+                    location = location_of(text, other, kind, state, manifest.stages)
+                    found.append(replace(location, looks_like=id_text(value)))
         return found
 
     # ---- deleting ----
@@ -168,7 +170,7 @@ class S3TStore(StoreFolder):
             from ..hub.refs import sort_refs
 
             sort_refs(self.source.repo, keep_refs)  # refused before anything is deleted
-        with nullcontext() if dry_run else self.writing():  # a dry run only reads
+        with nullcontext() if dry_run else self.writing(others=False):  # a dry run only reads
             request = resolve(self, **asked)
             receipt = deletion.delete(self, request, dry_run=dry_run, when_durable=when_durable, **how)
         if purge and not dry_run:
@@ -244,14 +246,17 @@ class S3TStore(StoreFolder):
             UnknownExampleError: something has no tombstone; nothing was changed.
         """
         check_lists(ids=ids, groups=groups)
-        wanted: dict[str, tuple[Any, str]] = {}
+        wanted: dict[str, tuple[Any, Kind]] = {}
         self.manifest()
-        with self.writing():
-            key, state = self.key, self.state()
+        with self.writing() as recovered:
+            key = self.key
             wanted.update({keyed_digest(key, "id", value): (value, "id") for value in ids})
             wanted.update({keyed_digest(key, "group", value): (value, "group") for value in groups})
-            standing = {"id": state.ids, "group": state.groups}
-            unknown = [value for digest, (value, kind) in wanted.items() if digest not in standing[kind]]
+            with self.reading() as state:
+                unknown = [v for digest, (v, kind) in wanted.items() if state.tombstone(kind, digest) is None]
+            for intent, receipt in recovered:  # it was interrupted, and is run again
+                if receipt.kind == "readmit" and wanted and wanted.keys() <= {*intent["ids"], *intent["groups"]}:
+                    return receipt
             if unknown or not wanted:
                 raise UnknownExampleError(f"No tombstone stands for {unknown[:5]!r}, so nothing was changed.")
             return deletion.readmit(self, {digest: kind for digest, (_, kind) in wanted.items()}, reference)
@@ -297,13 +302,12 @@ class S3TStore(StoreFolder):
     # ---- the state's backup ----
 
     def export_state(self, file: str | os.PathLike[str]) -> None:
-        """Writes key, index, tombstones and receipts into one private file (mode 600): the backup of `.s3t/`."""
+        """Writes key and database into one private file (mode 600), itself a database: the backup of `.s3t/`."""
         path = Path(file)
         if path.resolve().is_relative_to(self.path.resolve()):
             raise StoreError(f"{path} lies inside the store: the key would be published, or lost with it.")
         with self.writing():
-            bundle = backup_of(self)
-        write_atomic(path, json_bytes(bundle), PRIVATE)
+            back_up(self, path)
 
     def import_state(self, file: str | os.PathLike[str]) -> None:
         """Joins a backup with the state that is here, and finishes what its tombstones ask for; forgets no deletion.

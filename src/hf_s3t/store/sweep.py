@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from ..files import remove
 from ..plan.tree import Stage
 from .activation_blocks import sweep_activations
+from .database import Place, StateDatabase
 from .folder import StoreFolder
 from .manifest import Manifest
-from .requests import Place
 from .sources import FolderSource
 
 
-def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ()) -> None:
-    """Removes every file that the manifest does not account for, and all scratch that was computed from `places`."""
+def sweep(
+    folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = (), state: StateDatabase | None = None
+) -> None:
+    """Removes every file that the manifest does not account for, and all scratch that was computed from `places`.
+
+    A state that is being changed is handed in.
+    """
     hit = set(places)
     privates = {folder.private}
     if isinstance(folder.source, FolderSource):  # its trainings left their scratch there, wherever the state is now
         privates.add(folder.path / ".s3t")
     for private in privates:
         _sweep_running(private, hit)
-        sweep_activations(private, hit, folder.index if folder.has_index else None)
+        sweep_activations(private, hit, state.has_all if state is not None else partial(_has_all, folder))
     if not isinstance(folder.source, FolderSource):  # a commit has what its manifest says
         return
     for shard in folder.path.glob("shard-*"):
@@ -41,6 +47,13 @@ def sweep(folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = ())
     scratch = (private / "scratch" for private in privates)
     for scrap in [*folder.path.glob(".*.tmp"), *folder.path.glob(".s3t/**/.*.tmp"), *scratch]:
         remove(scrap)
+
+
+def _has_all(folder: StoreFolder, digests: Iterable[str]) -> bool:
+    if not folder.has_state:
+        return True
+    with folder.reading() as state:
+        return state.has_all(digests)
 
 
 def _sweep_running(private: Path, hit: set[Place]) -> None:

@@ -18,12 +18,11 @@ from ..errors import RecipeError, StateError, StoreError
 from ..plan.tree import Stage
 from .deletion import take_over
 from .folder import StoreFolder, digests, stage_files
-from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
+from .manifest import NOT_KNOWN, Log, Manifest, merged, places_beyond
 from .recipe_differences import check_same
 from .sources import TOMBSTONES, RepoSource, on_top
-from .state import State
 from .sweep import sweep
-from .tombstones import put_tombstones, state_or_none, tombstones_hmac
+from .tombstones import put_tombstones, tombstones_hmac
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -71,7 +70,8 @@ def _push_once(
     if not carry:
         source.drop(TOMBSTONES)
     elif store.has_key:
-        put_tombstones(target, store.state(), store.key)
+        with store.reading() as state:
+            put_tombstones(target, state, store.key)
     source.forget_unchanged()
     if not source.waiting and known.keys() <= merged.stages.keys():
         return source.repo.last_commit(source.revision)
@@ -81,7 +81,9 @@ def _push_once(
 
 def _merged(store: StoreFolder, target: StoreFolder, ours: Manifest, theirs: Manifest) -> Manifest:
     """Ours, and what others added to the repository since and no deletion of ours hits."""
-    if not store.state().knows(theirs):
+    with store.reading() as state:
+        up_to_date = state.knows(theirs)
+    if not up_to_date:
         raise StateError(
             f"{target.path} obeys deletions (generation {theirs.generation}) that {store.path} has not seen "
             f"(generation {ours.generation}). Nothing was pushed. Bring the state up to date (`hf-s3t state import` "
@@ -143,8 +145,10 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
     if store.exists:
         check_same_store(store.manifest(), theirs)
     take_over(store, target)
-    state = state_or_none(store)
-    known = state.log if state is not None else {}
+    known: Log = {}
+    if store.has_state:
+        with store.reading() as state:
+            known = state.log()
     ours = store.manifest() if store.exists else replace(theirs, stages={}, root=None, tombstones=NOT_KNOWN, log=known)
     stages, log = _joined(theirs, ours), merged(ours.log, theirs.log)
     new = {stage: files for stage, files in sorted(stages.items()) if ours.stages.get(stage) != files}
@@ -157,18 +161,22 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
     for stage in new:
         store.write_stage(stage, target.read_stage(stage))
     manifest = replace(_newest_recipe(theirs, ours), stages=stages, log=log, generation=len(log))
-    manifest = replace(manifest, tombstones=_tombstones(store, manifest, state, [ours, theirs]))
+    manifest = replace(manifest, tombstones=_tombstones(store, manifest, [ours, theirs]))
     manifest = store.write_root(manifest)
     store.write_manifest(manifest)
     sweep(store, manifest)
-    if state is not None:  # of what others trained there is no record
-        store.write_state(state.only(stage for stage, files in stages.items() if ours.stages.get(stage) == files))
+    if store.has_state:  # of what others trained there is no record
+        with store.changing() as state:
+            state.keep_records({stage.name for stage, files in stages.items() if ours.stages.get(stage) == files})
     return manifest
 
 
-def _tombstones(store: StoreFolder, manifest: Manifest, state: State | None, parts: Iterable[Manifest]) -> str:
+def _tombstones(store: StoreFolder, manifest: Manifest, parts: Iterable[Manifest]) -> str:
     """The HMAC of a joined manifest. Where the state has not seen all events, nothing trains here until it has."""
-    digest = tombstones_hmac(store, state, manifest)
+    digest = NOT_KNOWN
+    if store.has_state:
+        with store.reading() as state:
+            digest = tombstones_hmac(store, state, manifest)
     if digest != NOT_KNOWN:
         return digest
     return next((part.tombstones for part in parts if part.log == manifest.log), NOT_KNOWN)

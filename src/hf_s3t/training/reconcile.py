@@ -16,15 +16,14 @@ from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..lora.config import S3TConfig
 from ..plan.repair import best_repair
 from ..plan.tree import Plan, Stage
-from ..store.deletion import readmit
+from ..store.database import StateDatabase
 from ..store.manifest import Manifest, RepairBudget
-from ..store.partition import Comparison, Entry, Index, compare, examples_digest, warn_of_empty_slices
+from ..store.partition import Comparison, Entry, compare, examples_digest, warn_of_empty_slices
 from ..store.receipts import versions
 from ..store.recipe_differences import NOT_BIT_EQUAL, Difference, check_same
-from ..store.state import State, key_check_value, stack_line
+from ..store.state import key_check_value, stack_line
 from ..store.store import S3TStore
 from ..store.sweep import sweep
-from ..store.tombstones import state_or_none
 from .rows import TrainRows
 
 logger = logging.getLogger(__name__)
@@ -57,11 +56,12 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
                 "S3TConfig(sequence_selection='optimal', cost_budget=...)."
             )
         return _create(store, config, wanted, wanted.plan)
-    manifest, state = store.manifest(), store.state()
+    manifest = store.manifest()
     differences = check_same(manifest.recipe, wanted.recipe, wanted.accept)
-    check_generation(store, manifest, state)
-    index, rows = store.index(), _unburied(wanted.rows.entries, state)
-    comparison = compare(index, rows)
+    with store.reading() as state:
+        check_generation(store, manifest, state)
+        rows = _unburied(wanted.rows.entries, state)
+        comparison = compare(state.examples(), rows)
     vanished = bool(manifest.stages and (comparison.missing or comparison.changed))
     if vanished and wanted.missing == "error":
         raise DatasetError(
@@ -72,13 +72,12 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
     if differences:  # nothing is refused any more
         manifest = _with_new_settings(store, manifest, wanted.recipe, differences)
     if vanished and wanted.missing == "delete":
-        manifest, index = _delete_vanished(store, comparison)
+        manifest = _delete_vanished(store, comparison)
+        with store.reading() as state:
+            comparison = compare(state.examples(), rows)
     if wanted.plan is not None:
         manifest = replace(manifest, plan=wanted.plan, deletion_prior=_chances(wanted.prior), repair=None)
-    if manifest.stages and wanted.extend:
-        manifest = store.write_root(manifest.without(_outdated(manifest, store.state(), wanted.rows)))
-    _write(store, manifest, {**rows, **index} if manifest.stages else rows, wanted)
-    return manifest
+    return _write(store, manifest, rows, comparison, wanted)
 
 
 def _with_new_settings(
@@ -115,7 +114,8 @@ def plan_repair(store: S3TStore, cost_budget: int, prior: list[float] | None) ->
 def warn_of_other_stacks(store: S3TStore, manifest: Manifest) -> None:
     """One warning where live stages were trained with other versions than what is about to be trained."""
     running = stack_line(versions())
-    others = {stack: count for stack, count in store.state().stacks(manifest.stages).items() if stack != running}
+    with store.reading() as state:
+        others = {stack: count for stack, count in state.stacks(manifest.names).items() if stack != running}
     if others:
         logger.warning(
             "%d live stages were trained with %s; those to come are trained with %s. What was deleted is in none of "
@@ -136,25 +136,28 @@ def _chances(prior: list[float] | None) -> tuple[float, ...] | None:
 
 
 def _create(store: S3TStore, config: S3TConfig, wanted: Wanted, plan: Plan) -> Manifest:
-    key = store.key
+    key, key_check = store.key, key_check_value(store.key)
     _refuse_foreign_files(store)
-    # A state that was imported, or is left from a store that is gone: what it buries stays buried.
-    state = replace(state_or_none(store) or State(key_check=key_check_value(key)), stages={})
-    if state.key_check not in ("", key_check_value(key)):
-        raise StateError(f"The state in {store.private} is of another store. Name another folder, or bring its key.")
-    index = _unburied(wanted.rows.entries, state)
-    warn_of_empty_slices(index, key, config)
+    places = [(shard, slice_id) for shard in range(plan.num_shards) for slice_id in range(plan.num_slices)]
+    with store.changing(create=True) as state:
+        # A state that was imported, or is left from a store that is gone: what it buries stays buried.
+        if state.store not in (None, key_check):
+            raise StateError(
+                f"The state in {store.private} is of another store. Name another folder, or bring its key."
+            )
+        state.begin(key_check, places)
+        state.keep_records(())
+        rows = _unburied(wanted.rows.entries, state)
+        log, digest, comparison = state.log(), state.tombstones_hmac(key), compare(state.examples(), rows)
+    warn_of_empty_slices(rows, key, config)
     logger.warning(
         "The private state of this store is in %s. Back it up (`hf-s3t state export`): without it, nobody can be "
         "found again.", store.private,
     )  # fmt: skip
     manifest = Manifest(
-        len(state.log), state.digest(key), key_check_value(key), wanted.recipe, plan, log=state.log,
-        deletion_prior=_chances(wanted.prior),
-    )  # fmt: skip
-    store.write_state(state)
-    _write(store, manifest, index, wanted)
-    return manifest
+        len(log), digest, key_check, wanted.recipe, plan, log=log, deletion_prior=_chances(wanted.prior)
+    )
+    return _write(store, manifest, rows, comparison, wanted)
 
 
 def _refuse_foreign_files(store: S3TStore) -> None:
@@ -168,25 +171,33 @@ def _refuse_foreign_files(store: S3TStore) -> None:
         )
 
 
-def _outdated(manifest: Manifest, state: State, rows: TrainRows) -> list[Stage]:
+def _outdated(manifest: Manifest, state: StateDatabase, rows: TrainRows) -> list[Stage]:
     """Stages that saw other examples than those that the train set has for them now, themselves or by a parent."""
-    seen = {stage: state.stages.get(stage.name, {}).get("data") for stage in manifest.stages}
+    seen = {stage: (state.record(stage.name) or {}).get("data") for stage in manifest.stages}
     other = {stage for stage, data in seen.items() if data != examples_digest(rows.examples(stage, state))}
     return [stage for stage in manifest.stages if not other.isdisjoint(stage.path)]
 
 
-def _write(store: S3TStore, manifest: Manifest, index: Index, wanted: Wanted) -> None:
+def _write(
+    store: S3TStore, manifest: Manifest, rows: Mapping[str, Entry], comparison: Comparison, wanted: Wanted
+) -> Manifest:
     """The index first, the manifest last: whatever trains is found by a deletion."""
-    state = store.state()
-    store.write_index(index)
-    store.write_state(replace(state, caches=tuple(sorted({*state.caches, *wanted.rows.cache_files}))))
+    with store.changing() as state:
+        state.add_examples({digest: rows[digest] for digest in comparison.new})
+        if manifest.stages and wanted.extend:
+            manifest = store.write_root(manifest.without(_outdated(manifest, state, wanted.rows)))
+        if not manifest.stages and (comparison.missing or comparison.changed):  # no stage has seen what is gone
+            state.clear_examples()
+            state.add_examples(rows)
+        state.add_caches(wanted.rows.cache_files)
     store.write_manifest(manifest)
     sweep(store, manifest)
+    return manifest
 
 
-def check_generation(store: S3TStore, manifest: Manifest, state: State) -> None:
+def check_generation(store: S3TStore, manifest: Manifest, state: StateDatabase) -> None:
     """Raises [`StateError`] unless the state knows every deletion that the manifest names, and its tombstones."""
-    if state.knows(manifest) and state.digest(store.key) == manifest.tombstones:
+    if state.knows(manifest) and state.tombstones_hmac(store.key) == manifest.tombstones:
         return
     raise StateError(
         f"The state is of generation {state.generation}, the manifest of {manifest.generation}, or their tombstones "
@@ -195,14 +206,18 @@ def check_generation(store: S3TStore, manifest: Manifest, state: State) -> None:
     )
 
 
-def _unburied(rows: Mapping[str, Entry], state: State) -> Index:
-    return {digest: entry for digest, entry in rows.items() if not state.buries(digest, entry.group)}
+def _unburied(rows: Mapping[str, Entry], state: StateDatabase) -> Mapping[str, Entry]:
+    buried = state.buried()
+    if not any(buried.values()):
+        return rows
+    ids, groups = buried["id"], buried["group"]
+    return {digest: entry for digest, entry in rows.items() if digest not in ids and entry.group not in groups}
 
 
-def _delete_vanished(store: S3TStore, comparison: Comparison) -> tuple[Manifest, Index]:
-    gone = comparison.missing | comparison.changed
-    receipt = store._delete({"digests": sorted(gone)}, reference="vanished or changed rows")
-    if comparison.changed:  # their new content may be trained on
-        readmit(store, dict.fromkeys(sorted(comparison.changed), "id"), "changed rows")
+def _delete_vanished(store: S3TStore, comparison: Comparison) -> Manifest:
+    gone = comparison.missing | comparison.changed  # the new content of what changed may be trained on
+    receipt = store._delete(
+        {"digests": sorted(gone)}, reference="vanished or changed rows", renewed=comparison.changed
+    )
     logger.warning("deleted %d vanished or changed examples: %s", len(gone), receipt.receipt)
-    return store.manifest(), store.index()
+    return store.manifest()

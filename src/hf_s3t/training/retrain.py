@@ -20,6 +20,7 @@ from ..plan.tree import Stage
 from ..store.audit import Check, Findings, NotChecked, differing_examples, run_check
 from ..store.folder import StoreFolder
 from ..store.manifest import Manifest
+from ..store.schema import write_in_order
 from ..store.state import stack_line
 from ..store.store import as_stage
 from .trainer import S3TMixin
@@ -60,8 +61,7 @@ def retrain_and_compare(store: StoreFolder, stage: str | Stage, make_trainer: Ma
 def _scratch_store(store: StoreFolder, manifest: Manifest, stage: Stage, path: Path) -> StoreFolder:
     scratch = StoreFolder(path)
     scratch.write_private("partition.key", store.key.hex().encode() + b"\n")
-    scratch.write_index(store.index())
-    scratch.write_state(store.state())
+    write_in_order(store.database, scratch.database)
     for above in stage.path[:-1]:
         shutil.copytree(store.path / above.name, path / above.name)
     trained = {**dict.fromkeys(manifest.plan.stages, manifest.stages[stage]), **manifest.stages}
@@ -87,7 +87,11 @@ def _differences(store: StoreFolder, scratch: StoreFolder, stage: Stage) -> Find
     differing = sorted(name for name in files.keys() | again.keys() if files.get(name) != again.get(name))
     if not differing:
         return
-    old, new = store.state().stages.get(stage.name), scratch.state().stages[stage.name]
+    with store.reading() as state:
+        old = state.record(stage.name)
+    with scratch.reading() as state:
+        new = state.record(stage.name)
+    assert new is not None  # it was trained just now
     if old is not None and old["data"] != new["data"]:
         yield differing_examples(stage.name, old["examples"], new["examples"])
     elif old is not None and old["versions"] != new["versions"]:

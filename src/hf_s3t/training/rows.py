@@ -16,8 +16,8 @@ from torch.utils.data import Subset
 from ..lora.config import S3TConfig
 from ..plan.tree import Stage
 from ..seams.preparation import DIGEST_COLUMN
+from ..store.database import StateDatabase
 from ..store.partition import Entry, id_source, raw_rows, read_rows, stage_examples
-from ..store.state import State
 from ..trunk.row_numbers import NumberedRows
 
 logger = logging.getLogger(__name__)
@@ -63,13 +63,15 @@ class TrainRows:
         self.dataset = prepared
         return prepared
 
-    def examples(self, stage: Stage, state: State) -> tuple[str, ...]:
-        """Keyed digests of a stage's examples, as [`stage_examples`] orders them, nothing deleted."""
-        by_slice: dict[int, list[str]] = {slice_id: [] for slice_id in stage.prefix}
-        for digest, entry in self.entries.items():
-            if entry.shard == stage.shard and entry.slice in by_slice and digest in self._positions:
-                if not state.buries(digest, entry.group):
-                    by_slice[entry.slice].append(digest)
+    def examples(self, stage: Stage, state: StateDatabase) -> tuple[str, ...]:
+        """Keyed digests of a stage's examples, as [`stage_examples`] orders them: those of the index, nothing deleted.
+
+        The index decides: a row that it does not know (readmitted meanwhile) nobody could delete.
+        """
+        by_slice = {
+            slice_id: [d for d in state.examples_of((stage.shard, slice_id)) if d in self._positions]
+            for slice_id in stage.prefix
+        }
         return stage_examples(stage, by_slice, self.replay)
 
     def numbered(self, examples: Sequence[str]) -> list[tuple[str, int]]:

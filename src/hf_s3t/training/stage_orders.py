@@ -42,8 +42,10 @@ class StageOrder:
 def next_order(store: S3TStore, rows: TrainRows) -> StageOrder | None:
     """The first stage that the store lacks, with its rows as they may be used now; `None` when nothing is missing."""
     with store.writing():
-        manifest, state = store.manifest(), store.state()
-        check_generation(store, manifest, state)  # deletions may have come while another stage trained
+        manifest = store.manifest()
+        with store.reading() as state:
+            check_generation(store, manifest, state)  # deletions may have come while another stage trained
+            steps, generation = state.steps(), state.generation
         missing = manifest.plan.missing(manifest.stages)
         if not missing:
             return None
@@ -51,26 +53,28 @@ def next_order(store: S3TStore, rows: TrainRows) -> StageOrder | None:
         parent = None
         if stage.parent is not None:
             parent = store.assemble(stage.shard, stage.parent.prefix, manifest)
-        steps = sum(record["steps"] for record in state.stages.values())
-        index = store.index()  # it decides: a row that it does not know (readmitted meanwhile) nobody could delete
-        examples = tuple(digest for digest in rows.examples(stage, state) if digest in index)
+        with store.reading() as state:
+            examples = rows.examples(stage, state)
         content = examples_digest([rows.entries[digest].content for digest in examples])
-        return StageOrder(stage, examples, content, parent, state.generation, steps)
+        return StageOrder(stage, examples, content, parent, generation, steps)
 
 
 def is_hit(store: S3TStore, order: StageOrder) -> bool:
     """Whether a deletion that began after the order was given out covers a slice of its stage."""
-    state = store.state()
-    if not state.knows(store.manifest()):  # a deletion came without its tombstones: whose it was is not known here
-        return True
-    intents = [intent for intent in store.intents() if intent["receipt"]["receipt"] not in state.log]
-    if any(order.stage.slices & intent["places"] for intent in intents):
-        return True
-    stones = [*state.ids.values(), *state.groups.values()]
-    if any(stone.generation > order.generation and order.stage.slices & stone.places for stone in stones):
-        return True
-    index = store.index()  # a tombstone may have been lifted again, but its example left the index
-    return any(digest not in index for digest in order.examples)
+    intents = store.intents()
+    with store.reading() as state:
+        log = state.log()
+        if not store.manifest().log.keys() <= log.keys():  # it came without its tombstones: whose it was is not known
+            return True
+        begun = [intent for intent in intents if intent["receipt"]["receipt"] not in log]
+        if any(order.stage.slices & intent["places"] for intent in begun):
+            return True
+        if len(log) == order.generation:
+            return False
+        newest = state.newest_deletions()
+        if any(newest.get(place, 0) > order.generation for place in order.stage.slices):
+            return True
+        return not state.has_all(order.examples)  # a tombstone may have been lifted again, but its example is gone
 
 
 def commit(store: S3TStore, order: StageOrder, adapter: Adapter, record: dict[str, Any]) -> None:
@@ -82,10 +86,11 @@ def commit(store: S3TStore, order: StageOrder, adapter: Adapter, record: dict[st
         if is_hit(store, order):
             raise StageDropped
         files = store.write_stage(order.stage, adapter)
-        state, manifest = store.state(), store.manifest()
+        manifest = store.manifest()
         if manifest.accepted:  # which settings it was trained with
             record = {**record, "accepted": len(manifest.accepted)}
-        store.write_state(replace(state, stages={**state.stages, order.stage.name: record}))
+        with store.changing() as state:
+            state.write_record(order.stage.name, record)
         store.write_manifest(replace(manifest, stages={**manifest.stages, order.stage: files}))
         remove(running_folder(store, order.stage))
 

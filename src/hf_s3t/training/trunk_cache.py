@@ -307,8 +307,8 @@ class TrunkCache:
         blocks = self.blocks.blocks
 
         def deleted() -> list[BlockName]:
-            index = self.trainer.store.index()
-            return [name for name, block in blocks.items() if any(row not in index for row, _ in block.examples)]
+            with self.trainer.store.reading() as state:
+                return [n for n, block in blocks.items() if not state.has_all(row for row, _ in block.examples)]
 
         for name in self._on_main(deleted):
             self.blocks.drop(name)
