@@ -29,6 +29,8 @@ from hf_s3t.store.state import key_check_value
 KEY = bytes(range(100, 132))
 PASSING = ("write.lock", "write.holder", "train.lock", "train.holder")
 """Files of the locks, which hold nothing."""
+RECEIPTS, EXPORTS = f".s3t/{DATABASE}: receipts", f".s3t/{DATABASE}: exports"
+"""What [`tree`] calls the records in a database."""
 
 
 def people(n: int = 48) -> list[dict[str, Any]]:
@@ -169,9 +171,16 @@ def tombstones_of(store: StoreFolder) -> dict[str, set[str]]:
         return state.buried()
 
 
+def state_of(store: StoreFolder) -> tuple[int, str]:
+    """A state's generation, and the HMAC of its tombstones."""
+    with store.reading() as state:
+        return state.generation, state.tombstones_hmac(store.key)
+
+
 def edit_database(store: StoreFolder | Path, statement: str, *values: Any) -> None:
-    """Changes a state's database as somebody would who has the file."""
-    path = store.database if isinstance(store, StoreFolder) else store / ".s3t" / DATABASE
+    """Changes a state's database, or that in a store's folder, as somebody would who has the file."""
+    path = store.database if isinstance(store, StoreFolder) else store
+    path = path if path.is_file() else path / ".s3t" / DATABASE
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(statement, values)
         connection.commit()
@@ -202,12 +211,30 @@ class Known:
 
 
 def tree(path: Path) -> dict[str, str]:
-    """sha256 of every file below a store, but the locks'."""
-    return {
+    """sha256 of every file below a store, but the locks'; of a database of what its tables hold."""
+    files = {
         str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(path.rglob("*"))
         if file.is_file() and file.name not in PASSING
     }
+    for name in [name for name in files if name.endswith(DATABASE)]:
+        del files[name]
+        files |= _tables(path / name, name)
+    return files
+
+
+def _tables(file: Path, name: str) -> dict[str, str]:
+    """What a database holds, records apart; how its rows lie in the file is left out."""
+    found: dict[str, list[Any]] = {name: [], RECEIPTS: [], EXPORTS: []}
+    with closing(sqlite3.connect(file)) as connection:
+        for table in ("slices", "people", "examples", "events", "event_places", "tombstones", "records", "caches"):
+            columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})") if row[1] != "number"]
+            values = ", ".join(columns).replace("person", "(SELECT digest FROM people AS p WHERE p.number = person)")
+            found[name].append((table, sorted(map(repr, connection.execute(f"SELECT {values} FROM {table}")))))
+        found[name].append(connection.execute("SELECT store FROM about").fetchall())
+        found[RECEIPTS] += connection.execute("SELECT receipt FROM receipts ORDER BY number").fetchall()
+        found[EXPORTS] += connection.execute("SELECT * FROM exports ORDER BY path").fetchall()
+    return {part: hashlib.sha256(repr(rows).encode()).hexdigest() for part, rows in found.items() if rows}
 
 
 def stage_folders(path: Path) -> set[str]:

@@ -12,8 +12,9 @@ import pytest
 import models
 import trained_stores
 from hf_s3t import S3TEnsemble, S3TStore, StateError
+from hf_s3t.store.partition import keyed_digest
 from hf_s3t.store.receipts import LIMITS, Receipt, read_receipts
-from stores import make_store, tree
+from stores import edit_database, make_store, tree
 from trained_stores import edit_json
 
 # Files of the version before there was a format number, as it wrote them: row-1 of `make_store` is `eb455f61...`.
@@ -107,7 +108,8 @@ def test_what_an_older_version_left_out_of_an_intent_has_its_default(tmp_path):
 
 def test_the_receipts_of_an_older_version_have_defaults(tmp_path):
     store = make_store(tmp_path / "out")
-    (store.private / "receipts.jsonl").write_text(OLDER_RECEIPT.replace("\n", ""))
+    with store.changing() as state:
+        state.add_receipt("receipt-000000000001", json.loads(OLDER_RECEIPT))
     store.delete(ids=["row-1"])
     older, newer = read_receipts(store)
     assert older["still_served_at"] == [] and older["inactive_since"] == "2026-10-01T08:00:00.000+00:00"
@@ -123,8 +125,8 @@ def test_an_intent_on_disk_names_its_format_and_its_receipts(tmp_path):
 
     store._delete({"ids": ["row-1"]}, when_durable=read)
     (intent,) = seen
-    line = json.loads((store.private / "receipts.jsonl").read_text())
-    assert intent["format"] == intent["receipt"]["format"] == line["format"] == 1
+    (receipt,) = read_receipts(store)
+    assert intent["format"] == intent["receipt"]["format"] == receipt["format"] == 1
 
 
 # ---- newer versions ----
@@ -144,7 +146,6 @@ SERVES_OR_CHANGES = {
     "assemble": lambda store: store.assemble(0, (1,)),
     "status": lambda store: store.status(),
     "export": lambda store: store.export(store.path.parent / "adapter"),
-    "delete": lambda store: store.delete(ids=["row-2"]),
     "readmit": lambda store: store.readmit(ids=["row-2"]),
 }
 
@@ -158,6 +159,17 @@ def test_nothing_is_served_past_a_deletion_that_can_not_be_read(tmp_path, change
         with pytest.raises(StateError, match=message):
             use(store)
     assert tree(store.path) == before and not (tmp_path / "adapter").exists()
+    receipt = store.delete(ids=["row-2"])  # another person's deletion does not wait for it
+    assert receipt.status == "inactive" and [path.name for path in (store.private / "intents").iterdir()]
+    assert not any(stage.slices & {*receipt_places(store, "row-2")} for stage in store.manifest().stages)
+    with pytest.raises(StateError, match=message):
+        store.live()
+
+
+def receipt_places(store: S3TStore, name: str) -> list[tuple[int, int]]:
+    with store.reading() as state:
+        stone = state.tombstone("id", keyed_digest(store.key, "id", name))
+    return sorted(stone.places)
 
 
 def test_nothing_is_trained_or_answered_past_a_deletion_of_a_newer_version(tmp_path):
@@ -179,19 +191,22 @@ def test_nothing_is_trained_or_answered_past_a_deletion_of_a_newer_version(tmp_p
     assert model.refresh()
 
 
+def make_newer(database: Path) -> None:
+    edit_database(database, "UPDATE receipts SET format = 2, receipt = json_set(receipt, '$.format', 2, '$.own', 'x')")
+
+
 def test_a_receipt_of_a_newer_version_is_refused_before_anything_is_deleted(tmp_path):
     store, backup = make_store(tmp_path / "out"), tmp_path / "backup.json"
     store.delete(ids=["row-1"])
     store.export_state(backup)
-    edit_json(backup, lambda bundle: bundle["receipts"][0].update(format=2))
+    make_newer(backup)
     other = S3TStore(shutil.copytree(store.path, tmp_path / "other"))
     with pytest.raises(StateError, match=NEWER):
         other.import_state(backup)
     assert tree(other.path) == tree(store.path)
-    edit_json(store.private / "receipts.jsonl", lambda receipt: receipt.update(format=2, of_its_own="x"))
+    make_newer(store.database)
     before = tree(store.path)
-    for change in (lambda: store.delete(ids=["row-2"]), lambda: store.readmit(ids=["row-1"]),
-                   lambda: store.export_state(tmp_path / "another.json")):  # fmt: skip
+    for change in (lambda: store.delete(ids=["row-2"]), lambda: store.readmit(ids=["row-1"])):
         with pytest.raises(StateError, match=NEWER):
             change()
     assert tree(store.path) == before and not store.intents()

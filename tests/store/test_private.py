@@ -21,7 +21,7 @@ import trained_stores
 from hf_s3t import S3TEnsemble, S3TStore, StateError, StoreError
 from hf_s3t.store.activation_blocks import BlockName, FileBlocks
 from hf_s3t.store.audit import VerifyReport, verify
-from stores import index_of, make_store, tree
+from stores import index_of, make_store, state_of, tree
 
 ALONE = "the state is its owner's alone"
 
@@ -66,7 +66,7 @@ def test_everything_that_is_written_is_its_owners_alone(tmp_path, apart):
         assert open_to_others(private) == {}
 
     store._delete({"ids": ["row-1"]}, reference="DSR-1", when_durable=look)
-    assert {"intents", "write.lock", "write.holder", "state.json", "index.json", "partition.key"} <= {*looked}
+    assert {"intents", "write.lock", "write.holder", "state.sqlite", "partition.key"} <= {*looked}
     assert open_to_others(private) == {}, "the receipt, before anything else is written"
     store.readmit(ids=["row-1"])
     store.export(tmp_path / "adapter", "shard-00/1")
@@ -74,7 +74,7 @@ def test_everything_that_is_written_is_its_owners_alone(tmp_path, apart):
     writer.add("inputs", torch.zeros(2, 3))
     store.export_state(tmp_path / "backup.json")
     store.import_state(tmp_path / "backup.json")
-    assert {"receipts.jsonl", "exports.json", "activations"} <= {path.name for path in private.iterdir()}
+    assert {"state.sqlite", "activations"} <= {path.name for path in private.iterdir()}
     assert open_to_others(private) == {} and findings(verify(store)) == ()
     assert (tmp_path / "backup.json").stat().st_mode & 0o077 == 0
     published = [path for path in (tmp_path / "out").rglob("*.safetensors")]
@@ -118,7 +118,7 @@ def test_an_older_state_is_named_and_the_command_mends_it(tmp_path):
     report = verify(store)
     named = "\n".join(findings(report))
     assert not report.ok and f"{store.private} may be used by others than its owner (mode 755)" in named
-    for name in ("partition.key", "index.json", "state.json", "receipts.jsonl", "write.lock", "intents"):
+    for name in ("partition.key", "state.sqlite", "write.lock", "intents"):
         assert f"{store.private / name} may be used by others" in named
     for finding in findings(report):
         subprocess.run(finding.split(": ", 1)[1], shell=True, check=True)
@@ -167,7 +167,7 @@ def reachable() -> Iterator[Path]:
     "look",
     [
         lambda store: store.live(), lambda store: store.marks(), lambda store: store.intents(),
-        lambda store: store.status(), lambda store: store.locate(ids=["row-1"]), lambda store: store.state(),
+        lambda store: store.status(), lambda store: store.locate(ids=["row-1"]), lambda store: state_of(store),
         lambda store: index_of(store), lambda store: store.key, lambda store: store.has_key, verify,
         lambda store: store.delete(slices=[(0, 0)]),
     ],

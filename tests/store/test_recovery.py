@@ -15,11 +15,12 @@ import pytest
 from hf_s3t import Plan, S3TStore, Stage, StoreError
 from hf_s3t.serving.loading import read_members
 from hf_s3t.store import deletion
+from hf_s3t.store.database import StateDatabase
 from hf_s3t.store.receipts import read_receipts
-from stores import PASSING, Known, make_store, stage_folders, tree
+from stores import PASSING, RECEIPTS, Known, make_store, stage_folders, tree
 
 CHANGES = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir")
-TIMES = ".s3t/receipts.jsonl"
+TIMES = RECEIPTS
 
 
 class Killed(BaseException):
@@ -38,6 +39,7 @@ class Disk:
         self.instants, self.instant, self.watch, self.on = 0, instant, watch, True
         for name in CHANGES:
             monkeypatch.setattr(os, name, self._watched(getattr(os, name)))
+        monkeypatch.setattr(StateDatabase, "commit", self._watched(StateDatabase.commit))
         # Otherwise it removes whole trees in C, relative to a descriptor.
         monkeypatch.setattr(shutil, "rmtree", self._rmtree)
 

@@ -21,7 +21,6 @@ from hf_s3t import S3TStore, UnknownExampleError
 from hf_s3t.store.ids import id_text, look_alikes, same_to_the_eye
 from hf_s3t.store.partition import read_rows
 from hf_s3t.store.requests import LookAlikes
-from stores import index_of
 
 COMPOSED = unicodedata.normalize("NFC", "Zoë")
 DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)
@@ -132,7 +131,8 @@ def test_one_person_in_two_unicode_forms_is_named(tmp_path: Path, caplog: pytest
 
 def test_of_a_known_id_other_cases_are_somebody_else(tmp_path: Path) -> None:
     store = store_of(tmp_path / "out", ["a", "A", *"bcdefghijk"])
-    assert LookAlikes(index_of(store), store.key).of("id", "a") == []
+    with store.reading() as state:
+        assert LookAlikes(state.has, store.key).of("id", "a") == []
     assert [location.asked for location in store.locate(ids=["a"])] == ["a"]
 
 

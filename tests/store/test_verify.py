@@ -15,7 +15,9 @@ import trained_stores
 from hf_s3t import S3TStore, StateError, StoreError
 from hf_s3t.store import deletion
 from hf_s3t.store.audit import VerifyReport, verify
+from hf_s3t.store.partition import Entry, assign, keyed_digest
 from hf_s3t.training.retrain import retrain_and_compare
+from stores import edit_database, index_of, records_of
 from trained_stores import CONTENTS, WEIGHTS, broken, edit_json, edit_tensors, forge, tree
 
 FILES = "stage files are the manifest's"
@@ -23,6 +25,7 @@ TREE = "parents, plan and served prefixes agree"
 SURPLUS = "nothing else lies in the store"
 ROOT = "the root adapter is the served model"
 INTENTS = "no deletion is unfinished"
+DATABASE = "the state's database is whole"
 GENERATION = "state and manifest are of one generation"
 TOMBSTONES = "tombstones are the manifest's"
 BURIED = "no stage is older than a deletion from it"
@@ -249,11 +252,11 @@ def test_no_store(tmp_path: Path) -> None:
 
 def test_unfinished_deletion(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*args: object) -> None:
-        raise InterruptedError
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(deletion, "carry_out", killed)
-        with pytest.raises(InterruptedError):
+        with pytest.raises(KeyboardInterrupt):
             S3TStore(store).delete(ids=[victim()])
     found = broken(verify(store))
     assert "was begun and not finished" in found[INTENTS]
@@ -267,11 +270,7 @@ def test_tombstone_newer_than_a_stage(store: Path) -> None:
     (stage,) = verify(store).stages[:1]
     shard, slice_id = int(stage[6:8]), int(stage[9])
 
-    def move(state: dict) -> None:
-        for stone in state["ids"].values():
-            stone["deletions"] = {"receipt-1": [[shard, slice_id]]}
-
-    edit_json(store / ".s3t/state.json", move)
+    edit_database(store, "UPDATE tombstones SET shard = ?, slice = ?", shard, slice_id)
     found = broken(verify(store))
     assert set(found) == {BURIED, TOMBSTONES}
     assert (
@@ -282,13 +281,13 @@ def test_tombstone_newer_than_a_stage(store: Path) -> None:
 
 def test_stage_put_back_after_its_deletion(store: Path, trained: Path) -> None:
     stage = stage_of_victim(store)
-    record = json.loads((store / ".s3t/state.json").read_text())["stages"][stage]
+    record = json.dumps(records_of(S3TStore(store))[stage])
     entry = json.loads((store / "s3t.json").read_text())["stages"][stage]
     S3TStore(store).delete(ids=[victim()])
     shutil.copytree(trained / stage, store / stage)
     edit_json(store / "s3t.json", lambda manifest: manifest["stages"].update({stage: entry}))
     assert "no record of when" in not_checked(verify(store))[BURIED]
-    edit_json(store / ".s3t/state.json", lambda state: state["stages"].update({stage: record}))
+    edit_database(store, "INSERT INTO records VALUES (?, ?)", stage, record)
     found = broken(verify(store))
     assert "may hold their influence" in found[BURIED]
     assert "one that it saw is gone" in found[EXAMPLES]
@@ -296,30 +295,37 @@ def test_stage_put_back_after_its_deletion(store: Path, trained: Path) -> None:
 
 def test_deleted_example_in_the_index(store: Path, trained: Path) -> None:
     S3TStore(store).delete(ids=[victim()])
-    shutil.copy(trained / ".s3t/index.json", store / ".s3t/index.json")
+    digest = keyed_digest(S3TStore(store).key, "id", victim())
+    with S3TStore(store).changing() as state:
+        state.add_examples({digest: index_of(S3TStore(trained))[digest]})
     assert "1 deleted examples are still in the index" in broken(verify(store))[BURIED]
 
 
-@pytest.mark.parametrize("file, found", [("s3t.json", {GENERATION}), (".s3t/state.json", {GENERATION, TOMBSTONES})])
-def test_generations_that_differ(store: Path, file: str, found: set[str]) -> None:
-    edit_json(store / file, lambda data: data.update(generation=1, log={"receipt-1": {"places": [], "named": True}}))
-    assert set(broken(verify(store))) == found
+def test_generations_that_differ(store: Path) -> None:
+    log = {"receipt-1": {"places": [], "named": True}}
+    edit_json(store / "s3t.json", lambda data: data.update(generation=1, log=log))
+    assert set(broken(verify(store))) == {GENERATION}
+    edit_json(store / "s3t.json", lambda data: data.update(generation=0, log={}))
+    edit_database(store, "INSERT INTO events (name, named) VALUES ('receipt-1', 1)")
+    assert set(broken(verify(store))) == {GENERATION, TOMBSTONES}
 
 
 def test_lost_tombstone(store: Path) -> None:
     S3TStore(store).delete(ids=[victim()])
-    edit_json(store / ".s3t/state.json", lambda state: state.update(ids={}))
+    edit_database(store, "DELETE FROM tombstones")
     assert set(broken(verify(store))) == {TOMBSTONES}
 
 
 def test_example_that_left_the_index_without_a_deletion(store: Path) -> None:
-    edit_json(store / ".s3t/index.json", lambda index: index.pop(next(iter(index))))
+    edit_database(store, "DELETE FROM examples WHERE number = 1")
     found = broken(verify(store))
     assert set(found) == {EXAMPLES} and "one that it saw is gone" in found[EXAMPLES]
 
 
 def test_rows_that_were_added_later_are_told_apart(store: Path) -> None:
-    edit_json(store / ".s3t/index.json", lambda index: index.update({"00" * 16: [0, 1, None, "00" * 16]}))
+    digest = next(d for n in range(100) if assign(S3TStore(store).key, d := f"{n:032x}", 2, 3) == (0, 1))
+    with S3TStore(store).changing() as state:
+        state.add_examples({digest: Entry(0, 1, None, "00" * 16)})
     report = verify(store)
     assert report.ok and not report.complete
     assert "shard-00/0-1 saw" in not_checked(report)[EXAMPLES] and "added later" in not_checked(report)[EXAMPLES]
@@ -329,13 +335,13 @@ def test_lost_state_is_said(store: Path) -> None:
     shutil.rmtree(store / ".s3t")
     report = verify(store)
     assert report.ok and not report.complete
-    assert set(not_checked(report)) == {GENERATION, TOMBSTONES, BURIED, EXAMPLES}
+    assert set(not_checked(report)) == {DATABASE, GENERATION, TOMBSTONES, BURIED, EXAMPLES}
     assert not (store / ".s3t").exists()
 
 
 def test_damaged_state_is_broken(store: Path) -> None:
-    (store / ".s3t/state.json").write_text("{")
-    assert {GENERATION, TOMBSTONES, BURIED, EXAMPLES} == set(broken(verify(store)))
+    (store / ".s3t/state.sqlite").write_text("{")
+    assert {DATABASE, GENERATION, TOMBSTONES, BURIED, EXAMPLES} == set(broken(verify(store)))
 
 
 def test_lost_and_foreign_key(store: Path) -> None:
@@ -373,8 +379,7 @@ def test_changed_stage_is_found_by_training_it_again(store: Path) -> None:
 
 def test_stage_trained_with_other_versions_is_not_judged(store: Path) -> None:
     edit_tensors(store, "shard-01/2", lambda tensors: next(iter(tensors.values())).mul_(1.001))
-    record = {"torch": "1.0"}
-    edit_json(store / ".s3t/state.json", lambda state: state["stages"]["shard-01/2"].update(versions=record))
+    edit_database(store, """UPDATE records SET record = json_set(record, '$.versions', json('{"torch": "1.0"}'))""")
     check = retrain_and_compare(S3TStore(store), "shard-01/2", make_trainer)
     assert check.outcome == "not checked" and "torch 1.0" in check.not_checked[0]
 
@@ -390,12 +395,12 @@ def test_retraining_after_a_deletion_leaves_the_example_out(store: Path) -> None
 
 def test_stage_that_saw_a_vanished_example_is_found(store: Path, trained: Path) -> None:
     stage = stage_of_victim(store)
-    record = json.loads((store / ".s3t/state.json").read_text())["stages"][stage]
+    record = json.dumps(records_of(S3TStore(store))[stage])
     entry = json.loads((store / "s3t.json").read_text())["stages"][stage]
     S3TStore(store).delete(ids=[victim()])
     shutil.copytree(trained / stage, store / stage)
     edit_json(store / "s3t.json", lambda manifest: manifest["stages"].update({stage: entry}))
-    edit_json(store / ".s3t/state.json", lambda state: state["stages"].update({stage: record}))
+    edit_database(store, "INSERT INTO records VALUES (?, ?)", stage, record)
     check = retrain_and_compare(S3TStore(store), stage, make_trainer)
     assert check.outcome == "broken" and "one that it saw is gone" in check.broken[0]
 

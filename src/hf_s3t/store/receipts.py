@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ..errors import StateError
-from ..files import json_bytes, read_json
+from ..files import json_bytes, read_json, remove
 from .deletion_records import RECEIPT_FORMAT, check_fields, check_format
 from .folder import StoreFolder
 from .manifest import DAMAGED, Manifest
@@ -113,15 +113,23 @@ def append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
 
     Where the state's database cannot be written it is a file of its own beside it: no deletion waits for a record.
     """
-    if folder.loose_receipt(receipt.receipt).exists():
-        return receipt
     try:
         with folder.changing(create=True) as state:
             state.add_receipt(receipt.receipt, receipt.to_json())
+        take_in_loose_receipts(folder)
     except StateError as error:
         logger.error("receipt %s is kept as a file beside the state: %s", receipt.receipt, error)
         folder.write_private(folder.loose_receipt(receipt.receipt).name, json_bytes(receipt.to_json()))
     return receipt
+
+
+def take_in_loose_receipts(folder: StoreFolder) -> None:
+    """Puts receipts that are files of their own where the others are."""
+    for path in folder.loose_receipts():
+        receipt = read_json(path)
+        with folder.changing(create=True) as state:
+            state.add_receipt(receipt["receipt"], receipt)
+        remove(path)
 
 
 def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:

@@ -132,6 +132,10 @@ COPIED = (
 )
 
 
+class NewerStateError(StateError):
+    """A state of another format: it is whole, and this version of hf_s3t cannot read it."""
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[sqlite3.Connection]:
     """A connection to a state's database, outside of any transaction.
@@ -198,7 +202,7 @@ def _check_kind(connection: sqlite3.Connection, path: Path) -> None:
     if application != APPLICATION:
         raise StateError(f"{path} is a database, and no state of hf_s3t. Restore the state from a backup.")
     if version != FORMAT:
-        raise StateError(
+        raise NewerStateError(
             f"{path} is of format {version}, and this version of hf_s3t reads format {FORMAT}. Use the version that "
             "wrote it, or a newer one."
         )

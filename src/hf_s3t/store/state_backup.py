@@ -17,7 +17,7 @@ from .deletion import recover
 from .deletion_records import check_format
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .manifest import merged
-from .receipts import RECEIPT_FORMAT, check_receipts
+from .receipts import RECEIPT_FORMAT, check_receipts, take_in_loose_receipts
 from .state import key_check_value
 from .tombstones import bury_unnamed
 
@@ -55,6 +55,7 @@ def restore(store: StoreFolder, file: Path) -> None:
                 if state.store not in (None, theirs.store):
                     raise StateError(f"{file} belongs to another store than the state in {store.private}.")
                 _join(state, theirs)
+            take_in_loose_receipts(store)
             if key:
                 store.write_private("partition.key", key.encode() + b"\n")
             recover(store)
@@ -79,6 +80,8 @@ def _put_aside(store: StoreFolder) -> None:
     try:
         with store.reading(lost=True) as state:
             state.check_whole()
+    except schema.NewerStateError:
+        raise
     except StateError as error:
         aside = store.database.with_name(f"damaged-{utc_now().replace(':', '-')}.sqlite")
         os.replace(store.database, aside)

@@ -26,12 +26,15 @@ def absorb(folder: StoreFolder, there: StoreFolder) -> None:
         return
     manifest = there.manifest()
     theirs = travelling(there, folder.key) if folder.has_key else None
-    with folder.changing() as state:
+    with folder.reading() as state:
         if state.store != manifest.key_check:
             raise StateError(
                 f"The state in {folder.private} is of another store than {there.path}. Name its own state."
             )
         known = state.log()
+    if theirs is None and all(event.named or name in known for name, event in manifest.log.items()):
+        return
+    with folder.changing() as state:
         if theirs is not None:
             state.join(theirs)
         if bury_unnamed(state, merged(manifest.log, state.log()), known) or theirs is not None:
