@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from ..errors import S3TError, StoreLockedError
 from ..files import POSIX
+from .agreement import disagreements
 from .database import StateDatabase
 from .folder import StoreFolder
 from .manifest import Manifest
@@ -142,9 +143,17 @@ def _check_database(folder: StoreFolder, manifest: Manifest) -> Findings:
         state.check_whole()
         for name in state.broken_receipts():
             yield f"{name} does not follow the receipt before it: that or this one was changed, removed or put in"
+        unknown = sorted({r["receipt"] for r in state.receipts() if r["stages_removed"]} - state.log().keys())
+        if unknown:
+            yield f"receipts tell of deletions that the state does not know: {', '.join(unknown[:3])}"
         misplaced = sum(1 for digest, entry in state.examples() if not entry_fits(folder, manifest, digest, entry))
         if misplaced:
             yield f"{misplaced} examples lie in other slices than they belong in: a deletion would not find them"
+
+
+def _check_agreement(folder: StoreFolder, manifest: Manifest) -> Findings:
+    with _state(folder) as state:
+        yield from disagreements(manifest, state)
 
 
 def _check_generation(folder: StoreFolder, manifest: Manifest) -> Findings:
@@ -226,6 +235,7 @@ CHECKS: dict[str, FindingsOf] = {
     **PUBLISHED_CHECKS,
     "no deletion is unfinished": _check_intents,
     "the state's database is whole": _check_database,
+    "stages are those that the state knows": _check_agreement,
     "state and manifest are of one generation": _check_generation,
     "tombstones are the manifest's": _check_tombstones,
     "no stage is older than a deletion from it": _check_buried,

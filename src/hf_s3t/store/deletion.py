@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import StoreError, UnfinishedDeletionError, UnknownExampleError
 from ..files import json_bytes, remove, utc_now
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from .agreement import check_agreement
 from .database import Kind, Place, StateDatabase
 from .deletion_records import INTENT_FORMAT, OPTIONAL
 from .export_records import carrying
@@ -97,6 +98,7 @@ def _to_its_end(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
 
 
 def _unknown(folder: StoreFolder, request: Request) -> UnknownExampleError:
+    check_agreement(folder, folder.manifest())
     shown = ", ".join(map(repr, request.unknown[:5]))
     return UnknownExampleError(
         f"{len(request.unknown)} of {request.asked} are not known to {folder.path}: {shown}. Nothing was changed."

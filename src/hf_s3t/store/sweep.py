@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from .folder import StoreFolder
 from .manifest import Manifest
 from .sources import FolderSource
 
+logger = logging.getLogger(__name__)
+
 
 def sweep(
     folder: StoreFolder, manifest: Manifest, places: Iterable[Place] = (), state: StateDatabase | None = None
@@ -22,7 +26,7 @@ def sweep(
 
     A state that is being changed is handed in.
     """
-    hit = set(places)
+    hit, failed = set(places), _Failed()
     privates = {folder.private}
     if isinstance(folder.source, FolderSource):  # its trainings left their scratch there, wherever the state is now
         privates.add(folder.path / ".s3t")
@@ -35,18 +39,34 @@ def sweep(
         if shard.is_symlink():  # never ours, and what it leads to is not the store's to remove
             remove(shard)
     for path in [*folder.path.glob("shard-*/*"), *folder.path.glob("shard-*/.*")]:
-        try:
-            stage = Stage.from_name(path.relative_to(folder.path).as_posix())
-        except ValueError:
-            stage = None
+        stage = _stage(path.relative_to(folder.path).as_posix())
         if stage is None or stage not in manifest.stages or stage.slices & hit:
-            remove(path)
+            with failed.told(path, stage is None or bool(stage.slices & hit)):
+                remove(path)
     for shard in folder.path.glob("shard-*"):
         if shard.is_dir() and not any(shard.iterdir()):
             shard.rmdir()
     scratch = (private / "scratch" for private in privates)
     for scrap in [*folder.path.glob(".*.tmp"), *folder.path.glob(".s3t/**/.*.tmp"), *scratch]:
         remove(scrap)
+    if failed.ours is not None:
+        raise failed.ours
+
+
+class _Failed:
+    """What could not be removed: what another deletion hit keeps nobody else's from its end."""
+
+    ours: OSError | None = None
+
+    @contextmanager
+    def told(self, path: Path, ours: bool) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if ours:
+                self.ours = self.ours or error
+            else:
+                logger.error("%s is not served and could not be removed: %s", path, error)
 
 
 def _has_all(folder: StoreFolder, digests: Iterable[str]) -> bool:
@@ -58,10 +78,13 @@ def _has_all(folder: StoreFolder, digests: Iterable[str]) -> bool:
 
 def _sweep_running(private: Path, hit: set[Place]) -> None:
     for running in (private / "running").glob("*"):
-        try:
-            stage = Stage.from_name(running.name.replace("_", "/"))
-        except ValueError:
+        stage = _stage(running.name.replace("_", "/"))
+        if stage is None or stage.slices & hit:
             remove(running)
-            continue
-        if stage.slices & hit:
-            remove(running)
+
+
+def _stage(name: str) -> Stage | None:
+    try:
+        return Stage.from_name(name)
+    except ValueError:
+        return None

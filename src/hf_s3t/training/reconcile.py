@@ -16,6 +16,7 @@ from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..lora.config import S3TConfig
 from ..plan.repair import best_repair
 from ..plan.tree import Plan, Stage
+from ..store.agreement import check_agreement
 from ..store.database import StateDatabase
 from ..store.manifest import Manifest, RepairBudget
 from ..store.partition import Comparison, Entry, compare, examples_digest, warn_of_empty_slices
@@ -60,6 +61,8 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
     differences = check_same(manifest.recipe, wanted.recipe, wanted.accept)
     with store.reading() as state:
         check_generation(store, manifest, state)
+    check_agreement(store, manifest)
+    with store.reading() as state:
         rows = _unburied(wanted.rows.entries, state)
         comparison = compare(state.examples(), rows)
     vanished = bool(manifest.stages and (comparison.missing or comparison.changed))

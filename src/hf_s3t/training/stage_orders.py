@@ -90,7 +90,7 @@ def commit(store: S3TStore, order: StageOrder, adapter: Adapter, record: dict[st
         if manifest.accepted:  # which settings it was trained with
             record = {**record, "accepted": len(manifest.accepted)}
         with store.changing() as state:
-            state.write_record(order.stage.name, record)
+            state.write_record(order.stage.name, {**record, "files": files})
         store.write_manifest(replace(manifest, stages={**manifest.stages, order.stage: files}))
         remove(running_folder(store, order.stage))
 
