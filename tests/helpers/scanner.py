@@ -82,7 +82,7 @@ def _zip(data: bytes) -> Iterator[bytes]:
 def _sqlite(data: bytes) -> Iterator[bytes]:
     if data[:16] == b"SQLite format 3\0":
         database = sqlite3.connect(":memory:")
-        database.deserialize(data)
+        database.deserialize(data[:18] + b"\1\1" + data[20:])  # also of one that has a write-ahead log
         tables = [row[0] for row in database.execute("select name from sqlite_master where type = 'table'")]
         for table in tables:
             for row in database.execute(f'select * from "{table}"'):

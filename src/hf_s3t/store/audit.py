@@ -22,7 +22,7 @@ from .folder import StoreFolder
 from .manifest import Manifest
 from .partition import examples_digest, stage_examples
 from .public_audit import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
-from .requests import entry_fits
+from .requests import places_check
 from .schema import DATABASE
 
 
@@ -146,7 +146,8 @@ def _check_database(folder: StoreFolder, manifest: Manifest) -> Findings:
         unknown = sorted({r["receipt"] for r in state.receipts() if r["stages_removed"]} - state.log().keys())
         if unknown:
             yield f"receipts tell of deletions that the state does not know: {', '.join(unknown[:3])}"
-        misplaced = sum(1 for digest, entry in state.examples() if not entry_fits(folder, manifest, digest, entry))
+        fits = places_check(folder, manifest)
+        misplaced = sum(1 for digest, entry in state.examples() if not fits(digest, entry))
         if misplaced:
             yield f"{misplaced} examples lie in other slices than they belong in: a deletion would not find them"
 

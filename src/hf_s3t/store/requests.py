@@ -90,7 +90,6 @@ def _named_request(folder: StoreFolder, wanted: Sequence[tuple[Any, Kind]], dige
     known: list[tuple[Any, str, Kind]] = [(digest, digest, "id") for digest in digests]
     known += [(value, keyed_digest(key, kind, value), kind) for value, kind in wanted]
     asked = {digest for _, digest, _ in known}
-    manifest = folder.manifest()
     with folder.reading() as state:
         alike = LookAlikes(state.has, key)
         others = {
@@ -99,9 +98,10 @@ def _named_request(folder: StoreFolder, wanted: Sequence[tuple[Any, Kind]], dige
             if (found := [text for text, digest in alike.of(kind, value) if digest not in asked])
         }
         request = _look_up(state, known)
+        fits = places_check(folder, folder.manifest())
         for digest in request.ids:
             entry = state.entry(digest)
-            if entry is not None and not entry_fits(folder, manifest, digest, entry):  # its own stages would stay
+            if entry is not None and not fits(digest, entry):  # its own stages would stay
                 raise StateError(
                     f"The index says that an example lies in (shard, slice) {entry[:2]}, where it does not belong: "
                     f"{folder.database} is damaged. Nothing was changed. Restore it from a backup (`hf-s3t state "
@@ -110,12 +110,13 @@ def _named_request(folder: StoreFolder, wanted: Sequence[tuple[Any, Kind]], dige
     return replace(request, look_alikes=others)
 
 
-def entry_fits(folder: StoreFolder, manifest: Manifest, digest: str, entry: Entry) -> bool:
-    """Whether an example lies where it belongs, as far as plan and keyed hash can tell."""
-    plan = manifest.plan
+def places_check(folder: StoreFolder, manifest: Manifest) -> Callable[[str, Entry], bool]:
+    """Tells of an example whether it lies where it belongs, as far as plan and keyed hash can tell."""
+    num_shards, num_slices = manifest.plan.num_shards, manifest.plan.num_slices
     if manifest.recipe["partition"]["slice_columns"] is None and folder.has_key:
-        return entry[:2] == assign(folder.key, entry.group or digest, plan.num_shards, plan.num_slices)
-    return entry.shard < plan.num_shards and entry.slice < plan.num_slices
+        key = folder.key
+        return lambda digest, entry: entry[:2] == assign(key, entry.group or digest, num_shards, num_slices)
+    return lambda digest, entry: entry.shard < num_shards and entry.slice < num_slices
 
 
 def _places(slices: Iterable[Place]) -> set[Place]:

@@ -193,6 +193,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         "trusted_schema = OFF", "cell_size_check = ON", f"cache_size = -{CACHE_KIB}",
     ):  # fmt: skip
         connection.execute(f"PRAGMA {setting}")
+    if mode == "rw":
+        connection.execute("PRAGMA journal_mode = DELETE")
     return connection
 
 
@@ -227,11 +229,18 @@ def _written_anew(path: Path) -> Iterator[sqlite3.Connection]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        for beside in beside_of(path):  # of the one that is replaced: it must not be taken for the new one's
+            beside.unlink(missing_ok=True)
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def beside_of(path: Path) -> list[Path]:
+    """Files that SQLite may keep beside a database."""
+    return [path.with_name(path.name + ending) for ending in ("-journal", "-wal", "-shm")]
 
 
 @contextmanager

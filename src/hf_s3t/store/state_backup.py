@@ -18,6 +18,7 @@ from .deletion_records import check_format
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .manifest import merged
 from .receipts import RECEIPT_FORMAT, check_receipts, take_in_loose_receipts
+from .schema import DATABASE
 from .state import key_check_value
 from .tombstones import bury_unnamed
 
@@ -84,5 +85,8 @@ def _put_aside(store: StoreFolder) -> None:
         raise
     except StateError as error:
         aside = store.database.with_name(f"damaged-{utc_now().replace(':', '-')}.sqlite")
+        for beside in schema.beside_of(store.database):  # it must not be taken for the new one's
+            if beside.exists():
+                os.replace(beside, beside.with_name(beside.name.replace(DATABASE, aside.name)))
         os.replace(store.database, aside)
         logger.warning("the state here cannot be read and was renamed to %s; remove it by hand: %s", aside, error)

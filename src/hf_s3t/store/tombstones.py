@@ -112,10 +112,10 @@ def obey(state: StateDatabase, intent: Mapping[str, Any]) -> None:
         for digest in intent["groups"]:
             state.lift("group", digest)
         return
-    for digest, places in intent["ids"].items():
+    for digest, places in sorted(intent["ids"].items()):
         if digest not in intent["renewed"]:
             state.add_tombstone("id", digest, name, _pairs(places), generation)
-    for digest, places in intent["groups"].items():
+    for digest, places in sorted(intent["groups"].items()):
         state.add_tombstone("group", digest, name, _pairs(places), generation)
     state.remove_examples(intent["ids"])
 
