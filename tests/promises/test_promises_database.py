@@ -31,6 +31,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> S3TStore:
         person = persons[number % PERSONS] if number % 3 else None
         digest = draw.randbytes(16).hex()
         index[digest] = Entry(*assign(KEY, person or digest, 2, 3), person, draw.randbytes(16).hex())
+    store.database.unlink()
     write_state(store, PLAN, index, {})
     return store
 
@@ -100,6 +101,7 @@ def test_what_came_later_leaves_nothing_either(store: S3TStore) -> None:
         state.add_examples(later)
     store._delete({"digests": sorted(later)})
     assert traces(store, {entry.content for entry in later.values()}) == {}
+    assert traces(store, set(later)) == dict.fromkeys(later, 1), "each in its tombstone, and nowhere else"
 
 
 def test_a_lifted_tombstone_leaves_nothing(store: S3TStore) -> None:

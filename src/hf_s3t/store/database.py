@@ -72,8 +72,7 @@ class StateDatabase:
     @property
     def disturbed(self) -> bool:
         """Whether the file has to be written anew, before traces of what is deleted can be left in it."""
-        row = self._sql.execute("SELECT disturbed, in_order FROM about").fetchone()
-        return bool(row[0]) or 3 * self.count < 2 * row[1]
+        return bool(self._one("SELECT disturbed FROM about"))
 
     def backed_up_key(self) -> tuple[str | None] | None:
         """The partition key in a backup, where it is not kept elsewhere; `None` if this is no backup."""
@@ -152,7 +151,6 @@ class StateDatabase:
                 for digest, (shard, slice_id, group, content) in sorted(entries.items())
             ),
         )
-        self._sql.execute("UPDATE about SET in_order = max(in_order, ?)", (self.count,))
 
     def remove_examples(self, digests: Iterable[str]) -> None:
         """Takes examples out of the index."""

@@ -1,7 +1,7 @@
 """The state's database as a file: its tables, how it is opened, written anew in order, and what is said when it fails.
 
 ```
-about       whose state it is, and how the index lies in the file
+about       whose state it is, and whether it is to be written anew
 slices      (shard, slice) -> number of examples                  kept by triggers
 people      number, keyed digest of a group                       goes with its last example
 examples    number, keyed digests of id and content -> slice, person                           the index
@@ -14,11 +14,10 @@ exports     path -> what is known of a copy that left the store, as JSON
 caches      files of the datasets cache outside the store that may hold the examples' text
 ```
 
-Examples are numbered in the order of their keyed digests, and no other index than that of the digests holds one. So
-whatever is deleted is spread evenly over the pages: none is ever merged with another, which would leave copies of rows
-in their unused parts that SQLite's `secure_delete` does not overwrite (measured: 17 of 30,000 values were found after
-10,000 deletions from a table that was filled in random order, none from one filled in order). What disturbs the order,
-or takes a third of the examples, has the file written anew.
+A page that is split while rows are inserted out of order keeps copies of rows in its unused part, and SQLite's
+`secure_delete` does not overwrite them when the rows go (measured: up to 17 of 30,000 values were found after 10,000
+deletions). So examples are filled in by the order of their keyed digests, which splits no page. What disturbs it, rows
+that come later or a tombstone that is lifted, has the file written anew.
 
 There is a rollback journal and no write-ahead log: that would have to be emptied at every deletion, when nobody may be
 reading, and needs shared memory, which network file systems lack. Keys and intents are files of their own: the key may
@@ -50,7 +49,6 @@ TABLES = """
 CREATE TABLE about (
   one INTEGER PRIMARY KEY CHECK (one = 1),
   store TEXT CHECK (length(store) = 32),                        -- key check; NULL: the state is lost, records are kept
-  in_order INTEGER NOT NULL DEFAULT 0 CHECK (in_order >= 0),    -- examples when they were last written in order
   disturbed INTEGER NOT NULL DEFAULT 0 CHECK (disturbed IN (0, 1))
 ) STRICT;
 CREATE TABLE slices (
@@ -128,7 +126,7 @@ COPIED = (
         f"INSERT INTO {table} SELECT * FROM old.{table}"
         for table in ("events", "event_places", "tombstones", "records", "receipts", "exports", "caches")
     ),
-    "UPDATE about SET disturbed = 0, in_order = (SELECT coalesce(sum(examples), 0) FROM slices)",
+    "UPDATE about SET disturbed = 0",
 )
 
 
