@@ -226,6 +226,7 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
 
 def _rewrite(folder: StoreFolder, manifest: Manifest, state: StateDatabase | None) -> Manifest:
     """Writes the manifest, and the root adapter of what it lists."""
+    manifest = replace(manifest, generation=len(manifest.log))
     try:
         manifest = folder.write_root(manifest)
     except StoreError as error:  # a damaged stage that stays must not keep another one from being deleted
@@ -234,7 +235,7 @@ def _rewrite(folder: StoreFolder, manifest: Manifest, state: StateDatabase | Non
             folder.source.drop(name)
         manifest = replace(manifest, root=None)
     stones = tombstones_hmac(folder, state, manifest)
-    manifest = replace(manifest, generation=len(manifest.log), tombstones=stones)
+    manifest = replace(manifest, tombstones=stones)
     folder.write_manifest(manifest)
     if state is not None and folder.has_key and folder.source.has(TOMBSTONES):
         put_tombstones(folder, state, folder.key)
