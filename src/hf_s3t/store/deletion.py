@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError, UnfinishedDeletionError, UnknownExampleError
@@ -220,8 +221,17 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
         inactive_since=utc_now(), still_served_at=reached, **copies,
     )  # fmt: skip
     receipt = append_receipt(folder, receipt)
-    remove(folder.private / INTENTS / intent["file"])
+    _end(folder.private / INTENTS / intent["file"])
     return receipt
+
+
+def _end(intent: Path) -> None:
+    """Removes an intent. One that is back after a power cut is carried out again, which changes nothing."""
+    try:
+        remove(intent)
+    except OSError:
+        if intent.exists():
+            raise
 
 
 def _rewrite(folder: StoreFolder, manifest: Manifest, state: StateDatabase | None) -> Manifest:
