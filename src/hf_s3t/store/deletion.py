@@ -91,11 +91,15 @@ def _to_its_end(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     try:
         return carry_out(folder, intent)
     except OSError as error:
-        raise UnfinishedDeletionError(
-            f"{intent['receipt']['receipt']} was begun and is not finished: {error}. What it is about is not served "
-            f"any more, but is still on the disk, in whole or in part. Put that right and run it again, or any other "
-            "change of the store, which finishes it first."
-        ) from error
+        raise _unfinished(intent, error) from error
+
+
+def _unfinished(intent: Mapping[str, Any], error: OSError) -> UnfinishedDeletionError:
+    return UnfinishedDeletionError(
+        f"{intent['receipt']['receipt']} was begun and is not finished: {error}. What it is about is not served any "
+        "more, but is still on the disk, in whole or in part. Put that right and run it again, or any other change of "
+        "the store, which finishes it first."
+    )
 
 
 def _unknown(folder: StoreFolder, request: Request) -> UnknownExampleError:
@@ -315,7 +319,12 @@ def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]
     check_receipts(folder)  # refused before anything is on record
     name = f"{intent['generation']:08d}-{intent['receipt']['receipt']}.json"
     intent = {**OPTIONAL, **intent, "format": INTENT_FORMAT, "file": name, "repo": folder.source.repo_id}
-    folder.write_private(f"{INTENTS}/{name}", json_bytes(intent))
+    try:
+        folder.write_private(f"{INTENTS}/{name}", json_bytes(intent))
+    except OSError as error:
+        if (folder.private / INTENTS / name).exists():  # it is in its place, and readers obey it
+            raise _unfinished(intent, error) from error
+        raise
     return intent
 
 
