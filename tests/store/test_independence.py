@@ -145,6 +145,7 @@ def test_a_full_disk_at_any_write_is_told_and_run_again_it_is_done(made, known, 
                 assert not store._names_of_intents()
             else:
                 assert at == disk.count - 1  # only the folder of an intent that is gone could not be synced
+                continue
             begun = bool(store._names_of_intents())
             if begun and act == "delete":
                 assert not any((0, 1) in stage.slices for stage in store.live().stages)
