@@ -70,8 +70,11 @@ class _Failed:
 
 
 def _has_all(folder: StoreFolder, digests: Iterable[str]) -> bool:
-    if not folder.has_state:
+    if not folder.database.exists():
         return True
+    if not folder.has_state:
+        logger.warning("the activation cache is removed, because it is not known whose states it holds")
+        return False
     with folder.reading() as state:
         return state.has_all(digests)
 
