@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -162,11 +164,13 @@ def test_dry_run_changes_no_byte(store: Path, leave: str, monkeypatch: pytest.Mo
     if leave == "an intent":
 
         def killed(*args: object) -> None:
-            raise InterruptedError
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
             patch.setattr("hf_s3t.store.deletion.carry_out", killed)
-            assert run("delete", store, "--ids", row_ids()[1]).exit_code == 2
+            result = run("delete", store, "--ids", row_ids()[1])
+            assert result.exit_code == 3 and "begun and is not finished: [Errno 28]" in result.stderr
+            assert "not served any more, but is still on the disk" in result.stderr
     before = tree(store)
     result = run("delete", store, "--ids", row_ids()[0], "--dry-run")
     assert result.exit_code == 0 and "Dry run:" in result.stdout and "would no longer be served" in result.stdout
@@ -338,7 +342,7 @@ def test_readmit(store: Path) -> None:
 
 def test_verify(store: Path) -> None:
     (outcome,) = outcomes("verify", store)
-    assert outcome["result"]["ok"] and outcome["result"]["complete"] and len(outcome["result"]["checks"]) == 11
+    assert outcome["result"]["ok"] and outcome["result"]["complete"] and len(outcome["result"]["checks"]) == 13
     log = {"receipt-1": {"places": [], "named": True}}
     edit_json(store / "s3t.json", lambda manifest: manifest.update(generation=1, log=log))
     result = run("verify", store)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from hf_s3t.errors import UnfinishedDeletionError
 from hf_s3t.store import deletion
 from hf_s3t.training import trainer
 
@@ -128,9 +129,10 @@ def in_child(function: Callable[[], Any]) -> int:
     code = 0
     try:
         function()
-    except OSError as error:
+    except (OSError, UnfinishedDeletionError) as error:
         traceback.print_exc()
-        code = error.errno or 1
+        cause = error if isinstance(error, OSError) else error.__cause__
+        code = cause.errno or 1
     except BaseException:
         traceback.print_exc()
         code = 1

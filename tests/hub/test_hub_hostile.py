@@ -212,9 +212,8 @@ def test_tombstones_that_were_made_without_the_key_are_not_believed(server, mach
     machine(make_and_push, path=tmp_path / "out")
     machine(delete, state=tmp_path / "out/.s3t")
     stones = json.loads(files_of(server)["tombstones.json"])
-    stone = next(iter(stones["ids"].values()))
     if forged == "added":
-        stones["ids"]["0" * 32] = {**stone, "deletions": {"receipt-0": [[0, 0], [0, 1]]}}
+        stones["tombstones"] += [["id", "0" * 32, "receipt-0", 0, slice_id, 1] for slice_id in (0, 1)]
         stones["log"]["receipt-0"] = {"places": [[0, 0], [0, 1]], "named": True}
         added = {"receipt-0": stones["log"]["receipt-0"]}
         with_manifest(lambda m: m.update(generation=m["generation"] + 1, log={**m["log"], **added}))(server)
@@ -257,7 +256,7 @@ def test_tombstones_that_can_not_be_read_keep_nobody_from_deleting(server, machi
     machine(make_and_push, path=tmp_path / "out")
     put(server, {"tombstones.json": b"{"})
     assert machine(delete, state=tmp_path / "out/.s3t")["status"] == "inactive_at_head"
-    assert json.loads(files_of(server)["tombstones.json"])["ids"]
+    assert json.loads(files_of(server)["tombstones.json"])["tombstones"]
 
 
 def test_a_stage_in_another_layout_costs_no_live_stage(server, machine, tmp_path):
