@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutations_database import DATABASE
 from mutations_hub import ON_THE_HUB
 from mutations_isolation import ISOLATION
 from mutations_planning import PLANNING
@@ -122,8 +123,8 @@ MUTATIONS = (
              (("{**heads, **lora} if self._goes_on else heads", "heads"),), (BEGINS + "[llama-all]",)),
     # 3. never seen
     Mutation(3, "a deletion removes nothing", "store/deletion.py",
-             (("replace(manifest.untouched_by(hit), log=log), state)\n        title",
-               "replace(manifest, log=log), state)\n        title"),),
+             (("replace(manifest.untouched_by(hit), log=log), state)\n            title",
+               "replace(manifest, log=log), state)\n            title"),),
              (NEVER_SEEN + LLAMA,)),
     Mutation(3, "only the last slice of a prefix counts as hit", "plan/tree.py",
              (("for slice_id in self.prefix)", "for slice_id in self.prefix[-1:])"),), (NEVER_SEEN + LLAMA,)),
@@ -168,7 +169,7 @@ MUTATIONS = (
         ("        remove(running_folder(store, order.stage))", "        store.write_stage(order.stage, adapter)"),
     ), (KILLED,)),
     Mutation(5, "an interrupted deletion is not finished", "store/deletion.py",
-             (("        carry_out(folder, intent)\n", "        pass\n"),), (KILLED,)),
+             (("                done.append((intent, carry_out(folder, intent)))", "                pass"),), (KILLED,)),
     Mutation(5, "temporary files are left behind", "store/sweep.py",
              (("        remove(scrap)", "        pass"),), (KILLED,)),
     Mutation(5, "random batches are resumed in the middle", "training/running_stage.py",
@@ -177,25 +178,24 @@ MUTATIONS = (
     Mutation(5, "a stage that is hit trains on", "training/running_stage.py",
              (("hit = is_hit(self.store, self.order)", "hit = False"),), (RUNNING,)),
     # 6. tombstones
-    Mutation(6, "the rows of a stage are not filtered by tombstones", "training/rows.py",
-             (("if not state.buries(digest, entry.group):", "if True:"),),
-             ("training/test_orders.py::test_a_tombstone_counts_whatever_the_index_says",)),
+    Mutation(6, "rows that a tombstone stands for go into the index", "training/reconcile.py",
+             (("    if not any(buried.values()):\n", "    if True:\n"),), (BURIED + LLAMA,)),
     Mutation(6, "a deletion leaves no tombstone", "store/tombstones.py",
-             (("standing[digest] = Tombstone(", "_ = Tombstone("),), (BURIED + LLAMA,)),
+             (("        if digest not in intent[\"renewed\"]:\n", "        if False:\n"),), (BURIED + LLAMA,)),
     Mutation(6, "generations are not compared", "training/reconcile.py",
-             (("    if state.knows(manifest) and state.digest", "    if True or state.digest"),), (MACHINE + LLAMA,)),
+             (("    if state.knows(manifest) and state.tombstones_hmac", "    if True or state.tombstones_hmac"),), (MACHINE + LLAMA,)),
     Mutation(6, "the names of the deletions alone are compared", "training/reconcile.py",
-             ((" and state.digest(store.key) == manifest.tombstones:", ":"),),
+             ((" and state.tombstones_hmac(store.key) == manifest.tombstones:", ":"),),
              ("training/test_orders.py::test_a_state_whose_tombstones_were_taken_out_trains_nothing",)),
-    Mutation(6, "the tombstone of a group is ignored", "store/state.py",
-             ((" or (group is not None and group in self.groups)", ""),),
+    Mutation(6, "the tombstone of a group is ignored", "training/reconcile.py",
+             ((" and entry.group not in groups}", "}"),),
              (ROWS + "a_person_is_deleted_with_all_rows",)),
     Mutation(6, "the index keeps what was deleted", "store/tombstones.py",
-             (('if d not in intent["ids"]', "if d"),),
+             (('    state.remove_examples(intent["ids"])\n', ""),),
              ("store/test_store.py::test_locate_says_where_and_in_which_stages",)),
     # 7. nothing left
     Mutation(7, "a running checkpoint survives the deletion", "store/sweep.py",
-             (("        if stage.slices & hit:\n            remove(running)", "        pass"),),
+             (("        if stage is None or stage.slices & hit:\n            remove(running)", "        pass"),),
              (NOTHING_LEFT + BERT,)),
     Mutation(7, "folders of removed stages stay", "store/sweep.py",
              (("if stage is None or stage not in manifest.stages or", "if stage is None or False and"),),
@@ -214,7 +214,7 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MORE = (SERVING, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE)
+MORE = (SERVING, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE)
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 
 

@@ -77,13 +77,13 @@ ISOLATION = (
      (('    if other or trained:\n', '    if False:\n'),),
      ('training/test_trainer_refusals.py::test_a_model_that_holds_an_adapter_is_refused',)),
     (8, 'another training in the folder is replaced', 'training/reconcile.py',
-     (('    _refuse_foreign_files(store)\n    # A state', '    # A state'),),
+     (('    _refuse_foreign_files(store)\n    places', '    places'),),
      ('training/test_trainer_refusals.py::test_a_folder_of_something_else_is_refused[README.md]',)),
     (3, 'an id that is spelled otherwise in a dataset is deleted', 'cli/options.py',
      (('    if pairs:\n', '    if False:\n'),),
      (SPELLED + 'an_id_that_is_spelled_otherwise_in_the_file_is_not_deleted',)),
     (3, 'any share of the examples may be missing in a dataset', 'cli/options.py',
-     (('    if len(missing) > at_most * len(index):', '    if False:'),),
+     (('    if len(missing) > at_most * count:', '    if False:'),),
      (SPELLED + 'more_than_a_share_is_not_deleted_unless_told',)),
 )
 """Number, what is wrong, file, edits, tests: see `Mutation`."""

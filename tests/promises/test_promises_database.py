@@ -148,9 +148,10 @@ def test_a_planted_digest_is_found(tmp_path: Path, where: str) -> None:
     assert f".s3t/state.sqlite{suffix}" in files
 
 
-def test_nothing_lies_beside_the_database_after_a_deletion(tmp_path: Path) -> None:
+def test_a_write_ahead_log_is_switched_off(tmp_path: Path) -> None:
     store = make_store(tmp_path / "out", people(30))
-    edit_database(store, "PRAGMA journal_mode = WAL")  # by hand: it is taken back
+    edit_database(store, "PRAGMA journal_mode = WAL")
     store.delete(ids=["row-1"])
-    names = {path.name for path in store.private.iterdir() if "state" in path.name}
-    assert names == {"state.sqlite"}
+    with closing(sqlite3.connect(store.database)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    assert {path.name for path in store.private.iterdir() if "state" in path.name} == {"state.sqlite"}

@@ -41,10 +41,9 @@ def buried() -> StateDatabase:
     return state
 
 
-def test_a_tombstone_buries_an_example_by_id_and_by_group():
+def test_tombstones_stand_for_ids_and_for_groups():
     state = buried()
-    assert state.buries(A, None) and state.buries(C, B)
-    assert not state.buries(C, None) and not state.buries(C, A) and not state.buries(B, None)
+    assert state.buried() == {"id": {A}, "group": {B}} and state.tombstone("group", A) is None
     stone = state.tombstone("id", A)
     assert stone.deletions == {"receipt-1": ((0, 1),), "receipt-2": ((1, 0),)} and stone.generation == 2
     assert state.newest_deletions() == {(0, 1): 1, (1, 0): 2} and state.deleted == 1
@@ -64,7 +63,7 @@ def test_a_deletion_that_is_known_is_not_carried_out_again():
     act(state, "readmit", "receipt-2", ids={A: []})
     state.add_examples({A: Entry(0, 1, None, C)})
     act(state, "delete", "receipt-1", [(0, 1)], {A: [(0, 1)]})  # as after an interruption
-    assert not state.buries(A, None) and state.has("id", A)
+    assert state.tombstone("id", A) is None and state.has("id", A)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -224,14 +224,6 @@ class StateDatabase:
             generation = max(generation, learned)
         return Tombstone({n: tuple(at) for n, at in deletions.items()}, generation) if deletions else None
 
-    def buries(self, digest: str, group: str | None) -> bool:
-        """Whether a tombstone stands for an example, or for its group."""
-        return self._buried("id", digest) or (group is not None and self._buried("group", group))
-
-    def _buried(self, kind: Kind, digest: str) -> bool:
-        found = self._one("SELECT 1 FROM tombstones WHERE kind = ? AND digest = ?", kind, bytes.fromhex(digest))
-        return found is not None
-
     def buried(self) -> dict[Kind, set[str]]:
         """Keyed digests of everything that a tombstone stands for."""
         found: dict[Kind, set[str]] = {"id": set(), "group": set()}
