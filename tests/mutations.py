@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mutations_hub import ON_THE_HUB
 from mutations_isolation import ISOLATION
+from mutations_keeping import KEEPING
 from mutations_planning import PLANNING
 from mutations_serving import SERVING
 from mutations_speed import SPEED
@@ -214,7 +215,7 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MORE = (SERVING, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE)
+MORE = (SERVING, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, KEEPING)
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..store.ids import shortened
 from .options import WIDTH
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
         column.overflow = "fold"
     for location in locations:
         places = ", ".join(f"{shard}: {slice_id}" for shard, slice_id in location.places)
-        like = f" (looks like {ascii(location.looks_like)})" if location.looks_like else ""
-        asked = ascii(location.asked) + like if like else location.asked
+        like = f" (looks like {shortened(ascii(location.looks_like))})" if location.looks_like else ""
+        asked = shortened(ascii(location.asked)) + like if like else shortened(location.asked)
         table.add_row(asked, location.found, places, ", ".join(location.stages))
     return table
 

@@ -21,6 +21,7 @@ from .deletion_records import INTENT_FORMAT, OPTIONAL
 from .export_records import carrying
 from .exports import settle
 from .folder import StoreFolder
+from .ids import shortened
 from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
 from .receipts import Receipt, append_receipt, check_receipts, limits_of, receipt_name, versions
 from .requests import Request
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 def _alike(request: Request) -> str:
     """A sentence on what looks like something that was asked for, and is something else."""
     alike = [(asked, found) for asked, others in request.look_alikes.items() for found in others]
-    pairs = [f"{ascii(found)} (like {ascii(asked)})" for asked, found in alike]
+    pairs = [f"{shortened(ascii(found))} (like {shortened(ascii(asked))})" for asked, found in alike]
     return f" The store knows {', '.join(pairs[:5])}." if pairs else ""
 
 
@@ -97,7 +98,7 @@ def _to_its_end(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
 
 
 def _unknown(folder: StoreFolder, request: Request) -> UnknownExampleError:
-    shown = ", ".join(map(repr, request.unknown[:5]))
+    shown = ", ".join(shortened(repr(value)) for value in request.unknown[:5])
     return UnknownExampleError(
         f"{len(request.unknown)} of {request.asked} are not known to {folder.path}: {shown}. Nothing was changed."
         f"{_alike(request)} Check them (`locate`), or pass `missing_ok=True` to delete the others."

@@ -22,10 +22,10 @@ from .base_model import load_base
 from .database import Kind, Place
 from .exports import Export, given_base, write_export
 from .folder import LOCK_SECONDS, StoreFolder
-from .ids import id_text
+from .ids import encoded, id_text, shortened
 from .partition import keyed_digest
 from .receipts import Receipt, read_receipts
-from .requests import LookAlikes, check_lists, resolve
+from .requests import LookAlikes, check_lists, check_reference, resolve
 from .sources import RepoSource
 from .state_backup import back_up, restore
 from .status import Location, Status, location_of, status_of
@@ -162,6 +162,7 @@ class S3TStore(StoreFolder):
         deletion can no longer be undone and before anything is removed: a model in memory stops serving here. Where
         nothing changes it is not called. What it raises is raised after the deletion has been carried out.
         """
+        check_reference(how.get("reference"))
         if (purge or keep_refs is not None) and not isinstance(self.source, RepoSource):
             raise ValueError("`purge` and `keep_refs` are for a store that was opened from a repository.")
         self.source.look()
@@ -246,6 +247,7 @@ class S3TStore(StoreFolder):
             UnknownExampleError: something has no tombstone; nothing was changed.
         """
         check_lists(ids=ids, groups=groups)
+        check_reference(reference)
         wanted: dict[str, tuple[Any, Kind]] = {}
         self.manifest()
         with self.writing() as recovered:
@@ -258,7 +260,8 @@ class S3TStore(StoreFolder):
                 if receipt.kind == "readmit" and wanted and wanted.keys() <= {*intent["ids"], *intent["groups"]}:
                     return receipt
             if unknown or not wanted:
-                raise UnknownExampleError(f"No tombstone stands for {unknown[:5]!r}, so nothing was changed.")
+                shown = ", ".join(shortened(repr(value)) for value in unknown[:5])
+                raise UnknownExampleError(f"No tombstone stands for {shown or 'an empty request'}, so nothing was changed.")
             return deletion.readmit(self, {digest: kind for digest, (_, kind) in wanted.items()}, reference)
 
     # ---- taking out ----
@@ -287,6 +290,7 @@ class S3TStore(StoreFolder):
             ValueError: `path` holds something else, the base is not named, quantised, or not the adapter's.
         """
         target, stage = Path(path).resolve(), None if prefix is None else as_stage(prefix)
+        encoded(str(target), "The path of an export")
         if target.is_relative_to(self.path.resolve()):
             raise StoreError(f"{path} lies inside the store, which holds only its own files. Name another folder.")
         base, name = None, None

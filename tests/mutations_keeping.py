@@ -1,0 +1,15 @@
+"""Wrong changes to what comes into a state, what is kept of a deleted person and for how long, and to the way out of a
+lost state; `mutations.py` runs them. The fields are `Mutation`'s."""
+
+from __future__ import annotations
+
+NAMES = "store/test_names.py::test_"
+
+KEEPING = (
+    (5, "a reference that no file can hold is found out in the middle of a deletion", "store/requests.py",
+     (('    encoded(reference, "`reference`")\n', ""),),
+     (NAMES + "nothing_is_written_for_it",)),
+    (5, "a setting that no file can hold is found out when the store is written", "store/recipe.py",
+     (('    _check_texts(plain, "recipe")\n', ""),),
+     (NAMES + "a_setting_with_it_is_refused_before_a_store_is_written",)),
+)  # fmt: skip
