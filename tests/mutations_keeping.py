@@ -4,6 +4,7 @@ lost state; `mutations.py` runs them. The fields are `Mutation`'s."""
 from __future__ import annotations
 
 NAMES = "store/test_names.py::test_"
+FOLDER = "store/test_state_folder.py::test_"
 
 KEEPING = (
     (5, "a reference that no file can hold is found out in the middle of a deletion", "store/requests.py",
@@ -12,4 +13,7 @@ KEEPING = (
     (5, "a setting that no file can hold is found out when the store is written", "store/recipe.py",
      (('    _check_texts(plain, "recipe")\n', ""),),
      (NAMES + "a_setting_with_it_is_refused_before_a_store_is_written",)),
+    (7, "a state is committed to git", "store/state_files.py",
+     (('write_atomic(ignored, b"*\\n", PRIVATE)', "pass"),),
+     (FOLDER + "git_commits_nothing_of_a_state",)),
 )  # fmt: skip

@@ -27,9 +27,8 @@ def encoded(text: str, what: str) -> bytes:
     except UnicodeEncodeError as error:
         around = text[max(error.start - 20, 0) : error.start + 20]
         raise ValueError(
-            f"{what} holds half a character (a lone surrogate), here: {around!r}. No file can hold it; mostly it comes "
-            "of a text that was read in another encoding than its own. Read it again, as UTF-8 for example, or replace "
-            "that character."
+            f"{what} holds half a character (a lone surrogate), here: {around!r}. No file can hold it. The text was "
+            "read in another encoding than its own. Read it again, as UTF-8 for example, or replace that character."
         ) from None
 
 

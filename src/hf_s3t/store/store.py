@@ -260,8 +260,8 @@ class S3TStore(StoreFolder):
                 if receipt.kind == "readmit" and wanted and wanted.keys() <= {*intent["ids"], *intent["groups"]}:
                     return receipt
             if unknown or not wanted:
-                shown = ", ".join(shortened(repr(value)) for value in unknown[:5])
-                raise UnknownExampleError(f"No tombstone stands for {shown or 'an empty request'}, so nothing was changed.")
+                shown = ", ".join(shortened(repr(value)) for value in unknown[:5]) or "an empty request"
+                raise UnknownExampleError(f"No tombstone stands for {shown}, so nothing was changed.")
             return deletion.readmit(self, {digest: kind for digest, (_, kind) in wanted.items()}, reference)
 
     # ---- taking out ----
