@@ -38,6 +38,7 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
         ("examples", UNKNOWN if status.examples is None else status.examples),
         ("deleted examples", UNKNOWN if status.deleted_examples is None else status.deleted_examples),
         ("requests received", status.requests),
+        ("partition key", status.key),
     ]
     for under, left in status.life.items():
         first, last = (f"{life.mean:.1f}" if math.isfinite(life.mean) else "any number" for life in left)

@@ -19,6 +19,7 @@ from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .manifest import merged
 from .receipts import RECEIPT_FORMAT, check_receipts
 from .state import key_check_value
+from .state_files import KEY_FILE
 from .tombstones import bury_unnamed
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,7 @@ def back_up(store: StoreFolder, file: Path) -> None:
     """Writes a backup; see [`S3TStore.export_state`]. Runs under the write lock."""
     with store.reading():  # refused before anything is written
         pass
-    key_file = store.private / "partition.key"
-    key = key_file.read_text().strip() if key_file.exists() else None
+    key = None if store.key_file is None else store.key_file.read_text().strip()
     schema.write_in_order(store.database, file, key=(key,))
 
 
@@ -55,8 +55,8 @@ def restore(store: StoreFolder, file: Path) -> None:
                 if state.store not in (None, theirs.store):
                     raise StateError(f"{file} belongs to another store than the state in {store.private}.")
                 _join(state, theirs)
-            if key:
-                store.write_private("partition.key", key.encode() + b"\n")
+            if key and as_key(key) != store.given_key:  # one that is kept elsewhere stays there
+                store.write_private(KEY_FILE, key.encode() + b"\n")
             recover(store)
             if store.exists:
                 with store.changing() as state:

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 INTENTS = "intents"
 IGNORED = ".gitignore"
+KEY_FILE = "partition.key"
 PRIVATE_NAMES = (
     "*.json", "*.sqlite*", "*.key", "*.lock", "*.holder", "*.tmp", INTENTS, f"{INTENTS}/*", "activations",
     "activations/*", "running", "scratch",
@@ -78,6 +79,11 @@ class StateFiles:
         except PermissionError:
             raise denied(self.private) from None
         return self.private / name
+
+    @property
+    def key_file(self) -> Path | None:
+        """The file of the partition key, if it lies beside the state."""
+        return self._private_file(KEY_FILE)
 
     @property
     def database(self) -> Path:

@@ -7,8 +7,8 @@ and first finishes what an interrupted writer left (`deletion.py`). Files and fo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,13 @@ from . import sync as publishing
 from .base_model import load_base
 from .database import Kind, Place
 from .exports import Export, given_base, write_export
-from .folder import LOCK_SECONDS, StoreFolder
+from .folder import StoreFolder
 from .ids import encoded, id_text, shortened
 from .partition import keyed_digest
 from .receipts import Receipt, read_receipts
 from .requests import LookAlikes, check_lists, check_reference, resolve
 from .sources import RepoSource
-from .state_backup import back_up, restore
+from .state_care import StateCare
 from .status import Location, Status, location_of, status_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class S3TStore(StoreFolder):
+class S3TStore(StateCare):
     """A store of stages, in a folder or in a repository on the Hub.
 
     Args:
@@ -55,14 +55,6 @@ class S3TStore(StoreFolder):
         receipt = store.delete(ids=["row-17"], reference="DSR-2026-118")
         ```
     """
-
-    @contextmanager
-    def writing(
-        self, timeout: float = LOCK_SECONDS, others: bool = True
-    ) -> Iterator[list[tuple[dict[str, Any], Receipt]]]:
-        """Holds the store's write lock, after finishing what an interrupted writer left; see [`recover`]."""
-        with self.write_lock.hold(timeout), self.source.drafting():
-            yield deletion.recover(self, others)
 
     # ---- looking ----
 
@@ -302,24 +294,6 @@ class S3TStore(StoreFolder):
             raise ValueError("`base_model` is for `merge=True`: an adapter is exported without its base.")
         with self.writing():  # a deletion comes before, or finds the copy on record
             return write_export(self, target, stage, base, name)
-
-    # ---- the state's backup ----
-
-    def export_state(self, file: str | os.PathLike[str]) -> None:
-        """Writes key and database into one private file (mode 600), itself a database: the backup of `.s3t/`."""
-        path = Path(file)
-        if path.resolve().is_relative_to(self.path.resolve()):
-            raise StoreError(f"{path} lies inside the store: the key would be published, or lost with it.")
-        with self.writing():
-            back_up(self, path)
-
-    def import_state(self, file: str | os.PathLike[str]) -> None:
-        """Joins a backup with the state that is here, and finishes what its tombstones ask for; forgets no deletion.
-
-        Raises:
-            StateError: the backup is of another store.
-        """
-        restore(self, Path(file))
 
 
 def as_stage(prefix: str | Order | Stage) -> Stage:

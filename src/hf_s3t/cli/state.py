@@ -1,0 +1,62 @@
+"""`hf-s3t state`: the verbs on the private state of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import AsJson, OneStore
+from .outcomes import DONE, Outcome, run
+
+if TYPE_CHECKING:
+    from ..store.store import S3TStore
+
+app = typer.Typer(no_args_is_help=True, help="Look after the private state of a store: backup, key, terms, loss.")
+
+
+@app.command("export")
+def export_state(
+    store: OneStore, file: Annotated[Path, typer.Argument(help="File to write.")], as_json: AsJson = False
+) -> None:
+    """Write key, index, tombstones and receipts into one private file. Keep it where nobody else reads."""
+
+    def verb(store: S3TStore) -> Outcome:
+        store.export_state(file)
+        shown = f"The state of {store.path} is in {file}. It names who was deleted to whoever has it: keep it private."
+        return Outcome(str(store.path), DONE, {"file": str(file)}, shown)
+
+    run([store], None, as_json, verb)
+
+
+@app.command("import")
+def import_state(
+    store: OneStore, file: Annotated[Path, typer.Argument(help="File that export wrote.")], as_json: AsJson = False
+) -> None:
+    """Put a backup of the state in place, and finish what its tombstones ask for."""
+
+    def verb(store: S3TStore) -> Outcome:
+        store.import_state(file)
+        return Outcome(str(store.path), DONE, {"file": str(file)}, f"The state of {store.path} is that of {file} now.")
+
+    run([store], None, as_json, verb)
+
+
+@app.command("move-key")
+def move_key(
+    store: OneStore,
+    file: Annotated[Path, typer.Argument(help="New file for the key, outside the store.")],
+    as_json: AsJson = False,
+) -> None:
+    """Move the partition key out of the state into a file of its own: who has one of them finds nobody."""
+
+    def verb(store: S3TStore) -> Outcome:
+        store.move_key(file)
+        shown = (
+            f"The key of {store.path} is in {file} now, and no longer beside the state. Bring it with --key-file, or "
+            "as HF_S3T_KEY; without it nobody is found. Keep it, and keep it apart: backups from before hold both."
+        )
+        return Outcome(str(store.path), DONE, {"file": str(file)}, shown)
+
+    run([store], None, as_json, verb)

@@ -1,0 +1,59 @@
+"""What an owner does with the private state of a store: back it up, keep its key elsewhere.
+
+[`S3TStore`] adds what an eraser does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import StoreError
+from . import deletion
+from .folder import LOCK_SECONDS, StoreFolder
+from .key_place import move_key
+from .receipts import Receipt
+from .state_backup import back_up, restore
+
+
+class StateCare(StoreFolder):
+    """A store whose state is looked after."""
+
+    @contextmanager
+    def writing(
+        self, timeout: float = LOCK_SECONDS, others: bool = True
+    ) -> Iterator[list[tuple[dict[str, Any], Receipt]]]:
+        """Holds the store's write lock, after finishing what an interrupted writer left; see [`recover`]."""
+        with self.write_lock.hold(timeout), self.source.drafting():
+            yield deletion.recover(self, others)
+
+    def export_state(self, file: str | os.PathLike[str]) -> None:
+        """Writes key and database into one private file (mode 600), itself a database: the backup of `.s3t/`."""
+        path = Path(file)
+        if path.resolve().is_relative_to(self.path.resolve()):
+            raise StoreError(f"{path} lies inside the store: the key would be published, or lost with it.")
+        with self.writing():
+            back_up(self, path)
+
+    def import_state(self, file: str | os.PathLike[str]) -> None:
+        """Joins a backup with the state that is here, and finishes what its tombstones ask for; forgets no deletion.
+
+        Raises:
+            StateError: the backup is of another store.
+        """
+        restore(self, Path(file))
+
+    def move_key(self, file: str | os.PathLike[str]) -> None:
+        """Moves the partition key out of the state, into a new private file: who has one of them finds nobody.
+
+        From then on `HF_S3T_KEY`, `key=` or `--key-file` bring it. Backups from before hold both.
+
+        Raises:
+            ValueError: the file exists, or lies in the store; nothing was changed.
+            StoreLockedError: a training is running, which needs the key.
+        """
+        with self.writing(), self.train_lock.hold(0):
+            move_key(self, Path(file))
