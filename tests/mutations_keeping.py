@@ -4,6 +4,7 @@ lost state; `mutations.py` runs them. The fields are `Mutation`'s."""
 from __future__ import annotations
 
 NAMES = "store/test_names.py::test_"
+TERMS = "store/test_retention.py::test_"
 FOLDER = "store/test_state_folder.py::test_"
 
 KEEPING = (
@@ -26,4 +27,16 @@ KEEPING = (
      (("    _write_new(file, text.encode() + b\"\\n\")\n    remove(store.private / KEY_FILE)\n",
        "    remove(store.private / KEY_FILE)\n    _write_new(file, text.encode() + b\"\\n\")\n"),),
      (FOLDER + "whatever_fails_the_key_is_somewhere",)),
+    (7, "what had its term stays in the bytes of the database", "store/database.py",
+     (('        self._sql.execute("UPDATE about SET disturbed = 1")\n        last = ""\n', '        last = ""\n'),),
+     (TERMS + "no_byte_of_it_is_left",)),
+    (7, "a reference outlives its term", "store/retention.py",
+     (('**copies, "reference": None, "caches": []}', '**copies, "caches": []}'),),
+     (TERMS + "old_receipts_lose_what_nothing_depends_on",)),
+    (7, "receipts that had their term look forged", "store/database.py",
+     (("            last = chained(last, text)\n            self._sql", "            self._sql"),),
+     (TERMS + "old_receipts_lose_what_nothing_depends_on",)),
+    (7, "a receipt beside the database has no term", "store/retention.py",
+     (("for name in loose & lessened.keys():", "for name in ():"),),
+     (TERMS + "a_receipt_beside_the_database_loses_it_too",)),
 )  # fmt: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import AsJson, OneStore
+from .options import AsJson, DryRun, OneStore
 from .outcomes import DONE, Outcome, run
 
 if TYPE_CHECKING:
@@ -58,5 +59,27 @@ def move_key(
             "as HF_S3T_KEY; without it nobody is found. Keep it, and keep it apart: backups from before hold both."
         )
         return Outcome(str(store.path), DONE, {"file": str(file)}, shown)
+
+    run([store], None, as_json, verb)
+
+
+@app.command()
+def expire(
+    store: OneStore,
+    older_than: Annotated[str, typer.Option(help="Years, months or days: 2y, 18m, 90d.")],
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take references, caches and paths of copies that are gone out of old receipts. The receipts stay."""
+
+    def verb(store: S3TStore) -> Outcome:
+        done = store.expire(older_than, dry_run=dry_run)
+        would = "would lose" if dry_run else "lost"
+        shown = f"{len(done.receipts)} receipts of {store.path} from before {done.before} {would} what nothing needs."
+        if done.purge_reports:
+            shown += f"\nAs old, and left as they are: {', '.join(done.purge_reports)}"
+        if not dry_run:
+            shown += "\nBackups from before still hold it."
+        return Outcome(str(store.path), DONE, asdict(done), shown)
 
     run([store], None, as_json, verb)

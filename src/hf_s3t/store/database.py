@@ -397,6 +397,15 @@ class StateDatabase:
                 (name, receipt.get("format", 1), text, chained(last, text)),
             )
 
+    def rewrite_receipts(self, changed: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replaces receipts by what is left of them, and chains all of them anew; no trace of the rest stays."""
+        self._sql.execute("UPDATE about SET disturbed = 1")
+        last = ""
+        for name, text in self._sql.execute("SELECT name, receipt FROM receipts ORDER BY number").fetchall():
+            text = json.dumps(changed[name], sort_keys=True) if name in changed else text
+            last = chained(last, text)
+            self._sql.execute("UPDATE receipts SET receipt = ?, chain = ? WHERE name = ?", (text, last, name))
+
     def receipt(self, name: str) -> dict[str, Any] | None:
         """One receipt."""
         text = self._one("SELECT receipt FROM receipts WHERE name = ?", name)

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from . import deletion
 from .folder import LOCK_SECONDS, StoreFolder
 from .key_place import move_key
 from .receipts import Receipt
+from .retention import Expired, expire
 from .state_backup import back_up, restore
 
 
@@ -57,3 +59,18 @@ class StateCare(StoreFolder):
         """
         with self.writing(), self.train_lock.hold(0):
             move_key(self, Path(file))
+
+    def expire(self, older_than: str | datetime.timedelta, *, dry_run: bool = False) -> Expired:
+        """Takes out of old receipts what nothing depends on: references, caches, paths of copies that are gone.
+
+        Receipts themselves, tombstones, the log and the stages stay. Backups from before still hold what is taken out.
+
+        Args:
+            older_than (`str` or `timedelta`): the term: `"2y"`, `"18m"` or `"90d"`.
+            dry_run (`bool`): only tell which receipts that concerns.
+
+        Returns:
+            [`~store.retention.Expired`]: how many receipts, by name, and which purge reports are as old.
+        """
+        with nullcontext() if dry_run else self.writing():
+            return expire(self, older_than, dry_run)
