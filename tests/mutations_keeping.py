@@ -5,6 +5,7 @@ from __future__ import annotations
 
 NAMES = "store/test_names.py::test_"
 TERMS = "store/test_retention.py::test_"
+LOSS = "store/test_lost_state.py::test_"
 FOLDER = "store/test_state_folder.py::test_"
 
 KEEPING = (
@@ -39,4 +40,22 @@ KEEPING = (
     (7, "a receipt beside the database has no term", "store/retention.py",
      (("for name in loose & lessened.keys():", "for name in ():"),),
      (TERMS + "a_receipt_beside_the_database_loses_it_too",)),
+    (3, "stages that saw the slices of lost deletions stay", "store/lost_state.py",
+     (("receipt.receipt: Event(loss.places)})", "receipt.receipt: Event(())})"),),
+     (LOSS + "the_lost_slices_start_anew_and_the_others_stay",)),
+    (6, "examples of the slices of lost deletions stay in the index", "store/lost_state.py",
+     (("            state.remove_examples(state.examples_of(place))\n", "            pass\n"),),
+     (LOSS + "the_lost_slices_start_anew_and_the_others_stay",)),
+    (6, "a deletion that is lost here counts as lifted where it is known", "store/database.py",
+     (("for row in ours - standing - lost_there if", "for row in ours - standing if"),),
+     (LOSS + "another_machine_keeps_the_tombstones_that_are_lost_here",)),
+    (6, "tombstones that are found again are not believed", "store/database.py",
+     (("if row in lost_here or (name", "if (name"),),
+     (LOSS + "tombstones_that_are_found_again_are_believed",)),
+    (3, "stages that were trained without tombstones outlive their return", "store/tombstones.py",
+     (("    if again:\n        state.add_log({receipt_name(): Event(tuple(sorted(again)))})\n", ""),),
+     (LOSS + "tombstones_that_are_found_again_are_believed",)),
+    (3, "what a lost readmission let in is kept and counts as deleted", "store/lost_state.py",
+     (("    if readmissions:\n        places |= state.newest_deletions().keys()\n", ""),),
+     (LOSS + "a_readmission_that_is_lost_starts_anew_whatever_was_deleted",)),
 )  # fmt: skip

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import AsJson, DryRun, OneStore
-from .outcomes import DONE, Outcome, run
+from . import tables as display
+from .options import AsJson, DryRun, KeyFile, OneStore, Reference, StateFolder
+from .outcomes import DONE, PENDING, Outcome, run
 
 if TYPE_CHECKING:
     from ..store.store import S3TStore
@@ -33,7 +34,10 @@ def export_state(
 
 @app.command("import")
 def import_state(
-    store: OneStore, file: Annotated[Path, typer.Argument(help="File that export wrote.")], as_json: AsJson = False
+    store: OneStore,
+    file: Annotated[Path, typer.Argument(help="File that export wrote.")],
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Put a backup of the state in place, and finish what its tombstones ask for."""
 
@@ -41,7 +45,7 @@ def import_state(
         store.import_state(file)
         return Outcome(str(store.path), DONE, {"file": str(file)}, f"The state of {store.path} is that of {file} now.")
 
-    run([store], None, as_json, verb)
+    run([store], key_file, as_json, verb)
 
 
 @app.command("move-key")
@@ -83,3 +87,23 @@ def expire(
         return Outcome(str(store.path), DONE, asdict(done), shown)
 
     run([store], None, as_json, verb)
+
+
+@app.command("accept-loss")
+def accept_loss(
+    store: OneStore,
+    dry_run: DryRun = False,
+    reference: Reference = None,
+    key_file: KeyFile = None,
+    state: StateFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on where the state that knew of deletions is lost, after importing its last backup. Try --dry-run first."""
+
+    def verb(store: S3TStore) -> Outcome:
+        loss = store.accept_loss(reference, dry_run=dry_run)
+        left = loss.receipt is not None and (loss.receipt.exports or loss.receipt.still_served_at)
+        shown = display.show_loss(str(store.path), loss)
+        return Outcome(str(store.path), PENDING if left else DONE, loss.to_json(), shown)
+
+    run([store], key_file, as_json, verb, state)

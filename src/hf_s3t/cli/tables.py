@@ -15,6 +15,7 @@ from .options import WIDTH
 if TYPE_CHECKING:
     from ..store.audit import VerifyReport
     from ..store.exports import Export
+    from ..store.lost_state import Loss
     from ..store.receipts import Receipt
     from ..store.status import Location, Status
 
@@ -134,6 +135,30 @@ def show_readmission(path: str, receipt: Receipt) -> RenderableType:
     """What a readmission did."""
     sentence = f"{receipt.found} tombstones of {path} are lifted. The rows come back when they are trained on again."
     return Group(sentence, _pairs([("receipt", receipt.receipt)]))
+
+
+def show_loss(path: str, loss: Loss) -> RenderableType:
+    """Deletions that no state knows any more, and what became of it."""
+    from ..store.lost_state import WARNING
+
+    if not loss.found:
+        return f"The state of {path} knows every deletion that its manifest names. Nothing is lost or changed."
+    places = ", ".join(f"{shard}: {slice_id}" for shard, slice_id in loss.places)
+    rows = [(name, "from " + ", ".join(f"{s}: {i}" for s, i in at)) for name, at in loss.deletions.items()]
+    rows += [(name, "a readmission") for name in loss.readmissions]
+    rows += [
+        ("start anew (shard: slice)", places or "none"),
+        ("stages removed", ", ".join(loss.stages) or "none"),
+        ("examples to hand in again", str(loss.examples)),
+    ]
+    if loss.receipt is not None:
+        rows += [
+            ("exports that may carry it", "\n".join(loss.receipt.exports) or "none known"),
+            ("still served at", "\n".join(loss.receipt.still_served_at) or "nothing known"),
+            ("receipt", loss.receipt.receipt),
+        ]
+    verdict = "Nothing was changed yet." if loss.receipt is None else "These slices start anew at the next train()."
+    return Group(f"Lost deletions of {path}:", _pairs(rows), verdict, WARNING)
 
 
 def show_report(report: VerifyReport) -> RenderableType:

@@ -166,7 +166,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         examples=None if counts is None else deleted, dark_examples=dark, reference=reference,
         deleted_by=sorted({name for stone in request.stones for name in stone.deletions}),
         stages_removed={stage.name: manifest.stages[stage] for stage in gone},
-        served_before=_served_json(before), served_after=_served_json(after),
+        served_before=served_json(before), served_after=served_json(after),
         exports=carrying(folder, _newest(request, generation)), caches=caches, versions=versions(),
         repository=folder.source.repo_id, limits=limits_of(manifest),
     )  # fmt: skip
@@ -307,5 +307,6 @@ def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]
     return intent
 
 
-def _served_json(served: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
+def served_json(served: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
+    """Served prefixes as a receipt has them."""
     return {str(shard): list(prefix) for shard, prefix in sorted(served.items())}

@@ -20,7 +20,7 @@ from .manifest import merged
 from .receipts import RECEIPT_FORMAT, check_receipts
 from .state import key_check_value
 from .state_files import KEY_FILE
-from .tombstones import bury_unnamed
+from .tombstones import bury_unnamed, join
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def restore(store: StoreFolder, file: Path) -> None:
 def _join(state: StateDatabase, theirs: StateDatabase) -> None:
     """Puts a backup in place; what was recorded here since then stays known, unless it was deleted there."""
     known = state.log()
-    state.join(theirs)
+    join(state, theirs)
     state.take_in(theirs)
     bury_unnamed(state, merged(theirs.log(), state.log()), known)
     state.remove_buried()

@@ -16,7 +16,9 @@ from ..errors import StoreError
 from . import deletion
 from .folder import LOCK_SECONDS, StoreFolder
 from .key_place import move_key
+from .lost_state import Loss, accept_loss
 from .receipts import Receipt
+from .requests import check_reference
 from .retention import Expired, expire
 from .state_backup import back_up, restore
 
@@ -74,3 +76,25 @@ class StateCare(StoreFolder):
         """
         with nullcontext() if dry_run else self.writing():
             return expire(self, older_than, dry_run)
+
+    def accept_loss(self, reference: str | None = None, *, dry_run: bool = False) -> Loss:
+        """Goes on where deletions are lost, because the state that knew them is: after the last backup was imported.
+
+        Their slices start anew: stages that saw them go, and their examples leave the index. Whoever was deleted by
+        them must not be among the rows that are handed in next, because the store can no longer tell. In a repository
+        its head loses those stages, in one commit; the history keeps them until a purge.
+
+        Args:
+            reference (`str`, *optional*): your name for it; it stays in the private receipt.
+            dry_run (`bool`): only name what is lost.
+
+        Returns:
+            [`~store.lost_state.Loss`]: what is lost; if that is nothing, nothing was changed.
+
+        Raises:
+            StateError: there is no state, or no key: import a backup first.
+        """
+        check_reference(reference)
+        self.source.look()
+        with nullcontext() if dry_run else self.writing():
+            return accept_loss(self, reference, dry_run)
