@@ -22,6 +22,7 @@ from pathlib import Path
 from mutations_database import DATABASE
 from mutations_hub import ON_THE_HUB
 from mutations_isolation import ISOLATION
+from mutations_keeping import KEEPING
 from mutations_planning import PLANNING
 from mutations_serving import SERVING
 from mutations_speed import SPEED
@@ -169,7 +170,7 @@ MUTATIONS = (
         ("        remove(running_folder(store, order.stage))", "        store.write_stage(order.stage, adapter)"),
     ), (KILLED,)),
     Mutation(5, "an interrupted deletion is not finished", "store/deletion.py",
-             (("                done.append((intent, carry_out(folder, intent)))", "                pass"),), (KILLED,)),
+             (("done.append((intent, carry_out(folder, intent)))", "pass"),), (KILLED,)),
     Mutation(5, "temporary files are left behind", "store/sweep.py",
              (("        remove(scrap)", "        pass"),), (KILLED,)),
     Mutation(5, "random batches are resumed in the middle", "training/running_stage.py",
@@ -183,7 +184,7 @@ MUTATIONS = (
     Mutation(6, "a deletion leaves no tombstone", "store/tombstones.py",
              (("        if digest not in intent[\"renewed\"]:\n", "        if False:\n"),), (BURIED + LLAMA,)),
     Mutation(6, "generations are not compared", "training/reconcile.py",
-             (("    if state.knows(manifest) and state.tombstones_hmac", "    if True or state.tombstones_hmac"),), (MACHINE + LLAMA,)),
+             (("    if state.knows(manifest) and state", "    if True or state"),), (MACHINE + LLAMA,)),
     Mutation(6, "the names of the deletions alone are compared", "training/reconcile.py",
              ((" and state.tombstones_hmac(store.key) == manifest.tombstones:", ":"),),
              ("training/test_orders.py::test_a_state_whose_tombstones_were_taken_out_trains_nothing",)),
@@ -214,7 +215,7 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MORE = (SERVING, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE)
+MORE = (SERVING, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING)
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 
 

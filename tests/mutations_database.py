@@ -1,5 +1,5 @@
-"""Wrong changes to the state's database, and to deletions that must not wait for one another; `mutations.py` runs them.
-The fields are `Mutation`'s."""
+"""Wrong changes to the state's database, and to deletions that must not wait for one another; `mutations.py` runs
+them. The fields are `Mutation`'s."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ DATABASE = (
      (("yield deletion.recover(self, others)", "yield deletion.recover(self, False)"),),
      (INDEPENDENT + "a_stage_that_cannot_be_removed_keeps_nobody_else_from_being_deleted",)),
     (5, "a full disk in the middle of a deletion is told as bad input", "store/deletion.py",
-     (("        raise _unfinished(intent, error) from error\n\n\ndef _unfinished", "        raise\n\n\ndef _unfinished"),),
+     (("        raise _unfinished(intent, error) from error\n\n\ndef", "        raise\n\n\ndef"),),
      (INDEPENDENT + "a_full_disk_at_any_write_is_told_and_run_again_it_is_done[delete]",)),
     (6, "rows whose content changed stay buried", "store/tombstones.py",
      (('        if digest not in intent["renewed"]:\n', "        if True:\n"),),

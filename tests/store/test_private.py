@@ -43,6 +43,7 @@ def open_to_others(private: Path) -> dict[str, str]:
 
 def loosen(private: Path) -> None:
     """As versions before this one left a state."""
+    (private / ".gitignore").unlink()
     for path in private.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     private.chmod(0o755)

@@ -1,6 +1,6 @@
 """`hf-s3t`: the verbs of an eraser on the command line, thin over `S3TStore` and `verify`.
 
-Verbs for a repository are in `hub.py`, the planner's in `plan.py`.
+Verbs for a repository are in `hub.py`, those for a private state in `state.py`, the planner's in `plan.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rich.console import Group
 
 from . import hub as cli_hub
 from . import plan as cli_plan
+from . import state as cli_state
 from . import tables as display
 from .hub import unpurged_of
 from .options import (
@@ -56,8 +57,7 @@ if TYPE_CHECKING:  # each verb imports what it needs
 logger = logging.getLogger(__name__)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-state_app = typer.Typer(no_args_is_help=True, help="Back up the private state of a store, or put it back.")
-app.add_typer(state_app, name="state")
+app.add_typer(cli_state.app, name="state")
 for command in (cli_plan.plan, cli_hub.push, cli_hub.pull, cli_hub.purge, cli_hub.recheck):
     app.command()(command)
 
@@ -268,33 +268,6 @@ def _check_export(store: S3TStore, target: Path, prefix: str | None) -> None:
         raise ValueError(f"{store.path} has no root adapter; its README.md says why. Name a stage with --prefix.")
     if target.resolve().is_relative_to(store.path.resolve()):
         raise ValueError(f"{target} lies inside the store, which holds its own files only. Export to another folder.")
-
-
-@state_app.command("export")
-def export_state(
-    store: OneStore, file: Annotated[Path, typer.Argument(help="File to write.")], as_json: AsJson = False
-) -> None:
-    """Write key, index, tombstones and receipts into one private file. Keep it where nobody else reads."""
-
-    def verb(store: S3TStore) -> Outcome:
-        store.export_state(file)
-        shown = f"The state of {store.path} is in {file}. It names who was deleted to whoever has it: keep it private."
-        return Outcome(str(store.path), DONE, {"file": str(file)}, shown)
-
-    run([store], None, as_json, verb)
-
-
-@state_app.command("import")
-def import_state(
-    store: OneStore, file: Annotated[Path, typer.Argument(help="File that export wrote.")], as_json: AsJson = False
-) -> None:
-    """Put a backup of the state in place, and finish what its tombstones ask for."""
-
-    def verb(store: S3TStore) -> Outcome:
-        store.import_state(file)
-        return Outcome(str(store.path), DONE, {"file": str(file)}, f"The state of {store.path} is that of {file} now.")
-
-    run([store], None, as_json, verb)
 
 
 # ---- running a verb ----

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..store.ids import shortened
 from .options import WIDTH
 
 if TYPE_CHECKING:
     from ..store.audit import VerifyReport
     from ..store.exports import Export
+    from ..store.lost_state import Loss
     from ..store.receipts import Receipt
     from ..store.status import Location, Status
 
@@ -37,6 +39,7 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
         ("examples", UNKNOWN if status.examples is None else status.examples),
         ("deleted examples", UNKNOWN if status.deleted_examples is None else status.deleted_examples),
         ("requests received", status.requests),
+        ("partition key", status.key),
     ]
     for under, left in status.life.items():
         first, last = (f"{life.mean:.1f}" if math.isfinite(life.mean) else "any number" for life in left)
@@ -78,8 +81,8 @@ def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
         column.overflow = "fold"
     for location in locations:
         places = ", ".join(f"{shard}: {slice_id}" for shard, slice_id in location.places)
-        like = f" (looks like {ascii(location.looks_like)})" if location.looks_like else ""
-        asked = ascii(location.asked) + like if like else location.asked
+        like = f" (looks like {shortened(ascii(location.looks_like))})" if location.looks_like else ""
+        asked = shortened(ascii(location.asked)) + like if like else shortened(location.asked)
         table.add_row(asked, location.found, places, ", ".join(location.stages))
     return table
 
@@ -132,6 +135,30 @@ def show_readmission(path: str, receipt: Receipt) -> RenderableType:
     """What a readmission did."""
     sentence = f"{receipt.found} tombstones of {path} are lifted. The rows come back when they are trained on again."
     return Group(sentence, _pairs([("receipt", receipt.receipt)]))
+
+
+def show_loss(path: str, loss: Loss) -> RenderableType:
+    """Deletions that no state knows any more, and what became of it."""
+    from ..store.lost_state import WARNING
+
+    if not loss.found:
+        return f"The state of {path} knows every deletion that its manifest names. Nothing is lost or changed."
+    places = ", ".join(f"{shard}: {slice_id}" for shard, slice_id in loss.places)
+    rows = [(name, "from " + ", ".join(f"{s}: {i}" for s, i in at)) for name, at in loss.deletions.items()]
+    rows += [(name, "a readmission") for name in loss.readmissions]
+    rows += [
+        ("start anew (shard: slice)", places or "none"),
+        ("stages removed", ", ".join(loss.stages) or "none"),
+        ("examples to hand in again", str(loss.examples)),
+    ]
+    if loss.receipt is not None:
+        rows += [
+            ("exports that may carry it", "\n".join(loss.receipt.exports) or "none known"),
+            ("still served at", "\n".join(loss.receipt.still_served_at) or "nothing known"),
+            ("receipt", loss.receipt.receipt),
+        ]
+    verdict = "Nothing was changed yet." if loss.receipt is None else "These slices start anew at the next train()."
+    return Group(f"Lost deletions of {path}:", _pairs(rows), verdict, WARNING)
 
 
 def show_report(report: VerifyReport) -> RenderableType:

@@ -243,6 +243,6 @@ def uncovered(repo_id: str, receipts: Iterable[Mapping[str, Any]], folder: Path 
     done = covered(repo_id, folder)
     return [
         receipt for receipt in receipts
-        if receipt["kind"] == "delete" and receipt["receipt"] not in done and receipt["status"] != "unchanged"
+        if receipt["kind"] != "readmit" and receipt["receipt"] not in done and receipt["status"] != "unchanged"
         and (receipt["stages_removed"] or (receipt.get("still_served_at") and receipt.get("repository") == repo_id))
     ]  # fmt: skip

@@ -289,17 +289,21 @@ class StateDatabase:
         for receipt in theirs.receipts():
             self.add_receipt(receipt["receipt"], receipt)
 
-    def join(self, theirs: StateDatabase) -> None:
+    def join(self, theirs: StateDatabase) -> set[Place]:
         """Takes over events and tombstones of another state of the same store; in any order, the same comes out.
 
-        A deletion that one side has in no tombstone was lifted there if that side knows it, and is new to it if not.
+        A deletion that one side has in no tombstone was lifted there if that side knows it, and is new to it if not;
+        one that is not `named` there was lost there. Returns the places of tombstones that are found again, here or
+        there: stages may have been trained without them meanwhile.
         """
         our_log, their_log = self.log(), theirs.log()
-        generation = len(merged(our_log, their_log))
-        self.add_log(their_log)
         ours = {row[:3] for row in self.tombstones()}
         standing = {row[:3] for row in theirs.tombstones()}
-        lifted = [row for row in ours - standing if row[2] in their_log]
+        lost_here, lost_there = _lost(standing - ours, our_log), _lost(ours - standing, their_log)
+        again = lost_here | (lost_there - _lost(lost_there, our_log))
+        generation = len(merged(our_log, their_log)) + bool(again)
+        self.add_log(their_log)
+        lifted = [row for row in ours - standing - lost_there if row[2] in their_log]
         self._sql.executemany(
             "DELETE FROM tombstones WHERE kind = ? AND digest = ? AND deletion = ?",
             [(kind, bytes.fromhex(digest), name) for kind, digest, name in lifted],
@@ -308,9 +312,11 @@ class StateDatabase:
             self._sql.execute("UPDATE about SET disturbed = 1")
         kept = {(kind, digest): generation for kind, digest, _, _, _, generation in self.tombstones()}
         for kind, digest, name, shard, slice_id, _ in theirs.tombstones():
-            if name not in our_log and (kind, digest, name) not in ours:
+            row = (kind, digest, name)
+            if row in lost_here or (name not in our_log and row not in ours):
                 learned = kept.get((kind, digest), generation)
                 self.add_tombstone(kind, digest, name, [(shard, slice_id)], learned)
+        return {row[3:5] for row in self.tombstones() if row[:3] in again}
 
     def tombstones_hmac(self, key: bytes) -> str:
         """HMAC over the events and the tombstones, which the manifest carries."""
@@ -387,6 +393,15 @@ class StateDatabase:
                 (name, receipt.get("format", 1), text, chained(last, text)),
             )
 
+    def rewrite_receipts(self, changed: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replaces receipts by what is left of them, and chains all of them anew; no trace of the rest stays."""
+        self._sql.execute("UPDATE about SET disturbed = 1")
+        last = ""
+        for name, text in self._sql.execute("SELECT name, receipt FROM receipts ORDER BY number").fetchall():
+            text = json.dumps(changed[name], sort_keys=True) if name in changed else text
+            last = chained(last, text)
+            self._sql.execute("UPDATE receipts SET receipt = ?, chain = ? WHERE name = ?", (text, last, name))
+
     def receipt(self, name: str) -> dict[str, Any] | None:
         """One receipt."""
         text = self._one("SELECT receipt FROM receipts WHERE name = ?", name)
@@ -418,6 +433,11 @@ class StateDatabase:
     def forget_export(self, path: str) -> None:
         """Forgets a copy that is gone."""
         self._sql.execute("DELETE FROM exports WHERE path = ?", (path,))
+
+
+def _lost(tombstones: set[tuple[Kind, str, str]], log: Log) -> set[tuple[Kind, str, str]]:
+    """Those tombstones that a log says are lost: it knows their deletions, which are not `named` there."""
+    return {row for row in tombstones if row[2] in log and not log[row[2]].named}
 
 
 def chained(last: str, receipt: str) -> str:

@@ -23,6 +23,7 @@ from .deletion_records import INTENT_FORMAT, OPTIONAL
 from .export_records import carrying
 from .exports import settle
 from .folder import StoreFolder
+from .ids import shortened
 from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
 from .receipts import Receipt, append_receipt, check_receipts, limits_of, receipt_name, versions
 from .requests import Request
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 def _alike(request: Request) -> str:
     """A sentence on what looks like something that was asked for, and is something else."""
     alike = [(asked, found) for asked, others in request.look_alikes.items() for found in others]
-    pairs = [f"{ascii(found)} (like {ascii(asked)})" for asked, found in alike]
+    pairs = [f"{shortened(ascii(found))} (like {shortened(ascii(asked))})" for asked, found in alike]
     return f" The store knows {', '.join(pairs[:5])}." if pairs else ""
 
 
@@ -104,7 +105,7 @@ def _unfinished(intent: Mapping[str, Any], error: OSError) -> UnfinishedDeletion
 
 def _unknown(folder: StoreFolder, request: Request) -> UnknownExampleError:
     check_agreement(folder, folder.manifest())
-    shown = ", ".join(map(repr, request.unknown[:5]))
+    shown = ", ".join(shortened(repr(value)) for value in request.unknown[:5])
     return UnknownExampleError(
         f"{len(request.unknown)} of {request.asked} are not known to {folder.path}: {shown}. Nothing was changed."
         f"{_alike(request)} Check them (`locate`), or pass `missing_ok=True` to delete the others."
@@ -172,7 +173,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         examples=None if counts is None else deleted, dark_examples=dark, reference=reference,
         deleted_by=sorted({name for stone in request.stones for name in stone.deletions}),
         stages_removed={stage.name: manifest.stages[stage] for stage in gone},
-        served_before=_served_json(before), served_after=_served_json(after),
+        served_before=served_json(before), served_after=served_json(after),
         exports=carrying(folder, _newest(request, generation)), caches=caches, versions=versions(),
         repository=folder.source.repo_id, limits=limits_of(manifest),
     )  # fmt: skip
@@ -328,5 +329,6 @@ def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]
     return intent
 
 
-def _served_json(served: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
+def served_json(served: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
+    """Served prefixes as a receipt has them."""
     return {str(shard): list(prefix) for shard, prefix in sorted(served.items())}

@@ -43,7 +43,7 @@ from .manifest import DAMAGED, Manifest
 from .sources import MANIFEST, FolderSource, RepoSource, default_state, is_repo_id
 from .stage_contents import read_header, stage_findings
 from .state import key_check_value
-from .state_files import STATE_VARIABLE, StateFiles
+from .state_files import KEY_FILE, STATE_VARIABLE, StateFiles
 
 KEY_VARIABLE = "HF_S3T_KEY"
 MAX_MANIFEST_BYTES = 64 << 20
@@ -247,9 +247,9 @@ class StoreFolder(StateFiles):
     @property
     def key(self) -> bytes:
         """The partition key. A [`StateError`] unless it is the one that this store was trained with."""
-        key = self._given_key or self._environment_key()
+        key = self.given_key
         if key is None:
-            path = self._private_file("partition.key")
+            path = self.key_file
             if path is None:
                 raise StateError(
                     f"{self.path} has no partition key. Give `key=`, set {KEY_VARIABLE}, or {self._way_out}"
@@ -268,7 +268,12 @@ class StoreFolder(StateFiles):
     @property
     def has_key(self) -> bool:
         """Whether a partition key is at hand, the right one or not."""
-        return bool(self._given_key or self._environment_key() or self._private_file("partition.key"))
+        return bool(self.given_key or self.key_file)
+
+    @property
+    def given_key(self) -> bytes | None:
+        """The partition key that was handed in, or is in the environment."""
+        return self._given_key or self._environment_key()
 
     def _environment_key(self) -> bytes | None:
         value = os.environ.get(KEY_VARIABLE)
@@ -278,9 +283,9 @@ class StoreFolder(StateFiles):
         """The partition key; made where there is no store yet. One from the environment is never written."""
         if self.exists:
             return self.key
-        key = self._given_key or self._environment_key()
-        if key is None and self._private_file("partition.key") is None:
+        key = self.given_key
+        if key is None and self.key_file is None:
             key = secrets.token_bytes(32)
         if key is not None and key != self._environment_key():
-            self.write_private("partition.key", key.hex().encode() + b"\n")
+            self.write_private(KEY_FILE, key.hex().encode() + b"\n")
         return self.key

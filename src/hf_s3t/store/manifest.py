@@ -33,7 +33,8 @@ class Event:
     """A deletion or a readmission that a manifest has obeyed: no stage that it lists was trained before it on these
     places. It has the name of its receipt; nothing in it tells whom it was about.
 
-    It is not `named` where whole slices were deleted with the state lost: whoever has the index makes the tombstones.
+    It is not `named` where whole slices were deleted with the state lost, or where its tombstones were lost: whoever
+    has the index makes them.
     """
 
     places: tuple[tuple[int, int], ...]  # (shard, slice)s; none for a readmission

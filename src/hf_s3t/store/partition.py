@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from ..errors import DatasetError
 from ..plan.tree import Stage
-from .ids import id_text, same_to_the_eye
+from .ids import encoded, id_text, same_to_the_eye
 
 if TYPE_CHECKING:
     from ..lora.config import S3TConfig
@@ -47,9 +47,10 @@ def canonical(value: Any) -> bytes:
     >>> canonical({"b": 1, "a": b"x"})
     b'{"a":{"base64":"eA=="},"b":1}'
     """
-    return json.dumps(
+    text = json.dumps(
         value, default=_plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=True
-    ).encode()
+    )
+    return encoded(text, "A value")
 
 
 def _plain(value: Any) -> Any:
@@ -87,7 +88,7 @@ def _without_path(value: Any) -> Any:
 
 def keyed_digest(key: bytes, kind: Literal["id", "group", "content", "key check"], value: Any) -> str:
     """HMAC-SHA256 of an id, group or content digest, in hexadecimal. An id `17` and an id `"17"` are the same id."""
-    message = f"{kind}\0{id_text(value)}".encode(errors="surrogatepass")
+    message = f"{kind}\0{id_text(value)}".encode()
     return hmac.new(key, message, hashlib.sha256).hexdigest()[:DIGEST_CHARS]
 
 
@@ -147,7 +148,7 @@ def read_rows(dataset: Any, key: bytes, config: S3TConfig) -> list[tuple[str, En
     for position, row in enumerate(raw_rows(dataset)):
         if position == 0:
             source = id_source(config, list(row))
-        content = row_digest(row)
+        content = _content(row, position)
         name = content if source is None else row.get(source)
         digest = _digest(key, "id", name, position, source)
         if source is not None and digest in names:
@@ -167,6 +168,13 @@ def read_rows(dataset: Any, key: bytes, config: S3TConfig) -> list[tuple[str, En
         if column is not None:
             _warn_of_look_alikes(column, values.values())
     return digests
+
+
+def _content(row: Mapping[str, Any], position: int) -> str:
+    try:
+        return row_digest(row)
+    except ValueError as error:
+        raise ValueError(f"Row {position}: {error}") from None
 
 
 def _digest(key: bytes, kind: Literal["id", "group"], value: Any, position: int, column: str | None) -> str:

@@ -42,10 +42,10 @@ class Receipt:
 
     Args:
         receipt (`str`): its own name.
-        kind (`str`): `"delete"` or `"readmit"`.
-        status (`str`): `"dry run"`, `"unchanged"` (all was deleted before), or `"inactive"`: no longer served by this
-            store since `inactive_since`. Of a repository `"inactive_at_head"` until a purge, and `"no_longer_served"`
-            once every probe after it says so.
+        kind (`str`): `"delete"`, `"readmit"`, or `"loss"` (of deletions that no state knows any more).
+        status (`str`): `"dry run"`, `"unchanged"` (all was deleted before), `"accepted"` (a loss), or `"inactive"`: no
+            longer served by this store since `inactive_since`. Of a repository `"inactive_at_head"` until a purge, and
+            `"no_longer_served"` once every probe after it says so.
         requested_at, inactive_since (`str`): UTC times in ISO 8601. What is `"unchanged"` has been inactive since the
             earlier deletion; `None` where that was made elsewhere.
         asked, found, already_deleted (`int`): numbers of ids, groups, rows or slices in the request.

@@ -25,6 +25,7 @@ from ..lora.layout import Layout
 from ..seams.arguments import CHOOSING, SILENT, is_evaluation_heard
 from ..seams.models import computing_settings, tokenizer_rules
 from ..seams.tuners import base_name
+from .ids import encoded
 from .partition import canonical, raw_rows, row_digest
 from .recipe_differences import UNSET
 
@@ -72,7 +73,22 @@ def make_recipe(
     }
     if cached_trunk:
         recipe["cached_trunk"] = True
-    return json.loads(json.dumps(recipe, default=str, sort_keys=True))
+    plain: dict[str, Any] = json.loads(json.dumps(recipe, default=str, sort_keys=True))
+    _check_texts(plain, "recipe")
+    return plain
+
+
+def _check_texts(value: Any, name: str) -> None:
+    """Raises `ValueError` for a text that no manifest can hold, before anything is written."""
+    if isinstance(value, str):
+        encoded(value, f"Setting {name}")
+    elif isinstance(value, dict):
+        for key, below in value.items():
+            encoded(key, f"A name in setting {name}")
+            _check_texts(below, f"{name}.{key}")
+    elif isinstance(value, list):
+        for below in value:
+            _check_texts(below, name)
 
 
 def _config_section(config: S3TConfig, layout: Layout) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import Any
 from ..errors import StateError
 from .database import Kind, Place, StateDatabase
 from .folder import StoreFolder
-from .ids import id_text, look_alikes, same_to_the_eye
+from .ids import encoded, id_text, look_alikes, same_to_the_eye, shortened
 from .manifest import Manifest
 from .partition import Entry, assign, keyed_digest, row_digest
 from .state import Tombstone
+
+LONGEST_REFERENCE = 1000
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,18 @@ def check_lists(**given: Any) -> None:
     for name, value in given.items():
         if isinstance(value, str | bytes | Mapping):
             raise ValueError(f"`{name}` must be a list, got {value!r:.80}. For a single one write `{name}=[...]`.")
+
+
+def check_reference(reference: Any) -> None:
+    """Raises `ValueError` if a reference cannot be kept in a receipt."""
+    if reference is None:
+        return
+    if not isinstance(reference, str) or len(reference) > LONGEST_REFERENCE:
+        raise ValueError(
+            f"`reference` must be a text of at most {LONGEST_REFERENCE:,} characters, got "
+            f"{shortened(repr(reference))}. Nothing was changed. Give the name under which the request is filed."
+        )
+    encoded(reference, "`reference`")
 
 
 def resolve(

@@ -20,7 +20,8 @@ from .manifest import merged
 from .receipts import RECEIPT_FORMAT, check_receipts, take_in_loose_receipts
 from .schema import DATABASE
 from .state import key_check_value
-from .tombstones import bury_unnamed
+from .state_files import KEY_FILE
+from .tombstones import bury_unnamed, join
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,7 @@ def back_up(store: StoreFolder, file: Path) -> None:
     """Writes a backup; see [`S3TStore.export_state`]. Runs under the write lock."""
     with store.reading():  # refused before anything is written
         pass
-    key_file = store.private / "partition.key"
-    key = key_file.read_text().strip() if key_file.exists() else None
+    key = None if store.key_file is None else store.key_file.read_text().strip()
     schema.write_in_order(store.database, file, key=(key,))
 
 
@@ -57,8 +57,8 @@ def restore(store: StoreFolder, file: Path) -> None:
                     raise StateError(f"{file} belongs to another store than the state in {store.private}.")
                 _join(state, theirs)
             take_in_loose_receipts(store)
-            if key:
-                store.write_private("partition.key", key.encode() + b"\n")
+            if key and as_key(key) != store.given_key:  # one that is kept elsewhere stays there
+                store.write_private(KEY_FILE, key.encode() + b"\n")
             recover(store)
             if store.exists:
                 with store.changing() as state:
@@ -68,7 +68,7 @@ def restore(store: StoreFolder, file: Path) -> None:
 def _join(state: StateDatabase, theirs: StateDatabase) -> None:
     """Puts a backup in place; what was recorded here since then stays known, unless it was deleted there."""
     known = state.log()
-    state.join(theirs)
+    join(state, theirs)
     state.take_in(theirs)
     bury_unnamed(state, merged(theirs.log(), state.log()), known)
     state.remove_buried()

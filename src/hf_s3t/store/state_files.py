@@ -2,6 +2,7 @@
 
 ```
 .s3t/  partition.key  state.sqlite  intents/  purge-*.json  receipt-*.json               kept
+       .gitignore                                                                    holds `*`
        running/  scratch/  activations/  write.lock  train.lock                          scratch
 ```
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from .schema import DATABASE
 logger = logging.getLogger(__name__)
 
 INTENTS = "intents"
+IGNORED = ".gitignore"
+KEY_FILE = "partition.key"
 PRIVATE_NAMES = (
     "*.json", "*.sqlite*", "*.key", "*.lock", "*.holder", "*.tmp", INTENTS, f"{INTENTS}/*", "activations",
     "activations/*", "running", "scratch",
@@ -44,9 +47,13 @@ class StateFiles:
     knows_state: bool  # whether somebody said where the state is
 
     def private_folder(self, name: str = "") -> Path:
-        """A folder of the state, made if it is not there; its owner alone may enter it."""
+        """A folder of the state, made if it is not there; its owner alone may enter it, and git commits none of it."""
         for folder in (self.private, self.private / name):
             private_folder(folder)
+        ignored = self.private / IGNORED
+        if not os.path.lexists(ignored):
+            with suppress(OSError):  # a full disk: the file is a help, and a deletion makes room
+                write_atomic(ignored, b"*\n", PRIVATE)
         return self.private / name
 
     def write_private(self, name: str, data: bytes) -> None:
@@ -72,6 +79,11 @@ class StateFiles:
         except PermissionError:
             raise denied(self.private) from None
         return self.private / name
+
+    @property
+    def key_file(self) -> Path | None:
+        """The file of the partition key, if it lies beside the state."""
+        return self._private_file(KEY_FILE)
 
     @property
     def database(self) -> Path:

@@ -13,6 +13,7 @@ from .database import Kind, Place, StateDatabase
 from .export_records import carrying, read_exports
 from .folder import StoreFolder
 from .ids import id_text
+from .key_place import KeyPlace, key_place
 from .recipe_differences import Accepted
 
 
@@ -43,7 +44,8 @@ class Status:
     expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under the prior.
     `repair_budget` is there where the plan is that of a repair by cost: the config's may lack more. `stacks` says how
     many live stages each set of versions trained: what is bit-equal is so within one. `accepted` are settings that
-    were changed while stages lived: what is trained since is not bit-equal to training from scratch.
+    were changed while stages lived: what is trained since is not bit-equal to training from scratch. `key` says where
+    the partition key is: whoever has it and the state can confirm the name of a deleted person.
     """
 
     path: str
@@ -66,6 +68,7 @@ class Status:
     life: dict[str, LifeLeft]
     stacks: dict[str, int]
     accepted: tuple[Accepted, ...]
+    key: KeyPlace
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. A life that does not end, because the prior rules its end out, is `None`."""
@@ -131,6 +134,7 @@ def status_of(store: StoreFolder, prior: Sequence[float] | None) -> Status:
         },
         stacks=stacks,
         accepted=manifest.accepted,
+        key=key_place(store),
     )
 
 

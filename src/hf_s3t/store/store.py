@@ -7,8 +7,8 @@ and first finishes what an interrupted writer left (`deletion.py`). Files and fo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,13 @@ from . import sync as publishing
 from .base_model import load_base
 from .database import Kind, Place
 from .exports import Export, given_base, write_export
-from .folder import LOCK_SECONDS, StoreFolder
-from .ids import id_text
+from .folder import StoreFolder
+from .ids import encoded, id_text, shortened
 from .partition import keyed_digest
 from .receipts import Receipt, read_receipts
-from .requests import LookAlikes, check_lists, resolve
+from .requests import LookAlikes, check_lists, check_reference, resolve
 from .sources import RepoSource
-from .state_backup import back_up, restore
+from .state_care import StateCare
 from .status import Location, Status, location_of, status_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class S3TStore(StoreFolder):
+class S3TStore(StateCare):
     """A store of stages, in a folder or in a repository on the Hub.
 
     Args:
@@ -55,14 +55,6 @@ class S3TStore(StoreFolder):
         receipt = store.delete(ids=["row-17"], reference="DSR-2026-118")
         ```
     """
-
-    @contextmanager
-    def writing(
-        self, timeout: float = LOCK_SECONDS, others: bool = True
-    ) -> Iterator[list[tuple[dict[str, Any], Receipt]]]:
-        """Holds the store's write lock, after finishing what an interrupted writer left; see [`recover`]."""
-        with self.write_lock.hold(timeout), self.source.drafting():
-            yield deletion.recover(self, others)
 
     # ---- looking ----
 
@@ -162,6 +154,7 @@ class S3TStore(StoreFolder):
         deletion can no longer be undone and before anything is removed: a model in memory stops serving here. Where
         nothing changes it is not called. What it raises is raised after the deletion has been carried out.
         """
+        check_reference(how.get("reference"))
         if (purge or keep_refs is not None) and not isinstance(self.source, RepoSource):
             raise ValueError("`purge` and `keep_refs` are for a store that was opened from a repository.")
         self.source.look()
@@ -246,6 +239,7 @@ class S3TStore(StoreFolder):
             UnknownExampleError: something has no tombstone; nothing was changed.
         """
         check_lists(ids=ids, groups=groups)
+        check_reference(reference)
         wanted: dict[str, tuple[Any, Kind]] = {}
         self.manifest()
         with self.writing() as recovered:
@@ -258,7 +252,8 @@ class S3TStore(StoreFolder):
                 if receipt.kind == "readmit" and wanted and wanted.keys() <= {*intent["ids"], *intent["groups"]}:
                     return receipt
             if unknown or not wanted:
-                raise UnknownExampleError(f"No tombstone stands for {unknown[:5]!r}, so nothing was changed.")
+                shown = ", ".join(shortened(repr(value)) for value in unknown[:5]) or "an empty request"
+                raise UnknownExampleError(f"No tombstone stands for {shown}, so nothing was changed.")
             return deletion.readmit(self, {digest: kind for digest, (_, kind) in wanted.items()}, reference)
 
     # ---- taking out ----
@@ -287,6 +282,7 @@ class S3TStore(StoreFolder):
             ValueError: `path` holds something else, the base is not named, quantised, or not the adapter's.
         """
         target, stage = Path(path).resolve(), None if prefix is None else as_stage(prefix)
+        encoded(str(target), "The path of an export")
         if target.is_relative_to(self.path.resolve()):
             raise StoreError(f"{path} lies inside the store, which holds only its own files. Name another folder.")
         base, name = None, None
@@ -298,24 +294,6 @@ class S3TStore(StoreFolder):
             raise ValueError("`base_model` is for `merge=True`: an adapter is exported without its base.")
         with self.writing():  # a deletion comes before, or finds the copy on record
             return write_export(self, target, stage, base, name)
-
-    # ---- the state's backup ----
-
-    def export_state(self, file: str | os.PathLike[str]) -> None:
-        """Writes key and database into one private file (mode 600), itself a database: the backup of `.s3t/`."""
-        path = Path(file)
-        if path.resolve().is_relative_to(self.path.resolve()):
-            raise StoreError(f"{path} lies inside the store: the key would be published, or lost with it.")
-        with self.writing():
-            back_up(self, path)
-
-    def import_state(self, file: str | os.PathLike[str]) -> None:
-        """Joins a backup with the state that is here, and finishes what its tombstones ask for; forgets no deletion.
-
-        Raises:
-            StateError: the backup is of another store.
-        """
-        restore(self, Path(file))
 
 
 def as_stage(prefix: str | Order | Stage) -> Stage:

@@ -36,9 +36,16 @@ def absorb(folder: StoreFolder, there: StoreFolder) -> None:
         return
     with folder.changing() as state:
         if theirs is not None:
-            state.join(theirs)
+            join(state, theirs)
         if bury_unnamed(state, merged(manifest.log, state.log()), known) or theirs is not None:
             state.remove_buried()
+
+
+def join(state: StateDatabase, theirs: StateDatabase) -> None:
+    """Joins two states. What was lost and is found again is an event: stages trained meanwhile may have seen it."""
+    again = state.join(theirs)
+    if again:
+        state.add_log({receipt_name(): Event(tuple(sorted(again)))})
 
 
 def travelling(there: StoreFolder, key: bytes) -> StateDatabase | None:

@@ -205,7 +205,8 @@ def check_generation(store: S3TStore, manifest: Manifest, state: StateDatabase) 
     raise StateError(
         f"The state is of generation {state.generation}, the manifest of {manifest.generation}, or their tombstones "
         "differ: something was deleted elsewhere, and training here would bring it back. Nothing was trained. Bring "
-        "the state up to date: `hf-s3t state export` there, `hf-s3t state import` here."
+        "the state up to date: `hf-s3t state export` there, `hf-s3t state import` here. If no state knows these "
+        f"deletions any more, `hf-s3t state accept-loss {store.path}` names them and starts their slices anew."
     )
 
 

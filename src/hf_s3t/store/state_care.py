@@ -1,0 +1,100 @@
+"""What an owner does with the private state of a store: back it up, keep its key elsewhere.
+
+[`S3TStore`] adds what an eraser does.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from ..errors import StoreError
+from . import deletion
+from .folder import LOCK_SECONDS, StoreFolder
+from .key_place import move_key
+from .lost_state import Loss, accept_loss
+from .receipts import Receipt
+from .requests import check_reference
+from .retention import Expired, expire
+from .state_backup import back_up, restore
+
+
+class StateCare(StoreFolder):
+    """A store whose state is looked after."""
+
+    @contextmanager
+    def writing(
+        self, timeout: float = LOCK_SECONDS, others: bool = True
+    ) -> Iterator[list[tuple[dict[str, Any], Receipt]]]:
+        """Holds the store's write lock, after finishing what an interrupted writer left; see [`recover`]."""
+        with self.write_lock.hold(timeout), self.source.drafting():
+            yield deletion.recover(self, others)
+
+    def export_state(self, file: str | os.PathLike[str]) -> None:
+        """Writes key and database into one private file (mode 600), itself a database: the backup of `.s3t/`."""
+        path = Path(file)
+        if path.resolve().is_relative_to(self.path.resolve()):
+            raise StoreError(f"{path} lies inside the store: the key would be published, or lost with it.")
+        with self.writing():
+            back_up(self, path)
+
+    def import_state(self, file: str | os.PathLike[str]) -> None:
+        """Joins a backup with the state that is here, and finishes what its tombstones ask for; forgets no deletion.
+
+        Raises:
+            StateError: the backup is of another store.
+        """
+        restore(self, Path(file))
+
+    def move_key(self, file: str | os.PathLike[str]) -> None:
+        """Moves the partition key out of the state, into a new private file: who has one of them finds nobody.
+
+        From then on `HF_S3T_KEY`, `key=` or `--key-file` bring it. Backups from before hold both.
+
+        Raises:
+            ValueError: the file exists, or lies in the store; nothing was changed.
+            StoreLockedError: a training is running, which needs the key.
+        """
+        with self.writing(), self.train_lock.hold(0):
+            move_key(self, Path(file))
+
+    def expire(self, older_than: str | datetime.timedelta, *, dry_run: bool = False) -> Expired:
+        """Takes out of old receipts what nothing depends on: references, caches, paths of copies that are gone.
+
+        Receipts themselves, tombstones, the log and the stages stay. Backups from before still hold what is taken out.
+
+        Args:
+            older_than (`str` or `timedelta`): the term: `"2y"`, `"18m"` or `"90d"`.
+            dry_run (`bool`): only tell which receipts that concerns.
+
+        Returns:
+            [`~store.retention.Expired`]: how many receipts, by name, and which purge reports are as old.
+        """
+        with nullcontext() if dry_run else self.writing():
+            return expire(self, older_than, dry_run)
+
+    def accept_loss(self, reference: str | None = None, *, dry_run: bool = False) -> Loss:
+        """Goes on where deletions are lost, because the state that knew them is: after the last backup was imported.
+
+        Their slices start anew: stages that saw them go, and their examples leave the index. Whoever was deleted by
+        them must not be among the rows that are handed in next, because the store can no longer tell. In a repository
+        its head loses those stages, in one commit; the history keeps them until a purge.
+
+        Args:
+            reference (`str`, *optional*): your name for it; it stays in the private receipt.
+            dry_run (`bool`): only name what is lost.
+
+        Returns:
+            [`~store.lost_state.Loss`]: what is lost; if that is nothing, nothing was changed.
+
+        Raises:
+            StateError: there is no state, or no key: import a backup first.
+        """
+        check_reference(reference)
+        self.source.look()
+        with nullcontext() if dry_run else self.writing():
+            return accept_loss(self, reference, dry_run)
