@@ -99,9 +99,10 @@ def _named_request(folder: StoreFolder, wanted: Sequence[tuple[Any, Kind]], dige
             if (found := [text for text, digest in alike.of(kind, value) if digest not in asked])
         }
         request = _look_up(state, known)
+        own = key_of_places(folder, manifest)
         for digest in request.ids:
             entry = state.entry(digest)
-            if entry is not None and not entry_fits(folder, manifest, digest, entry):  # its own stages would stay
+            if entry is not None and not entry_fits(manifest, own, digest, entry):  # its own stages would stay
                 raise StateError(
                     f"The index says that an example lies in (shard, slice) {entry[:2]}, where it does not belong: "
                     f"{folder.database} is damaged. Nothing was changed. Restore it from a backup (`hf-s3t state "
@@ -110,11 +111,17 @@ def _named_request(folder: StoreFolder, wanted: Sequence[tuple[Any, Kind]], dige
     return replace(request, look_alikes=others)
 
 
-def entry_fits(folder: StoreFolder, manifest: Manifest, digest: str, entry: Entry) -> bool:
-    """Whether an example lies where it belongs, as far as plan and keyed hash can tell."""
+def key_of_places(folder: StoreFolder, manifest: Manifest) -> bytes | None:
+    """The partition key, if it says where examples lie: not where the dataset's columns do, or it is not here."""
+    own_places = manifest.recipe["partition"]["slice_columns"] is not None
+    return None if own_places or not folder.has_key else folder.key
+
+
+def entry_fits(manifest: Manifest, key: bytes | None, digest: str, entry: Entry) -> bool:
+    """Whether an example lies where it belongs, as far as plan and keyed hash can tell; see [`key_of_places`]."""
     plan = manifest.plan
-    if manifest.recipe["partition"]["slice_columns"] is None and folder.has_key:
-        return entry[:2] == assign(folder.key, entry.group or digest, plan.num_shards, plan.num_slices)
+    if key is not None:
+        return entry[:2] == assign(key, entry.group or digest, plan.num_shards, plan.num_slices)
     return entry.shard < plan.num_shards and entry.slice < plan.num_slices
 
 
