@@ -45,6 +45,7 @@ python benchmarks/serving.py --quick
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -77,7 +78,7 @@ from hf_s3t.serving.members import average_logits
 from hf_s3t.store.manifest import Manifest
 from hf_s3t.store.partition import read_rows
 from hf_s3t.store.recipe import make_recipe
-from hf_s3t.store.state import State, key_check_value
+from hf_s3t.store.state import key_check_value
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEY = "benchmarks/serving.py"
@@ -168,9 +169,13 @@ def build_store(path: Path, settings: Settings, seed: int) -> S3TStore:
     store = S3TStore(path, KEY)
     store.ensure_key()
     names = Dataset.from_dict({"id": [f"row-{number}" for number in range(settings.rows)]})
-    store.write_index(dict(read_rows(names, store.key, config)))
-    state = State(stages={stage.name: {"generation": 0, "examples": 1, "steps": 1} for stage in plan.stages})
-    store.write_state(state)
+    with store.changing(create=True) as state:
+        places = itertools.product(range(plan.num_shards), range(plan.num_slices))
+        state.begin(key_check_value(store.key), places)
+        state.add_examples(read_rows(names, store.key, config)[1])
+        for stage in plan.stages:
+            state.write_record(stage.name, {"generation": 0, "examples": 1, "steps": 1})
+        tombstones = state.tombstones_hmac(store.key)
     generator = torch.Generator().manual_seed(seed)
     files = {}
     for stage in plan.stages:
@@ -179,9 +184,10 @@ def build_store(path: Path, settings: Settings, seed: int) -> S3TStore:
             rows, columns = base.get_submodule(module).weight.shape
             for part, shape in (("lora_A", (settings.r, columns)), ("lora_B", (rows, settings.r))):
                 tensors[f"base_model.model.{module}.{part}.weight"] = torch.randn(shape, generator=generator) * 0.05
-        adapter = Adapter.from_tensors(plain_lora_config(config, layout, layers), tensors)
+        about = {"auto_mapping": {"parents": [above.name for above in stage.path[:-1]]}}
+        adapter = Adapter.from_tensors({**plain_lora_config(config, layout, layers), **about}, tensors)
         files[stage] = store.write_stage(stage, adapter)
-    manifest = Manifest(0, state.digest(store.key), key_check_value(store.key), recipe, plan, files)
+    manifest = Manifest(0, tombstones, key_check_value(store.key), recipe, plan, files)
     store.write_manifest(store.write_root(manifest))
     return store
 

@@ -202,7 +202,7 @@ MUTATIONS = (
              (("if stage is None or stage not in manifest.stages or", "if stage is None or False and"),),
              (NOTHING_LEFT + BERT,)),
     Mutation(7, "the index holds a plain digest of the content", "store/partition.py",
-             (('keyed_digest(key, "content", content))', "content)"),), (NOTHING_LEFT + LLAMA,)),
+             (("_ended(contents, content)[:DIGEST_CHARS])", "content[:DIGEST_CHARS])"),), (NOTHING_LEFT + LLAMA,)),
     Mutation(7, "a stage's metadata does not name it: two share a file", "store/folder.py",
              (('adapter.files({"stage": stage.name, "parents": [above.name for above in stage.path[:-1]]})',
                "adapter.files({})"),), (ROWS + "two_stages_never_share_their_bytes",)),

@@ -138,3 +138,30 @@ def test_quality_writes_its_figures_and_goes_on_with_what_is_missing(tmp_path: P
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert again.returncode == 0 and again.stdout.count("done already") == 7
+
+
+@pytest.mark.slow
+def test_bookkeeping_writes_its_figures(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks/bookkeeping.py"), "--quick", "--json", str(file), "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "MB of memory" in done.stdout and "partition_rows_per_second" in done.stdout
+    record = json.loads(file.read_text())
+    assert set(record) == {"name", "commit", "versions", "hardware", "settings", "figures"}
+    assert record["name"] == "bookkeeping" and record["settings"]["seed"] == 3
+    figures = record["figures"]
+    for name in ("delete_growth", "partition_rows_per_second", "status_seconds_5000_stages"):
+        assert figures[name] > 0
+    assert list(figures["by_size"]) == ["1k", "10k"]
+    for size, operations in figures["by_size"].items():
+        assert set(operations) == {
+            "partition", "second_start", "locate", "delete", "delete_10k", "status", "verify", "export_state",
+            "import_state",
+        }  # fmt: skip
+        assert all(one["seconds"] > 0 and one["cpu_seconds"] > 0 for one in operations.values())
+        assert figures[f"locate_ms_{size}"] > 0 and figures[f"peak_mb_{size}"] >= 0
+    if sys.platform == "linux":
+        small, large = figures["by_size"].values()
+        assert large["partition"]["written_mb"] > 2 * small["partition"]["written_mb"] > 0
+        assert 0 < large["delete"]["written_mb"] < 2 * small["delete"]["written_mb"]

@@ -126,7 +126,7 @@ def make_store(
         "slice_columns": config.slice_columns,
     }
     recipe = {"config": recipe_config(plan.num_slices, head), "partition": partition, "base": {"id": None}}
-    index = dict(read_rows(dataset, store.key, config))
+    _, index = read_rows(dataset, store.key, config)
     stages = plan.stages[:trained]
     seen = {stage: examples_of(stage, index) for stage in stages}
     records = {

@@ -263,10 +263,10 @@ class Plan:
         live = self.live(trained)
         parents = {stage.parent for stage in live}
         ends = sorted((stage for stage in live if stage not in parents), key=lambda stage: (stage.shard, -stage.depth))
-        surviving: dict[int, tuple[Order, ...]] = {}
+        surviving: dict[int, list[Order]] = {}
         for stage in ends:
-            surviving[stage.shard] = (*surviving.get(stage.shard, ()), stage.prefix)
-        return surviving
+            surviving.setdefault(stage.shard, []).append(stage.prefix)
+        return {shard: tuple(prefixes) for shard, prefixes in surviving.items()}
 
     def served(self, trained: Iterable[Stage]) -> dict[int, Order]:
         """For every shard the served prefix: the longest live one, of equal ones the plan's first.

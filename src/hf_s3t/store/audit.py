@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from ..errors import S3TError, StoreLockedError
@@ -196,8 +197,8 @@ def _check_buried(folder: StoreFolder, manifest: Manifest) -> Findings:
 def _check_examples(folder: StoreFolder, manifest: Manifest) -> Findings:
     with _state(folder) as state:
         records = state.records()
-        for shard in range(manifest.plan.num_shards):
-            stages = [stage for stage in sorted(manifest.stages) if stage.shard == shard]
+        for shard, of_shard in groupby(sorted(manifest.stages), key=lambda stage: stage.shard):
+            stages = list(of_shard)
             slices = {slice_id for stage in stages for slice_id in stage.prefix}
             by_slice = {slice_id: state.examples_of((shard, slice_id)) for slice_id in slices}
             for stage in stages:

@@ -169,8 +169,8 @@ def _root_text(manifest: Manifest, live: int) -> str:
     return f"The adapter in the root of this folder is {relation} the served model:\n\n```python\n{ROOT_LINES}```"
 
 
-def _table(manifest: Manifest, served: list[Stage]) -> str:
-    rows = []
+def _table(manifest: Manifest, ends: list[Stage]) -> str:
+    rows, served = [], set(ends)
     for stage in sorted(manifest.stages):
         mark = "yes" if stage in served else ""
         rows.append(f"| `{stage.name}` | {f'`{stage.parent.name}`' if stage.parent else ''} | {mark} |")

@@ -142,12 +142,11 @@ class StateDatabase:
         groups = sorted({entry.group for entry in entries.values() if entry.group is not None})
         people = [(bytes.fromhex(group),) for group in groups]
         self._sql.executemany("INSERT OR IGNORE INTO people (digest) VALUES (?)", people)
-        numbers = {digest.hex(): number for number, digest in self._sql.execute("SELECT number, digest FROM people")}
         self._sql.executemany(
-            "INSERT INTO examples (digest, shard, slice, person, content) VALUES (?, ?, ?, ?, ?) "
-            "ON CONFLICT (digest) DO NOTHING",
+            "INSERT INTO examples (digest, shard, slice, person, content) "
+            "VALUES (?, ?, ?, (SELECT number FROM people WHERE digest = ?), ?) ON CONFLICT (digest) DO NOTHING",
             (
-                (bytes.fromhex(digest), shard, slice_id, numbers.get(group), bytes.fromhex(content))
+                (bytes.fromhex(digest), shard, slice_id, group and bytes.fromhex(group), bytes.fromhex(content))
                 for digest, (shard, slice_id, group, content) in sorted(entries.items())
             ),
         )

@@ -185,7 +185,9 @@ class StoreFolder(StateFiles):
 
     def assemble(self, shard: int, prefix: Order, manifest: Manifest | None = None) -> Adapter:
         """Any live prefix as one ordinary LoRA adapter."""
-        manifest = self.live(manifest)
+        return self._assembled(shard, prefix, self.live(manifest))
+
+    def _assembled(self, shard: int, prefix: Order, manifest: Manifest) -> Adapter:
         stages = [self._read_live_stage(stage, manifest) for stage in Stage(shard, tuple(prefix)).path]
         return join(stages, manifest.recipe["config"].get("stage_parameters"))
 
@@ -203,7 +205,8 @@ class StoreFolder(StateFiles):
 
     def assemble_root(self, manifest: Manifest) -> Adapter | None:
         """The root adapter of a manifest's served prefixes, if they have one."""
-        return average([self.assemble(end.shard, end.prefix, manifest) for end in manifest.served_ends])
+        live = self.live(manifest)  # once for all shards
+        return average([self._assembled(end.shard, end.prefix, live) for end in manifest.served_ends])
 
     def root_files(self, manifest: Manifest) -> dict[str, bytes]:
         """The files of the root adapter, by name; none if there is none."""

@@ -112,7 +112,7 @@ class Manifest:
 
     def untouched_by(self, places: Set[tuple[int, int]]) -> Manifest:
         """The manifest less every stage that saw one of some `(shard, slice)`s."""
-        return self.without(stage for stage in self.stages if stage.slices & places)
+        return self.without(stage for stage in self.stages if stage.slices & places) if places else self
 
     def without(self, stages: Iterable[Stage]) -> Manifest:
         """The manifest less some stages."""

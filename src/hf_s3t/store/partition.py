@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import hmac
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 DIGEST_CHARS = 32
 """Length of a keyed digest in the index: 128 bits of HMAC-SHA256, in hexadecimal."""
+
+BAR_SECONDS = 2.0
+"""Hashing that takes longer shows a bar."""
+
+PLAIN = frozenset((str, int, float, bool, type(None), bytes))
+"""Types of values that hold no others: in a row of them there is no file."""
 
 TOKENIZED_COLUMNS = ("input_ids", "attention_mask", "pixel_values", "input_values", "input_features")
 
@@ -39,18 +46,6 @@ class Entry(NamedTuple):
 
 Index = dict[str, Entry]
 """Keyed digest of an example's id -> its entry."""
-
-
-def canonical(value: Any) -> bytes:
-    """Canonical JSON of a value: sorted keys, no spaces, bytes as base64, numbers as Python prints them.
-
-    >>> canonical({"b": 1, "a": b"x"})
-    b'{"a":{"base64":"eA=="},"b":1}'
-    """
-    text = json.dumps(
-        value, default=_plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=True
-    )
-    return encoded(text, "A value")
 
 
 def _plain(value: Any) -> Any:
@@ -72,6 +67,18 @@ def _plain(value: Any) -> Any:
     return text
 
 
+_CANONICAL = json.JSONEncoder(default=_plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def canonical(value: Any) -> bytes:
+    """Canonical JSON of a value: sorted keys, no spaces, bytes as base64, numbers as Python prints them.
+
+    >>> canonical({"b": 1, "a": b"x"})
+    b'{"a":{"base64":"eA=="},"b":1}'
+    """
+    return encoded(_CANONICAL.encode(value), "A value")
+
+
 def row_digest(row: Mapping[str, Any]) -> str:
     """SHA-256 over the canonical JSON of an undecoded raw row; of a file's bytes and path only the bytes count."""
     return hashlib.sha256(canonical(_without_path(row))).hexdigest()
@@ -79,17 +86,29 @@ def row_digest(row: Mapping[str, Any]) -> str:
 
 def _without_path(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [_without_path(item) for item in value]
+        return value if PLAIN.issuperset(map(type, value)) else [_without_path(item) for item in value]
     if not isinstance(value, Mapping):
         return value
-    is_file = set(value) == {"bytes", "path"} and value["bytes"] is not None
+    is_file = value.keys() == {"bytes", "path"} and value["bytes"] is not None
+    if type(value) is dict and not is_file and PLAIN.issuperset(map(type, value.values())):
+        return value
     return {name: _without_path(item) for name, item in value.items() if not (is_file and name == "path")}
+
+
+def _begun(key: bytes, kind: Literal["id", "group", "content", "key check", "place"]) -> hmac.HMAC:
+    """An HMAC-SHA256 to which the text of something is to be added, in a copy of it ([`_ended`])."""
+    return hmac.new(key, f"{kind}\0".encode(), hashlib.sha256)
+
+
+def _ended(begun: hmac.HMAC, text: str) -> str:
+    mac = begun.copy()
+    mac.update(text.encode())
+    return mac.hexdigest()
 
 
 def keyed_digest(key: bytes, kind: Literal["id", "group", "content", "key check"], value: Any) -> str:
     """HMAC-SHA256 of an id, group or content digest, in hexadecimal. An id `17` and an id `"17"` are the same id."""
-    message = f"{kind}\0{id_text(value)}".encode()
-    return hmac.new(key, message, hashlib.sha256).hexdigest()[:DIGEST_CHARS]
+    return _ended(_begun(key, kind), id_text(value))[:DIGEST_CHARS]
 
 
 def assign(key: bytes, digest: str, num_shards: int, num_slices: int) -> tuple[int, int]:
@@ -99,8 +118,11 @@ def assign(key: bytes, digest: str, num_shards: int, num_slices: int) -> tuple[i
     >>> assign(key, keyed_digest(key, "id", "row-1"), 2, 4)
     (0, 1)
     """
-    number = int.from_bytes(hmac.new(key, f"place\0{digest}".encode(), hashlib.sha256).digest(), "big")
-    shard, slice_id = divmod(number % (num_shards * num_slices), num_slices)
+    return _drawn(_begun(key, "place"), digest, num_shards, num_slices)
+
+
+def _drawn(begun: hmac.HMAC, digest: str, num_shards: int, num_slices: int) -> tuple[int, int]:
+    shard, slice_id = divmod(int(_ended(begun, digest), 16) % (num_shards * num_slices), num_slices)
     return shard, slice_id
 
 
@@ -138,36 +160,58 @@ def id_source(config: S3TConfig, columns: Sequence[str]) -> str | None:
     return None
 
 
-def read_rows(dataset: Any, key: bytes, config: S3TConfig) -> list[tuple[str, Entry]]:
-    """Keyed digest and entry of every row, in the dataset's order. Each id occurs once, each group in one place."""
-    digests: list[tuple[str, Entry]] = []
-    names: dict[str, Any] = {}
-    people: dict[str, Any] = {}
+class _Names:
+    """A column that names examples, or groups of them; without one they are named by their content."""
+
+    def __init__(self, key: bytes, kind: Literal["id", "group"], column: str | None):
+        self.kind, self.column = kind, column
+        self.strange: set[str] = set()  # texts that can be written in another Unicode form: no other one is kept
+        self._begun = _begun(key, kind)
+
+    def digest(self, value: Any, position: int) -> str:
+        """The keyed digest of what stands in a row."""
+        try:
+            text = id_text(value)
+        except ValueError as error:
+            raise ValueError(f"Row {position} has no {self.kind} in column {self.column!r}: {error}") from None
+        if not text.isascii():
+            self.strange.add(text)
+        return _ended(self._begun, text)[:DIGEST_CHARS]
+
+
+def read_rows(dataset: Any, key: bytes, config: S3TConfig, progress: bool = False) -> tuple[list[str], Index]:
+    """Keyed digest of every row, in the dataset's order, and what the index is to know of them.
+
+    Each id occurs once, each group in one place, or it is a `ValueError`. With `progress` a bar shows how far it is,
+    if it takes longer than two seconds.
+    """
+    digests: list[str] = []
+    index: Index = {}
     twice: list[Any] = []
-    source: str | None = None
-    for position, row in enumerate(raw_rows(dataset)):
+    names, people = _Names(key, "id", None), _Names(key, "group", config.group_column)
+    contents, places = _begun(key, "content"), _begun(key, "place")
+    for position, row in enumerate(_with_bar(dataset) if progress else raw_rows(dataset)):
         if position == 0:
-            source = id_source(config, list(row))
+            names.column = id_source(config, list(row))
         content = _content(row, position)
-        name = content if source is None else row.get(source)
-        digest = _digest(key, "id", name, position, source)
-        if source is not None and digest in names:
+        name = content if names.column is None else row.get(names.column)
+        digest = names.digest(name, position)
+        if digest in index and names.column is not None:
             twice.append(name)
-        names[digest] = name
-        person = None if config.group_column is None else row.get(config.group_column)
-        group = None if person is None else _digest(key, "group", person, position, config.group_column)
-        if group is not None:
-            people[group] = person
-        place = _place(row, position, group or digest, key, config)
-        digests.append((digest, Entry(*place, group, keyed_digest(key, "content", content))))
+        person = None if people.column is None else row.get(people.column)
+        group = None if person is None else sys.intern(people.digest(person, position))  # one text for all its rows
+        place = _place(row, position, group or digest, places, config)
+        digests.append(digest)
+        index[digest] = Entry(*place, group, _ended(contents, content)[:DIGEST_CHARS])
     if twice:
         shown = ", ".join(map(repr, twice[:5]))
-        raise ValueError(f"{len(twice)} ids occur more than once in column {source!r}, e.g. {shown}. Make ids unique.")
-    _check_groups(digests)
-    for column, values in ((source, names), (config.group_column, people)):
-        if column is not None:
-            _warn_of_look_alikes(column, values.values())
-    return digests
+        raise ValueError(
+            f"{len(twice)} ids occur more than once in column {names.column!r}, e.g. {shown}. Make ids unique."
+        )
+    _check_groups(index)
+    for column in (names, people):
+        _warn_of_look_alikes(column.column, column.strange)
+    return digests, index
 
 
 def _content(row: Mapping[str, Any], position: int) -> str:
@@ -177,16 +221,16 @@ def _content(row: Mapping[str, Any], position: int) -> str:
         raise ValueError(f"Row {position}: {error}") from None
 
 
-def _digest(key: bytes, kind: Literal["id", "group"], value: Any, position: int, column: str | None) -> str:
-    try:
-        return keyed_digest(key, kind, value)
-    except ValueError as error:
-        raise ValueError(f"Row {position} has no {kind} in column {column!r}: {error}") from None
+def _with_bar(dataset: Any) -> Iterable[Mapping[str, Any]]:
+    from tqdm.auto import tqdm
+
+    total = len(dataset) if hasattr(dataset, "__len__") else None
+    return tqdm(raw_rows(dataset), "hashing", total, unit=" rows", delay=BAR_SECONDS, dynamic_ncols=True, leave=False)
 
 
-def _warn_of_look_alikes(column: str, values: Iterable[Any]) -> None:
+def _warn_of_look_alikes(column: str | None, texts: Iterable[str]) -> None:
     """Warns of names that are one to the eye and two to a deletion."""
-    pairs = same_to_the_eye(map(id_text, values))
+    pairs = same_to_the_eye(texts)
     if pairs:
         shown = "; ".join(" and ".join(map(ascii, pair)) for pair in pairs[:5])
         warnings.warn(
@@ -198,9 +242,9 @@ def _warn_of_look_alikes(column: str, values: Iterable[Any]) -> None:
         )
 
 
-def _place(row: Mapping[str, Any], position: int, digest: str, key: bytes, config: S3TConfig) -> tuple[int, int]:
+def _place(row: Mapping[str, Any], position: int, digest: str, begun: hmac.HMAC, config: S3TConfig) -> tuple[int, int]:
     if config.slice_columns is None:
-        return assign(key, digest, config.num_shards, config.num_slices)
+        return _drawn(begun, digest, config.num_shards, config.num_slices)
     shard, slice_id = (cast(int, row.get(column)) for column in config.slice_columns)
     limits = (config.num_shards, config.num_slices)
     for column, value, limit in zip(config.slice_columns, (shard, slice_id), limits, strict=True):
@@ -209,10 +253,10 @@ def _place(row: Mapping[str, Any], position: int, digest: str, key: bytes, confi
     return shard, slice_id
 
 
-def _check_groups(digests: Sequence[tuple[str, Entry]]) -> None:
+def _check_groups(index: Index) -> None:
     places: dict[str, tuple[int, int]] = {}
     torn = 0
-    for _, entry in digests:
+    for entry in index.values():
         if entry.group is not None and places.setdefault(entry.group, entry[:2]) != entry[:2]:
             torn += 1
     if torn:

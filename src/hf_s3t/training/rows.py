@@ -8,7 +8,7 @@ row is whose.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.utils.data import Subset
@@ -17,7 +17,7 @@ from ..lora.config import S3TConfig
 from ..plan.tree import Stage
 from ..seams.preparation import DIGEST_COLUMN
 from ..store.database import StateDatabase
-from ..store.partition import Entry, id_source, raw_rows, read_rows, stage_examples
+from ..store.partition import id_source, raw_rows, read_rows, stage_examples
 from ..trunk.row_numbers import NumberedRows
 
 logger = logging.getLogger(__name__)
@@ -26,15 +26,14 @@ logger = logging.getLogger(__name__)
 class TrainRows:
     """Which raw row of the train set is which example."""
 
-    def __init__(self, dataset: Any, key: bytes, config: S3TConfig):
-        pairs = read_rows(dataset, key, config)
-        if not pairs:
+    def __init__(self, dataset: Any, key: bytes, config: S3TConfig, progress: bool = False):
+        self._digests, self.entries = read_rows(dataset, key, config, progress)
+        if not self._digests:
             raise ValueError("The train set has no rows.")
-        self.entries: dict[str, Entry] = dict(pairs)
         self.id_column = id_source(config, list(next(iter(raw_rows(dataset)))))
         self.key, self.replay = key, config.replay
-        self._digests = [digest for digest, _ in pairs]
-        self._positions: dict[str, list[int]] = {}
+        self._first: dict[str, int] = {}  # the prepared row of an example
+        self._more: dict[str, list[int]] = {}  # and more of them, of the few that have any
         self.dataset: Any = None
         self._serial = 0
         logger.info("examples are named by %s", self.id_column or "a digest of their raw content")
@@ -45,19 +44,25 @@ class TrainRows:
 
     def adopt(self, prepared: Any) -> Any:
         """Takes the prepared dataset; returns it without the digest column."""
+        digests: Iterable[str] = self._digests
         if DIGEST_COLUMN in getattr(prepared, "column_names", ()):
-            digests = list(prepared.with_format(None)[DIGEST_COLUMN])
+            marks = prepared.select_columns(DIGEST_COLUMN)
+            digests = (row[DIGEST_COLUMN] for row in raw_rows(marks))
             prepared = prepared.remove_columns(DIGEST_COLUMN)
-        elif len(prepared) == len(self._digests):
-            digests = self._digests
-        else:
+        elif len(prepared) != len(self._digests):
             raise ValueError(
                 f"{len(self._digests)} rows became {len(prepared)} without the column {DIGEST_COLUMN!r}: it is not "
                 "known which row is whose. Keep extra columns in the dataset's preparation, and do not pack examples."
             )
+        self._first = dict.fromkeys(self.entries, -1)  # so that each digest is in memory once
         for position, digest in enumerate(digests):
-            self._positions.setdefault(digest, []).append(position)
-        dropped = len(self.entries.keys() - self._positions.keys())
+            first = self._first.get(digest, position)  # a row that the preparation made up is nobody's
+            if first < 0:
+                self._first[digest] = position
+            elif first < position:
+                self._more.setdefault(digest, []).append(position)
+        self._first = {digest: position for digest, position in self._first.items() if position >= 0}
+        dropped = len(self.entries) - len(self._first)
         if dropped:
             logger.warning("%d rows were dropped in the preparation: no stage sees them", dropped)
         self.dataset = prepared
@@ -69,14 +74,19 @@ class TrainRows:
         The index decides: a row that it does not know (readmitted meanwhile) nobody could delete.
         """
         by_slice = {
-            slice_id: [d for d in state.examples_of((stage.shard, slice_id)) if d in self._positions]
+            slice_id: [d for d in state.examples_of((stage.shard, slice_id)) if d in self._first]
             for slice_id in stage.prefix
         }
         return stage_examples(stage, by_slice, self.replay)
 
     def numbered(self, examples: Sequence[str]) -> list[tuple[str, int]]:
         """Some examples with the numbers of their prepared rows, which may be several, in their order."""
-        return [(digest, position) for digest in examples for position in self._positions.get(digest, ())]
+        return [
+            (digest, position)
+            for digest in examples
+            if digest in self._first
+            for position in (self._first[digest], *self._more.get(digest, ()))
+        ]
 
     def select(self, examples: Sequence[str]) -> NumberedRows:
         """The prepared rows of some examples, in their order, with a mark of their own each time."""

@@ -118,7 +118,8 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         check_processes(args)
         self._rows = None
         if train_dataset is not None:
-            self._rows = TrainRows(train_dataset, on_main_process(args, self.store.ensure_key), self.s3t_config)
+            key, bar = on_main_process(args, self.store.ensure_key), args.process_index == 0 and not args.disable_tqdm
+            self._rows = TrainRows(train_dataset, key, self.s3t_config, bar)
             train_dataset = self._rows.marked(train_dataset)
         with watched_preparation():
             super().__init__(
