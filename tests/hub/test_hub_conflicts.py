@@ -16,9 +16,10 @@ from hf_s3t import Plan, S3TStore, Stage
 from hf_s3t.cli import hub as cli_hub
 from hf_s3t.store.audit import verify
 from hf_s3t.store.partition import keyed_digest
+from hf_s3t.store.receipts import read_receipts
 from machines import Died, Failed
 from models import llama_rows
-from stores import KEY, Known, index_of, make_store, stage_adapter
+from stores import KEY, Known, index_of, make_store, stage_adapter, tombstones_of
 from trainers import ROWS, artefacts, make_trainer
 
 pytest_plugins = ["hub_fixtures"]
@@ -101,9 +102,9 @@ def repair(path):
                 tensor += random.Random("".join(seen)).random()
             stages[stage] = store.write_stage(stage, adapter)
         store.write_manifest(store.write_root(replace(manifest, stages=stages)))
-        state = store.state()
-        records = {stage.name: {"generation": state.generation, "examples": 1, "steps": 1} for stage in stages}
-        store.write_state(replace(state, stages={**records, **state.stages}))
+        with store.changing() as state:
+            for name in {stage.name for stage in stages} - state.records().keys():
+                state.write_record(name, {"generation": state.generation, "examples": 1, "steps": 1})
 
 
 def dies(path, when, name):
@@ -186,7 +187,7 @@ def test_two_that_delete_at_once_both_delete(server, stores):
     assert manifest_of(server)["generation"] == 2 and stages_of(server) == set()
     titles = [row["title"].split()[0] for row in server.repository("owner/m").log()]
     assert titles == ["Deletion", "Deletion", "Generation", "initial"]
-    assert len(json.loads(S3TStore(at_a).private.joinpath("state.json").read_text())["ids"]) == 2
+    assert len(tombstones_of(S3TStore(at_a))["id"]) == 2
 
 
 @pytest.mark.brief("True")
@@ -240,7 +241,7 @@ def test_a_machine_that_deleted_more_often_still_obeys_the_others(server, stores
     pull_and_check(a, at_a, 0)
     for path in (at_a, at_b):
         assert json.loads((path / "s3t.json").read_text())["generation"] == manifest_of(server)["generation"]
-        assert len(json.loads((path / ".s3t/state.json").read_text())["ids"]) == 4
+        assert len(tombstones_of(S3TStore(path))["id"]) == 4
 
 
 def test_what_was_repaired_is_not_lost_when_deletions_meet(server, stores):
@@ -421,7 +422,8 @@ def test_tombstones_travel_on_when_somebody_deletes_without_a_state(server, pair
     for machine, path in ((a, at_a), (b, at_b)):
         assert machine(locate, path=path, ids=[first, second, known.at(0, 2)[0]]) == ["deleted"] * 3
         assert machine(broken, path=path) == []
-    assert S3TStore(at_a).state().digest(KEY) == S3TStore(at_b).state().digest(KEY)
+    with S3TStore(at_a).reading() as ours, S3TStore(at_b).reading() as theirs:
+        assert ours.tombstones_hmac(KEY) == theirs.tombstones_hmac(KEY) and ours.log().keys() == theirs.log().keys()
 
 
 def make_three(path):
@@ -445,8 +447,9 @@ def test_examples_of_a_deleted_slice_that_others_never_had_stay_buried(stores, t
 def never_had(path, name):
     store = S3TStore(path)
     with store.writing():
-        digest = keyed_digest(store.key, "id", name)
-        store.write_index({known: entry for known, entry in index_of(store).items() if known != digest})
+        with store.changing() as state:
+            state.remove_examples([keyed_digest(store.key, "id", name)])
+    assert locate(path, [name]) == ["unknown"]
 
 
 def test_what_the_head_had_lost_already_is_still_to_be_purged(server, stores):
@@ -466,8 +469,6 @@ def test_what_the_head_had_lost_already_is_still_to_be_purged(server, stores):
 def unpurged(state):
     return cli_hub.unpurged_of(S3TStore("owner/m", state=state))
 
-
-# What is lost on the way
 
 # What is lost on the way
 
@@ -518,7 +519,7 @@ def test_a_deletion_that_was_killed_ends_with_the_next_command(server, stores, w
     again = b(delete_there, state=at_a / ".s3t", ids=[name])
     assert again["status"] == "unchanged" and again["already_deleted"] == 1
     assert len(server.repository("owner/m").log()) == 3 and stages_of(server) == {"shard-00/1"}
-    receipts = [json.loads(line) for line in (at_a / ".s3t/receipts.jsonl").read_text().splitlines() if line]
+    receipts = read_receipts(S3TStore(at_a))
     assert [receipt["status"] for receipt in receipts] == ["inactive_at_head", "unchanged"]
     assert receipts[0]["generation"] == manifest_of(server)["generation"] == 1
     assert not list((at_a / ".s3t/intents").iterdir())
@@ -562,7 +563,8 @@ def test_a_deletion_of_a_repository_is_obeyed_in_the_folder_of_its_state(server,
     a(push, path=at_a)
     a(delete_there, state=at_a / ".s3t", ids=[known.at(0, 0)[0]])
     assert [path.name for path in at_a.glob("shard-00/*")] == ["1"]
-    assert S3TStore(at_a).manifest().log == S3TStore(at_a).state().log
+    with S3TStore(at_a).reading() as state:
+        assert S3TStore(at_a).manifest().log == state.log() != {}
 
 
 def test_a_deletion_of_a_repository_that_was_killed_is_not_ended_in_a_folder(server, stores):

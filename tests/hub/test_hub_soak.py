@@ -109,7 +109,9 @@ def history(repository):
         assert folders == set(stages)
         for name, sha256 in stages.items():
             assert entries[f"{name}/{WEIGHTS}"].sha256 == sha256
-        stones = {d: sum(stone["deletions"].values(), []) for d, stone in read["tombstones.json"]["ids"].items()}
+        stones: dict[str, list[list[int]]] = {}
+        for _, digest, _, *place, _ in read["tombstones.json"]["tombstones"]:
+            stones.setdefault(digest, []).append(place)
         yield row["title"], read["s3t.json"]["generation"], stages, stones
 
 
