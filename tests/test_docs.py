@@ -127,7 +127,7 @@ def test_the_page_on_the_hub(out: Path, server: Server, machine: Machine) -> Non
     assert texts[3].strip() == "0" and "# 0" in page
     assert "still served at" in texts[5] and "still serves what was deleted by" in texts[6]
     assert "no longer served" in texts[7] and "no longer served" in texts[8]
-    assert (out.parent / "copy/.s3t/state.json").exists() and "generation 1" in texts[10]
+    assert (out.parent / "copy/.s3t/state.sqlite").exists() and "generation 1" in texts[10]
 
 
 def table_rows(page: str, beginning: str) -> list[list[str]]:

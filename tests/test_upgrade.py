@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import subprocess
@@ -19,7 +20,8 @@ from hf_s3t.cli.tables import show_status
 from hf_s3t.store.audit import verify
 from hf_s3t.store.receipts import versions
 from hf_s3t.store.state import stack_line
-from trained_stores import ROWS, edit_json, make_trainer, tree
+from stores import edit_database
+from trained_stores import ROWS, make_trainer, tree
 
 HERE = stack_line(versions())
 CLAIM = "bit-equality"
@@ -84,9 +86,8 @@ def test_the_log_and_the_status_name_the_stacks_of_a_repaired_store(tmp_path, ca
     make(tmp_path).train()
     assert CLAIM not in caplog.text and CLAIM not in printed(S3TStore(tmp_path))
     older = {**versions(), "transformers": "5.0.0"}
-    edit_json(
-        tmp_path / ".s3t" / "state.json",
-        lambda state: [record.update(versions=older) for record in state["stages"].values()],
+    edit_database(
+        tmp_path, "UPDATE records SET record = json_set(record, '$.versions', json(?))", json.dumps(older)
     )
     check_upgrade(tmp_path, stack_line(older), caplog)
 

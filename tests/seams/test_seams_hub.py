@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, utils
+from huggingface_hub import CommitOperationAdd, HfApi, HFCacheInfo, constants, errors, utils
 
 from hf_s3t import CompatibilityError
 from hf_s3t.hub import local_caches as caches
@@ -96,7 +96,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, path in (("HF_HUB_CACHE", tmp_path / "hub"), ("HF_XET_CACHE", tmp_path / "xet")):
         monkeypatch.setattr(constants, name, str(path))
     monkeypatch.setattr(caches, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(caches, "scan_cache_dir", lambda: SimpleNamespace(repos=[]))
+    monkeypatch.setattr(caches, "scan_cache_dir", lambda: HFCacheInfo(0, frozenset(), []))
     folder = tmp_path / "hub/models--me--model"
     (folder / "snapshots" / HEAD).mkdir(parents=True)
     (folder / "blobs").mkdir()

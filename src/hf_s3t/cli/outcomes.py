@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console, RenderableType
 
-from ..errors import DatasetError, HubError, RecipeError, S3TError, StateError, StoreLockedError, UnknownExampleError
+from ..errors import (
+    DatasetError,
+    HubError,
+    RecipeError,
+    S3TError,
+    StateError,
+    StoreLockedError,
+    UnfinishedDeletionError,
+    UnknownExampleError,
+)
 from .options import WIDTH
 
 if TYPE_CHECKING:  # `--help` needs no store
@@ -121,5 +130,7 @@ def _is_of_the_hub(error: Exception) -> bool:
 def _exit_code(error: Exception) -> int:
     if isinstance(error, UnknownExampleError):
         return UNKNOWN
+    if isinstance(error, UnfinishedDeletionError):
+        return PENDING
     fixable = (HubError, StateError, StoreLockedError, RecipeError, DatasetError)
     return BROKEN if isinstance(error, S3TError) and not isinstance(error, fixable) else BAD_INPUT
