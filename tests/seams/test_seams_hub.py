@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi, HFCacheInfo, constants, errors, utils
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, scan_cache_dir, utils
 
 from hf_s3t import CompatibilityError
 from hf_s3t.hub import local_caches as caches
@@ -96,7 +96,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, path in (("HF_HUB_CACHE", tmp_path / "hub"), ("HF_XET_CACHE", tmp_path / "xet")):
         monkeypatch.setattr(constants, name, str(path))
     monkeypatch.setattr(caches, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(caches, "scan_cache_dir", lambda: HFCacheInfo(0, frozenset(), []))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(caches, "scan_cache_dir", lambda: scan_cache_dir(tmp_path / "empty"))
     folder = tmp_path / "hub/models--me--model"
     (folder / "snapshots" / HEAD).mkdir(parents=True)
     (folder / "blobs").mkdir()

@@ -93,8 +93,8 @@ def _to_its_end(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
             " What it is about is not served any more, but is still on the disk, in whole or in part."
         )
         raise UnfinishedDeletionError(
-            f"{intent['receipt']['receipt']} was begun and is not finished: {error}.{served} Put that right and run it "
-            "again, or any other change of the store, which finishes it first."
+            f"{intent['receipt']['receipt']} was begun and is not finished: {error}.{served} Put that right and run "
+            "it again, or any other change of the store, which finishes it first."
         ) from error
 
 
