@@ -22,6 +22,7 @@ from .errors import (
     StateError,
     StoreError,
     StoreLockedError,
+    UnfinishedDeletionError,
     UnknownExampleError,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "StateError",
     "StoreError",
     "StoreLockedError",
+    "UnfinishedDeletionError",
     "UnknownExampleError",
 ]
 

@@ -18,6 +18,7 @@ import trained_stores
 from command_line import outcomes, plain, run
 from hf_s3t import IsolationError, S3TStore, StoreLockedError
 from hf_s3t.plan.life import life_until_first_dead
+from killing import fill_disk
 from trained_stores import WEIGHTS, edit_json, tree
 
 FACTORY = f"{trained_stores.__file__}:make_trainer"
@@ -179,6 +180,37 @@ def test_dry_run_changes_no_byte(store: Path, leave: str, monkeypatch: pytest.Mo
     (outcome,) = outcomes("delete", store, "--ids", row_ids()[0], "--dry-run")
     assert outcome["result"]["status"] == "dry run" and outcome["result"]["examples"] == 1
     assert tree(store) == before
+
+
+@pytest.mark.parametrize("verb", ["delete", "readmit"])
+def test_a_full_disk_leaves_a_deletion_begun_and_the_next_one_ends_it(
+    store: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if verb == "readmit":
+        run("delete", store, "--ids", row_ids()[0])
+    before, replace, (place,) = tree(store), os.replace, S3TStore(store).locate(ids=row_ids()[:1])
+
+    def full(source: object, target: object) -> None:
+        if str(target).endswith("s3t.json"):
+            fill_disk()
+        replace(source, target)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        (outcome,) = outcomes(verb, store, "--ids", row_ids()[0], code=3)
+    message = outcome["error"]["message"]
+    assert outcome["error"]["type"] == "UnfinishedDeletionError" and outcome["result"] is None
+    assert "was begun and is not finished" in message and "No space left on device" in message
+    assert ("is not served any more, but is still on the disk" in message) is (verb == "delete")
+    assert tree(store)["s3t.json"] == before["s3t.json"]
+    if verb == "delete":
+        live = {stage.name for stage in S3TStore(store).live().stages}
+        assert place.stages and live and live.isdisjoint(place.stages)
+    assert run("status", store).exit_code == 3
+    assert run("delete", store, "--ids", row_ids()[1]).exit_code == 0
+    found = "deleted" if verb == "delete" else "unknown"
+    assert S3TStore(store).locate(ids=row_ids()[:1])[0].found == found
+    assert run("status", store).exit_code == 0
 
 
 def test_unknown_id_is_named_and_nothing_changes(store: Path) -> None:

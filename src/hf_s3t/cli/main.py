@@ -66,9 +66,9 @@ for command in (cli_plan.plan, cli_hub.push, cli_hub.pull, cli_hub.purge, cli_hu
 def main() -> None:
     """Look after stores of stages that S3T trained: find examples, delete them, check what is there.
 
-    Exit codes: 0 done; 2 bad input, or something to be put right first; 3 done here, but pending elsewhere (exports, a
-    repository's history); 4 not known, nothing changed; 5 a promise is broken or a file is damaged; 6 fewer requests
-    are left than --fail-below asks for. Of several stores the gravest counts: 5, 2, 4, 3, 6.
+    Exit codes: 0 done; 2 bad input, or something to be put right first; 3 no longer served here, but pending (a disk
+    that failed, exports, a repository's history); 4 not known, nothing changed; 5 a promise is broken or a file is
+    damaged; 6 fewer requests are left than --fail-below asks for. Of several stores the gravest counts: 5, 2, 4, 3, 6.
     """
 
 

@@ -96,10 +96,11 @@ def _to_its_end(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
 
 
 def _unfinished(intent: Mapping[str, Any], error: OSError) -> UnfinishedDeletionError:
+    served = " What it is about is not served any more, but is still on the disk, in whole or in part."
     return UnfinishedDeletionError(
-        f"{intent['receipt']['receipt']} was begun and is not finished: {error}. What it is about is not served any "
-        "more, but is still on the disk, in whole or in part. Put that right and run it again, or any other change of "
-        "the store, which finishes it first."
+        f"{intent['receipt']['receipt']} was begun and is not finished: {error}."
+        f"{'' if intent['kind'] == 'readmit' else served} Put that right and run it again, or any other change of the "
+        "store, which finishes it first."
     )
 
 
