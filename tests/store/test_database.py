@@ -13,9 +13,9 @@ import pytest
 from hf_s3t import StateError, StoreLockedError
 from hf_s3t.files import json_bytes
 from hf_s3t.store import schema
-from hf_s3t.store.database import StateDatabase, from_tombstones_json
+from hf_s3t.store.database import StateDatabase
 from hf_s3t.store.partition import Entry
-from hf_s3t.store.tombstones import obey
+from hf_s3t.store.tombstones import from_tombstones_json, obey
 from stores import edit_database, index_of, make_store, people, state_of, tree
 
 KEY = b"k" * 16

@@ -1,14 +1,13 @@
-"""The state's database as questions and changes: every statement of SQL that is about its content.
+"""The state's database as questions and changes: the index, and what was deleted.
 
-What comes in and goes out are keyed digests in hexadecimal, places and plain data. The tables are `schema.py`'s; when
-something is written, and what else is written with it, is for `deletion.py` and `training/`.
+What comes in and goes out are keyed digests in hexadecimal, places and plain data. The tables are `schema.py`'s,
+other records `record_tables.py`'s: no other file has a statement of SQL. When something is written, and what else is
+written with it, is for `deletion.py` and `training/`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-import json
 import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -16,11 +15,10 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal
 
-from ..errors import StateError
-from . import schema
-from .manifest import DAMAGED, Event, Log, Manifest, log_json, merged, read_log
+from .manifest import Event, Log, Manifest, log_json, merged
 from .partition import Entry, canonical
-from .state import Tombstone, stack_line
+from .record_tables import RecordTables
+from .state import Tombstone
 
 Kind = Literal["id", "group"]
 Place = tuple[int, int]
@@ -31,15 +29,8 @@ PAGE = 10_000
 ENTRY = "e.shard, e.slice, p.digest, e.content FROM examples AS e LEFT JOIN people AS p ON p.number = e.person"
 
 
-class StateDatabase:
+class StateDatabase(RecordTables):
     """One connection to a state. What changes it belongs into a transaction, see [`StateFiles.changing`]."""
-
-    def __init__(self, connection: sqlite3.Connection):
-        self._sql = connection
-
-    def _one(self, statement: str, *values: Any) -> Any:
-        row = self._sql.execute(statement, values).fetchone()
-        return None if row is None else row[0]
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -334,139 +325,11 @@ class StateDatabase:
             "hmac": self.tombstones_hmac(key),
         }
 
-    # ---- what stages were trained on ----
-
-    def record(self, stage: str) -> dict[str, Any] | None:
-        """What a stage was trained on and with: generation, examples, data, steps, versions and the like."""
-        found = self._one("SELECT record FROM records WHERE stage = ?", stage)
-        return None if found is None else dict(_read(found))
-
-    def records(self) -> dict[str, dict[str, Any]]:
-        """The record of every stage."""
-        rows = self._sql.execute("SELECT stage, record FROM records ORDER BY stage")
-        return {stage: _read(record) for stage, record in rows}
-
-    def write_record(self, stage: str, record: Mapping[str, Any]) -> None:
-        """Replaces a stage's record."""
-        text = json.dumps(record, sort_keys=True)
-        self._sql.execute("INSERT OR REPLACE INTO records VALUES (?, ?)", (stage, text))
-
-    def keep_records(self, stages: Collection[str]) -> None:
-        """Forgets the records of all other stages."""
-        gone = [row for row in self._sql.execute("SELECT stage FROM records").fetchall() if row[0] not in stages]
-        self._sql.executemany("DELETE FROM records WHERE stage = ?", gone)
-
-    def steps(self) -> int:
-        """Optimizer steps of all stages on record."""
-        return int(self._one("SELECT coalesce(sum(json_extract(record, '$.steps')), 0) FROM records"))
-
-    def stacks(self, stages: Collection[str]) -> dict[str, int]:
-        """How many of some stages each set of versions trained, as far as it is on record."""
-        counted: Counter[str] = Counter()
-        for stage, versions in self._sql.execute("SELECT stage, json_extract(record, '$.versions') FROM records"):
-            if versions is not None and stage in stages:
-                counted[versions] += 1
-        return {stack_line(_read(versions)): number for versions, number in counted.items()}
-
-    def caches(self) -> list[str]:
-        """Files outside the store that may hold the examples' text."""
-        return [path for (path,) in self._sql.execute("SELECT path FROM caches ORDER BY path")]
-
-    def add_caches(self, paths: Iterable[str]) -> None:
-        """Names such files."""
-        self._sql.executemany("INSERT OR IGNORE INTO caches VALUES (?)", [(path,) for path in paths])
-
-    # ---- records that no promise depends on ----
-
-    def receipts(self) -> list[dict[str, Any]]:
-        """Every receipt, oldest first."""
-        return [_read(text) for (text,) in self._sql.execute("SELECT receipt FROM receipts ORDER BY number")]
-
-    def add_receipt(self, name: str, receipt: Mapping[str, Any]) -> None:
-        """Keeps a receipt unless one of its name is there, as after an interruption; it names what came before it."""
-        if self.receipt(name) is None:
-            text = json.dumps(receipt, sort_keys=True)
-            last = self._one("SELECT chain FROM receipts ORDER BY number DESC LIMIT 1") or ""
-            self._sql.execute(
-                "INSERT INTO receipts (name, format, receipt, chain) VALUES (?, ?, ?, ?)",
-                (name, receipt.get("format", 1), text, chained(last, text)),
-            )
-
-    def rewrite_receipts(self, changed: Mapping[str, Mapping[str, Any]]) -> None:
-        """Replaces receipts by what is left of them, and chains all of them anew; no trace of the rest stays."""
-        self._sql.execute("UPDATE about SET disturbed = 1")
-        last = ""
-        for name, text in self._sql.execute("SELECT name, receipt FROM receipts ORDER BY number").fetchall():
-            text = json.dumps(changed[name], sort_keys=True) if name in changed else text
-            last = chained(last, text)
-            self._sql.execute("UPDATE receipts SET receipt = ?, chain = ? WHERE name = ?", (text, last, name))
-
-    def receipt(self, name: str) -> dict[str, Any] | None:
-        """One receipt."""
-        text = self._one("SELECT receipt FROM receipts WHERE name = ?", name)
-        return None if text is None else dict(_read(text))
-
-    @property
-    def receipt_format(self) -> int:
-        """The newest format of a receipt here."""
-        return int(self._one("SELECT coalesce(max(format), 1) FROM receipts"))
-
-    def broken_receipts(self) -> list[str]:
-        """Names of the receipts that do not follow the one before them: changed, removed before, or put in."""
-        broken, last = [], ""
-        for name, text, chain in self._sql.execute("SELECT name, receipt, chain FROM receipts ORDER BY number"):
-            if chain != chained(last, text):
-                broken.append(name)
-            last = chain
-        return broken
-
-    def exports(self) -> dict[str, dict[str, Any]]:
-        """What is known of each copy that left the store, by its path."""
-        rows = self._sql.execute("SELECT path, record FROM exports ORDER BY path")
-        return {path: _read(record) for path, record in rows}
-
-    def write_export(self, path: str, record: Mapping[str, Any]) -> None:
-        """Replaces what is known of a copy."""
-        self._sql.execute("INSERT OR REPLACE INTO exports VALUES (?, ?)", (path, json.dumps(record, sort_keys=True)))
-
-    def forget_export(self, path: str) -> None:
-        """Forgets a copy that is gone."""
-        self._sql.execute("DELETE FROM exports WHERE path = ?", (path,))
-
-
-def _lost(tombstones: set[tuple[Kind, str, str]], log: Log) -> set[tuple[Kind, str, str]]:
-    """Those tombstones that a log says are lost: it knows their deletions, which are not `named` there."""
-    return {row for row in tombstones if row[2] in log and not log[row[2]].named}
-
-
-def chained(last: str, receipt: str) -> str:
-    """What a receipt is chained by: sha256 of what the one before it has, and of itself."""
-    return hashlib.sha256(f"{last}\n{receipt}".encode()).hexdigest()
-
-
-def _read(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise sqlite3.DatabaseError(f"a record is no JSON: {error}") from None
-
 
 def _entry(shard: int, slice_id: int, person: bytes | None, content: bytes) -> Entry:
     return Entry(shard, slice_id, None if person is None else person.hex(), content.hex())
 
 
-def from_tombstones_json(data: Any, key: bytes) -> StateDatabase:
-    """Reads what travelled, into memory. A [`StateError`] if somebody without the key wrote it."""
-    found = StateDatabase(schema.in_memory())
-    try:
-        if data["format"] != 2:
-            raise ValueError(f"format {data['format']!r:.80}")
-        found.add_log(read_log(data["log"]))
-        for kind, digest, name, shard, slice_id, generation in data["tombstones"]:
-            found.add_tombstone(kind, digest, name, [(shard, slice_id)], generation)
-        fits = hmac.compare_digest(str(data["hmac"]).encode(), found.tombstones_hmac(key).encode())
-    except (*DAMAGED, sqlite3.Error) as error:
-        raise StateError(f"The tombstones are damaged: {type(error).__name__} {error}.") from None
-    if not fits:
-        raise StateError("The tombstones were not written by somebody who has the partition key.")
-    return found
+def _lost(tombstones: set[tuple[Kind, str, str]], log: Log) -> set[tuple[Kind, str, str]]:
+    """Those tombstones that a log says are lost: it knows their deletions, which are not `named` there."""
+    return {row for row in tombstones if row[2] in log and not log[row[2]].named}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
+import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import StateError, StoreError
 from ..files import json_bytes, read_json
-from .database import Place, StateDatabase, from_tombstones_json
+from . import schema
+from .database import Place, StateDatabase
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
-from .manifest import NOT_KNOWN, Event, Log, Manifest, merged
+from .manifest import DAMAGED, NOT_KNOWN, Event, Log, Manifest, merged, read_log
 from .receipts import receipt_name
 from .sources import TOMBSTONES, RepoSource
 
@@ -61,6 +64,23 @@ def travelling(there: StoreFolder, key: bytes) -> StateDatabase | None:
     except StoreError as error:  # a deletion must not wait for somebody who repairs that file
         logger.warning("the tombstones in %s are not looked at: %s", there.path, error)
         return None
+
+
+def from_tombstones_json(data: Any, key: bytes) -> StateDatabase:
+    """Reads what travelled, into memory. A [`StateError`] if somebody without the key wrote it."""
+    found = StateDatabase(schema.in_memory())
+    try:
+        if data["format"] != 2:
+            raise ValueError(f"format {data['format']!r:.80}")
+        found.add_log(read_log(data["log"]))
+        for kind, digest, name, shard, slice_id, generation in data["tombstones"]:
+            found.add_tombstone(kind, digest, name, [(shard, slice_id)], generation)
+        fits = hmac.compare_digest(str(data["hmac"]).encode(), found.tombstones_hmac(key).encode())
+    except (*DAMAGED, sqlite3.Error) as error:
+        raise StateError(f"The tombstones are damaged: {type(error).__name__} {error}.") from None
+    if not fits:
+        raise StateError("The tombstones were not written by somebody who has the partition key.")
+    return found
 
 
 def bury_unnamed(state: StateDatabase, log: Log, known: Log) -> bool:
