@@ -49,7 +49,7 @@ DATABASE = (
     (5, "files of another deletion stop a sweep", "store/sweep.py",
      (("            if ours:\n", "            if True:\n"),),
      (INDEPENDENT + "a_stage_that_cannot_be_removed_keeps_nobody_else_from_being_deleted",)),
-    (5, "a training goes on past a deletion that cannot be finished", "store/store.py",
+    (5, "a training goes on past a deletion that cannot be finished", "store/state_care.py",
      (("yield deletion.recover(self, others)", "yield deletion.recover(self, False)"),),
      (INDEPENDENT + "a_stage_that_cannot_be_removed_keeps_nobody_else_from_being_deleted",)),
     (5, "a full disk in the middle of a deletion is told as bad input", "store/deletion.py",

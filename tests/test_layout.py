@@ -59,3 +59,9 @@ def test_the_planner_is_for_the_command_line_alone():
 
 def test_no_imports_go_round_in_a_circle():
     TopologicalSorter(IMPORTS).prepare()
+
+
+def test_every_statement_of_sql_is_in_its_rooms():
+    rooms = {"schema.py", "database.py", "record_tables.py"}
+    sql = re.compile(r"\b(sql|connection|cursor)\.execute|PRAGMA |INSERT INTO|sqlite3\.connect")
+    assert {path.name for path in FILES if sql.search(path.read_text(encoding="utf-8"))} == rooms
