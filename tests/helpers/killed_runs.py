@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from hf_s3t import S3TStore, StoreError
 from hf_s3t.serving.loading import read_members
 from killing import MODES, train_struck
+from stores import records_of, tombstones_of
 from trainings import CASES, make_trainer, place, published, rows_of, without
 
 
@@ -75,12 +76,12 @@ def check_readers(path: Path, run: Run) -> None:
     store = S3TStore(path)
     if not store.exists:
         return
-    members, live, state = read_members(store), store.live().stages, store.state()
+    members, live, records = read_members(store), store.live().stages, records_of(store)
     assert set(members) == {f"shard-{shard:02d}" for shard in store.served()}
-    deleted = bool(store.intents() or state.ids)
+    deleted = bool(store.intents() or tombstones_of(store)["id"])
     for stage in live:
         store.assemble(stage.shard, stage.prefix)  # compares every file with the manifest
-        trained_since = state.stages[stage.name]["generation"] == 1 and not store.intents()
+        trained_since = records[stage.name]["generation"] == 1 and not store.intents()
         assert not deleted or trained_since or (0, 0) not in stage.slices, stage.name
     for prefix in ((0,), (0, 1)) if store.intents() else ():
         with pytest.raises(StoreError, match="not in the store"):
@@ -90,7 +91,7 @@ def check_readers(path: Path, run: Run) -> None:
 def check_leftovers(path: Path) -> None:
     """Nothing half-written is left once a training has ended."""
     names = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
-    assert not [name for name in names if name.endswith(".tmp")]
+    assert not [name for name in names if name.endswith((".tmp", "-journal"))]
     assert not any((path / ".s3t" / name).exists() for name in ("running", "scratch"))
     assert not list((path / ".s3t" / "intents").glob("*"))
     assert {name for name in names if name.startswith("shard-")} == {

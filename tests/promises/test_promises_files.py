@@ -86,7 +86,7 @@ def test_after_delete_no_file_holds_anything_of_the_example(world, tmp_path):
 
     S3TStore(path).delete(ids=[world.victim], reference="DSR-2026-118")
     assert find(path, derived | needles_of(victim)) == set()
-    assert {file for _, file in find(path, {"reference": b"DSR-2026-118"})} == {".s3t/receipts.jsonl"}
+    assert {file for _, file in find(path, {"reference": b"DSR-2026-118"})} == {".s3t/state.sqlite"}
     world.trainer(path, **plan).train()
     assert find(path, derived | needles_of(victim)) == set()
 

@@ -21,7 +21,6 @@ from hf_s3t.store.recipe_differences import NOT_BIT_EQUAL, Accepted
 from hf_s3t.store.sync import check_same_store
 from hf_s3t.training.retrain import retrain_and_compare
 from stores import make_store, records_of
-from trained_stores import edit_json
 from trainings import CASES, World, place, published
 
 pytest_plugins = ["hub_fixtures"]
@@ -158,7 +157,8 @@ def test_a_stage_of_other_settings_is_not_comparable_and_one_of_these_is(world, 
 
 def test_a_stage_that_differs_without_such_a_reason_is_still_broken(world, repaired, tmp_path):
     path = Path(shutil.copytree(repaired, tmp_path / "out"))
-    edit_json(path / ".s3t" / "state.json", lambda state: state["stages"]["shard-00/0"].update(accepted=1))
+    with S3TStore(path).changing() as state:
+        state.write_record("shard-00/0", {**(state.record("shard-00/0") or {}), "accepted": 1})
     rows = world.rows.filter(lambda row: row["id"] != victim(world, 1), keep_in_memory=True)
     check = retrain_and_compare(S3TStore(path), "shard-00/0", lambda to: world.trainer(Path(to), rows, **PLAN | OTHER))
     assert check.outcome == "broken" and "expected the same bytes" in check.broken[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+from ..errors import StateError
 from ..files import remove
 from ..plan.tree import Stage
 from .activation_blocks import sweep_activations
@@ -13,6 +15,8 @@ from .database import Place, StateDatabase
 from .folder import StoreFolder
 from .manifest import Manifest
 from .sources import FolderSource
+
+logger = logging.getLogger(__name__)
 
 
 def sweep(
@@ -50,10 +54,15 @@ def sweep(
 
 
 def _has_all(folder: StoreFolder, digests: Iterable[str]) -> bool:
-    if not folder.has_state:
+    """Whether the index has all of some examples: yes where the state is lost, no where it cannot be read."""
+    if not folder.database.exists():
         return True
-    with folder.reading() as state:
-        return state.has_all(digests)
+    try:
+        with folder.reading(lost=True) as state:
+            return state.store is None or state.has_all(digests)
+    except StateError as error:
+        logger.warning("a cached activation is removed, because it is not known whose states it holds: %s", error)
+        return False
 
 
 def _sweep_running(private: Path, hit: set[Place]) -> None:
