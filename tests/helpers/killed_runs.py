@@ -91,7 +91,7 @@ def check_readers(path: Path, run: Run) -> None:
 def check_leftovers(path: Path) -> None:
     """Nothing half-written is left once a training has ended."""
     names = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
-    assert not [name for name in names if name.endswith(".tmp")]
+    assert not [name for name in names if name.endswith((".tmp", "-journal"))]
     assert not any((path / ".s3t" / name).exists() for name in ("running", "scratch"))
     assert not list((path / ".s3t" / "intents").glob("*"))
     assert {name for name in names if name.startswith("shard-")} == {

@@ -1,8 +1,9 @@
 """Kills a training at a chosen instant: in a forked process, at one of the calls by which anything becomes durable.
 
-Every optimizer step and every `fsync`, rename, removal and `torch.save` is an instant. They come in the same order in
-every run, so that a number names one. A kill before a call, after it, or in the middle of it leaves the disk in
-another state: in the middle, an unsynced file has lost its second half.
+Every optimizer step, every `fsync`, rename, removal and `torch.save`, and every commit of the state's database that
+changes something is an instant. They come in the same order in every run, so that a number names one. A kill before a
+call, after it, or in the middle of it leaves the disk in another state: in the middle, an unsynced file has lost its
+second half.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from hf_s3t.errors import UnfinishedDeletionError
 from hf_s3t.store import deletion
+from hf_s3t.store.database import StateDatabase
 from hf_s3t.training import trainer
 
-CATEGORIES = ("step", "checkpoint", "rename", "manifest", "deletion", "other")
+CATEGORIES = ("step", "checkpoint", "rename", "manifest", "deletion", "state", "other")
 MODES = ("before", "amid", "after")
 
 
@@ -46,6 +48,7 @@ class Instants:
                              (shutil, ("rmtree",)), (Path, ("unlink",))):  # fmt: skip
             for name in names:
                 setattr(owner, name, self._wrap(getattr(owner, name), name))
+        StateDatabase.commit = self._watched_commit(StateDatabase.commit)
         steps: list[int] = []
         register_optimizer_step_pre_hook(lambda *_: steps.append(self._begin("step", ())))
         register_optimizer_step_post_hook(lambda *_: self._end(steps.pop()))
@@ -78,7 +81,13 @@ class Instants:
 
         return wrapped
 
+    def _watched_commit(self, commit: Callable) -> Callable:
+        watched = self._wrap(commit, "state")
+        return lambda state: (watched if state._sql.total_changes else commit)(state)
+
     def _category(self, name: str, args: tuple) -> str:
+        if name == "state":
+            return name
         if self.inside:
             return self.inside[-1]
         if name == "replace" and str(args[1]).endswith("s3t.json"):

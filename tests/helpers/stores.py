@@ -9,11 +9,13 @@ import hashlib
 import random
 import sqlite3
 import zlib
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 
@@ -184,6 +186,22 @@ def edit_database(store: StoreFolder | Path, statement: str, *values: Any) -> No
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(statement, values)
         connection.commit()
+
+
+@contextmanager
+def statements() -> Iterator[list[str]]:
+    """Every statement of SQL that is run on any state meanwhile, with its values."""
+    run: list[str] = []
+    connect = sqlite3.connect
+
+    def traced(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        connection = connect(*args, **kwargs)
+        connection.set_trace_callback(run.append)
+        return connection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", traced)
+        yield run
 
 
 @dataclass

@@ -266,8 +266,8 @@ def test_a_machine_with_an_old_state_trains_nothing(world, tmp_path):
     bring_published_files(here, elsewhere)
     with pytest.raises(StateError, match="their tombstones differ"):
         world.trainer(elsewhere.path).train()
-    here.export_state(tmp_path / "state.json")
-    there.import_state(tmp_path / "state.json")
+    here.export_state(tmp_path / "backup.sqlite")
+    there.import_state(tmp_path / "backup.sqlite")
     world.trainer(there.path, sequence_selection=[[1]]).train()
     world.assert_stages(there.path, world.never_had, "1")
 

@@ -3,14 +3,16 @@
 from dataclasses import replace
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 
 import models
 from hf_s3t import S3TStore, StateError
 from hf_s3t.lora.adapter import Adapter
+from hf_s3t.store import deletion
 from hf_s3t.store.manifest import NOT_KNOWN, Event
+from hf_s3t.store.sweep import sweep
 from hf_s3t.training.stage_orders import StageDropped, commit, is_hit, next_order
-from stores import edit_database, index_of
+from stores import edit_database, index_of, statements
 from trainers import make_trainer
 
 ROWS = 24
@@ -85,6 +87,58 @@ def test_a_deletion_whose_tombstones_did_not_come_drops_the_stage_and_ends_the_t
         commit(begun.store, order, Adapter({}, {}), {})
     with pytest.raises(StateError, match="state import"):
         next_order(begun.store, begun.rows)
+
+
+def test_a_deletion_that_is_being_carried_out_drops_the_stages_that_it_hits_and_no_other(begun, monkeypatch):
+    """The manifest tells of it before the state does."""
+    order = next_order(begun.store, begun.rows)
+    found = {n: begun.store.locate(ids=[n])[0].places for n in models.llama_rows(ROWS)["id"]}
+    unseen = next(n for n, places in found.items() if not set(places) & order.stage.slices)
+    seen = next(n for n, places in found.items() if set(places) & order.stage.slices)
+    hit = []
+
+    def look(folder, manifest, *rest):
+        hit.append((manifest.generation, is_hit(S3TStore(begun.store.path), order)))
+        return sweep(folder, manifest, *rest)
+
+    monkeypatch.setattr(deletion, "sweep", look)
+    begun.store.delete(ids=[unseen])
+    begun.store.delete(ids=[seen])
+    assert hit == [(0, False), (1, False), (1, False), (2, True)]
+
+
+def test_neither_an_order_nor_a_look_for_deletions_reads_the_examples_one_by_one(tmp_path):
+    """With ten times the examples the same statements are run."""
+    counts = {}
+    for rows in (ROWS, 10 * ROWS):
+        trainer = make_trainer(tmp_path / str(rows), train_dataset=models.llama_rows(rows))
+        trainer._open_store()
+        store = trainer.store
+        with statements() as ordered:
+            order = next_order(store, trainer.rows)
+        with statements() as looked:
+            assert not is_hit(store, order)
+        assert not [statement for statement in looked if "examples" in statement]
+        names = models.llama_rows(rows)["id"]
+        unseen = next(n for n in names if not set(store.locate(ids=[n])[0].places) & order.stage.slices)
+        store.delete(ids=[unseen])
+        with statements() as looked_again:
+            assert not is_hit(store, order)
+        counts[rows] = len(order.examples), len(ordered), len(looked), len(looked_again)
+    (few, *little), (many, *much) = counts.values()
+    assert many > 8 * few and little == much, counts
+
+
+def test_a_second_training_on_the_same_rows_writes_nothing_into_the_state(tmp_path):
+    models.llama_rows(ROWS).save_to_disk(tmp_path / "rows")
+    rows = load_from_disk(tmp_path / "rows")  # its files are on record
+    make_trainer(tmp_path / "store", train_dataset=rows).train()
+    store = S3TStore(tmp_path / "store")
+    before, seen = store.database.read_bytes(), store.database.stat()
+    for options in ({}, {"extend": True}):
+        make_trainer(tmp_path / "store", train_dataset=rows, **options).train()
+    after = store.database.stat()
+    assert store.database.read_bytes() == before and (after.st_ino, after.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns)
 
 
 def test_an_imported_state_is_obeyed_by_a_new_store(tmp_path):

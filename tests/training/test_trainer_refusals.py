@@ -316,7 +316,7 @@ def test_a_second_training_is_refused_and_the_holder_named(trained: Path) -> Non
 def test_a_store_of_a_newer_format(tmp_path: Path) -> None:
     make_trainer(tmp_path).train()
     manifest = json.loads((tmp_path / "s3t.json").read_text())
-    (tmp_path / "s3t.json").write_text(json.dumps({**manifest, "format": 3}))
+    (tmp_path / "s3t.json").write_text(json.dumps({**manifest, "format": manifest["format"] + 1}))
     with unchanged(tmp_path), pytest.raises(StoreError, match="has format 3; this version of hf_s3t reads format 2"):
         make_trainer(tmp_path).train()
 

@@ -468,9 +468,9 @@ def test_a_slice_deleted_with_the_state_lost_takes_its_states_along(llama, tmp_p
     assert {name.split("-")[0] for name in blocks_of(store.path)} == {"0", "2"}
 
 
-def test_a_slice_deleted_with_a_torn_index_takes_all_states_along(llama, tmp_path, caplog):
+def test_a_slice_deleted_with_a_torn_state_takes_all_states_along(llama, tmp_path, caplog):
     store = llama.copy(tmp_path)
-    store.database.write_bytes(store.database.read_bytes()[:3000])
+    store.database.write_bytes(store.database.read_bytes()[:1000])
     store.delete(slices=[(0, VICTIM_SLICE)])
     assert set(published(store.path)) & {f"shard-00/{VICTIM_SLICE}/{WEIGHTS}", f"shard-00/0/{WEIGHTS}"} == {
         f"shard-00/0/{WEIGHTS}"
@@ -499,8 +499,8 @@ def test_states_of_an_example_that_left_the_index_elsewhere_are_removed(llama, t
         path.with_name(path.name + ".part").write_bytes(data[: len(data) * 2 // 3])
     there.delete(ids=[llama.victim])
     bring_published_files(there, here)
-    there.export_state(tmp_path / "state.json")
-    here.import_state(tmp_path / "state.json")
+    there.export_state(tmp_path / "backup.sqlite")
+    here.import_state(tmp_path / "backup.sqlite")
     with here.writing():
         pass
     left = sorted(path.name for path in (here.private / "activations").iterdir())

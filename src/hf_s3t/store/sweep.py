@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from ..errors import StateError
 from ..files import remove
 from ..plan.tree import Stage
 from .activation_blocks import sweep_activations
@@ -70,13 +71,15 @@ class _Failed:
 
 
 def _has_all(folder: StoreFolder, digests: Iterable[str]) -> bool:
+    """Whether the index has all of some examples: yes where the state is lost, no where it cannot be read."""
     if not folder.database.exists():
         return True
-    if not folder.has_state:
-        logger.warning("the activation cache is removed, because it is not known whose states it holds")
+    try:
+        with folder.reading(lost=True) as state:
+            return state.store is None or state.has_all(digests)
+    except StateError as error:
+        logger.warning("a cached activation is removed, because it is not known whose states it holds: %s", error)
         return False
-    with folder.reading() as state:
-        return state.has_all(digests)
 
 
 def _sweep_running(private: Path, hit: set[Place]) -> None:

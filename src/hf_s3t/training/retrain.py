@@ -61,7 +61,8 @@ def retrain_and_compare(store: StoreFolder, stage: str | Stage, make_trainer: Ma
 def _scratch_store(store: StoreFolder, manifest: Manifest, stage: Stage, path: Path) -> StoreFolder:
     scratch = StoreFolder(path)
     scratch.write_private("partition.key", store.key.hex().encode() + b"\n")
-    write_in_order(store.database, scratch.database)
+    with store.reading():  # a state that is not there is told of
+        write_in_order(store.database, scratch.database)
     for above in stage.path[:-1]:
         shutil.copytree(store.path / above.name, path / above.name)
     trained = {**dict.fromkeys(manifest.plan.stages, manifest.stages[stage]), **manifest.stages}

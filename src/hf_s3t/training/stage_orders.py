@@ -43,31 +43,28 @@ def next_order(store: S3TStore, rows: TrainRows) -> StageOrder | None:
     """The first stage that the store lacks, with its rows as they may be used now; `None` when nothing is missing."""
     with store.writing():
         manifest = store.manifest()
+        missing = manifest.plan.missing(manifest.stages)
         with store.reading() as state:
             check_generation(store, manifest, state)  # deletions may have come while another stage trained
-            steps, generation = state.steps(), state.generation
-        missing = manifest.plan.missing(manifest.stages)
-        if not missing:
-            return None
-        stage = missing[0]
-        parent = None
+            if not missing:
+                return None
+            steps, generation, examples = state.steps(), state.generation, rows.examples(missing[0], state)
+        stage, parent = missing[0], None
         if stage.parent is not None:
             parent = store.assemble(stage.shard, stage.parent.prefix, manifest)
-        with store.reading() as state:
-            examples = rows.examples(stage, state)
         content = examples_digest([rows.entries[digest].content for digest in examples])
         return StageOrder(stage, examples, content, parent, generation, steps)
 
 
 def is_hit(store: S3TStore, order: StageOrder) -> bool:
     """Whether a deletion that began after the order was given out covers a slice of its stage."""
-    intents = store.intents()
+    told = store.manifest().log  # read before the intents, and they before the state: each goes when the next knows
+    intents = {intent["receipt"]["receipt"]: intent["places"] for intent in store.intents()}
     with store.reading() as state:
         log = state.log()
-        if not store.manifest().log.keys() <= log.keys():  # it came without its tombstones: whose it was is not known
+        if not told.keys() <= {*intents, *log}:  # it came without its tombstones: whose it was is not known
             return True
-        begun = [intent for intent in intents if intent["receipt"]["receipt"] not in log]
-        if any(order.stage.slices & intent["places"] for intent in begun):
+        if any(order.stage.slices & places for name, places in intents.items() if name not in log):
             return True
         if len(log) == order.generation:
             return False
