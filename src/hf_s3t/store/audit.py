@@ -21,7 +21,7 @@ from .folder import StoreFolder
 from .manifest import Manifest
 from .partition import examples_digest, stage_examples
 from .public_audit import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
-from .requests import entry_fits
+from .requests import fits_of
 from .schema import DATABASE
 
 
@@ -142,7 +142,8 @@ def _check_database(folder: StoreFolder, manifest: Manifest) -> Findings:
         state.check_whole()
         for name in state.broken_receipts():
             yield f"{name} does not follow the receipt before it: that or this one was changed, removed or put in"
-        misplaced = sum(1 for digest, entry in state.examples() if not entry_fits(folder, manifest, digest, entry))
+        fits = fits_of(folder, manifest)
+        misplaced = sum(1 for digest, entry in state.examples() if not fits(digest, entry))
         if misplaced:
             yield f"{misplaced} examples lie in other slices than they belong in: a deletion would not find them"
 
