@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,10 @@ import trained_stores
 from command_line import outcomes, plain, run
 from hf_s3t import IsolationError, S3TStore, StoreLockedError
 from hf_s3t.plan.life import life_until_first_dead
+from hf_s3t.store import schema
+from hf_s3t.store.folder import StoreFolder
+from hf_s3t.store.manifest import Manifest
+from hf_s3t.store.partition import Entry, assign, keyed_digest
 from killing import fill_disk
 from trained_stores import WEIGHTS, edit_json, tree
 
@@ -231,6 +237,50 @@ def test_ids_from_a_file_and_from_standard_input(store: Path, tmp_path: Path) ->
     (tmp_path / "groups.txt").write_text("person-1\n")
     assert outcomes("delete", store, "--groups-file", tmp_path / "groups.txt")[0]["result"]["examples"] == 3
     assert run("locate", store, "--ids-file", "-", stdin=f"{first}\n").exit_code == 0
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts statements of SQL by their first word, and how often a manifest is read."""
+    counts: Counter[str] = Counter()
+    connect, read = schema._connect, StoreFolder.manifest
+
+    def traced(path: Path) -> sqlite3.Connection:
+        connection = connect(path)
+        connection.set_trace_callback(lambda statement: counts.update([statement.split(maxsplit=1)[0]]))
+        return connection
+
+    def told(folder: StoreFolder) -> Manifest:
+        counts["manifest"] += 1
+        return read(folder)
+
+    monkeypatch.setattr(schema, "_connect", traced)
+    monkeypatch.setattr(StoreFolder, "manifest", told)
+    return counts
+
+
+def test_thousands_of_ids_cost_a_few_statements_each(store: Path, tmp_path: Path, counted: Counter[str]) -> None:
+    names = [f"row-{number}" for number in range(20_000)]
+    with S3TStore(store).changing() as state:
+        key = S3TStore(store).key
+        digests = [keyed_digest(key, "id", name) for name in names]
+        state.add_examples({digest: Entry(*assign(key, digest, 2, 3), None, "0" * 32) for digest in digests})
+    (tmp_path / "ids.txt").write_text("\n".join(names))
+    counted.clear()
+    (outcome,) = outcomes("locate", store, "--ids-file", tmp_path / "ids.txt")
+    assert len(outcome["result"]) == 20_000 and {found["found"] for found in outcome["result"]} == {"live"}
+    assert counted["SELECT"] < 2 * 20_000 + 100 and counted.total() < counted["SELECT"] + 100
+    assert counted["manifest"] < 20
+    counted.clear()
+    (outcome,) = outcomes("delete", store, "--ids-file", tmp_path / "ids.txt")
+    assert outcome["result"]["examples"] == 20_000
+    assert counted["SELECT"] < 2 * 20_000 + 1_000 and counted["INSERT"] < 20_000 + 1_000
+    assert counted["DELETE"] < 4 * 20_000 + 1_000  # the trigger and the two statements in it are counted as one each
+    assert counted["BEGIN"] < 10 and counted["manifest"] < 40
+    (outcome,) = outcomes("delete", store, "--ids-file", tmp_path / "ids.txt")
+    assert outcome["result"]["already_deleted"] == 20_000
+    text = plain(run("locate", store, "--ids-file", tmp_path / "ids.txt", "--ids", row_ids()[0]).stdout)
+    assert "20,000 deleted, 1 live" in text and text.count("row-") == 1_000
 
 
 @pytest.mark.parametrize("kind", ["parquet", "json", "jsonl", "csv", "folder"])

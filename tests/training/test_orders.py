@@ -138,7 +138,8 @@ def test_a_second_training_on_the_same_rows_writes_nothing_into_the_state(tmp_pa
     for options in ({}, {"extend": True}):
         make_trainer(tmp_path / "store", train_dataset=rows, **options).train()
     after = store.database.stat()
-    assert store.database.read_bytes() == before and (after.st_ino, after.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns)
+    assert store.database.read_bytes() == before
+    assert (after.st_ino, after.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns)
 
 
 def test_an_imported_state_is_obeyed_by_a_new_store(tmp_path):

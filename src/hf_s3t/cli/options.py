@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,31 +145,34 @@ def digests_not_in(store: S3TStore, file: Path, at_most: float) -> list[str]:
     return sorted(missing)
 
 
-def ids_in(file: Path, column: str) -> list[Any]:
+def ids_in(file: Path, column: str) -> Iterator[Any]:
     """The ids in a column of a dataset's file or folder. In a text file they are texts, whatever they look like."""
     if file.suffix == ".csv" and file.is_file():
         csv.field_size_limit(2**31 - 1)
         with open(file, encoding="utf-8-sig", newline="") as lines:
-            return _column(csv.DictReader(lines), file, column)
-    if file.suffix in (".json", ".jsonl") and file.is_file():
-        text = file.read_text(encoding="utf-8-sig")
-        is_list = text.lstrip().startswith("[")
-        rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
-        return _column(rows, file, column)
-    rows = read_dataset(file)
-    if column not in rows.column_names:
-        raise ValueError(_NO_COLUMN.format(file=file, column=column))
-    return list(rows.with_format(None)[column])
+            yield from _column(csv.DictReader(lines), file, column)
+    elif file.suffix in (".json", ".jsonl") and file.is_file():
+        with open(file, encoding="utf-8-sig") as lines:
+            is_list = lines.read(1 << 16).lstrip().startswith("[")
+            lines.seek(0)
+            rows = json.load(lines) if is_list else (json.loads(line) for line in lines if line.strip())
+            yield from _column(rows, file, column)
+    else:
+        dataset = read_dataset(file)
+        if column not in dataset.column_names:
+            raise ValueError(_NO_COLUMN.format(file=file, column=column))
+        yield from dataset.with_format(None)[column]
 
 
 _NO_COLUMN = "{file} has no column {column!r}, which names the examples of the store."
 
 
-def _column(rows: Iterable[Mapping[str, Any]], file: Path, column: str) -> list[Any]:
-    found = [row.get(column) for row in rows]
-    if None in found:
-        raise ValueError(_NO_COLUMN.format(file=file, column=column) + f" Row {found.index(None)} lacks it.")
-    return found
+def _column(rows: Iterable[Mapping[str, Any]], file: Path, column: str) -> Iterator[Any]:
+    for number, row in enumerate(rows):
+        value = row.get(column)
+        if value is None:
+            raise ValueError(_NO_COLUMN.format(file=file, column=column) + f" Row {number} lacks it.")
+        yield value
 
 
 def read_dataset(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ..store.status import Location, Status
 
 UNKNOWN = "unknown: the state is not here"
+MOST_ROWS = 1_000
+"""Of a table; more take minutes to draw."""
 NONE: Mapping[str, Sequence[str]] = {}
 
 
@@ -74,7 +77,11 @@ def still_serves(unpurged: Mapping[str, Sequence[str]]) -> str:
 
 
 def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
-    """Where ids and groups are."""
+    """Where ids and groups are; of thousands the table has those that are not live, and how many are."""
+    many = len(locations) > MOST_ROWS
+    counts = Counter(location.found for location in locations if not location.looks_like)
+    if many:
+        locations = [location for location in locations if location.found != "live" or location.looks_like][:MOST_ROWS]
     table = Table("asked for", "found", "shard: slice", "live stages that saw it", width=WIDTH, title=path)
     table.title_justify = "left"
     for column in table.columns:
@@ -84,7 +91,10 @@ def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
         like = f" (looks like {shortened(ascii(location.looks_like))})" if location.looks_like else ""
         asked = shortened(ascii(location.asked)) + like if like else shortened(location.asked)
         table.add_row(asked, location.found, places, ", ".join(location.stages))
-    return table
+    if not many:
+        return table
+    told = ", ".join(f"{number:,} {found}" for found, number in sorted(counts.items()))
+    return Group(table, f"{told}. The table has what is not live, at most {MOST_ROWS:,}; --json tells of each.")
 
 
 def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[str]] = NONE) -> RenderableType:

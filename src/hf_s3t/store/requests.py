@@ -111,26 +111,25 @@ def _named_request(folder: StoreFolder, wanted: Sequence[tuple[Any, Kind]], dige
             for value, kind in wanted
             if (found := [text for text, digest in alike.of(kind, value) if digest not in asked])
         }
-        request = _look_up(state, known)
-        fits = places_check(folder, folder.manifest())
-        for digest in request.ids:
-            entry = state.entry(digest)
-            if entry is not None and not fits(digest, entry):  # its own stages would stay
-                raise StateError(
-                    f"The index says that an example lies in (shard, slice) {entry[:2]}, where it does not belong: "
-                    f"{folder.database} is damaged. Nothing was changed. Restore it from a backup (`hf-s3t state "
-                    "import`), or delete whole slices (`slices=[...]`)."
-                )
+        request, entries = _look_up(state, known)
+    fits = places_check(folder, folder.manifest())
+    for digest, entry in entries.items():
+        if not fits(digest, entry):  # its own stages would stay
+            raise StateError(
+                f"The index says that an example lies in (shard, slice) {entry[:2]}, where it does not belong: "
+                f"{folder.database} is damaged. Nothing was changed. Restore it from a backup (`hf-s3t state "
+                "import`), or delete whole slices (`slices=[...]`)."
+            )
     return replace(request, look_alikes=others)
 
 
 def places_check(folder: StoreFolder, manifest: Manifest) -> Callable[[str, Entry], bool]:
-    """Tells of an example whether it lies where it belongs, as far as plan and keyed hash can tell."""
-    num_shards, num_slices = manifest.plan.num_shards, manifest.plan.num_slices
+    """Tells of a digest and its entry whether the example lies where it belongs, as far as plan and key can tell."""
+    size = (manifest.plan.num_shards, manifest.plan.num_slices)
     if manifest.recipe["partition"]["slice_columns"] is None and folder.has_key:
         key = folder.key
-        return lambda digest, entry: entry[:2] == assign(key, entry.group or digest, num_shards, num_slices)
-    return lambda digest, entry: entry.shard < num_shards and entry.slice < num_slices
+        return lambda digest, entry: entry[:2] == assign(key, entry.group or digest, *size)
+    return lambda digest, entry: entry.shard < size[0] and entry.slice < size[1]
 
 
 def _places(slices: Iterable[Place]) -> set[Place]:
@@ -165,8 +164,11 @@ def _slices_request(folder: StoreFolder, hit: set[Place]) -> Request:
     return Request(ids, {}, frozenset(hit & there), len(hit), len(hit - there), (), before)
 
 
-def _look_up(state: StateDatabase, known: Sequence[tuple[Any, str, Kind]]) -> Request:
-    ids: dict[str, tuple[Place, ...]] = {}
+def _look_up(
+    state: StateDatabase, known: Sequence[tuple[Any, str, Kind]]
+) -> tuple[Request, dict[str, Entry]]:
+    """The request, and what the index holds of its examples."""
+    entries: dict[str, Entry] = {}
     groups: dict[str, tuple[Place, ...]] = {}
     unknown: list[Any] = []
     stones: list[Tombstone] = []
@@ -175,13 +177,14 @@ def _look_up(state: StateDatabase, known: Sequence[tuple[Any, str, Kind]]) -> Re
         entry = state.entry(digest) if kind == "id" else None
         members = state.members(digest) if kind == "group" else {}
         if entry is not None:
-            ids[digest] = (entry[:2],)
+            entries[digest] = entry
         elif members:
-            ids.update({member: (found[:2],) for member, found in members.items()})
+            entries |= members
             groups[digest] = tuple(sorted({found[:2] for found in members.values()}))
         elif (stone := state.tombstone(kind, digest)) is not None:
             stones.append(stone)
         else:
             unknown.append(value)
-    places = frozenset(place for found in (*ids.values(), *groups.values()) for place in found)
-    return Request(ids, groups, places, len(distinct), len(stones), tuple(unknown), tuple(stones))
+    ids: dict[str, tuple[Place, ...]] = {digest: (entry[:2],) for digest, entry in entries.items()}
+    places = frozenset(entry[:2] for entry in entries.values())
+    return Request(ids, groups, places, len(distinct), len(stones), tuple(unknown), tuple(stones)), entries

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from ..plan.life import LifeLeft, life_left
@@ -138,16 +139,23 @@ def status_of(store: StoreFolder, prior: Sequence[float] | None) -> Status:
     )
 
 
-def location_of(value: Any, digest: str, kind: Kind, state: StateDatabase, trained: Iterable[Stage]) -> Location:
-    """Where something is, and which of the trained stages saw it."""
+def seen_by(trained: Iterable[Stage]) -> Callable[[tuple[Place, ...]], tuple[str, ...]]:
+    """Tells which of the trained stages saw some places: of thousands of examples there are few."""
+    ordered = sorted(trained)
+    return cache(lambda places: tuple(stage.name for stage in ordered if not stage.slices.isdisjoint(places)))
+
+
+def location_of(
+    value: Any, digest: str, kind: Kind, state: StateDatabase, stages: Callable[[tuple[Place, ...]], tuple[str, ...]]
+) -> Location:
+    """Where something is, and which stages saw it; `stages` is what [`seen_by`] gave."""
     if kind == "id":
         entry = state.entry(digest)
-        places = [entry[:2]] if entry is not None else []
+        places: tuple[Place, ...] = (entry[:2],) if entry is not None else ()
     else:
-        places = sorted({entry[:2] for entry in state.members(digest).values()})
+        places = tuple(sorted({entry[:2] for entry in state.members(digest).values()}))
     if places:
-        stages = tuple(stage.name for stage in sorted(trained) if stage.slices & set(places))
-        return Location(id_text(value), "live", tuple(places), stages)
+        return Location(id_text(value), "live", places, stages(places))
     stone = state.tombstone(kind, digest)
     if stone is not None:
         return Location(id_text(value), "deleted", tuple(sorted(stone.places)), ())

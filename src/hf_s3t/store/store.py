@@ -28,7 +28,7 @@ from .receipts import Receipt, read_receipts
 from .requests import LookAlikes, check_lists, check_reference, resolve
 from .sources import RepoSource
 from .state_care import StateCare
-from .status import Location, Status, location_of, status_of
+from .status import Location, Status, location_of, seen_by, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -82,14 +82,14 @@ class S3TStore(StateCare):
         self.source.look()
         key, manifest = self.key, self.live()
         wanted: list[tuple[Kind, Any]] = [*(("id", value) for value in ids), *(("group", value) for value in groups)]
-        found = []
+        found, stages = [], seen_by(manifest.stages)
         with self.reading() as state:
             alike = LookAlikes(state.has, key)
             for kind, value in wanted:
                 digest = keyed_digest(key, kind, value)
-                found.append(location_of(value, digest, kind, state, manifest.stages))
+                found.append(location_of(value, digest, kind, state, stages))
                 for text, other in alike.of(kind, value):
-                    location = location_of(text, other, kind, state, manifest.stages)
+                    location = location_of(text, other, kind, state, stages)
                     found.append(replace(location, looks_like=id_text(value)))
         return found
 
