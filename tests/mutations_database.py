@@ -32,7 +32,7 @@ DATABASE = (
      (("WHERE shard = ? AND slice = ? ORDER BY digest", "WHERE ? >= 0 AND slice = ? ORDER BY digest"),),
      (KNOWN + "examples_come_in_the_order_of_their_digests_however_many",)),
     (3, "where an example lies is not held against its hash", "store/requests.py",
-     (("            if entry is not None and not fits(digest, entry):", "            if False:"),),
+     (("        if not fits(digest, entry):", "        if False:"),),
      (RESTORED + "an_example_that_does_not_lie_where_it_belongs_is_told_and_nothing_is_deleted",)),
     (3, "an older root adapter that was put back stays", "store/deletion.py",
      (("if isinstance(folder.source, FolderSource) and not folder.has_root_of(manifest):", "if False:"),),

@@ -124,7 +124,7 @@ ON_THE_HUB = (
      (('        store.write_manifest(ours.without(replaced))', '        pass'),),
      (MEET + 'a_disk_that_is_full_in_a_pull_leaves_what_can_be_served',)),
     (6, 'a stage is kept although a deletion came whose tombstones did not', 'training/stage_orders.py',
-     (('        if not store.manifest().log.keys() <= log.keys():', '        if False:'),),
+     (('        if not told.keys() <= {*intents, *log}:', '        if False:'),),
      (ORDERS + 'a_deletion_whose_tombstones_did_not_come_drops_the_stage_and_ends_the_training',)),
     (6, 'a training goes on that does not know a deletion', 'training/stage_orders.py',
      (('        check_generation(store, manifest, state)  # deletions may', '        # deletions may'),),
