@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hmac
 import logging
-import sqlite3
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import StateError, StoreError
@@ -72,12 +72,13 @@ def from_tombstones_json(data: Any, key: bytes) -> StateDatabase:
     try:
         if data["format"] != 2:
             raise ValueError(f"format {data['format']!r:.80}")
-        found.add_log(read_log(data["log"]))
-        for kind, digest, name, shard, slice_id, generation in data["tombstones"]:
-            found.add_tombstone(kind, digest, name, [(shard, slice_id)], generation)
+        with schema.told(Path(TOMBSTONES)):
+            found.add_log(read_log(data["log"]))
+            for kind, digest, name, shard, slice_id, generation in data["tombstones"]:
+                found.add_tombstone(kind, digest, name, [(shard, slice_id)], generation)
         fits = hmac.compare_digest(str(data["hmac"]).encode(), found.tombstones_hmac(key).encode())
-    except (*DAMAGED, sqlite3.Error) as error:
-        raise StateError(f"The tombstones are damaged: {type(error).__name__} {error}.") from None
+    except (*DAMAGED, StateError) as error:
+        raise StateError(f"The tombstones are damaged: {type(error).__name__} {error}") from None
     if not fits:
         raise StateError("The tombstones were not written by somebody who has the partition key.")
     return found
