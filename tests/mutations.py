@@ -176,6 +176,14 @@ MUTATIONS = (
     Mutation(5, "random batches are resumed in the middle", "training/running_stage.py",
              (("if not collates_the_same(", "if False and not collates_the_same("),),
              (CRASH + "a_stage_with_random_batches_starts_again",)),
+    Mutation(6, "the rows of a stage are not held against the index", "training/rows.py",
+             (("[d for d in state.examples_of((stage.shard, slice_id)) if",
+               "[d for d, e in self.entries.items() if (e.shard, e.slice) == (stage.shard, slice_id) and"),),
+             ("training/test_orders.py::test_a_deleted_example_is_none_of_its_stage_any_more",)),
+    Mutation(5, "a deletion that is being carried out drops every stage", "training/stage_orders.py",
+             (("if not told.keys() <= {*intents, *log}:", "if not told.keys() <= log.keys():"),),
+             ("training/test_orders.py::test_a_deletion_that_is_being_carried_out_drops_the_stages_that_it_hits_and_no_"
+              "other",)),
     Mutation(5, "a stage that is hit trains on", "training/running_stage.py",
              (("hit = is_hit(self.store, self.order)", "hit = False"),), (RUNNING,)),
     # 6. tombstones

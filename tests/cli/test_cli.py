@@ -521,6 +521,26 @@ def test_state_goes_out_and_in(store: Path, tmp_path: Path) -> None:
     assert outcomes("locate", store, "--ids", row_ids()[0])[0]["result"][0]["found"] == "deleted"
 
 
+def test_a_backup_does_not_bury_again_what_was_readmitted(store: Path, tmp_path: Path) -> None:
+    """Also where it was deleted with its whole slice, while the state was elsewhere."""
+    name = row_ids()[0]
+    (place,) = S3TStore(store).locate(ids=[name])[0].places
+    (store / ".s3t").rename(tmp_path / "state")
+    run("delete", store, "--slices", f"{place[0]}:{place[1]}")
+    shutil.rmtree(store / ".s3t")
+    (tmp_path / "state").rename(store / ".s3t")
+    with S3TStore(store).reading() as state:
+        digest = keyed_digest(S3TStore(store).key, "id", name)
+        entry = state.entry(digest)
+    assert run("readmit", store, "--ids", name).exit_code == 0
+    with S3TStore(store).changing() as state:  # as a training does that has the row again
+        state.add_examples({digest: entry})
+    run("state", "export", store, tmp_path / "backup")
+    shutil.rmtree(store / ".s3t")
+    assert run("state", "import", store, tmp_path / "backup").exit_code == 0
+    assert S3TStore(store).locate(ids=[name])[0].found == "live"
+
+
 # ---- as a program ----
 
 

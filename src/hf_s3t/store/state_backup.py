@@ -67,7 +67,7 @@ def restore(store: StoreFolder, file: Path) -> None:
 
 def _join(state: StateDatabase, theirs: StateDatabase) -> None:
     """Puts a backup in place; what was recorded here since then stays known, unless it was deleted there."""
-    known = state.log()
+    known = state.log() if state.store is not None else theirs.log()
     join(state, theirs)
     state.take_in(theirs)
     bury_unnamed(state, merged(theirs.log(), state.log()), known)
