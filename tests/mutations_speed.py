@@ -10,12 +10,13 @@ SAME_BITS = T + "where_and_how_much_is_kept_changes_no_bit"
 LEFT = T + "after_delete_no_file_holds_a_state_of_the_example"
 WRITTEN = T + "a_deletion_while_states_are_written_leaves_none_of_them"
 BROKEN = T + "a_broken_file_is_removed"
+STATE_LOST = T + "a_slice_deleted_with_the_state_lost_takes_its_states_along"
 ELSEWHERE = T + "states_of_an_example_that_left_the_index_elsewhere_are_removed"
 BATCHES = T + "a_batch_that_is_not_its_rows_is_refused"
 
 SPEED = (
     (3, "a deletion leaves the states of its slice", "store/activation_blocks.py",
-     (("if name is None or name.place in hit or", "if name is None or"),), (LEFT + LLAMA,)),
+     (("if name is None or name.place in hit or", "if name is None or"),), (STATE_LOST,)),
     (3, "a deletion with the state elsewhere leaves states in the folder", "store/sweep.py",
      (('        privates.add(folder.path / ".s3t")\n', "        pass\n"),),
      (T + "a_deletion_with_the_state_elsewhere_takes_its_states_along",)),
