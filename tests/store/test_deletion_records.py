@@ -12,6 +12,7 @@ import pytest
 import models
 import trained_stores
 from hf_s3t import S3TEnsemble, S3TStore, StateError
+from hf_s3t.store.audit import verify
 from hf_s3t.store.partition import keyed_digest
 from hf_s3t.store.receipts import LIMITS, Receipt, read_receipts
 from stores import edit_database, make_store, tree
@@ -164,6 +165,10 @@ def test_nothing_is_served_past_a_deletion_that_can_not_be_read(tmp_path, change
     assert not any(stage.slices & {*receipt_places(store, "row-2")} for stage in store.manifest().stages)
     with pytest.raises(StateError, match=message):
         store.live()
+    next((store.private / "intents").iterdir()).unlink()  # the way out that the message names
+    with store.writing():
+        pass
+    assert store.live().stages and verify(store).ok
 
 
 def receipt_places(store: S3TStore, name: str) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 Both carry a format number; those from before there was one are of format 1. What is optional has a default, so records
 of older versions are read. Of a newer format nothing is guessed: an intent that cannot be read says that something is
-deleted and not what, so nothing is served, trained or changed until a version reads it that knows it.
+deleted and not what, so nothing is served or trained until a version reads it that knows it. Other deletions go on.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def read_intent(data: Any, path: Path) -> dict[str, Any]:
         }  # fmt: skip
     except DAMAGED as error:
         raise StateError(
-            f"{path} is a deletion that was begun, and cannot be read ({type(error).__name__} {error}). Nothing is "
-            "served, trained or changed until it is: restore it from a backup of the state."
+            f"{path} is a deletion that was begun, and cannot be read ({type(error).__name__} {error}). It is not "
+            "known what is deleted, so nothing is served or trained. Run the request that it was about again, which "
+            "works. Then remove this file."
         ) from None
