@@ -146,7 +146,7 @@ MUTATIONS = (
              (("        set_seed(seed)\n        owned", "        owned"),), (REPAIR + LLAMA,)),
     Mutation(4, "examples are ordered by their place in the dataset", "store/partition.py",
              (("for digest in sorted(by_slice.get(slice_id, ()))", "for digest in by_slice.get(slice_id, ())"),),
-             (ORDER + LLAMA,)),
+             ("training/test_replay.py::test_a_stage_sees_all_of_its_newest_slice_and_a_share_of_the_others",)),
     Mutation(4, "the recipe is not compared", "training/reconcile.py",
              (("check_same(manifest.recipe, wanted.recipe, wanted.accept)", "()"),),
              (ROWS + "a_changed_recipe_trains_nothing",)),

@@ -38,7 +38,7 @@ ON_THE_HUB = (
      (MEET + 'a_row_that_was_deleted_elsewhere_is_not_trained_on',)),
     (6, 'a state that lacks a deletion passes for one that knows it', 'store/database.py',
      (('return manifest.log.keys() <= self.log().keys()', 'return True'),),
-     (NO_STATE,)),
+     ('store/test_deletion.py::test_a_state_that_missed_a_deletion_does_not_pass_for_a_newer_one',)),
     (6, 'stages come back that a deletion elsewhere hit', 'store/sync.py',
      (('    hit = places_beyond(first.log, second.log)\n', '    hit = set()\n'),),
      (MEET + 'what_was_deleted_and_readmitted_before_a_push_is_gone_after_it',)),
