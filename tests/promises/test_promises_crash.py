@@ -59,7 +59,7 @@ def test_every_kind_of_instant_is_drawn(runs):
 @pytest.mark.parametrize("number", range(6))
 def test_a_full_disk_leaves_nothing_half_written(runs, tmp_path, number):
     run, path = runs[PAIRS[number]], tmp_path / "out"
-    category = ("checkpoint", "rename", "manifest", "deletion", "other", "other")[number]
+    category = ("checkpoint", "rename", "manifest", "deletion", "state", "other")[number]
     instant, _ = run.draw(category, 50 + number)
     log = tmp_path / "struck"
     assert train_struck(log, lambda: run.scenario(path), instant, "before", fill_disk) == errno.ENOSPC

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hf_s3t import DatasetError, RecipeError, S3TStore, StoreError
+from hf_s3t import DatasetError, RecipeError, S3TStore, StateError, StoreError
 from hf_s3t.cli.tables import show_status
 from hf_s3t.store.audit import verify
 from hf_s3t.store.manifest import Manifest
@@ -162,6 +162,14 @@ def test_a_stage_that_differs_without_such_a_reason_is_still_broken(world, repai
     rows = world.rows.filter(lambda row: row["id"] != victim(world, 1), keep_in_memory=True)
     check = retrain_and_compare(S3TStore(path), "shard-00/0", lambda to: world.trainer(Path(to), rows, **PLAN | OTHER))
     assert check.outcome == "broken" and "expected the same bytes" in check.broken[0]
+
+
+def test_without_the_state_no_stage_is_trained_again_and_none_is_made(world, repaired, tmp_path):
+    store = S3TStore(shutil.copytree(repaired, tmp_path / "out"))
+    store.database.unlink()
+    with pytest.raises(StateError, match="has no state"):
+        retrain_and_compare(store, "shard-00/0", lambda to: world.trainer(Path(to), **PLAN | OTHER))
+    assert not store.database.exists()
 
 
 # ---- in the manifest, and between machines ----

@@ -8,8 +8,10 @@ from datasets import Dataset, load_from_disk
 import models
 from hf_s3t import S3TStore, StateError
 from hf_s3t.lora.adapter import Adapter
-from hf_s3t.store import deletion
+from hf_s3t.store import deletion, schema
+from hf_s3t.store.database import StateDatabase
 from hf_s3t.store.manifest import NOT_KNOWN, Event
+from hf_s3t.store.partition import Entry
 from hf_s3t.store.sweep import sweep
 from hf_s3t.training.stage_orders import StageDropped, commit, is_hit, next_order
 from stores import edit_database, index_of, statements
@@ -153,3 +155,15 @@ def test_an_imported_state_is_obeyed_by_a_new_store(tmp_path):
     second._open_store()
     assert second.store.locate(ids=[name])[0].found == "deleted" and len(index_of(second.store)) == ROWS - 1
     assert second.store.manifest().log == first.store.manifest().log and second.store.manifest().generation == 1
+
+
+def test_one_example_that_left_the_index_is_missed_among_many():
+    state = StateDatabase(schema.in_memory())
+    state.begin("0" * 32, [(0, 0)])
+    digests = [f"{number:032x}" for number in range(1200)]
+    state.add_examples({digest: Entry(0, 0, None, digest) for digest in digests})
+    assert state.has_all([*digests, *digests[:3]]) and state.has_all([])
+    for gone in (digests[0], digests[700], digests[-1]):
+        state.remove_examples([gone])
+        assert not state.has_all(digests) and state.has_all({*digests} - {gone})
+        state.add_examples({gone: Entry(0, 0, None, gone)})
