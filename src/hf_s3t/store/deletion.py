@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import StoreError, UnfinishedDeletionError, UnknownExampleError
+from ..errors import StateError, StoreError, UnfinishedDeletionError, UnknownExampleError
 from ..files import json_bytes, remove, utc_now
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from .agreement import check_agreement
@@ -91,11 +91,11 @@ def delete(
 def _to_its_end(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     try:
         return carry_out(folder, intent)
-    except OSError as error:
+    except (OSError, StateError) as error:
         raise _unfinished(intent, error) from error
 
 
-def _unfinished(intent: Mapping[str, Any], error: OSError) -> UnfinishedDeletionError:
+def _unfinished(intent: Mapping[str, Any], error: Exception) -> UnfinishedDeletionError:
     served = " What it is about is not served any more, but is still on the disk, in whole or in part."
     return UnfinishedDeletionError(
         f"{intent['receipt']['receipt']} was begun and is not finished: {error}."
