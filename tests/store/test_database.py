@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 import pytest
 
 from hf_s3t import StateError, StoreLockedError
+from hf_s3t.errors import CompatibilityError
 from hf_s3t.files import json_bytes
 from hf_s3t.store import schema
 from hf_s3t.store.database import StateDatabase
@@ -232,6 +233,13 @@ def test_a_database_that_another_process_writes_is_waited_for(store, monkeypatch
     with held(store), pytest.raises(StoreLockedError, match="was in use for 0.1 seconds"):
         store.locate(ids=["row-1"])
     assert store.locate(ids=["row-1"])[0].found == "live"
+
+
+def test_a_library_that_is_too_old_is_told(store, monkeypatch):
+    monkeypatch.setattr("sqlite3.sqlite_version_info", (3, 34, 1))
+    monkeypatch.setattr("sqlite3.sqlite_version", "3.34.1")
+    with pytest.raises(CompatibilityError, match=r"has SQLite 3.34.1; the state of a store needs 3.37 or later"):
+        store.locate(ids=["row-1"])
 
 
 def test_what_fails_in_a_transaction_changes_nothing(store):

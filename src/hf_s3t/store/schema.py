@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from ..errors import StateError, StoreLockedError
+from ..errors import CompatibilityError, StateError, StoreLockedError
 from ..files import PRIVATE, sync_folder
 
 DATABASE = "state.sqlite"
@@ -44,6 +44,8 @@ APPLICATION = 0x53335421
 SECONDS = 60.0
 """How long one process waits while another one writes: as long as a commit takes."""
 CACHE_KIB = 131072
+OLDEST = (3, 37)
+"""Version of SQLite that knows strict tables. Python is built with one, or takes the system's."""
 
 TABLES = """
 CREATE TABLE about (
@@ -244,6 +246,11 @@ def beside_of(path: Path) -> list[Path]:
 @contextmanager
 def told(path: Path) -> Iterator[None]:
     """Says of each error of SQLite what is to be done; where it is the disk's, it is an `OSError`."""
+    if sqlite3.sqlite_version_info < OLDEST:
+        raise CompatibilityError(
+            f"This Python has SQLite {sqlite3.sqlite_version}; the state of a store needs {OLDEST[0]}.{OLDEST[1]} or "
+            "later. Use a Python that is built with a newer one."
+        )
     try:
         yield
     except sqlite3.Error as error:
