@@ -344,14 +344,17 @@ def test_this_machines_caches_forget_the_removed_weights(new_case: Any, tmp_path
 
     case.machine(fill, name=NAME)
     cache = case.machine.home / "hub"
-    ours, fork = cache / "models--owner--model", cache / "models--owner--fork"  # with commits of the same names
-    shutil.copytree(ours, fork, ignore=shutil.ignore_patterns("*.safetensors", "blobs", "trees"))
+    forks = [cache / f"models--owner--fork{number}" for number in range(8)]  # with commits of the same names
+    for fork in forks:
+        other = shutil.ignore_patterns("*.safetensors", "blobs", "trees")
+        shutil.copytree(cache / "models--owner--model", fork, ignore=other)
     weights = [case.pushed / path for path in case.oids()]
     weights = [path.read_bytes() for path in weights if path.exists()]
     assert len(weights) == 3 and all(content in contents() for content in weights)
     report = case.purge()
     assert not any(content in contents() for content in weights) and b"half of a removed file" not in contents()
-    assert list(fork.rglob("*gitattributes")), "a fork's cache stays"
+    kept = [len(list(fork.rglob("*gitattributes"))) for fork in forks]
+    assert kept == [1] * len(forks), "the cache of a fork stays"
     assert list((cache / "models--owner--other").rglob("*gitattributes")), "another repository's cache stays"
     assert not list((cache / "models--owner--model").glob("trees/*"))
     assert [path.parent.name for path in (case.machine.home / "xet").rglob("file")] == ["staging"]
