@@ -197,9 +197,16 @@ def no_logging_dir(monkeypatch):
     trainer.send_tensorboard(callback, "runs")
 
 
+def no_shutdown(monkeypatch):
+    loader, own = SimpleNamespace(_iterator=object()), trainer.TrainerSeam.end_workers
+    handler = SimpleNamespace(train_dataloader=loader, eval_dataloader=None)
+    own(SimpleNamespace(callback_handler=handler))
+
+
 @pytest.mark.parametrize(
     "take_away, lost",
     [
+        (no_shutdown, "five seconds for each"),
         (no_call_event, "`stage` in the arguments of callbacks"),
         (no_trackers, "one run for trackers"),
         (no_logging_dir, "tensorboard beside the store"),

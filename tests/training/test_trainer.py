@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,24 @@ def test_workers_load_the_rows_of_a_stage_and_are_part_of_the_recipe(tmp_path: P
     assert set(records_of(trainer.store)) == {FIRST, SECOND}
     with pytest.raises(RecipeError, match="dataloader_num_workers: the store has 2, this run 0"):
         make_trainer(tmp_path, args={"max_steps": 2}).train()
+
+
+class Interrupt(TrainerCallback):
+    """Whoever trains presses control and C."""
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_no_worker_outlives_a_training_that_is_interrupted(tmp_path: Path) -> None:
+    """Nobody else ends them at once, as the Trainer and its loaders refer to one another."""
+    args = {"dataloader_num_workers": 1, "eval_strategy": "epoch"}
+    trainer = make_trainer(tmp_path, args=args, eval_dataset=models.llama_rows(8, seed=1), callbacks=[Interrupt()])
+    before = {child.pid for child in multiprocessing.active_children()}
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert {child.pid for child in multiprocessing.active_children()} <= before
+    assert trainer.callback_handler.train_dataloader.num_workers == 1
 
 
 @pytest.mark.slow

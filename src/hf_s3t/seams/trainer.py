@@ -130,6 +130,18 @@ class TrainerSeam(TrainerBase):
         self._fresh = getattr(self, "_fresh", None) or Pristine()
         self._fresh.restore(self.accelerator, self.callback_handler.callbacks)
 
+    def end_workers(self) -> None:
+        """Ends the processes that load rows. Left to the garbage collector, each of them is waited for in vain."""
+        handler = self.callback_handler
+        loaders = [handler.train_dataloader, handler.eval_dataloader, *getattr(self, "_eval_dataloaders", {}).values()]
+        for loader in loaders:
+            iterator = getattr(loader, "_iterator", None)  # of a loader whose workers outlive an epoch
+            if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
+                loader._iterator = None
+            elif iterator is not None:
+                lost("workers", f"{type(iterator).__name__} has no `_shutdown_workers`")
+
 
 def with_state(callbacks: Sequence[Any]) -> list[Any]:
     """Callbacks that say of themselves what they were made with and how far they are: early stopping, for one."""

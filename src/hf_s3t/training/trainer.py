@@ -187,6 +187,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
                 outputs = self._train_missing(resume_from_checkpoint is not False, ignore_keys_for_eval)
             finally:
                 self.trunk_cache.close()
+                self.end_workers()
             self._on_main(self._close_store)
         self.callback_handler.end_run(self.args, self.state, self.control)
         self.progress.close()
