@@ -14,6 +14,7 @@ import sys
 import typing
 
 from .errors import (
+    AnswerCutOffError,
     CompatibilityError,
     DatasetError,
     IsolationError,
@@ -39,6 +40,7 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AnswerCutOffError",
     "CompatibilityError",
     "DatasetError",
     "IsolationError",

@@ -63,5 +63,9 @@ class CompatibilityError(S3TError):
     """Another library, in the version that is installed, is not as this one needs it to keep a promise."""
 
 
+class AnswerCutOffError(S3TError):
+    """An answer that began before a deletion went on for longer than old answers may."""
+
+
 class UnknownExampleError(S3TError):
     """A request names ids, groups or rows that the store does not know; nothing was changed."""

@@ -129,16 +129,17 @@ def test_a_deletion_reaches_a_model_that_was_cast_meanwhile(store: S3TStore) -> 
     ensemble.double()
     ensemble.delete(slices=[(0, 1), (1, 0), (1, 2)])
     assert ensemble.members == ["shard-00", "shard-02"]
-    for name, value in ensemble.named_parameters():
-        if ".lora_" in name:
-            ranks = value if ".lora_A." in name else value.T
-            live = 4 if ".shard-00." in name else 0 if ".shard-01." in name else 6
+    held = {slot.number: 4 if shard == 0 else 6 for shard, slot in ensemble._state.held.items()}
+    for number in range(ensemble._stack.slots):
+        for name, value in ensemble._stack.tensors(number).items():
+            ranks, live = value if ".lora_A." in name else value.T, held.get(number, 0)
+            assert value.dtype == torch.float64
             assert [bool(row.any()) for row in ranks] == [True] * live + [False] * (6 - live), name
 
 
 def test_a_repaired_stage_replaces_its_own_ranks_alone(store: S3TStore) -> None:
     ensemble = load(store, SHAPE)
-    slot, manifest = ensemble._slots[1], store.manifest()
+    slot, manifest = ensemble._state.held[1], store.manifest()
     change = slot.plan(store, manifest, Stage(1, (0, 1)).path)
     assert not change.tensors  # what is left is in the slot already
     change = slot.plan(store, manifest, Stage(1, (2, 0)).path)

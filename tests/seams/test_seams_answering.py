@@ -6,17 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft.tuners.lora import Linear
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput, ModelOutput
 from transformers.pipelines import base as pipelines
 
 import models
 from hf_s3t import CompatibilityError, S3TEnsemble
-from hf_s3t.seams import TABLE, answering
-from hf_s3t.serving import member_rows
+from hf_s3t.seams import answering
 from hf_s3t.trunk.trunk import Trunk
-from served import ROUNDING, SHAPES, inputs_of, load, mean_probability, trained
+from served import SHAPES, inputs_of, load, mean_probability, trained
 from served import members as by_hand
 from trainers import logits
 
@@ -27,37 +25,6 @@ def expected(shape: str = "llama") -> torch.Tensor:
 
 def answer_of(ensemble: S3TEnsemble, shape: str = "llama") -> torch.Tensor:
     return logits(ensemble, inputs_of(shape))
-
-
-def test_lora_that_is_computed_otherwise_costs_speed_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def other(*args: Any) -> torch.Tensor:
-        raise AttributeError("lora_A")
-
-    monkeypatch.setattr(member_rows, "lora_by_views", other)
-    ensembles = [load(trained("llama"), "llama") for _ in range(2)]
-    for ensemble in ensembles:
-        torch.testing.assert_close(answer_of(ensemble), expected(), **ROUNDING)
-    assert caplog.text.count(TABLE["lora_by_views"].depends) == 1
-    assert "in turn" not in caplog.text
-
-
-def test_without_an_adapter_per_row_members_answer_in_turn(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    forward = Linear.forward
-
-    def older(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if "adapter_names" in kwargs:
-            raise TypeError("unexpected keyword argument 'adapter_names'")
-        return forward(self, x, *args, **kwargs)
-
-    monkeypatch.setattr(Linear, "forward", older)
-    plain = lambda rows, module, forward, x, **given: forward(x, **given)  # noqa: E731
-    monkeypatch.setattr(member_rows.MemberRows, "_by_views", plain)
-    torch.testing.assert_close(answer_of(load(trained("llama"), "llama")), expected(), **ROUNDING)
-    assert caplog.text.count("answer in turn") == 1
 
 
 def test_outputs_without_logits_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import models
-from hf_s3t import S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError
+from hf_s3t import AnswerCutOffError, S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError
 from hf_s3t.errors import UnfinishedDeletionError
 from hf_s3t.lora.adapter import Adapter
 from hf_s3t.seams.answering import caches_in
@@ -64,20 +64,21 @@ def modules(ensemble: S3TEnsemble) -> dict[str, int]:
 
 
 def tensors_of(ensemble: S3TEnsemble, shard: int) -> dict[str, torch.Tensor]:
-    """A member's tensors, named as in an adapter file."""
-    name = f".shard-{shard:02d}."
-    return {
-        key.removeprefix("model.").replace(".modules_to_save" + name, ".").replace(name, "."): value
-        for key, value in ensemble.named_parameters()
-        if name in key
-    }
+    """A member's tensors, named as in an adapter file; of a shard that does not answer, those of all spare slots."""
+    slot = ensemble._state.held.get(shard)
+    if slot is not None:
+        return ensemble._stack.tensors(slot.number)
+    used = {slot.number for slot in ensemble._state.held.values()}
+    spare = [number for number in range(ensemble._stack.slots) if number not in used]
+    return {f"{number} {name}": value for number in spare for name, value in ensemble._stack.tensors(number).items()}
 
 
 def assert_served(ensemble: S3TEnsemble, store: S3TStore) -> None:
-    """Every member's tensors are those of the store's served prefix, and zero where it has none."""
+    """Every member's tensors are those of the store's served prefix, and zero beyond it; so are spare slots."""
     served = store.served()
     assert ensemble.members == [f"shard-{shard:02d}" for shard in sorted(served)]
-    for shard in range(3):
+    assert ensemble.drained(LONG)
+    for shard in [*served, -1]:
         expected = store.assemble(shard, served[shard]).tensors if shard in served else {}
         found = tensors_of(ensemble, shard)
         assert found and set(expected) <= set(found)
@@ -169,15 +170,20 @@ def test_generation_forgets_too(store: S3TStore, ensemble: S3TEnsemble) -> None:
         assert not torch.equal(after, before)
 
 
-def test_refreshing_moves_the_trunk_up_and_no_bit(store: S3TStore, ensemble: S3TEnsemble) -> None:
-    rows: list[int] = []
-    layer = ensemble.model.get_base_model().model.layers[3]
-    layer.register_forward_hook(lambda module, args, output: rows.append(len(output)))
-    ensemble.delete(slices=[(0, 1), (1, 1), (2, 1)])  # two groups of each: layers 2 and 3 are zero
-    answer = logits(ensemble, inputs_of("llama"))
-    assert ensemble.refresh() is False  # the store has not changed
-    assert torch.equal(logits(ensemble, inputs_of("llama")), answer)
-    assert rows == [18, 6]
+def test_neither_a_deletion_nor_a_refresh_moves_the_trunk_up(store: S3TStore, ensemble: S3TEnsemble) -> None:
+    """Whatever was compiled for the layers stays as it is; a model that is loaded anew shares more of them."""
+    fresh = []
+    for model in (ensemble, None):
+        if model is not None:
+            model.delete(slices=[(0, 1), (1, 1), (2, 1)])  # two groups of each: layers 2 and 3 are zero
+            model.refresh()
+        model = model or load(store, "llama")
+        rows: list[int] = []
+        layer = model.model.model.layers[3]
+        layer.register_forward_hook(lambda module, args, output, rows=rows: rows.append(len(output)))
+        fresh.append((logits(model, inputs_of("llama")), rows))
+    assert torch.equal(fresh[0][0], fresh[1][0])
+    assert [rows for _, rows in fresh] == [[18], [6]]
 
 
 # What it leaves alone
@@ -272,9 +278,8 @@ def count_frames(function: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
     return result, dict(counters["stats"])
 
 
-@pytest.mark.parametrize(("shape", "whole"), [("llama", True), ("bert", False)])
-@pytest.mark.slow
-def test_a_deletion_does_not_recompile(shape: str, whole: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
+def test_a_pass_is_one_graph_and_a_deletion_does_not_recompile(shape: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     store, inputs = copy(shape, tmp_path), inputs_of(shape)
     ensemble = load(store, shape)
@@ -287,17 +292,44 @@ def test_a_deletion_does_not_recompile(shape: str, whole: bool, tmp_path: Path) 
 
         return run
 
-    compiled = torch.compile(ensemble if whole else ensemble.model, backend=backend)
+    compiled = torch.compile(ensemble, fullgraph=True, backend=backend)
     first, frames = count_frames(lambda: logits(compiled, inputs))
     torch.testing.assert_close(first, logits(ensemble, inputs), **ROUNDING)
-    graphs = len(runs)
-    assert frames["unique_graphs"] == graphs > 0
-    ensemble.delete(slices=[(0, 1), (1, 2), (2, 0)])  # every shard is alive
+    assert frames["unique_graphs"] == len(runs) == 1
+    changes = [lambda: ensemble.delete(slices=[(0, 1), (1, 2), (2, 0)]), lambda: store.delete(slices=[(1, 1)])]
+    for number, change in enumerate(changes):  # every shard stays alive
+        change()
+        ensemble.refresh()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            second, frames = count_frames(lambda: logits(compiled, inputs))
+        assert len(runs) == 2 + number and not frames
+        torch.testing.assert_close(second, logits(load(store, shape), inputs), **ROUNDING)
+        assert (second - first).abs().max() > 1e-2
+        first = second
+    torch._dynamo.reset()
+
+
+def test_a_step_of_generation_is_one_graph(store: S3TStore, ensemble: S3TEnsemble) -> None:
+    torch._dynamo.reset()
+    tokens = inputs_of("llama")["input_ids"]
+
+    @torch.no_grad()
+    def steps(step: Any) -> torch.Tensor:
+        cache = ensemble._members.new_cache(ensemble._state.serving, 16)
+        ensemble(tokens[:, :6], **cache)
+        return torch.cat([step(tokens[:, place : place + 1], **cache).logits for place in range(6, 9)], dim=1)
+
+    compiled = torch.compile(ensemble, fullgraph=True, backend="aot_eager")
+    found, frames = count_frames(lambda: steps(compiled))
+    assert frames["unique_graphs"] == 1
+    ensemble.delete(slices=[(0, 1), (1, 2)])
     with torch.compiler.set_stance("fail_on_recompile"):
-        second, frames = count_frames(lambda: logits(compiled, inputs))
-    assert len(runs) == 2 * graphs and not frames
-    torch.testing.assert_close(second, logits(load(store, shape), inputs), **ROUNDING)
-    assert (second - first).abs().max() > 1e-2
+        later = steps(compiled)
+    ensemble.refresh()
+    for answer, model in ((later, ensemble), (later, load(store, "llama"))):
+        with torch.no_grad():
+            torch.testing.assert_close(answer, model(tokens).logits[:, 6:9], **ROUNDING)
+    assert (found - later).abs().max() > 1e-2
     torch._dynamo.reset()
 
 
@@ -465,7 +497,7 @@ def test_what_can_not_be_read_is_no_reason_to_serve_on(store: S3TStore, ensemble
 def test_an_interrupted_change_leaves_nothing_that_is_not_live(
     store: S3TStore, ensemble: S3TEnsemble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(slot: Slot, change: Any) -> None:
+    def interrupted(slot: Slot, change: Any, source: Slot) -> None:
         raise KeyboardInterrupt
 
     store.delete(slices=[(0, 1), (2, 2)])
@@ -580,7 +612,7 @@ def test_an_offloaded_base_is_refused(store: S3TStore, tmp_path: Path) -> None:
 def test_a_copy_is_the_stores_to_make(ensemble: S3TEnsemble, tmp_path: Path) -> None:
     with pytest.raises(S3TError, match=r"store.export\(path\)"):
         ensemble.save_pretrained(tmp_path / "copy")
-    for name in ("push_to_hub", "merge_and_unload", "disable_adapter_layers", "set_adapter", "add_adapter", "unload"):
+    for name in ("push_to_hub", "set_adapter", "add_adapter", "load_adapter", "disable_adapters", "resize_token_embeddings"):
         assert not hasattr(ensemble, name)
         with pytest.raises(AttributeError, match=f"no `{name}`.*act past what deletions know of"):
             getattr(ensemble, name)
@@ -621,31 +653,81 @@ class Pause(LogitsProcessor):
         return scores
 
 
-def test_a_deletion_waits_for_an_answer_and_later_answers_for_it(
-    store: S3TStore, ensemble: S3TEnsemble, threads: Callable[..., Future[Any]]
+SLICES = [(0, 0), (1, 1), (2, 0), (2, 2)]
+"""A deletion that changes all three shards."""
+
+
+@pytest.fixture
+def fresh(store: S3TStore, tmp_path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is generated, and the logits, once `SLICES` are deleted."""
+    other = S3TStore(shutil.copytree(store.path, tmp_path / "deleted"))
+    other.delete(slices=SLICES)
+    model = load(other, "llama")
+    return model.generate(**prompts(), **GENERATION), logits(model, inputs_of("llama"))
+
+
+def test_neither_a_deletion_nor_a_new_answer_waits_for_an_old_answer(
+    store: S3TStore, ensemble: S3TEnsemble, threads: Callable[..., Future[Any]], fresh: Any
 ) -> None:
-    slices = [(0, 0), (1, 1), (2, 0), (2, 2)]
     before = ensemble.generate(**prompts(), **GENERATION)
     pause = Pause()
     running = threads(ensemble.generate, **prompts(), logits_processor=[pause], **GENERATION)
     assert pause.reached.wait(LONG)
-    change = threads(ensemble.delete, slices=slices)
-    while not ensemble._gate._changes:  # until it waits
+    assert ensemble.delete(slices=SLICES).status == "inactive"
+    assert ensemble.generation == 1 and ensemble.members == ["shard-00", "shard-01"]
+    assert store.served() == {0: (2,), 1: (2, 0)}
+    assert not torch.equal(fresh[0], before)
+    assert torch.equal(threads(ensemble.generate, **prompts(), **GENERATION).result(LONG), fresh[0])
+    torch.testing.assert_close(threads(logits, ensemble, inputs_of("llama")).result(LONG), fresh[1], **ROUNDING)
+    assert not running.done() and not ensemble.drained(0.01)
+    pause.go.set()
+    assert torch.equal(running.result(LONG), before)  # wholly before, although most of it was computed after
+    assert ensemble.drained(LONG)
+    assert_served(ensemble, store)
+
+
+def test_a_deletion_that_finds_too_few_spare_slots_waits_and_new_answers_for_it(
+    store: S3TStore, threads: Callable[..., Future[Any]], fresh: Any
+) -> None:
+    ensemble, pause = load(store, "llama", spare_slots=1), Pause()
+    before = ensemble.generate(**prompts(), **GENERATION)
+    running = threads(ensemble.generate, **prompts(), logits_processor=[pause], **GENERATION)
+    assert pause.reached.wait(LONG)
+    change = threads(ensemble.delete, slices=SLICES)
+    while not ensemble._answers._closed:
         assert not change.done()
         threading.Event().wait(0.001)
     assert store.served() == {0: (2,), 1: (2, 0)}  # on record at once
-    late = [threads(ensemble.generate, **prompts(), **GENERATION), threads(logits, ensemble, inputs_of("llama"))]
+    late = threads(ensemble.generate, **prompts(), **GENERATION)
     with pytest.raises(TimeoutError):
-        late[0].result(0.1)
-    assert not late[1].done() and not change.done() and ensemble.generation == 0
+        late.result(0.1)
+    assert not change.done() and ensemble.generation == 0
     pause.go.set()
-    assert torch.equal(running.result(LONG), before)  # wholly before, although most of it was computed after
+    assert torch.equal(running.result(LONG), before)
     assert change.result(LONG).status == "inactive"
-    fresh = load(store, "llama")
-    after = fresh.generate(**prompts(), **GENERATION)
-    assert not torch.equal(after, before)
-    assert torch.equal(late[0].result(LONG), after)
-    torch.testing.assert_close(late[1].result(LONG), logits(fresh, inputs_of("llama")), **ROUNDING)
+    assert torch.equal(late.result(LONG), fresh[0])
+    assert_served(ensemble, store)
+
+
+def test_an_old_answer_is_cut_off_if_somebody_said_so(
+    store: S3TStore, threads: Callable[..., Future[Any]], fresh: Any
+) -> None:
+    ensemble, pause = load(store, "llama", old_answers_seconds=0.0), Pause()
+    running = threads(ensemble.generate, **prompts(), logits_processor=[pause], **GENERATION)
+    assert pause.reached.wait(LONG)
+    ensemble.delete(slices=SLICES)
+    pause.go.set()
+    with pytest.raises(AnswerCutOffError, match="has forgotten examples since this answer began"):
+        running.result(LONG)
+    assert ensemble.drained(LONG)
+    assert_served(ensemble, store)
+    assert torch.equal(ensemble.generate(**prompts(), **GENERATION), fresh[0])
+
+
+def test_spare_slots_are_at_least_one(store: S3TStore) -> None:
+    with pytest.raises(ValueError, match="`spare_slots` must be at least 1, got 0"):
+        load(store, "llama", spare_slots=0)
+    assert load(store, "llama", spare_slots=1)._stack.slots == 4 and load(store, "llama")._stack.slots == 6
 
 
 def test_deletions_of_several_threads_all_land(

@@ -6,7 +6,7 @@ What can be found out by trying is not here: see `Members.look` in `serving/memb
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,6 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import broken, lost, seam
-
-BASE = "__base__"
-"""Among PEFT's `adapter_names`: a row that is answered without an adapter."""
 
 FUSED_HEAD = "fused_lm_head"
 """The argument by which TRL's SFTTrainer asks for values per token instead of logits, since 1.16."""
@@ -48,22 +45,6 @@ def caches_in(values: Mapping[str, Any]) -> dict[str, Any]:
 def first_argument(forward: Callable[..., Any]) -> str:
     """Name of the argument by which a layer's forward takes its hidden states, where not by position."""
     return next(iter(inspect.signature(forward).parameters))
-
-
-def lora_by_views(module: Any, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """What a linear layer of PEFT's gives for `x`, `(members x rows, ..., in)`; without names, the base layer alone.
-
-    PEFT gathers and scatters the rows by index, which costs up to a third of a forward pass. Views have the same bits.
-    """
-    result = module.base_layer(x)
-    rows = len(x) // max(len(names), 1)
-    for turn, name in enumerate(names):
-        if name in module.lora_A:
-            own = slice(turn * rows, (turn + 1) * rows)
-            lora_a, lora_b = module.lora_A[name], module.lora_B[name]
-            update = lora_b(lora_a(module.lora_dropout[name](x[own].to(lora_a.weight.dtype))))
-            result[own] += (update * module.scaling[name]).to(result.dtype)
-    return result
 
 
 def taken_labels(kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:

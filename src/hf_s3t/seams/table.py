@@ -90,8 +90,6 @@ TABLE: dict[str, Seam] = {
         "`get_reporting_integration_callbacks` and `TensorBoardCallback.logging_dir`",
         "trackers see one run, and tensorboard writes beside the store"),
     # ---- answering ----
-    "lora_by_views": Seam("peft", "speed: up to a third of a forward pass", "the parts of LoRA's `Linear`",
-        "rows of one member lie together, and PEFT gathers and scatters them one by one"),
     "models_loss": Seam("transformers", "the served model's evaluation", "`loss_function` of models",
         "the loss of an ensemble follows from its averaged logits"),
     "logits": Seam("transformers", "answers of several members", "the names of outputs, `logits` and `..._logits`",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, LoraModel, PeftModel, PeftType, get_peft_model_state_dict
@@ -126,10 +126,35 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {key: value for key, value in model.named_parameters() if f".{name}." in f"{key}."}
 
 
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of one adapter, by their names in its file."""
-    found: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {_as_stored(key, name): value for key, value in found.items() if f".{name}." in f"{key}."}
+class LoraOf(NamedTuple):
+    """What an adapter has in one module: A of shape `(rank, in)`, B `(out, rank)`, and the factor of their product."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+class Mounted(NamedTuple):
+    """What PEFT has made of one module of a base model."""
+
+    module: nn.Module  # the base model's own
+    lora: dict[str, LoraOf] | None  # by the adapter's name; `None`: a head
+    heads: dict[str, nn.Module]
+
+
+def mounted_adapters(base: nn.Module, names: Collection[str]) -> dict[str, Mounted]:
+    """What some adapters have in a base model, by the path of each module that PEFT has replaced."""
+    found = {}
+    with seam("peft_names"):
+        for path, module in base.named_modules():
+            if isinstance(module, LoraLayer):
+                here = {name: (module.lora_A[name], module.lora_B[name]) for name in names if name in module.lora_A}
+                lora = {name: LoraOf(a.weight, b.weight, module.scaling[name]) for name, (a, b) in here.items()}
+                found[path] = Mounted(module.get_base_layer(), lora, {})
+            elif isinstance(module, ModulesToSaveWrapper):
+                heads = {name: module.modules_to_save[name] for name in names if name in module.modules_to_save}
+                found[path] = Mounted(module.original_module, None, heads)
+    return found
 
 
 def _as_stored(key: str, name: str) -> str:

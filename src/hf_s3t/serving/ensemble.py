@@ -1,7 +1,7 @@
 """`S3TEnsemble`: the served model in memory, which forgets while it answers.
 
-It holds the base model once and one slot per shard, allocated at full depth (`slots.py`). A deletion, or a store that
-somebody else changed, overwrites the slots between two answers (`gate.py`).
+It holds the base model once, a slot per shard and spare ones, allocated at full depth (`slots.py`). A deletion, or a
+store that somebody else changed, writes into spare slots, on which new answers begin (`answers.py`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from peft import PeftModel
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
@@ -23,11 +26,12 @@ from ..seams.answering import caches_in, introduce_to_pipelines
 from ..store.manifest import Manifest
 from ..store.receipts import Receipt
 from ..store.store import S3TStore
+from .answers import Answers
 from .averages import Combine
-from .gate import Gate
-from .loading import base_of, member_name, opened, take_out, with_slots
-from .members import Members
+from .loading import base_of, member_name, opened, stacked
+from .members import Members, Serving
 from .slots import Change, Slot
+from .stack import Stack
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +43,21 @@ LOOKING = ("_", "can_", "create_extended_", "get_", "is_", "num_", "prepare_inpu
 """How the methods of a model begin that change nothing in it. The private ones are for those who know what they do."""
 
 
+@dataclass(frozen=True)
+class State:
+    """What an answer is computed with, from its beginning to its end."""
+
+    generation: int
+    names: tuple[str, ...]  # of the members
+    serving: Serving
+    held: Mapping[int, Slot] = field(default_factory=dict)  # by shard
+
+
 class S3TEnsemble(nn.Module):
     """Answers with the average of its members, the served prefixes of a store's live shards.
 
     Any number of threads may call it and `generate` while another deletes or refreshes: an answer is computed wholly
-    before a change or wholly after it.
+    before a change or wholly after it, and does not wait for it.
 
     Args:
         model ([`~peft.PeftModel`] or `PreTrainedModel`): holds one loaded adapter per member.
@@ -63,15 +77,28 @@ class S3TEnsemble(nn.Module):
 
     def __init__(self, model: nn.Module, members: Mapping[str, int], combine: Combine = "probabilities"):
         super().__init__()
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        stack = Stack.of_adapters(base, list(members)) if members else Stack(base, {}, 0)
+        self._begin(model, stack, combine)
+        slots = torch.arange(len(members), device=base.device)
+        serving = Serving(slots, min(members.values(), default=0))
+        with self._answers.changing(len(members)):
+            self._answers.replace(State(0, tuple(members), serving), set(slots.tolist()))
+
+    def _begin(self, model: Any, stack: Stack, combine: Combine, seconds: float | None = None) -> None:
+        """What an ensemble is made of, with no member yet."""
         self.model: Any = model
-        self.generation = 0
-        self._members = Members(model, combine)
-        self._gate = Gate()
+        self._stack = stack
+        self._slots: dict[int, Slot] = {}  # by number
+        nobody = State(0, (), Serving(torch.zeros(0, dtype=torch.long, device=stack.base.device)))
+        self._answers = Answers(nobody, stack.slots, self._clear, seconds)
+        self._members = Members(stack, combine, lambda: self._state.serving)
         self._following = threading.Lock()
-        self._slots: dict[int, Slot] = {}  # by shard
         self._store: S3TStore | None = None
+        self._shards = 0
         self._marks: Any = None
-        self._members.serve(list(members), min(members.values(), default=0))
+        self.register_forward_pre_hook(_begin_pass, with_kwargs=True)
+        self.register_forward_hook(_end_pass, always_call=True)
 
     @classmethod
     def from_pretrained(
@@ -84,6 +111,8 @@ class S3TEnsemble(nn.Module):
         state: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         token: str | None = None,
+        spare_slots: int | None = None,
+        old_answers_seconds: float | None = None,
         **kwargs: Any,
     ) -> S3TEnsemble:
         """Loads the base model once, and prefixes of a store onto it.
@@ -97,31 +126,39 @@ class S3TEnsemble(nn.Module):
             key, state, revision, token (*optional*): how the store is opened, see [`S3TStore`]; a revision and a token
                 are those of its repository. The base is loaded at the revision that the store names, with the token
                 that is logged in.
+            spare_slots (`int`, *optional*): room for prefixes that take over, at least 1. A change of as many shards
+                keeps no answer waiting, whatever runs. `None`: as many as there are shards.
+            old_answers_seconds (`float`, *optional*): how long an answer may go on that began before a deletion; then
+                it ends with an [`AnswerCutOffError`]. `None`: to its end.
             kwargs: for the base model's `from_pretrained`: `dtype`, `device_map`, `quantization_config` and so on.
 
         Raises:
             ValueError: the store was opened already, or is a folder, and arguments say how to open a repository.
             StoreError: the store does not say which base it needs, its files are damaged, or the base is another one.
         """
+        if spare_slots is not None and spare_slots < 1:
+            raise ValueError(f"`spare_slots` must be at least 1, got {spare_slots}.")
         store = opened(folder, key=key, state=state, revision=revision, token=token)
         manifest = store.live()
-        names = [member_name(shard) for shard in range(manifest.plan.num_shards)]
-        model = with_slots(base_of(store, base_model, kwargs), manifest, names)
-        ensemble = cls(model, {}, combine)
-        stored = manifest.recipe["config"]
+        shards, stored = manifest.plan.num_shards, manifest.recipe["config"]
+        base = base_of(store, base_model, kwargs)
+        stack = stacked(base, manifest, shards + (shards if spare_slots is None else spare_slots))
+        ensemble = cls.__new__(cls)
+        nn.Module.__init__(ensemble)
+        ensemble._begin(base, stack, combine, old_answers_seconds)
         rank = stored["r"] if stored.get("stage_parameters") == "rank_group" else None
-        ensemble._slots = {shard: Slot.of(model, name, rank) for shard, name in enumerate(names)}
+        ensemble._slots = {number: Slot(stack, number, rank) for number in range(stack.slots)}
         for slot in ensemble._slots.values():
             slot.clear()
-        ensemble._store = store
+        ensemble._store, ensemble._shards = store, shards
         introduce_to_pipelines(cls.__name__)
         try:
             ensemble.refresh()
         except BaseException:
             ensemble.detach()
-            take_out(model)
             raise
-        ensemble.eval()._members.look()
+        ensemble.eval()
+        ensemble._members.look(ensemble._state.serving)
         return ensemble
 
     def __getattr__(self, name: str) -> Any:
@@ -149,9 +186,19 @@ class S3TEnsemble(nn.Module):
         self._members.base.generation_config = value
 
     @property
+    def _state(self) -> State:
+        """That of this thread's answer, or the current one."""
+        return self._answers.state if self._answers.running else self._answers.current
+
+    @property
     def members(self) -> list[str]:
         """Names of the members that answer: one per live shard."""
-        return list(self._members.names)
+        return list(self._state.names)
+
+    @property
+    def generation(self) -> int:
+        """Number of deletions of the store that new answers obey."""
+        return self._answers.current.generation
 
     # ---- answering ----
 
@@ -160,28 +207,36 @@ class S3TEnsemble(nn.Module):
 
         Shapes are the base model's, too: `(batch, classes)`, `(batch, sequence, vocabulary)`.
         """
-        with self._gate.answering():
-            return self._members.base(*args, **kwargs)
+        serving = kwargs.pop(PASS, None)
+        if serving is None:  # not called through `__call__`
+            with self._answers.answering() as state:
+                return self._members.answer(state.serving, args, kwargs)
+        return self._members.answer(serving, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's `generate`: greedy, sampling or beam search on the ensemble's probabilities.
 
-        The whole generation is one answer: a deletion waits for it.
+        The whole generation is one answer: it ends on the state that it began with.
 
         Raises:
             ValueError: an encoder-decoder model, or a kind of cache that cannot hold several members.
+            AnswerCutOffError: a deletion came meanwhile, and it went on for too long.
         """
-        with self._gate.answering():
-            if len(self.members) > 1:
-                kwargs = self._with_cache(kwargs)
-            return self._members.base.generate(*args, **kwargs)
+        with self._answers.answering() as state:
+            alone = None  # the base's `generate` may run parts of an encoder-decoder beside its `forward`
+            if state.serving.members > 1:
+                kwargs = self._with_cache(state.serving, kwargs)
+            else:
+                alone = self._members.pass_of(state.serving)
+            with self._stack.route.taking(alone):
+                return self._members.base.generate(*args, **kwargs)
 
-    def _with_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _with_cache(self, serving: Serving, kwargs: dict[str, Any]) -> dict[str, Any]:
         self._members.refuse_encoder_decoder()
-        self._members.look()
+        self._members.look(serving)
         given, caches = kwargs.get("generation_config"), caches_in(kwargs)
         for name, cache in caches.items():
-            self._members.check_cache(name, cache)
+            self._members.check_cache(serving, name, cache)
         if caches or kwargs.get("use_cache", (given or self.generation_config).use_cache) is False:
             return kwargs
         kind = kwargs.get("cache_implementation", given and given.cache_implementation)
@@ -190,7 +245,7 @@ class S3TEnsemble(nn.Module):
                 f"cache_implementation={kind!r} makes a cache that has one row per example, an ensemble needs one per "
                 "member. Leave it out: a dynamic cache is made for the members."
             )
-        return {**kwargs, **self._members.new_cache(), "cache_implementation": None}
+        return {**kwargs, **self._members.new_cache(serving), "cache_implementation": None}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a copy that no deletion knows of would carry on what was deleted."""
@@ -203,18 +258,19 @@ class S3TEnsemble(nn.Module):
     def detach(self) -> None:
         """Gives the base model back: it answers by itself again, with whichever adapter is active."""
         self._members.detach()
+        self._stack.take_out()
 
     # ---- changing ----
 
     def delete(self, ids: Any = (), groups: Any = (), rows: Any = (), slices: Any = (), **kwargs: Any) -> Receipt:
         """Deletes examples from the store on disk and from this model, without a gradient step.
 
-        As soon as the deletion is on record in the store, the model stops answering with anything it covers; then the
-        files are removed. Running answers are waited for. Arguments, return value and errors are those of
-        [`S3TStore.delete`]; other copies of the model [`refresh`].
+        As soon as the deletion is on record in the store, new answers begin without anything it covers; then the
+        files are removed. Answers that run end on what they began with: [`drained`] tells when. Arguments, return
+        value and errors are those of [`S3TStore.delete`]; other copies of the model [`refresh`].
         """
         asked = {"ids": ids, "groups": groups, "rows": rows, "slices": slices}
-        self._gate.check_outside()
+        self._answers.check_outside()
         receipt = self._own_store()._delete(asked, when_durable=self._follow_deletion, **kwargs)
         if not kwargs.get("dry_run"):
             self._follow_deletion()  # nothing is left to do, unless it had been deleted elsewhere before
@@ -230,26 +286,21 @@ class S3TEnsemble(nn.Module):
             StoreError: a prefix could not be read, and what is no longer live was dropped all the same; or the store
                 is older than what it was loaded from, as it knows fewer deletions, and nothing was changed.
         """
-        self._gate.check_outside()
+        self._answers.check_outside()
         with self._following:
-            changed = self._follow(strict=True)
-            lowest = self._lowest_layer()
-            if lowest != self._members.lowest_layer:  # a deletion left it where it was
-                with self._gate.changing():
-                    self._members.serve(self.members, lowest)
-        return changed
+            return self._follow(strict=True)
+
+    def drained(self, timeout: float | None = None) -> bool:
+        """Waits until the last answer that began before a deletion or a refresh has ended, and its slots are zero.
+
+        Returns whether that is so, at the latest after `timeout` seconds; `None`: however long it takes.
+        """
+        return self._answers.drained(timeout)
 
     def _own_store(self) -> S3TStore:
         if self._store is None:
             raise S3TError("This ensemble was not loaded from a store. Load it with `S3TEnsemble.from_pretrained`.")
         return self._store
-
-    def _live_slots(self) -> list[Slot]:
-        """The slots that answer, by shard."""
-        return [slot for slot in self._slots.values() if slot.path]
-
-    def _lowest_layer(self) -> int:
-        return min((slot.lowest_layer for slot in self._live_slots()), default=0)
 
     def _follow_deletion(self) -> None:
         with self._following:
@@ -275,9 +326,7 @@ class S3TEnsemble(nn.Module):
             logger.error("%s", error)
             return False
         before = self.members
-        with self._gate.changing():
-            self._take(changes)
-            self.generation = manifest.generation
+        self._take(manifest.generation, changes)
         if not self.members and (self._marks is None or before):
             logger.warning("no stage of %s is live: the bare base model answers", self._own_store().path)
         for problem in problems:
@@ -287,20 +336,46 @@ class S3TEnsemble(nn.Module):
         self._marks = None if problems else marks
         return True
 
-    def _take(self, changes: Mapping[int, Change]) -> None:
-        """Overwrites the slots that change; who has a live prefix then answers."""
-        try:
-            for shard, change in changes.items():
-                self._slots[shard].take(change)
-        except BaseException:  # interrupted: who still has an old prefix and should not answers no more
-            for shard, change in changes.items():
-                if self._slots[shard].path != change.path:
-                    self._slots[shard].clear()
-            raise
-        finally:
-            live, lowest = [slot.name for slot in self._live_slots()], self._lowest_layer()
-            if live != self.members or lowest < self._members.lowest_layer:
-                self._members.serve(live, lowest)
+    def _take(self, generation: int, changes: Mapping[int, Change]) -> None:
+        """Writes prefixes that change into spare slots; then who has a live prefix answers."""
+        held = dict(self._answers.current.held)
+        paths = {shard: change.path for shard, change in changes.items()}
+        kept = {shard: slot for shard, slot in held.items() if paths.get(shard, slot.path) == slot.path}
+        wanted = {shard: change for shard, change in changes.items() if change.path and shard not in kept}
+        with self._answers.changing(len(wanted)) as spare:
+            taken, written = dict(kept), []
+            try:
+                for place, (shard, change) in enumerate(wanted.items()):
+                    slot = self._slots[spare[place]] if spare else self._own_slot(shard, held)
+                    written.append(slot)
+                    slot.take(change, held.get(shard, slot))
+                    taken[shard] = slot
+            except BaseException:  # interrupted: who still has an old prefix and should not answers no more
+                for slot in written:
+                    slot.clear()
+                self._answers.replace(self._state_of(generation, kept), {slot.number for slot in kept.values()})
+                raise
+            self._answers.replace(self._state_of(generation, taken), {slot.number for slot in taken.values()})
+
+    def _own_slot(self, shard: int, held: Mapping[int, Slot]) -> Slot:
+        """A slot that may be written over while nobody answers: the shard's own, or one that no shard has."""
+        numbers = {slot.number for slot in held.values()}
+        return held.get(shard) or next(slot for number, slot in self._slots.items() if number not in numbers)
+
+    def _state_of(self, generation: int, held: Mapping[int, Slot]) -> State:
+        """The state in which shards answer from the slots that they hold."""
+        held = dict(sorted(held.items()))
+        lowest = min((slot.lowest_layer for slot in held.values()), default=0)
+        before = self._answers.current
+        if before.names:  # the trunk never moves up: whatever was compiled for it stays as it is
+            lowest = min(lowest, before.serving.lowest_layer)
+        numbers = torch.tensor([slot.number for slot in held.values()], dtype=torch.long)
+        serving = Serving(numbers.to(self._stack.base.device), lowest)
+        return State(generation, tuple(map(member_name, held)), serving, held)
+
+    def _clear(self, number: int) -> None:
+        if self._slots:
+            self._slots[number].clear()
 
     def _read_changes(self) -> tuple[Manifest, dict[int, Change], list[StoreError]]:
         """What has to change, read while answers go on; anew where the store changed meanwhile."""
@@ -309,9 +384,11 @@ class S3TEnsemble(nn.Module):
             marks, manifest = store.marks(), store.live()
             changes, problems = {}, []
             served = manifest.plan.served(manifest.stages)
-            if more := sorted(served.keys() - self._slots.keys()):
+            if more := sorted(shard for shard in served if shard >= self._shards):
                 problems.append(StoreError(f"{store.path} has shards now that were not loaded: {more}. Load it anew."))
-            for shard, slot in self._slots.items():
+            held, empty = self._answers.current.held, Slot(self._stack, 0, self._slots[0].rank)
+            for shard in range(self._shards):
+                slot = held.get(shard, empty)
                 path = _needed(Stage(shard, served[shard]), manifest) if shard in served else ()
                 try:
                     changes[shard] = slot.plan(store, manifest, path)
@@ -322,6 +399,21 @@ class S3TEnsemble(nn.Module):
             if not problems or store.marks() == marks or reading == READINGS - 1:
                 break
         return manifest, changes, problems
+
+
+PASS = "_s3t_serving"
+"""The argument by which a forward pass is told who answers: what runs before it is not compiled with it."""
+
+
+@torch.compiler.disable
+def _begin_pass(ensemble: S3TEnsemble, args: Any, kwargs: dict[str, Any]) -> Any:
+    ensemble._answers.begin()
+    return args, {**kwargs, PASS: ensemble._answers.state.serving}
+
+
+@torch.compiler.disable
+def _end_pass(ensemble: S3TEnsemble, args: Any, output: Any) -> None:
+    ensemble._answers.end()
 
 
 def _needed(stage: Stage, manifest: Manifest) -> tuple[Stage, ...]:

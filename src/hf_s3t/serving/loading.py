@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import StoreError
-from ..lora.adapter import with_rank
+from ..lora.adapter import scaling_of, with_rank
 from ..lora.config import LORA_FIELDS, S3TConfig
 from ..lora.layout import find_layout
 from ..lora.tuner import plain_lora_config
@@ -21,6 +19,7 @@ from ..store.folder import StoreFolder
 from ..store.manifest import Manifest
 from ..store.sources import is_repo_id
 from ..store.store import S3TStore
+from .stack import Around, Place, Stack
 
 
 def member_name(shard: int) -> str:
@@ -49,18 +48,15 @@ def base_of(store: S3TStore, given: nn.Module | str | None, kwargs: dict[str, An
         return load_base(store, given, **kwargs)[0]
     if kwargs:
         raise ValueError(f"{sorted(kwargs)} are for loading a base model, but one was given. Leave them out.")
+    if any(isinstance(module, LoraLayer | ModulesToSaveWrapper | Around) for module in given.modules()):
+        raise StoreError("This base model carries adapters already, maybe another ensemble's. Load it once more.")
     check_base(given, store.manifest().recipe)
     return given
 
 
-def with_slots(base: nn.Module, manifest: Manifest, names: list[str]) -> Any:
-    """The base with adapters over all grouped layers. Of rank groups they have the ranks of all slices.
-
-    What is in them is still to be written.
-    """
+def stacked(base: nn.Module, manifest: Manifest, slots: int) -> Stack:
+    """The base with stacked LoRA in all grouped layers, zero at first. Rank groups have the ranks of all slices."""
     stored = manifest.recipe["config"]
-    if any(isinstance(module, LoraLayer | ModulesToSaveWrapper) for module in base.modules()):
-        raise StoreError("This base model carries adapters already, maybe another ensemble's. Load it once more.")
     kept = (*LORA_FIELDS, "task_type", "stage_parameters")
     fields: dict[str, Any] = {name: stored[name] for name in kept if name in stored}
     config = S3TConfig(num_shards=manifest.plan.num_shards, num_slices=manifest.plan.num_slices, **fields)
@@ -76,22 +72,12 @@ def with_slots(base: nn.Module, manifest: Manifest, names: list[str]) -> Any:
     plain = plain_lora_config(config, layout, layers)
     if config.stage_parameters == "rank_group":
         plain = with_rank(plain, config.r * manifest.plan.num_slices)
-    model: Any = base
-    with torch.random.fork_rng(devices=[]):  # PEFT draws numbers that are overwritten
-        for name in names:
-            if model is base:
-                model = get_peft_model(base, LoraConfig(**plain), adapter_name=name)
-            else:
-                PeftModel.add_adapter(model, name, LoraConfig(**plain))
-    return model.requires_grad_(False)
-
-
-def take_out(model: Any) -> None:
-    """Gives the base model back as it was, without slots."""
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.set_adapter([])
-    model.unload()
+    scaling = scaling_of(plain)
+    places = {path: Place(base.get_submodule(path), plain["r"], scaling) for path in layout.module_names(layers)}
+    places |= {path: Place(base.get_submodule(path), None) for path in layout.heads}
+    stack = Stack(base, dict(sorted(places.items())), slots)
+    base.requires_grad_(False)
+    return stack
 
 
 def read_members(store: StoreFolder) -> dict[str, Any]:

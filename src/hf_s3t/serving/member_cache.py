@@ -8,23 +8,28 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 
 
-class MemberCache(DynamicCache):
+class MemberCache(Cache):
     """A key-value cache of several members, whose rows beam search reorders within each member.
 
     `copies` says per layer how many members have rows in it: one in the shared trunk. `turns` is the number of members
     that answer in turn, each with layers of its own. Between two answers the cache is all of them, one member's layers
     after the other's: what is done to it is done to every member's.
+
+    It grows with the sequence or, with a `length`, has room for as many positions and stays where it is.
     """
 
     layers: list[Any]
 
-    def __init__(self, config: Any, copies: Sequence[int], turns: int = 1):
-        super().__init__(config=config)
+    def __init__(self, config: Any, copies: Sequence[int], turns: int = 1, length: int | None = None):
+        def layers() -> list[Any]:
+            return (StaticCache(config, length) if length else DynamicCache(config=config)).layers
+
         self.copies, self.turns = tuple(copies), turns
-        self._turns = [self.layers, *(DynamicCache(config=config).layers for _ in range(turns - 1))]
+        self._turns = [layers() for _ in range(turns)]
+        super().__init__(layers=self._turns[0])
         self._join()
 
     def _join(self) -> None:

@@ -1,6 +1,6 @@
-"""Rows of several members in one batch: which of them a layer sees, and which adapter each of them is for.
+"""Rows of several members in one batch: what a layer below the end of the trunk sees of them.
 
-Holds the hooks of the base model's layers, of the layers with LoRA and of the heads.
+Holds the hooks of the base model's numbered layers.
 """
 
 from __future__ import annotations
@@ -11,20 +11,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear, LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..lora.adapter import split_layer_path
-from ..seams.answering import BASE, first_argument, lora_by_views
+from ..seams.answering import first_argument
+from .stack import OtherRows, Pass, Stack, StackedLinear
 
 Hook = tuple[tuple[Any, ...], dict[str, Any]] | None
 Path = tuple[int | str, ...]
 """Where a value is among the arguments of a layer: its position or name, and what it is inside of that."""
-
-
-class OtherRows(Exception):
-    """A module sees something else than rows of the batch."""
 
 
 @dataclass
@@ -32,66 +27,54 @@ class Notes:
     """What is noted while rows are answered together for the first time."""
 
     rows: int  # of the batch, before they are repeated for every member
+    members: int
+    trunk: int
     reached: bool = False  # whether the first layer has been reached
     head_first: bool = False  # whether a head came before it
 
+    def check(self, kind: str, rows: int, layer: int | None = None) -> None:
+        """Raises [`OtherRows`] unless a layer with LoRA, or a head (without a number), sees the rows of the batch."""
+        expected = self.rows * (1 if layer is not None and layer < self.trunk else self.members)
+        if layer == -1 or rows % expected:
+            raise OtherRows(f"{kind} sees {rows} rows where {expected} were expected")
+        self.head_first |= layer is None and not self.reached
+
 
 class MemberRows:
-    """The layers of a base model with adapters in it, which see the rows of several members."""
+    """The layers of a base model with stacked LoRA in it, which see the rows of several members."""
 
-    def __init__(self, base: Any):
-        self.base = base
-        self.names: tuple[str, ...] = ()
-        self.trunk = 0
-        self.batched = True
-        self.views = True
+    def __init__(self, stack: Stack):
+        self.base, self.route = stack.base, stack.route
         self.whole: set[Path] = set()
-        self.notes: Notes | None = None
-        self._lora = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-        self._heads = [module for module in base.modules() if isinstance(module, ModulesToSaveWrapper)]
-        places = [place for place in map(split_layer_path, self._lora) if place is not None]
-        self._layers = list(base.get_submodule(places[0][0]).children()) if places else []
+        linear = [path for path, module in stack.modules.items() if isinstance(module, StackedLinear)]
+        containers = [place[0] for place in map(split_layer_path, linear) if place is not None]
+        self._layers = list(self.base.get_submodule(containers[0]).children()) if containers else []
         hook = partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
-        self._hooks = [hook(layer, partial(self._enter, index)) for index, layer in enumerate(self._layers)]
-        for name, module in self._lora.items():
-            place = split_layer_path(name)
-            self._hooks.append(hook(module, partial(self._name_rows, -1 if place is None else place[1])))
-            if type(module) is Linear:
-                module.forward = partial(self._by_views, module, module.forward)
-        self._hooks += [hook(module, partial(self._name_rows, len(self._layers))) for module in self._heads]
+        names = [first_argument(layer.forward) for layer in self._layers]
+        self._hooks = [
+            hook(layer, partial(self._enter, index, name))
+            for index, (layer, name) in enumerate(zip(self._layers, names, strict=True))
+        ]
 
     def detach(self) -> None:
         """Gives the layers back as they were."""
         for hook in self._hooks:
             hook.remove()
-        for module in self._lora.values():
-            vars(module).pop("forward", None)
 
-    def activate(self, name: str) -> None:
-        """Makes one adapter the active one."""
-        for module in self._lora.values():
-            module.set_adapter([name], inference_mode=True)
-        for module in self._heads:
-            module.set_adapter(name, inference_mode=True)
+    def _enter(self, index: int, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
+        """Before a layer: takes one member's rows in the trunk, and repeats them for all members where it ends.
 
-    def switch(self, on: bool) -> None:
-        """Switches adapters on or off."""
-        for module in [*self._lora.values(), *self._heads]:
-            module.enable_adapters(on)
-            if on:
-                module.requires_grad_(False)
-
-    def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
-        """Before a layer: takes one member's rows in the trunk, and repeats them for all members where it ends."""
-        count = len(self.names)
-        if not self.batched or count < 2 or index > self.trunk:
+        `name` is that of the hidden states, where they are no positional argument.
+        """
+        now = self.route.now
+        if now is None or len(now.slots) < 2 or index > now.trunk:
             return None
-        if self.trunk == 0:
-            self._note(args, kwargs)
+        count = len(now.slots)
+        if now.trunk == 0:
+            self._note(now, args, kwargs)
             return None
-        name = "" if args else first_argument(module.forward)
         hidden = args[0] if args else kwargs[name]
-        if index == self.trunk:
+        if index == now.trunk:
             hidden = hidden.repeat(count, *[1] * (hidden.ndim - 1))
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, name: hidden})
         rows = len(hidden) // count if index == 0 else len(hidden)
@@ -101,11 +84,11 @@ class MemberRows:
             {name: cut((name,), value) for name, value in kwargs.items()},
         )
 
-    def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(self, now: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In a trial: notes which arguments of a layer have something else than rows in their first dimension."""
-        if self.notes is None:
+        if now.notes is None:
             return
-        self.notes.reached, total = True, self.notes.rows * len(self.names)
+        now.notes.reached, total = True, now.notes.rows * len(now.slots)
 
         def note(path: Path, value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -122,35 +105,6 @@ class MemberRows:
         if isinstance(value, torch.Tensor):
             return value[:rows] if value.ndim and len(value) == total and path not in self.whole else value
         return _mapped(partial(self._first_member, rows, total), path, value)
-
-    def _name_rows(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
-        """Before a layer with LoRA or a head: says which adapter each row is for."""
-        count = len(self.names)
-        if not self.batched or count < 2:
-            return None
-        rows = len(args[0])
-        if self.notes is not None:
-            self._check_rows(index, type(module).__name__, rows)
-        if index < self.trunk:
-            names = [BASE] * rows
-        else:
-            names = [name for name in self.names for _ in range(rows // count)]
-        return args, {**kwargs, "adapter_names": names}
-
-    def _check_rows(self, index: int, kind: str, rows: int) -> None:
-        """In a trial: raises [`OtherRows`] unless a layer with LoRA, or a head, sees the rows of the batch."""
-        assert self.notes is not None
-        expected = self.notes.rows * (len(self.names) if index >= self.trunk else 1)
-        if index < 0 or rows % expected:
-            raise OtherRows(f"{kind} sees {rows} rows where {expected} were expected")
-        self.notes.head_first |= index == len(self._layers) and not self.notes.reached
-
-    def _by_views(self, module: Any, forward: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's forward of a linear layer, with views of rows that lie together in the place of copies."""
-        names = kwargs.get("adapter_names")
-        if names is None or not self.views or module.merged or module.disable_adapters or args or len(kwargs) > 1:
-            return forward(x, *args, **kwargs)
-        return lora_by_views(module, x, () if names[0] == BASE else self.names)
 
 
 def _mapped(function: Callable[[Path, Any], Any], path: Path, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Several adapters of one model answer one batch together: the forward pass of an ensemble.
+"""Several members of one model answer one batch together: the forward pass of an ensemble.
 
 ```
         rows of the batch   0 1 | member 0    the trunk below the lowest layer that any member has LoRA in
@@ -9,7 +9,7 @@
 ```
 
 The base model's `forward` is replaced while a [`Members`] is attached to it, so that whatever is written for the base
-(`generate`, pipelines) asks all members and receives their average. PEFT's `adapter_names` says which row is whose.
+(`generate`, pipelines) asks all members and receives their average. `stack.py` has their LoRA.
 
 Whether a model can do that is found out by trying (`trial.py`), never by the names of its class or arguments. Where
 rows of one batch cannot be told apart, members answer in turn.
@@ -20,9 +20,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.modeling_outputs import ModelOutput
@@ -30,24 +30,36 @@ from transformers.modeling_outputs import ModelOutput
 from ..seams.answering import FUSED_HEAD, caches_in, check_logits, check_one_dimension, loss_of, taken_labels
 from .averages import Combine, average_logits, by_token
 from .member_cache import MemberCache
-from .member_rows import MemberRows
+from .member_rows import MemberRows, Notes
+from .stack import Pass, Stack
 from .trial import Trial
 
 
-class Members(MemberRows):
-    """Makes a model answer as the average of some of its adapters."""
+class Serving(NamedTuple):
+    """Who answers: members, by the slots that hold their LoRA."""
 
-    def __init__(self, model: Any, combine: Combine = "probabilities"):
+    slots: torch.Tensor  # `(members,)`
+    lowest_layer: int = 0  # below it no member has LoRA
+
+    @property
+    def members(self) -> int:
+        """Number of members."""
+        return len(self.slots)
+
+
+class Members(MemberRows):
+    """Makes a model answer as the average of the members that are said to serve."""
+
+    def __init__(self, stack: Stack, combine: Combine, serving: Callable[[], Serving]):
         if combine not in ("probabilities", "logits"):
             raise ValueError(f"combine must be 'probabilities' or 'logits', not {combine!r}.")
-        super().__init__(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        super().__init__(stack)
         self.combine = combine
-        self.lowest_layer = 0
+        self.batched = True
         self.shares_trunk: bool | None = None  # `None`: not tried yet, as there was none to share
         self.cache_name: str | None = None
         self.tried = False
-        self._told = False  # PEFT's layers, whether adapters are on and which one is active
-        self._turn = threading.RLock()
+        self._trying = threading.RLock()
         self._had_own_forward = "forward" in vars(self.base)
         self._forward = self.base.forward
         parameters = inspect.signature(self._forward).parameters
@@ -55,7 +67,7 @@ class Members(MemberRows):
 
         @functools.wraps(self._forward)
         def forward(*args: Any, **kwargs: Any) -> ModelOutput:
-            return self._answer(*args, **kwargs)
+            return self.answer(serving(), args, kwargs)
 
         self.base.forward = forward
 
@@ -67,48 +79,38 @@ class Members(MemberRows):
         else:
             del self.base.forward
 
-    def serve(self, names: Sequence[str], lowest_layer: int) -> None:
-        """Says which adapters answer from now on, and below which layer none of them has LoRA.
-
-        Without any, the bare base model answers. Nothing may be answering meanwhile.
-        """
-        switched, self.names, self.lowest_layer = bool(names) != bool(self.names), tuple(names), lowest_layer
-        self.share(bool(self.shares_trunk))
-        if switched or not self._told:
-            self.switch(bool(names))
-        if len(names) == 1 or (names and not self._told):
-            self.activate(names[0])
-        self._told = True
-        if lowest_layer > 0 and self.shares_trunk is None:
-            self.tried = False
-
-    def share(self, shared: bool) -> None:
-        """Says whether all members share the layers below the lowest LoRA."""
-        self.trunk = self.lowest_layer if shared else 0
-
-    def look(self, inputs: dict[str, Any] | None = None) -> None:
+    def look(self, serving: Serving, inputs: dict[str, Any] | None = None) -> None:
         """Finds out, once, whether several members can answer one batch, and whether they can share the trunk.
 
         Without `inputs` (see [`Trial.run`]), a model that takes no tokens is tried with its first batch.
         """
-        with self._turn:
-            if not self.tried and len(self.names) > 1:
-                Trial(self).run(inputs)
+        shared = serving.lowest_layer == 0 or self.shares_trunk is not None
+        if serving.members < 2 or (self.tried and shared):
+            return
+        with self._trying:
+            if not self.tried or (serving.lowest_layer > 0 and self.shares_trunk is None):
+                Trial(self, serving).run(inputs)
+
+    def pass_of(self, serving: Serving) -> Pass | None:
+        """What layers are told of a forward pass of these members, all at once."""
+        trunk = serving.lowest_layer if serving.members == 1 or self.shares_trunk else 0
+        return Pass(serving.slots.to(self.base.device), trunk) if serving.members else None
 
     # ---- answering ----
 
-    def _answer(self, *args: Any, **kwargs: Any) -> Any:
-        if len(self.names) < 2:
-            return self._forward(*args, **kwargs)
+    def answer(self, serving: Serving, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The answer of some members to the arguments of a forward pass."""
+        if serving.members < 2:
+            with self.route.taking(self.pass_of(serving)):
+                return self._forward(*args, **kwargs)
         self.refuse_encoder_decoder()
         kwargs |= zip(self.parameters, args, strict=False)
         labels, items = taken_labels(kwargs), kwargs.pop("num_items_in_batch", None)
         fused = kwargs.pop(FUSED_HEAD, False)
         as_tuple, kwargs["return_dict"] = kwargs.pop("return_dict", None) is False, True
-        if not self.tried:
-            self.look(kwargs)
-        kwargs = self._with_members_cache(kwargs)
-        output = self.together(kwargs) if self.batched else self.in_turn(kwargs)
+        self.look(serving, kwargs)
+        kwargs = self._with_members_cache(serving, kwargs)
+        output = self.together(serving, kwargs) if self.batched else self.in_turn(serving, kwargs)
         if fused:
             return by_token(output["logits"], labels["labels"])
         if labels:
@@ -123,49 +125,50 @@ class Members(MemberRows):
                 "at a time (`store.export(path, prefix=...)`)."
             )
 
-    def _with_members_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _with_members_cache(self, serving: Serving, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments with a cache that has rows for every member, where a cache is wanted."""
         given = {name: cache for name, cache in caches_in(kwargs).items() if cache is not None}
         for name, cache in given.items():
-            self.check_cache(name, cache)
+            self.check_cache(serving, name, cache)
         wanted = kwargs.get("use_cache")
         if wanted is None:
             wanted = getattr(self.base.config, "use_cache", False)
         if given or not wanted or self.cache_name is None:
             return kwargs
-        return {**kwargs, **self.new_cache()}
+        return {**kwargs, **self.new_cache(serving)}
 
-    def check_cache(self, name: str, cache: Any) -> None:
+    def check_cache(self, serving: Serving, name: str, cache: Any) -> None:
         """Raises `ValueError` for a cache that was not made for these members."""
         if not isinstance(cache, MemberCache):
             raise ValueError(
                 f"`{name}` is a cache that has one row per example, an ensemble needs one per member. Leave it out: a "
                 "dynamic cache is made for the members, and returned."
             )
-        if (cache.copies, cache.turns) != (self._copies, self._turns):
+        if (cache.copies, cache.turns) != self._shape(serving):
             raise ValueError(
                 f"`{name}` is a cache of other members than those that answer now: the store has changed since. Begin "
                 "anew without it."
             )
 
-    def together(self, kwargs: dict[str, Any]) -> ModelOutput:
+    def together(self, serving: Serving, kwargs: dict[str, Any], notes: Notes | None = None) -> ModelOutput:
         """The answer to the arguments of a forward pass, in which every member has its rows."""
-        rows, count = len(self.main_input(kwargs)), len(self.names)
+        rows, count, now = len(self.main_input(kwargs)), serving.members, self.pass_of(serving)
+        assert now is not None
         for name, value in kwargs.items():
             if isinstance(value, torch.Tensor) and self.is_per_row(name, value, rows):
                 kwargs[name] = value.repeat(count, *[1] * (value.ndim - 1))
-        output = self._forward(**kwargs)
+        with self.route.taking(now._replace(notes=notes)):
+            output = self._forward(**kwargs)
         return self._combined(output, lambda name: output[name].unflatten(0, (count, rows)))
 
-    def in_turn(self, kwargs: dict[str, Any]) -> ModelOutput:
+    def in_turn(self, serving: Serving, kwargs: dict[str, Any]) -> ModelOutput:
         """The answer to the arguments of a forward pass that every member makes by itself."""
         caches = [cache for cache in caches_in(kwargs).values() if isinstance(cache, MemberCache)]
         outputs = []
-        with self._turn:  # which adapter is active is a property of the model, not of the call
-            for turn, name in enumerate(self.names):
-                self.activate(name)
-                with caches[0].turn(turn) if caches else nullcontext():
-                    outputs.append(self._forward(**kwargs))
+        for turn, slot in enumerate(serving.slots.split(1)):
+            alone = self.pass_of(Serving(slot, serving.lowest_layer))
+            with self.route.taking(alone), caches[0].turn(turn) if caches else nullcontext():
+                outputs.append(self._forward(**kwargs))
         return self._combined(outputs[0], lambda name: torch.stack([output[name] for output in outputs]))
 
     def main_input(self, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -195,18 +198,18 @@ class Members(MemberRows):
 
     # ---- the cache ----
 
-    @property
-    def _turns(self) -> int:
-        return 1 if self.batched else len(self.names)
+    def _shape(self, serving: Serving) -> tuple[tuple[int, ...], int]:
+        """Per layer, how many members have rows in a cache at once; and how many of them answer in turn."""
+        if not self.batched:
+            return (1,) * len(self._layers), serving.members
+        trunk = serving.lowest_layer if self.shares_trunk else 0
+        return tuple(1 if index < trunk else serving.members for index in range(len(self._layers))), 1
 
-    @property
-    def _copies(self) -> tuple[int, ...]:
-        """Per layer, how many members have rows in the cache."""
-        count = len(self.names) if self.batched else 1
-        return tuple(1 if index < self.trunk else count for index in range(len(self._layers)))
+    def new_cache(self, serving: Serving, length: int | None = None) -> dict[str, MemberCache]:
+        """An empty key-value cache for some members, by the name that the model gives it; nothing if it has none.
 
-    def new_cache(self) -> dict[str, MemberCache]:
-        """An empty key-value cache for these members, by the name that the model gives it; nothing if it has none."""
+        With a `length` it has room for as many positions, and stays where it is.
+        """
         if self.cache_name is None:
             return {}
-        return {self.cache_name: MemberCache(self.base.config, self._copies, self._turns)}
+        return {self.cache_name: MemberCache(self.base.config, *self._shape(serving), length)}

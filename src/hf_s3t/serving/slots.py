@@ -1,4 +1,4 @@
-"""The place of one member in a model in memory: LoRA matrices at full depth and heads, overwritten where they are.
+"""A slot of a model in memory: room for one prefix, LoRA matrices at full depth and heads, overwritten where they are.
 
 What a prefix has no stage for is zero, which gives the bits of not being there; of rank groups, which share matrices,
 to rounding. So a deletion changes numbers and no module: nothing is allocated, a compiled model stays compiled, and no
@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from ..errors import StoreError
 from ..lora.adapter import WEIGHTS_FILE, is_lora, split_layer_path
 from ..plan.tree import Stage
-from ..seams.tuners import adapter_tensors
 from ..store.folder import StoreFolder
 from ..store.manifest import Manifest
+from .stack import Stack
 
 Owner = tuple[Stage, str]
 """A stage as it was trained: its name and the sha256 of its tensors."""
@@ -34,25 +33,21 @@ class Change(NamedTuple):
     lowest_layer: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
-    """One member's tensors in a model, by their names in an adapter file."""
+    """One slot's tensors in a stack, by their names in an adapter file."""
 
-    name: str  # of the adapter
-    whole: dict[str, torch.Tensor]  # the model's own parameters and buffers
-    layers: dict[str, int]  # the layer of each LoRA matrix, or of what one stage has of it
-    path: tuple[Owner, ...] = ()  # the stages along the prefix that is loaded; empty: the member does not answer
+    stack: Stack
+    number: int
+    rank: int | None = None  # of a rank group; `None`: stages have matrices of their own
+    path: tuple[Owner, ...] = ()  # the stages along the prefix that is loaded; empty: nothing is
     owners: dict[str, Owner] = field(default_factory=dict)  # which stage each tensor that is in use came from
     lowest_layer: int = 0  # that the loaded prefix has LoRA in
-    rank: int | None = None  # of a rank group; `None`: stages have matrices of their own
+    layers: dict[str, int] = field(init=False)  # the layer of each LoRA matrix, or of what one stage has of it
 
-    @classmethod
-    def of(cls, model: nn.Module, name: str, rank: int | None = None) -> Slot:
-        """The tensors of a PEFT model's adapter; of rank groups of some `rank`, stacked."""
-        slot = cls(name, adapter_tensors(model, name), {}, rank=rank)
-        places = {path: split_layer_path(path) for path in slot.tensors if is_lora(path)}
-        slot.layers = {path: place[1] for path, place in places.items() if place is not None}
-        return slot
+    def __post_init__(self) -> None:
+        places = {path: split_layer_path(path) for path in self.tensors if is_lora(path)}
+        self.layers = {path: place[1] for path, place in places.items() if place is not None}
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -60,10 +55,11 @@ class Slot:
 
         Made anew each time: a model that is moved or cast gets other storage, in which an old view does not lie.
         """
+        whole = self.stack.tensors(self.number)
         if self.rank is None:
-            return self.whole
+            return whole
         found: dict[str, torch.Tensor] = {}
-        for name, tensor in self.whole.items():
+        for name, tensor in whole.items():
             if is_lora(name):
                 views = tensor.split(self.rank, dim=0 if ".lora_A." in name else 1)
                 found |= {_part(name, number + 1): view for number, view in enumerate(views)}
@@ -121,23 +117,29 @@ class Slot:
                 )
 
     @torch.no_grad()
-    def take(self, change: Change) -> None:
-        """Overwrites what differs; what is in use no more becomes zero. Interrupted, the member is emptied."""
-        own = self.tensors
+    def take(self, change: Change, source: Slot) -> None:
+        """Holds a prefix from now on: what was read for it, and what `source`, which was asked for it, has already.
+
+        What is in use no more becomes zero. Interrupted, the slot is empty.
+        """
+        own, theirs = self.tensors, source.tensors
         try:
-            for name, tensor in change.tensors.items():
-                own[name].copy_(tensor)
+            for name in change.owners:
+                if name in change.tensors:
+                    own[name].copy_(change.tensors[name])
+                elif source is not self:
+                    own[name].copy_(theirs[name])
             for name in self.owners.keys() - change.owners.keys():
                 own[name].zero_()
         except BaseException:
             self.clear()
             raise
-        self.path, self.owners, self.lowest_layer = change.path, change.owners, change.lowest_layer
+        self.path, self.owners, self.lowest_layer = change.path, dict(change.owners), change.lowest_layer
 
     @torch.no_grad()
     def clear(self) -> None:
         """Zeroes everything, whatever is known of it."""
-        for tensor in self.whole.values():
+        for tensor in self.stack.tensors(self.number).values():
             tensor.zero_()
         self.path, self.owners = (), {}
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import ModelOutput
 
-from ..seams import lost
 from ..seams.answering import caches_in
 from ..trunk.trunk import in_eval_mode, is_close
 from .member_rows import Notes
@@ -26,9 +25,10 @@ class Trial:
     Nothing else may ask the [`Members`] meanwhile.
     """
 
-    def __init__(self, members: Any):
+    def __init__(self, members: Any, serving: Any):
         self.members = members
         self.base = members.base
+        self.serving = serving._replace(slots=serving.slots[:TRIED_MEMBERS])
 
     def run(self, inputs: dict[str, Any] | None = None) -> None:
         """Finds out whether members answer together (`batched`) and share a trunk (`shares_trunk`).
@@ -43,62 +43,48 @@ class Trial:
 
     def _is_conclusive(self, rows: dict[str, Any], given: bool) -> bool:
         """Tries with some rows. Those that were `given` the model has to take: they always tell."""
-        members = self.members
-        names = members.names
-        members.names = names[:TRIED_MEMBERS]
-        try:
-            with in_eval_mode(self.base), torch.no_grad():
-                return self._compare(rows, given)
-        finally:
-            members.names = names
-            members.share(bool(members.shares_trunk))
-            members.activate(names[0])
+        with in_eval_mode(self.base), torch.no_grad():
+            return self._compare(rows, given)
 
     def _compare(self, rows: dict[str, Any], given: bool) -> bool:
         members = self.members
-        members.batched, members.trunk, members.views, members.whole = False, 0, True, set()
+        members.batched, members.shares_trunk, members.whole = False, None, set()
         try:
-            expected = members.in_turn(dict(rows))
+            expected = members.in_turn(self.serving, dict(rows))
         except Exception as error:  # what a model says of rows that it does not take is not ours to foresee
             if given:
-                self._settle(False, f"it does not take several rows ({error})")
+                self._settle(f"it does not take several rows ({error})")
             return given
         members.cache_name = next(iter(caches_in(expected)), None)
         members.batched = True
         reason, notes = self._difference(rows, expected)
         if reason is not None:
-            members.views = False
-            again, notes = self._difference(rows, expected)
-            if again is not None:
-                self._settle(False, reason)
-                return True
-            lost("lora_by_views", f"PEFT's LoRA layers cannot be computed by views: {reason}")
-        self._settle(True)
-        if members.lowest_layer > 0:
-            members.share(True)
+            self._settle(reason)
+            return True
+        if self.serving.lowest_layer > 0:
+            members.shares_trunk = True
             reason = "a head comes before the layers" if notes.head_first else self._difference(rows, expected)[0]
             members.shares_trunk = reason is None
             if reason is not None:
                 logger.warning("the members share no trunk: it runs for each of them, as %s", reason)
+        members.tried = True
         return True
 
-    def _settle(self, batched: bool, reason: str = "") -> None:
-        self.members.batched, self.members.tried = batched, True
-        self.members.shares_trunk = None if batched else False
-        if not batched:
-            logger.warning("the members answer in turn, not together, as %s", reason)
+    def _settle(self, reason: str) -> None:
+        """Members answer in turn from now on."""
+        self.members.batched, self.members.tried, self.members.shares_trunk = False, True, False
+        logger.warning("the members answer in turn, not together, as %s", reason)
 
     def _difference(self, rows: dict[str, Any], expected: ModelOutput) -> tuple[str | None, Notes]:
         """Why members do not answer together as they answer in turn, `None` where they do; and what was noted."""
-        notes = self.members.notes = Notes(len(self.members.main_input(rows)))
+        trunk = self.serving.lowest_layer if self.members.shares_trunk else 0
+        notes = Notes(len(self.members.main_input(rows)), self.serving.members, trunk)
         try:
-            found = self.members.together(dict(rows))
+            found = self.members.together(self.serving, dict(rows), notes)
         except torch.OutOfMemoryError:  # says nothing of the model, which would be slow from then on
             raise
         except Exception as error:  # whatever a model raises when it sees rows that it did not expect
             return f"together they fail ({type(error).__name__}: {error})", notes
-        finally:
-            self.members.notes = None
         exact = {value.dtype for value in self.base.parameters()} <= {torch.float32, torch.float64}
         for name, value in expected.items():
             if isinstance(value, torch.Tensor) and not is_close(found[name], value, 1e-4 if exact else 0.05):
