@@ -5,9 +5,9 @@ up the next time, in a small file in Hugging Face's home.
 
 The file knows a base by the fingerprints of the tensors in memory (see [`fingerprints`]), not by its path, size and
 time: those say nothing of a model that was changed after it had been loaded, or that was handed in. The fingerprints
-are of a seed that was drawn when the file was made and that stays on this machine, so nobody can make another base that
-is taken for a known one. Nothing in the file is private: it holds digests of base models alone, without adapters and
-heads.
+are of a seed that was drawn when the file was made and that stays on this machine: somebody who would publish another
+base with the fingerprints of a known one does not know it. Nothing in the file is private: it holds digests of base
+models alone, without adapters and heads.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def memory_path() -> Path:
 def _read(path: Path) -> Memory | None:
     try:
         stored = json.loads(path.read_bytes())
-        memory = Memory(int(stored["seed"]), dict(stored["digests"]))
-        if stored["version"] != VERSION or not all(map(_is_sha256, memory.digests.values())):
-            raise ValueError(f"version {stored['version']!r}, or a digest, is not as expected")
-        return memory
+        version, seed, digests = stored["version"], stored["seed"], dict(stored["digests"])
+        if version != VERSION or not isinstance(seed, int) or not all(map(_is_sha256, digests.values())):
+            raise ValueError(f"it is of version {version!r}, not {VERSION}, or damaged")
+        return Memory(seed, digests)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -122,7 +122,7 @@ def _remember(path: Path, memory: Memory, key: str) -> None:
                 write_atomic(
                     path, json.dumps({"version": VERSION, "seed": now.seed, "digests": kept}).encode(), PRIVATE
                 )
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         _tell(path, error)
 
 
