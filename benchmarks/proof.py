@@ -1,12 +1,13 @@
 """What it costs to show that a stage changed nothing else, and to tell a base model from another one.
 
 The model is Llama-shaped, of 500 MB in bf16, its weights random; it lies on a GPU if there is one. Each figure is one
-time over another one of the same turn, by the clock; the median of the repeats, `_p10` and `_p90` its 10 to 90 % range.
+time over another one of the same turn, by the clock: the median of the repeats; `_p10` and `_p90` are its 10 to 90 %
+range.
 
 * `proof_over_sha256`: the check of a stage's end, every tensor that the stage does not own included, over sha256 of
   the same tensors in one thread.
-* `identity_over_sha256`: the digest of a base model that is not remembered, in as many threads as there are cores, over
-  the same.
+* `identity_over_sha256`: the digest of a base model that is not remembered, in as many threads as there are cores,
+  over the same.
 * `remembered_over_sha256`: that of one which is remembered, over the same.
 * `sha256_gb_per_s`: what one thread hashes of the model, in 10^9 bytes a second.
 
