@@ -7,6 +7,8 @@ import hashlib
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -103,6 +105,13 @@ def test_tensors_are_hashed_in_threads_and_joined_in_their_order(monkeypatch):
     monkeypatch.setattr(base_identity, "_cores", lambda: 2)
     monkeypatch.setattr(base_identity, "tensor_digest", in_pairs)
     assert tensors_digest(tensors) == alone
+
+
+def test_a_process_may_begin_with_it():
+    """As one does that checks a base and has imported nothing of PEFT."""
+    command = [sys.executable, "-c", "from hf_s3t.store.base_identity import base_digest"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
