@@ -90,7 +90,7 @@ MUTATIONS = (
     Mutation(1, "the optimizer's tensors are not looked at", "lora/tuner.py",
              (("if held != set(owned):", "if not held:"),), (ROGUE,)),
     Mutation(1, "frozen tensors are not compared", "training/trainer.py",
-             (("self._base_digests = self.tuner.check_frozen(frozen)", "pass"),), (ROGUE,)),
+             (("self._base_fingerprints = self.tuner.check_frozen(frozen)", "pass"),), (ROGUE,)),
     Mutation(1, "a stage that received no gradient is stored", "training/callbacks.py",
              (("if len(self.waiting) == len(self.tuner.training_owned):", "if False:"),),
              (P + "a_stage_without_any_gradient_is_an_error",)),

@@ -5,6 +5,9 @@
 ISOLATED, DRAWN, SPELLED = (
     f"{name}.py::test_" for name in ("training/test_isolation", "lora/test_drawn_heads", "store/test_spelling")
 )
+PRINTS, FROZEN, BASE = (
+    f"{name}.py::test_" for name in ("lora/test_fingerprints", "lora/test_frozen", "store/test_base_identity")
+)
 ROWS = ISOLATED + "rows_of_no_stage_or_of_another_one_are_refused"
 ALONE = ISOLATED + "a_stage_trained_alone_is_the_one_trained_in_sequence"
 LOOKS = ISOLATED + "what_looks_at_a_stage_moves_no_generator"
@@ -28,6 +31,41 @@ ISOLATION = (
     (1, 'adapters that were off train all of them afterwards', 'seams/tuners.py',
      (('            value.requires_grad = trains\n', '            pass\n'),),
      (ISOLATED + 'turning_adapters_off_and_on_makes_no_frozen_tensor_train[True]',)),
+    (1, 'a multiplier of a fingerprint may be even', 'lora/fingerprints.py',
+     (('return (state ^ _shifted(state, 31)) | 1', 'return state ^ _shifted(state, 31)'),),
+     (PRINTS + 'multipliers_are_those_of_splitmix64_and_odd',)),
+    (1, 'a chunk is left out of a fingerprint', 'lora/fingerprints.py',
+     (('in data.split(4 * len(multipliers)):', 'in data.split(4 * len(multipliers))[:2]:'),),
+     (PRINTS + 'any_single_bit_is_seen[multilinear]',)),
+    (1, 'the bytes beyond the last word are left out of a fingerprint', 'lora/fingerprints.py',
+     (('torch.cat([chunk, chunk.new_zeros(-chunk.numel() % 4)])', 'chunk[: chunk.numel() // 4 * 4].clone()'),),
+     (PRINTS + 'any_single_bit_is_seen[multilinear]',)),
+    (1, 'all tensors of one shape are taken for tied', 'lora/fingerprints.py',
+     (('begin = tensor.untyped_storage().data_ptr(), tensor', 'begin = 0, tensor'),),
+     (FROZEN + 'a_weight',)),
+    (1, 'each tensor of a device comes to the host by itself', 'lora/fingerprints.py',
+     (('    sums = [chunk_sums(_bytes(tensor), multipliers) for tensor in tensors]\n',
+       '    sums = [[one.cpu() for one in chunk_sums(_bytes(tensor), multipliers)] for tensor in tensors]\n'),),
+     (PRINTS + 'numbers_of_a_device_stay_there_and_all_sums_come_in_one_copy',)),
+    (1, 'a tensor that moved between devices counts as changed', 'lora/tuner.py',
+     (('after = fingerprints(self._frozen(), before)', 'after = fingerprints(self._frozen())'),),
+     (FROZEN + 'a_tensor_that_moved_is_compared_all_the_same',)),
+    (1, 'buffers that no state dict has are not compared', 'lora/tuner.py',
+     (('self.model.state_dict() | dict(self.model.named_buffers(remove_duplicate=False))', 'self.model.state_dict()'),),
+     (FROZEN + 'a_buffer[left_out-xxh3]', FROZEN + 'positions_that_follow_the_longest_row')),
+    (4, 'a base that was changed in memory is taken for the remembered one', 'store/base_identity.py',
+     (('found = fingerprints(tensors, seed=memory.seed)',
+       'found = {name: f"{value.dtype} {tuple(value.shape)}" for name, value in tensors.items()}'),),
+     (BASE + 'a_base_in_memory_that_was_changed_is_refused_although_it_was_remembered',)),
+    (4, 'digests of bases are joined in the order in which threads end', 'store/base_identity.py',
+     (('digests = dict(zip(tensors, threads.map(tensor_digest, tensors.values()), strict=True))',
+       'import concurrent.futures as f\n'
+       '        done = f.as_completed([threads.submit(tensor_digest, value) for value in tensors.values()])\n'
+       '        digests = dict(zip(tensors, (one.result() for one in done), strict=True))'),),
+     (BASE + 'tensors_are_hashed_in_threads_and_joined_in_their_order',)),
+    (4, 'a damaged memory of base models stops a training', 'store/base_identity.py',
+     (('except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:', 'except OSError as error:'),),
+     (BASE + 'a_damaged_file_costs_speed_alone_and_is_made_anew',)),
     (4, 'the scaler of mixed precision remembers earlier stages', 'seams/trainer.py',
      (('            accelerator.scaler = copy.deepcopy(pristine)\n', '            accelerator.scaler = scaler\n'),),
      (ALONE + '[scaler-in_this_process]',)),

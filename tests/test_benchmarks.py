@@ -96,6 +96,21 @@ def test_training_writes_its_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_proof_writes_its_figures(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks/proof.py"), "--quick", "--json", str(file), "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "proof_over_sha256" in done.stdout
+    record = json.loads(file.read_text())
+    assert set(record) == {"name", "commit", "versions", "hardware", "settings", "figures"}
+    assert record["name"] == "proof" and record["settings"]["seed"] == 3
+    for name in ("proof_over_sha256", "identity_over_sha256", "remembered_over_sha256", "sha256_gb_per_s"):
+        assert record["figures"][f"{name}_p10"] <= record["figures"][name] <= record["figures"][f"{name}_p90"]
+    assert record["figures"]["megabytes"] > 1
+
+
+@pytest.mark.slow
 def test_gpu_writes_its_figures_without_a_gpu(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--quick", "--json", str(file)]

@@ -22,12 +22,14 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from hf_s3t.errors import UnfinishedDeletionError
-from hf_s3t.store import deletion
+from hf_s3t.store import base_identity, deletion
 from hf_s3t.store.database import StateDatabase
 from hf_s3t.training import trainer
 
 CATEGORIES = ("step", "checkpoint", "rename", "manifest", "deletion", "state", "other")
 MODES = ("before", "amid", "after")
+ELSEWHERE = "elsewhere"
+"""What a machine remembers of bases is no part of a run: the first one writes it, others do not."""
 
 
 class Instants:
@@ -54,10 +56,11 @@ class Instants:
         register_optimizer_step_post_hook(lambda *_: self._end(steps.pop()))
 
     def _watch_rooms(self) -> None:
-        """Knows whether a deletion or a checkpoint is under way."""
+        """Knows whether a deletion or a checkpoint is under way, and what is written elsewhere."""
         for owner, name, room in (
             (deletion, "delete", "deletion"),
             (trainer.S3TMixin, "_save_checkpoint", "checkpoint"),
+            (base_identity, "_remember", ELSEWHERE),
         ):
             setattr(owner, name, self._within(getattr(owner, name), room))
 
@@ -73,6 +76,8 @@ class Instants:
 
     def _wrap(self, function: Callable, name: str) -> Callable:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if ELSEWHERE in self.inside:
+                return function(*args, **kwargs)
             number = self._begin(name, args)
             try:
                 return function(*args, **kwargs)

@@ -25,9 +25,9 @@ from transformers import (
 from hf_s3t import RecipeError, S3TConfig
 from hf_s3t.lora.layout import find_layout
 from hf_s3t.lora.tuner import StageTuner
+from hf_s3t.store.base_identity import base_digest
 from hf_s3t.store.recipe import (
     base_config,
-    base_digest,
     bit_changing_arguments,
     make_recipe,
     processing_digest,

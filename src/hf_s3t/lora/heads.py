@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,7 +11,9 @@ from torch import nn
 from ..seams.models import draw_weights, loaded_parameters, missing_weights
 from ..seams.tuners import HEADS_BY_TASK
 from .adapter import split_layer_path
-from .config import S3TConfig
+
+if TYPE_CHECKING:  # it registers the tuner, which needs this module
+    from .config import S3TConfig
 
 
 def find_heads(model: nn.Module, config: S3TConfig) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from ..errors import IsolationError
 from ..seams.tuners import LORA, TunerSeam, activate, adapter_parameters, add_adapter, base_name, set_active
 from .adapter import Adapter
 from .config import LORA_FIELDS, S3TConfig, register
-from .heads import tensor_digest
+from .fingerprints import fingerprints
 from .layout import Layout, find_layout, layers_pattern
 
 Tensors = dict[str, torch.Tensor]
@@ -200,31 +200,39 @@ class StageTuner:
                 f"{absent[:5] or 'none'} of its own. Build the optimizer from the parameters that require gradients."
             )
 
-    def frozen_digests(self, known: Mapping[str, str] | None = None) -> dict[str, str]:
-        """sha256 of every tensor in the model's state that the running stage does not own.
+    def frozen_fingerprints(self, known: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Fingerprint of every tensor in the model that the running stage does not own; see [`fingerprints`].
 
         Those of base tensors that are `known`, by [`base_name`], are not computed again.
         """
-        known = known or {}
-        return {
-            name: known.get(base_name(name) or "") or tensor_digest(value)
-            for name, value in self.model.state_dict().items()
-            if isinstance(value, torch.Tensor) and name not in self.training_owned
-        }
+        frozen = self._frozen()
+        names = {name: base_name(name) or "" for name in frozen}
+        found = {name: known[plain] for name, plain in names.items() if known and plain in known}
+        return found | fingerprints({name: value for name, value in frozen.items() if name not in found})
 
     def check_frozen(self, before: Mapping[str, str]) -> dict[str, str]:
         """Raises [`IsolationError`] if a tensor outside the stage differs from `before`.
 
-        Returns what the next stage's [`frozen_digests`] may take as known.
+        Returns what the next stage's [`frozen_fingerprints`] may take as known.
         """
-        after = self.frozen_digests()
+        after = fingerprints(self._frozen(), before)
         changed = sorted(name for name in before if after.get(name) != before[name])
         if changed:
             raise IsolationError(
                 f"Training changed {len(changed)} tensors that the stage does not own: {', '.join(changed[:5])}. "
-                "Running statistics (batch norm) and tied weights cannot be isolated; freeze them first."
+                "Running statistics (batch norm), positions that follow the length of rows (dynamic RoPE) and tied "
+                "weights cannot be isolated; freeze them first."
             )
-        return {plain: digest for name, digest in after.items() if (plain := base_name(name)) is not None}
+        return {plain: found for name, found in after.items() if (plain := base_name(name)) is not None}
+
+    def _frozen(self) -> Tensors:
+        """What the running stage does not own: the model's state, and buffers that are no part of it (RoPE's)."""
+        tensors = self.model.state_dict() | dict(self.model.named_buffers(remove_duplicate=False))
+        return {
+            name: value
+            for name, value in tensors.items()
+            if isinstance(value, torch.Tensor) and name not in self.training_owned
+        }
 
     def stage_tensors(self) -> Tensors:
         """What the running stage stores: its own LoRA and its heads, fp32 on the CPU, under PEFT's names."""

@@ -84,7 +84,8 @@ def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     as adapters cannot be with them.
     """
     from ..seams.models import original
-    from .recipe import bare, base_config, base_digest, quantization
+    from .base_identity import base_digest
+    from .recipe import bare, base_config, quantization
 
     if original(model) is not model:
         raise StoreError("This is what `torch.compile` made of a model. Give the model, and compile the ensemble.")

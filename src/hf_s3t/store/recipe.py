@@ -24,7 +24,7 @@ from ..lora.heads import tensor_digest
 from ..lora.layout import Layout
 from ..seams.arguments import CHOOSING, SILENT, is_evaluation_heard
 from ..seams.models import computing_settings, tokenizer_rules
-from ..seams.tuners import base_name
+from .base_identity import base_digest, base_tensors, tensors_digest
 from .ids import encoded
 from .partition import canonical, raw_rows, row_digest
 from .recipe_differences import UNSET
@@ -124,7 +124,7 @@ def _base_section(model: nn.Module, layout: Layout, has_tokenizer: bool) -> dict
         "quantization": quantization(model),
         "config": base_config(model, has_tokenizer),
         "sha256": base_digest(model, layout.heads),
-        "heads": {head: base_digest(base.get_submodule(head)) for head in layout.heads},
+        "heads": {head: tensors_digest(base_tensors(base.get_submodule(head))) for head in layout.heads},
     }
 
 
@@ -299,17 +299,6 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
 def bare(model: Any) -> Any:
     """The base model of a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def base_digest(model: nn.Module, heads: Iterable[str] = ()) -> str:
-    """sha256 over every tensor of a model but its `heads`, the same with and without adapters around its modules."""
-    outside = tuple(f"{head}." for head in heads)
-    digests = {}
-    for name, value in model.state_dict().items():
-        plain = base_name(name)
-        if plain is not None and not plain.startswith(outside) and isinstance(value, torch.Tensor):
-            digests[plain] = tensor_digest(value)
-    return _digest(digests)
 
 
 def processing_digest(processing_class: Any) -> str | None:

@@ -237,7 +237,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
 
     def _train_missing(self, resume: bool, ignore_keys_for_eval: list[str] | None) -> dict[Stage, TrainOutput]:
         outputs: dict[Stage, TrainOutput] = {}
-        self._base_digests: dict[str, str] = {}
+        self._base_fingerprints: dict[str, str] = {}
         while (order := self._on_main(self._next_order)) is not None:
             try:
                 outputs[order.stage] = self._train_stage(order, resume, ignore_keys_for_eval)
@@ -264,12 +264,12 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
                 self._hand_rows(order)
                 with self.trunk_cache.stage(order):
                     checkpoint = self._on_main(partial(self._resumable_checkpoint, resume))
-                    frozen = self.tuner.frozen_digests(self._base_digests)
+                    frozen = self.tuner.frozen_fingerprints(self._base_fingerprints)
                     set_seed(seed)
                     with self.guard.stage(lambda: self.state):
                         output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
                     self.remove_noise()
-                    self._base_digests = self.tuner.check_frozen(frozen)
+                    self._base_fingerprints = self.tuner.check_frozen(frozen)
             else:
                 self.tuner.empty_stage()
             self._store_stage(order, output, started)
