@@ -95,6 +95,7 @@ class S3TEnsemble(nn.Module):
         self._members = Members(stack, combine, lambda: self._state.serving)
         self._following = threading.Lock()
         self._store: S3TStore | None = None
+        self._empty = Slot(stack, 0)  # is asked for the prefix of a shard that has none
         self._shards = 0
         self._marks: Any = None
         self.register_forward_pre_hook(_begin_pass, with_kwargs=True)
@@ -150,6 +151,7 @@ class S3TEnsemble(nn.Module):
         ensemble._slots = {number: Slot(stack, number, rank) for number in range(stack.slots)}
         for slot in ensemble._slots.values():
             slot.clear()
+        ensemble._empty = Slot(stack, 0, rank)
         ensemble._store, ensemble._shards = store, shards
         introduce_to_pipelines(cls.__name__)
         try:
@@ -288,7 +290,13 @@ class S3TEnsemble(nn.Module):
         """
         self._answers.check_outside()
         with self._following:
-            return self._follow(strict=True)
+            changed = self._follow(strict=True)
+            state = self._answers.current
+            if _lowest_layer(state.held) > state.serving.lowest_layer and not self._members.compiled:
+                with self._answers.changing(0):  # a deletion left it where it was
+                    state = self._state_of(state.generation, state.held, settled=True)
+                    self._answers.replace(state, {slot.number for slot in state.held.values()})
+        return changed
 
     def drained(self, timeout: float | None = None) -> bool:
         """Waits until the last answer that began before a deletion or a refresh has ended, and its slots are zero.
@@ -362,12 +370,11 @@ class S3TEnsemble(nn.Module):
         numbers = {slot.number for slot in held.values()}
         return held.get(shard) or next(slot for number, slot in self._slots.items() if number not in numbers)
 
-    def _state_of(self, generation: int, held: Mapping[int, Slot]) -> State:
-        """The state in which shards answer from the slots that they hold."""
-        held = dict(sorted(held.items()))
-        lowest = min((slot.lowest_layer for slot in held.values()), default=0)
-        before = self._answers.current
-        if before.names:  # the trunk never moves up: whatever was compiled for it stays as it is
+    def _state_of(self, generation: int, held: Mapping[int, Slot], settled: bool = False) -> State:
+        """The state in which shards answer from the slots that they hold; the trunk moves up where it is `settled`."""
+        held, before = dict(sorted(held.items())), self._answers.current
+        lowest = _lowest_layer(held)
+        if before.names and not settled:
             lowest = min(lowest, before.serving.lowest_layer)
         numbers = torch.tensor([slot.number for slot in held.values()], dtype=torch.long)
         serving = Serving(numbers.to(self._stack.base.device), lowest)
@@ -386,9 +393,9 @@ class S3TEnsemble(nn.Module):
             served = manifest.plan.served(manifest.stages)
             if more := sorted(shard for shard in served if shard >= self._shards):
                 problems.append(StoreError(f"{store.path} has shards now that were not loaded: {more}. Load it anew."))
-            held, empty = self._answers.current.held, Slot(self._stack, 0, self._slots[0].rank)
+            held = self._answers.current.held
             for shard in range(self._shards):
-                slot = held.get(shard, empty)
+                slot = held.get(shard, self._empty)
                 path = _needed(Stage(shard, served[shard]), manifest) if shard in served else ()
                 try:
                     changes[shard] = slot.plan(store, manifest, path)
@@ -399,6 +406,10 @@ class S3TEnsemble(nn.Module):
             if not problems or store.marks() == marks or reading == READINGS - 1:
                 break
         return manifest, changes, problems
+
+
+def _lowest_layer(held: Mapping[int, Slot]) -> int:
+    return min((slot.lowest_layer for slot in held.values()), default=0)
 
 
 PASS = "_s3t_serving"

@@ -59,6 +59,7 @@ class Members(MemberRows):
         self.shares_trunk: bool | None = None  # `None`: not tried yet, as there was none to share
         self.cache_name: str | None = None
         self.tried = False
+        self.compiled = False  # whether somebody has compiled a pass: moving the trunk up would do it once more
         self._trying = threading.RLock()
         self._had_own_forward = "forward" in vars(self.base)
         self._forward = self.base.forward
@@ -100,6 +101,8 @@ class Members(MemberRows):
 
     def answer(self, serving: Serving, args: Any, kwargs: dict[str, Any]) -> Any:
         """The answer of some members to the arguments of a forward pass."""
+        if torch.compiler.is_compiling():
+            self.compiled = True
         if serving.members < 2:
             with self.route.taking(self.pass_of(serving)):
                 return self._forward(*args, **kwargs)

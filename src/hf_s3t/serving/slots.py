@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -43,11 +44,17 @@ class Slot:
     path: tuple[Owner, ...] = ()  # the stages along the prefix that is loaded; empty: nothing is
     owners: dict[str, Owner] = field(default_factory=dict)  # which stage each tensor that is in use came from
     lowest_layer: int = 0  # that the loaded prefix has LoRA in
-    layers: dict[str, int] = field(init=False)  # the layer of each LoRA matrix, or of what one stage has of it
 
-    def __post_init__(self) -> None:
-        places = {path: split_layer_path(path) for path in self.tensors if is_lora(path)}
-        self.layers = {path: place[1] for path, place in places.items() if place is not None}
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each tensor."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def layers(self) -> dict[str, int]:
+        """The layer of each LoRA matrix, or of what one stage has of it."""
+        places = {name: split_layer_path(name) for name in self.shapes if is_lora(name)}
+        return {name: place[1] for name, place in places.items() if place is not None}
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -81,7 +88,7 @@ class Slot:
         here: dict[Owner, list[str]] = {}
         for name, owner in self.owners.items():
             here.setdefault(owner, []).append(name)
-        heads = len(self.layers) < len(self.tensors)
+        heads = len(self.layers) < len(self.shapes)
         for owner in steps:
             if owner not in here or (heads and owner == steps[-1]):  # a deeper stage's heads took the place of its own
                 read[owner] = self._named(store.read_stage(owner[0], manifest).tensors, owner[0])
@@ -98,7 +105,7 @@ class Slot:
         return {_part(name, stage.depth) if is_lora(name) else name: value for name, value in tensors.items()}
 
     def _check(self, tensors: Mapping[str, torch.Tensor], owners: Mapping[str, Owner], path: Sequence[Stage]) -> None:
-        own = self.tensors
+        own = self.shapes
         surplus = sorted(set(tensors) - set(own))
         heads = {name for name in own if not is_lora(name)} if path else set()
         absent = sorted(heads - {name for name, (stage, _) in owners.items() if stage == path[-1]})
@@ -110,10 +117,10 @@ class Slot:
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:
                 raise StoreError(f"{name} of {path[-1].name} is {tensor.dtype}; stages are stored in float32.")
-            if tensor.shape != own[name].shape:
+            if tensor.shape != own[name]:
                 raise StoreError(
                     f"{name} of {path[-1].name} has shape {tuple(tensor.shape)}, the model asks for "
-                    f"{tuple(own[name].shape)}. Give the base model that the store was trained on."
+                    f"{tuple(own[name])}. Give the base model that the store was trained on."
                 )
 
     @torch.no_grad()

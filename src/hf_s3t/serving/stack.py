@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -136,9 +137,9 @@ class StackedLinear(Around):
         self.lora_A[slot, :rank].copy_(lora.a)
         self.lora_B[slot, :, :rank].copy_(lora.b * (lora.scaling / self.scaling))
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The stacks, by the names that their parts have in an adapter file."""
-        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+    def places(self) -> dict[str, tuple[nn.Module, str]]:
+        """The stacks, by the names that their parts have in an adapter file: whose they are, and their names there."""
+        return {"lora_A.weight": (self, "lora_A"), "lora_B.weight": (self, "lora_B")}
 
 
 class StackedPart(nn.Module):
@@ -194,17 +195,15 @@ class StackedHead(Around):
     def hold(self, slot: int, head: nn.Module) -> None:
         """Copies a head into a slot."""
         own = {**dict(head.named_parameters()), **dict(head.named_buffers())}
-        for name, stack in self.tensors().items():
-            stack[slot].copy_(own[name])
+        for name, (owner, key) in self.places().items():
+            getattr(owner, key)[slot].copy_(own[name])
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The stacks, by the names that the tensors have in the head."""
-        found = {}
-        for path, part in self.stacked.named_modules():
-            if isinstance(part, StackedPart):
-                for name, own in part.names.items():
-                    found[f"{path}.{name}".lstrip(".")] = getattr(part, own)
-        return found
+    def places(self) -> dict[str, tuple[nn.Module, str]]:
+        """The stacks, by the names that their parts have in the head: whose they are, and their names there."""
+        parts = [(path, part) for path, part in self.stacked.named_modules() if isinstance(part, StackedPart)]
+        return {
+            f"{path}.{name}".lstrip("."): (part, key) for path, part in parts for name, key in part.names.items()
+        }
 
 
 def _stacked(module: nn.Module, route: Route, slots: int) -> nn.Module:
@@ -282,8 +281,14 @@ class Stack:
 
     def tensors(self, slot: int) -> dict[str, torch.Tensor]:
         """Views of what one slot holds, by the names in an adapter file. A model that is moved has other ones."""
-        found = {}
+        return {name: holder[key][slot] for name, holder, key in self._kept}
+
+    @cached_property
+    def _kept(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Where each stack is kept, by the name that its parts have in an adapter file."""
+        found = []
         for path, module in self.modules.items():
-            for name, stack in module.tensors().items():
-                found[f"base_model.model.{path}.{name}"] = stack[slot]
+            for name, (owner, key) in module.places().items():
+                holder = owner._parameters if key in owner._parameters else owner._buffers
+                found.append((f"base_model.model.{path}.{name}", holder, key))
         return found
