@@ -210,7 +210,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         recipe = make_recipe(
             self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
             self.data_collator, self.base_model_id, self._drawn_heads,
-            user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.on,
+            user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.way(),
             steering=steering_by(self.args, with_state(self.callback_handler.callbacks), self.eval_dataset),
         )  # fmt: skip
         prior = self.s3t_config.deletion_prior
