@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 import models
 from hf_s3t import S3TStore
@@ -300,6 +300,13 @@ def without_padding() -> Any:
     return model
 
 
+def reading_padding() -> Any:
+    """A model in which a row depends on what stands in its last position, masked or not."""
+    model = MODELS["llama"]()
+    model.model.layers[2].register_forward_hook(lambda layer, args, output: output + 1e-6 * output[:, -1:])
+    return model
+
+
 def experts() -> Any:
     torch.manual_seed(0)
     fields = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 6}
@@ -307,20 +314,19 @@ def experts() -> Any:
     return MixtralForCausalLM(MixtralConfig(**fields))
 
 
-@pytest.mark.parametrize("make_model", [position_dependent, without_padding, experts])
+@pytest.mark.parametrize("make_model", [position_dependent, without_padding, reading_padding, experts])
 def test_models_whose_kernels_go_with_the_batch_compute_rows_one_by_one(small, batches, tmp_path, make_model):
     trainer(tmp_path / "out", "llama", model=make_model(), sequence_selection=[[0, 1]]).train()
     assert {size for shape, size in batches.probed.items() if shape.masked} == {1}
-    assert make_model is without_padding or not batches.several
+    assert make_model in (without_padding, reading_padding) or not batches.several
     assert not any(row.shape.masked for rows in batches.several for row in rows)
 
 
 def test_rows_of_an_8_bit_base_are_computed_one_by_one(small, batches, tmp_path):
-    """Of which columns are outliers all tokens of a batch have a say."""
+    """All tokens of a batch have a say in which columns are outliers, and rows of the probe may have none."""
     MODELS["llama"]().save_pretrained(tmp_path / "base")
-    model = type(MODELS["llama"]()).from_pretrained(
-        tmp_path / "base", quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map={"": "cpu"}
-    )
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=1000.0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map={"": "cpu"})
     options = {"sequence_selection": [[0]], "eval_trunk": True, "base_model_id": "me/base"}
     trainer(tmp_path / "out", "llama", model=model, **options).train()
     assert batches.probed and set(batches.probed.values()) == {1} and not batches.several
