@@ -119,7 +119,7 @@ SPEED = (
      (("if quantization(self.trunk.base) is not None:", "if False:"),),
      (B + "rows_of_an_8_bit_base_are_computed_one_by_one",)),
     (4, "rows in a batch are padded beyond the model's positions", "trunk/row_batches.py",
-     (("return width if most is None or not length <= most < width else most", "return width"),), (POSITIONS,)),
+     (("return width if most is None or width <= most else length", "return width"),), (POSITIONS,)),
     (4, "padding in a batch is a token like others", "trunk/row_batches.py",
      (("pad if isinstance(pad, int) and pad > 0 else 0", "0"),), (POSITIONS,)),
     (4, "a store of rows one by one goes on in batches", "trunk/row_batches.py",

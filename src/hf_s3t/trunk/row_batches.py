@@ -66,18 +66,18 @@ def _positions(way: Any) -> int | None:
 
 
 def padded_width(length: int, most: int | None = None) -> int:
-    """Positions that a row is padded to: `2**k` or `3 * 2**k`, and no more than `most` where the row has no more.
+    """Positions that a row is padded to: `2**k` or `3 * 2**k`; its own where that is beyond `most`.
 
     Recipes do not name these numbers: with others, stores that have them could not be repaired to the same bits.
 
     >>> [padded_width(length) for length in (3, 16, 17, 25, 33, 300)]
     [16, 16, 24, 32, 48, 384]
     >>> padded_width(300, most=320)
-    320
+    300
     """
     power = 1 << max(length - 1, 0).bit_length()
     width = max(3 * power // 4 if length <= 3 * power // 4 else power, NARROWEST)
-    return width if most is None or not length <= most < width else most
+    return width if most is None or width <= most else length
 
 
 def longest_of_each_width(lengths: Sequence[int]) -> list[int]:
@@ -220,16 +220,22 @@ class RowBatches:
 
     def _padded(self, row: Row, digest: str = "", least: int = 0) -> PaddedRow:
         """A row with masked positions on its right."""
-        config = self.trunk.base.config.get_text_config()
-        length, pad = row[self.trunk.main_input].shape[1], getattr(config, "pad_token_id", None)
-        width = padded_width(max(length, least), getattr(config, "max_position_embeddings", None))
-        filling = {self.trunk.main_input: pad if isinstance(pad, int) and pad > 0 else 0}
+        length, (most, pad) = row[self.trunk.main_input].shape[1], self._limits
+        width = padded_width(max(length, least), most)
+        filling = {self.trunk.main_input: pad}
         padded = {
             name: torch.cat([value, value.new_full((1, width - length, *value.shape[2:]), filling.get(name, 0))], 1)
             if value.ndim > 1 else value
             for name, value in row.items()
         }  # fmt: skip
         return PaddedRow(padded, length, digest)
+
+    @property
+    def _limits(self) -> tuple[int | None, int]:
+        """The positions of the model, if it has so many, and its token for padding."""
+        config = self.trunk.base.config.get_text_config()
+        pad = getattr(config, "pad_token_id", None)
+        return getattr(config, "max_position_embeddings", None), pad if isinstance(pad, int) and pad > 0 else 0
 
     # ---- the probe ----
 
@@ -280,7 +286,11 @@ class RowBatches:
         if row.length is None:
             turned = (row.tensors | {main: row.tensors[main].roll(turn, 1)} for turn in (1, 2))
             return [row, *(PaddedRow(tensors, None, "") for tensors in turned)]
-        lengths = (1, width // 2, width - 1) if row.shape.masked else (width, width)
+        most, pad = self._limits
+        # RoBERTa counts positions from the number of its padding token.
+        beyond = most is not None and width + pad > most > pad
+        longest = min(row.length, width - 1) if beyond else width - 1
+        lengths = (1, width // 2, longest) if row.shape.masked else (width, width)
         made = []
         for turn, length in enumerate(lengths, 1):
             places = torch.arange(length) % row.length
