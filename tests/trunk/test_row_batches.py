@@ -106,6 +106,16 @@ class Batches:
     def dummies(self) -> int:
         return sum(len(rows) - len(set(map(id, rows))) for rows in self.several)
 
+    @property
+    def shapes(self) -> dict[tuple[int, ...], set[tuple[int, int]]]:
+        """Of each row's tokens the shapes of the batches that it stood in."""
+        found: dict[tuple[int, ...], set[tuple[int, int]]] = {}
+        for rows in self.several:
+            for row in rows:
+                tokens = row.tensors["input_ids"][0]
+                found.setdefault(tuple(tokens[: row.length].tolist()), set()).add((len(rows), len(tokens)))
+        return found
+
 
 @pytest.fixture
 def batches(monkeypatch):
@@ -126,6 +136,7 @@ def test_repaired_is_from_scratch_where_rows_have_many_widths(small, batches, tm
     trainer(tmp_path / "scratch", case, without(rows, {victim})).train()
     assert_same_stores(tmp_path / "out", tmp_path / "scratch")
     assert len(batches.probed) >= 4 and {*batches.probed.values()} >= {2, 4} and batches.dummies
+    assert set(map(len, batches.shapes.values())) == {1}, "a row's batch is not always of the same shape"
 
 
 @pytest.mark.parametrize("case", MODELS)
