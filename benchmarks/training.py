@@ -16,8 +16,9 @@ ways take turns; a figure is the median of the repeats after a warm-up, `_p10` a
   model.
 * `cached_over_predicted`: (d)/(c) over the ratio that counting operations gives: forwards of the layers that run,
   backwards of those down to the stage's lowest, and the head.
-* `fill_over_pass`: filling the cache, row by row, over one forward pass of the trunk in batches, which is what
-  counting operations gives it of (c).
+* `fill16_over_rows`, `fill96_over_rows`: filling the cache in batches of a fixed shape over filling it row by row, of
+  rows of 16 and of 96 tokens; `fill16_over_pass`, `fill96_over_pass`: over one forward pass of the trunk, 8 rows at a
+  time. What the probe takes, once for each shape of batch, is apart: `probe16_over_fill`, `probe96_over_fill`.
 * `marks_over_step`: what it takes to look at the marks of a batch's rows and at what trains, over the step, of (c).
 * `bert_stock_over_cached`: (b)/(d) on a BERT-shaped classifier of which half of the layers are trained.
 * `full_budget_paper_over_ours`: every order's retention for four slices. The paper's way trains the 24 orders one by
@@ -43,12 +44,14 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -66,7 +69,9 @@ from transformers import (
 )
 
 from hf_s3t import S3TConfig, S3TTrainer
+from hf_s3t.training import trunk_cache
 from hf_s3t.training.trunk_cache import TrunkCache
+from hf_s3t.trunk.row_batches import RowBatches, way_to_compute
 from hf_s3t.trunk.row_numbers import RowGuard
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -97,6 +102,8 @@ class Settings:
     llama: Shape = field(default_factory=lambda: Shape(16, 384, 1024, 6, 96, 4))
     bert: Shape = field(default_factory=lambda: Shape(24, 384, 1536, 6, 96, 3))
     small: Shape = field(default_factory=lambda: Shape(8, 160, 432, 5, 96, 2))
+    short: Shape = field(default_factory=lambda: Shape(8, 384, 1024, 6, 16, 1, batch=192))
+    long: Shape = field(default_factory=lambda: Shape(8, 384, 1024, 6, 96, 1, batch=64))
     repeats: int = 7
     full_repeats: int = 3
     full_orders: int = 24
@@ -105,6 +112,7 @@ class Settings:
 
 QUICK = Settings(
     llama=Shape(8, 64, 160, 4, 16, 2), bert=Shape(12, 64, 128, 4, 16, 2), small=Shape(4, 32, 64, 4, 8, 1),
+    short=Shape(4, 32, 64, 4, 16, 1), long=Shape(4, 32, 64, 4, 96, 1),
     repeats=1, full_repeats=1, full_orders=2,
 )  # fmt: skip
 
@@ -136,7 +144,7 @@ class Bench:
         torch.manual_seed(seed)
         self.base = self.make()
         self.rows = self.make_rows(np.random.default_rng(seed), SLICES * shape.batch)
-        self.fills: list[float] = []
+        self.probes: list[float] = []
 
     def make(self) -> Any:
         shape = self.shape
@@ -221,23 +229,34 @@ class Bench:
         )  # fmt: skip
 
     def ours(self, cache: str, watch: TrainerCallback) -> None:
-        """One sequence by `S3TTrainer`; what filling its cache takes is noted in `fills`."""
+        """One sequence by `S3TTrainer`."""
         with tempfile.TemporaryDirectory() as folder:
-            trainer = self.trainer(folder, cache, watch)
-            fill, seconds = TrunkCache._fill_absent, []
+            self.trainer(folder, cache, watch).train()
 
-            def timed(*args: Any) -> None:
-                started = time.process_time()
-                fill(*args)
-                seconds.append(time.process_time() - started)
+    def fill(self, way: Any) -> float:
+        """Fills the cache of one slice in a recipe's way; what the probe takes is noted in `probes`."""
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            patch.object(trunk_cache, "way_to_compute", lambda *_: way),
+            timed_calls(TrunkCache, "_fill_absent") as filling,
+            timed_calls(RowBatches, "_size") as probing,
+        ):
+            self.trainer(folder, "disk", TrainerCallback(), sequence_selection=[[0]]).train()
+        if way is not True:
+            self.probes.append(sum(probing))
+        return sum(filling) - sum(probing)
 
-            TrunkCache._fill_absent = timed  # type: ignore[method-assign]
-            try:
-                trainer.train()
-            finally:
-                TrunkCache._fill_absent = fill  # type: ignore[method-assign]
-            if cache != "off":
-                self.fills.append(sum(seconds))
+    @torch.no_grad()
+    def trunk_pass(self, at_once: int = 8) -> float:
+        """One forward pass of the trunk over the rows of one slice."""
+        model = self.fresh().model.eval()
+        model.layers = model.layers[: self.shape.layers - self.shape.per_stage]
+        tokens = torch.tensor(self.rows["input_ids"][: self.shape.batch])
+        started = time.process_time()
+        for first in range(0, len(tokens), at_once):
+            some = tokens[first : first + at_once]
+            model(input_ids=some, attention_mask=torch.ones_like(some))
+        return time.process_time() - started
 
     # ---- counting ----
 
@@ -308,6 +327,21 @@ class StepTimer(TrainerCallback):
 # ---- measuring ----
 
 
+@contextmanager
+def timed_calls(owner: Any, name: str) -> Iterator[list[float]]:
+    """Notes the CPU seconds of every call of a method."""
+    method, seconds = getattr(owner, name), list[float]()
+
+    def timed(*args: Any) -> Any:
+        started = time.process_time()
+        found = method(*args)
+        seconds.append(time.process_time() - started)
+        return found
+
+    with patch.object(owner, name, timed):
+        yield seconds
+
+
 def step_seconds(way: Callable[[StepTimer], None]) -> Callable[[], float]:
     """A way to train that returns the seconds of its steps."""
 
@@ -355,12 +389,9 @@ def measure_llama(settings: Settings, seed: int) -> dict[str, Any]:
     found = in_turn(ways, settings.repeats)
     cached, uncached = found["cached"], found["uncached"]
     predicted = bench.operations(True) / bench.operations(False)
-    trunk = SLICES * (bench.shape.layers - bench.shape.per_stage) * bench.layer_operations()[0]
-    pass_seconds = [seconds * trunk / bench.operations(False) for seconds in uncached]
     figures = over("paper_over_cached", found["paper"], cached) | over("paper_over_uncached", found["paper"], uncached)
     figures |= over("stock_over_uncached", found["stock"], uncached)
     figures |= over("cached_over_predicted", cached, uncached, predicted)
-    figures |= over("fill_over_pass", bench.fills[1:], pass_seconds)
     return figures | {f"{name}_seconds": statistics.median(times) for name, times in found.items()}
 
 
@@ -391,6 +422,23 @@ def measure_marks(settings: Settings, seed: int) -> dict[str, Any]:
         for owner, name, plain in patches:
             setattr(owner, name, plain)
     return spread("marks_over_step", shares)
+
+
+def measure_filling(settings: Settings, seed: int) -> dict[str, Any]:
+    """The cache filled in batches and row by row."""
+    figures: dict[str, Any] = {}
+    for shape in (settings.short, settings.long):
+        bench, length = Bench(shape, seed), shape.length
+        ways: Ways = {
+            "batches": partial(bench.fill, way_to_compute(None, "cpu")),
+            "rows": partial(bench.fill, True),
+            "pass": bench.trunk_pass,
+        }
+        found = in_turn(ways, settings.repeats)
+        figures |= over(f"fill{length}_over_rows", found["batches"], found["rows"])
+        figures |= over(f"fill{length}_over_pass", found["batches"], found["pass"])
+        figures |= over(f"probe{length}_over_fill", bench.probes[1:], found["batches"])
+    return figures
 
 
 def measure_bert(settings: Settings, seed: int) -> dict[str, Any]:
@@ -433,7 +481,10 @@ def measure_full_budget(settings: Settings, seed: int) -> dict[str, Any]:
 def run(settings: Settings, seed: int) -> dict[str, Any]:
     """All figures by name."""
     figures = {}
-    measures = {"Llama": measure_llama, "marks": measure_marks, "BERT": measure_bert, "full": measure_full_budget}
+    measures = {
+        "Llama": measure_llama, "marks": measure_marks, "filling": measure_filling, "BERT": measure_bert,
+        "full": measure_full_budget,
+    }  # fmt: skip
     for title, measure in measures.items():
         print(title)
         figures |= measure(settings, seed)

@@ -12,6 +12,12 @@ WRITTEN = T + "a_deletion_while_states_are_written_leaves_none_of_them"
 BROKEN = T + "a_broken_file_is_removed"
 STATE_LOST = T + "a_slice_deleted_with_the_state_lost_takes_its_states_along"
 ELSEWHERE = T + "states_of_an_example_that_left_the_index_elsewhere_are_removed"
+B = "trunk/test_row_batches.py::test_"
+REPAIRED = B + "repaired_is_from_scratch_where_rows_have_many_widths"
+ONE_BY_ONE = B + "rows_that_see_their_mates_are_computed_one_by_one"
+KERNELS = B + "models_whose_kernels_go_with_the_batch_compute_rows_one_by_one"
+POSITIONS = B + "rows_are_not_padded_beyond_the_positions_of_their_model"
+ONCE = B + "states_are_copied_once_and_once_to_another_device"
 BATCHES = T + "a_batch_that_is_not_its_rows_is_refused"
 
 SPEED = (
@@ -37,14 +43,15 @@ SPEED = (
      (("        self._forget_deleted()\n", ""),), (T + "what_is_in_memory_is_dropped_with_its_example",)),
     (4, "a row's states are fed to its neighbour", "training/trunk_cache.py",
      (("name.layer, block.states[position]", "name.layer, block.states[position - 1]"),), (LOSSES + LLAMA,)),
-    (4, "states of a layer below the stage are fed as they are", "training/trunk_cache.py",
-     (("if layer < self._entrance:", "if False:"),), (SAME_BITS + LLAMA,)),
+    (4, "states of a layer below the stage are fed as they are", "trunk/row_batches.py",
+     (("for below, _ in sources if below < layer}:", "for below, _ in sources if below == 0}:"),),
+     (SAME_BITS + LLAMA,)),
     (4, "a block starts from states that enter another layer", "training/trunk_cache.py",
      (("start, source = below[-1] if below else (0, None)", "start, source = 0, below[-1][1] if below else None"),),
      (T + "blocks_are_filled_from_the_block_below",)),
     (4, "padding holds what the model made of it", "trunk/trunk.py",
-     (("padded = torch.zeros(hidden.shape, dtype=states[0].dtype, device=hidden.device)",
-       "padded = torch.randn(hidden.shape, dtype=states[0].dtype, device=hidden.device)"),), (RAGGED,)),
+     (("zeros = states[0].new_zeros(positions - min(map(len, states)), hidden.shape[2])",
+       "zeros = torch.randn(positions - min(map(len, states)), hidden.shape[2])"),), (RAGGED, ONCE)),
     (4, "a block of other rows is taken", "store/activation_blocks.py",
      (("except LookupError:\n            return None", "except LookupError:\n            found = [0] * 99"),),
      (T + "rows_that_came_later_make_a_block_anew",)),
@@ -85,4 +92,43 @@ SPEED = (
     (5, "a block counts before it is whole", "training/trunk_cache.py",
      (("                writer.end()\n", "                writer._file.flush()\n"),),
      (SAME_BITS + LLAMA, T + "a_training_leaves_the_model_as_it_was")),
+    (4, "what the probe of a batch finds is not looked at", "trunk/row_batches.py",
+     (("if size == 1 or self._is_independent(row, number, size):", "if True:"),), (ONE_BY_ONE,)),
+    (4, "a row is padded to the width of the rows in a batch before it", "trunk/row_batches.py",
+     (("padded_width(max(length, least),",
+       "padded_width(max([length, least, *(shape.tensors[0][2][0] for shape in self.sizes)]),"),),
+     (REPAIRED + LLAMA,)),
+    (4, "a batch that is not full has fewer rows", "trunk/row_batches.py",
+     (("more = size - len(rows)", "more = 0"),), (REPAIRED + LLAMA,)),
+    (4, "a batch gives its states to rows in another order", "training/trunk_cache.py",
+     (("        rows = self._batches.ordered(rows)\n", ""),), (REPAIRED + LLAMA,)),
+    (4, "padded rows and whole ones share a batch", "trunk/row_batches.py",
+     (("mask is not None and not bool(mask.all())", "False"),), (B + "padded_rows_and_whole_ones_share_no_batch",)),
+    (4, "the probe of a batch ends at the layer where the first stage enters", "training/trunk_cache.py",
+     (('manifest.recipe["cached_trunk"], self._entrance_of(1))', 'manifest.recipe["cached_trunk"], self._entrance)'),),
+     (B + "the_probe_reaches_as_high_as_any_stage_enters",)),
+    (4, "the probe of a batch looks at its first row alone", "trunk/row_batches.py",
+     (("zip(turn, states[self.top], strict=True)", "zip(turn[:1], states[self.top][:1], strict=True)"),), (KERNELS,)),
+    (4, "the probe of a batch does not compare what is called", "trunk/row_batches.py",
+     (("return calls[0] == calls[1] == calls[2] and is_close(", "return is_close("),), (KERNELS,)),
+    (4, "the probe of a batch does not start from a block below", "trunk/row_batches.py",
+     (("zip([*turns, turns[0]], [*seen, again], strict=True)", "zip(turns, seen, strict=True)"),), (KERNELS,)),
+    (4, "tokens in a batch are sent to experts together", "trunk/row_batches.py",
+     (("if any(name in ROUTING for name, *_ in calls[0]):", "if False:"),), (KERNELS,)),
+    (4, "rows of an 8-bit base share a batch", "trunk/row_batches.py",
+     (("if quantization(self.trunk.base) is not None:", "if False:"),),
+     (B + "rows_of_an_8_bit_base_are_computed_one_by_one",)),
+    (4, "rows in a batch are padded beyond the model's positions", "trunk/row_batches.py",
+     (("return width if most is None or width <= most else length", "return width"),), (POSITIONS,)),
+    (4, "padding in a batch is a token like others", "trunk/row_batches.py",
+     (("pad if isinstance(pad, int) and pad > 0 else 0", "0"),), (POSITIONS,)),
+    (4, "a store of rows one by one goes on in batches", "trunk/row_batches.py",
+     (("if before is True or _positions(before) is not None:", "if _positions(before) is not None:"),),
+     (B + "a_store_from_before_there_were_batches_goes_on_row_by_row",)),
+    (4, "a store does not keep the size of its batches", "trunk/row_batches.py",
+     (("if before is True or _positions(before) is not None:", "if before is True:"),),
+     (B + "a_store_keeps_the_size_of_its_batches",)),
+    (4, "a block is looked at in rows of one width of batch alone", "trunk/row_batches.py",
+     (("    return list({(widths[place], lengths[place] == widths[place]): place for place in places}.values())",
+       "    return places[-1:]"),), (B + "a_block_is_looked_at_in_every_width",)),
 )  # fmt: skip

@@ -87,7 +87,8 @@ def test_training_writes_its_figures(tmp_path: Path) -> None:
     assert record["name"] == "training" and record["settings"]["seed"] == 3
     figures = record["figures"]
     ratios = (
-        "paper_over_cached", "paper_over_uncached", "stock_over_uncached", "cached_over_predicted", "fill_over_pass",
+        "paper_over_cached", "paper_over_uncached", "stock_over_uncached", "cached_over_predicted", "fill16_over_rows",
+        "fill16_over_pass", "fill96_over_rows", "fill96_over_pass", "probe16_over_fill", "probe96_over_fill",
         "bert_stock_over_cached", "full_budget_paper_over_ours", "full_budget_per_pass",
     )  # fmt: skip
     for name in ratios:

@@ -253,7 +253,7 @@ def test_a_limit_holds_for_what_is_there_when_no_stage_asks(llama, tmp_path):
 def test_the_cache_is_part_of_the_recipe_and_where_it_lies_is_not(world, tmp_path):
     store = world.copy(tmp_path)
     world.trainer(store.path, activation_cache="memory").train()
-    with pytest.raises(RecipeError, match="cached_trunk: the store has True, this run does not name it"):
+    with pytest.raises(RecipeError, match="cached_trunk: the store has {'positions': 512}, this run does not name it"):
         world.trainer(store.path, activation_cache="off").train()
 
 

@@ -41,7 +41,7 @@ def make_recipe(
     base_id: str | None,
     heads: Mapping[str, str],
     user_code: Any = (),
-    cached_trunk: bool = False,
+    cached_trunk: bool | dict[str, int] = False,
     steering: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The recipe of a run.
@@ -49,7 +49,8 @@ def make_recipe(
     Args:
         heads (`dict[str, str]`): digests of the heads that the base lacked and that were drawn.
         user_code (`tuple`): what else of the user's changes bits: the optimizer with its settings, the loss function.
-        cached_trunk (`bool`): whether what enters a stage is computed row by row, as an activation cache needs it.
+        cached_trunk (`bool` or `dict[str, int]`): how an activation cache has what enters a stage computed: in
+            batches of so many `positions`, or, with `True`, row by row. `False`: there is no cache.
     """
     recipe = {
         "config": _config_section(config, layout),
@@ -72,7 +73,7 @@ def make_recipe(
         UNSET: unset_arguments(args),
     }
     if cached_trunk:
-        recipe["cached_trunk"] = True
+        recipe["cached_trunk"] = cached_trunk
     plain: dict[str, Any] = json.loads(json.dumps(recipe, default=str, sort_keys=True))
     _check_texts(plain, "recipe")
     return plain

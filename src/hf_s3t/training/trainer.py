@@ -72,8 +72,8 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             construction and not bit-equal to training from scratch, and the store says so from then on.
         base_model_id (`str`, *optional*): the base's id on the Hub, where it was loaded from a local folder.
         activation_cache (`"off"`, `"memory"` or `"disk"`): keep what enters the layers of a stage, computed once for
-            each example, so that stages run from there up. Part of the recipe, wherever it is kept: states of a row
-            alone may differ in their last bits from those in a batch.
+            each example, so that stages run from there up. Part of the recipe, wherever it is kept: the states may
+            differ in their last bits from those in a step's batch.
         activation_cache_gb (`float`, *optional*): how much to keep, in 10^9 bytes. `None`: all that is of use.
         eval_trunk (`bool`): with a cache, whether layers that drop out in training may run without, below a stage.
         kwargs: everything else that the Trainer takes.
@@ -211,7 +211,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         recipe = make_recipe(
             self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
             self.data_collator, self.base_model_id, self._drawn_heads,
-            user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.on,
+            user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.way(),
             steering=steering_by(self.args, with_state(self.callback_handler.callbacks), self.eval_dataset),
         )  # fmt: skip
         prior = self.s3t_config.deletion_prior

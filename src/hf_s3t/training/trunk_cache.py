@@ -25,6 +25,7 @@ from ..store.partition import Entry, canonical
 from ..store.receipts import versions
 from ..store.requests import Place
 from ..trunk.choice import choose_blocks, drop_beyond
+from ..trunk.row_batches import RowBatches, Way, longest_of_each_width, way_to_compute
 from ..trunk.row_numbers import NumberingCollator
 from ..trunk.row_states import ActivationCache, AloneRows, check_model
 from ..trunk.trunk import Trunk
@@ -46,6 +47,7 @@ class TrunkCache:
         self.trainer, self.cache, self.eval_trunk = trainer, cache, eval_trunk
         self.limit = None if limit_gb is None else limit_gb * 1e9
         self.blocks: Blocks | None = None
+        self._batches = RowBatches(True, 0)
         self.kept: list[BlockName] = []
         self._entrance = 0
         self._checked: set[int] = set()
@@ -57,13 +59,19 @@ class TrunkCache:
         """Whether stages are fed."""
         return self.cache != "off"
 
+    def way(self) -> Way:
+        """How states are computed, for the recipe: as those of the store were; `False` without a cache."""
+        store = self.trainer.store
+        before = store.manifest().recipe.get("cached_trunk") if store.exists else None
+        return self.on and way_to_compute(before, self.trainer.args.device.type)
+
     # ---- a stage ----
 
     @contextmanager
     def stage(self, order: StageOrder) -> Iterator[None]:
         """Every state that the stage wants is known, and the trainer's collator compares rows with them."""
         self._forget_deleted()
-        entrance = self._entrance_of(order.stage)
+        entrance = self._entrance_of(order.stage.depth)
         if not self.on or entrance == 0:
             yield
             return
@@ -85,9 +93,9 @@ class TrunkCache:
             for name in ("trunk", "collator", "_rows"):
                 vars(self).pop(name, None)
 
-    def _entrance_of(self, stage: Stage) -> int:
-        """The lowest layer that the stage trains: nothing below has an adapter."""
-        return min(owned_layers(self.trainer.s3t_config, self.trainer.tuner.layout, stage.depth))
+    def _entrance_of(self, depth: int) -> int:
+        """The lowest layer that stages at a depth train: nothing below has an adapter."""
+        return min(owned_layers(self.trainer.s3t_config, self.trainer.tuner.layout, depth))
 
     def _prepare(self, order: StageOrder, rows: Rows) -> None:
         """Computes what no block holds yet, and finds out where the states of every row are."""
@@ -98,6 +106,7 @@ class TrunkCache:
             self._checked.add(self._entrance)
         if self.blocks is None:
             self._settle(rows)
+        self._batches.begin(self._rows)
         by_place: dict[Place, Rows] = {}
         for example, number in rows:
             entry = self.trainer.rows.entries[example]
@@ -120,21 +129,23 @@ class TrunkCache:
         return block.part(self._examples(rows)) if block else None
 
     def _is_good(self, name: BlockName, rows: Rows) -> bool:
-        """Whether a block is there, of these very rows, and what this run computes; a look at one row tells, once."""
+        """Whether a block is there, of these very rows, and what this run computes; rows of each width tell, once."""
         block = self._read(name, rows)
         if block is None or name in self._verified:
             return block is not None
-        position = max(range(len(rows)), key=lambda row: len(block.states[row]))
-        batch = self._rows.batch(rows[position][1])
+        numbers = [number for _, number in rows]
+        positions = longest_of_each_width(list(map(len, block.states)))
         with self.trunk.evaluating():
-            states, kept = self._rows.states(batch, [name.layer])[name.layer].cpu(), block.states[position]
-        same = states.dtype == kept.dtype and torch.equal(states, kept)
-        if not same or block.inputs[position] != self._rows.digest(batch):
-            logger.warning(
-                "%s is made anew: a row of it is not what the collator and the model give now", name.file,
-                main_process_only=False,
-            )  # fmt: skip
-            return False
+            found = self._batches.states([numbers[position] for position in positions], [name.layer])
+        for position, seen in zip(positions, found, strict=True):
+            states, kept = seen[name.layer].cpu(), block.states[position]
+            same = states.dtype == kept.dtype and torch.equal(states, kept)
+            if not same or block.inputs[position] != self._batches.digest(numbers[position]):
+                logger.warning(
+                    "%s is made anew: a row of it is not what the collator and the model give now", name.file,
+                    main_process_only=False,
+                )  # fmt: skip
+                return False
         self._verified.add(name)
         return True
 
@@ -148,7 +159,9 @@ class TrunkCache:
                 self.collator.expected[number] = block.inputs[position]
             else:
                 self._sources[number] = 0, None
-                self.collator.expected[number] = self._rows.digest(self._rows.batch(number))
+                self.collator.expected[number] = self._batches.digest(number)
+            if self._sources[number][0] < self._entrance:  # steps will compute it: the probe comes before the first
+                self._batches.digest(number)
 
     # ---- computing states ----
 
@@ -162,8 +175,9 @@ class TrunkCache:
                     self._fill(order, absent, rows)
 
     def _fill(self, order: StageOrder, names: list[BlockName], rows: Rows) -> None:
-        """Computes blocks of one slice, row by row, from the highest block below them."""
+        """Computes blocks of one slice, batch by batch, from the highest block below them."""
         assert self.blocks is not None
+        rows = self._batches.ordered(rows)
         below = [(name.layer, self._read(name, rows)) for name in self._usable(names[0].place) if name < names[0]]
         start, source = below[-1] if below else (0, None)
         writers: list[Any] = []
@@ -177,14 +191,17 @@ class TrunkCache:
 
         try:
             writers.extend(self.blocks.writer(name, self._examples(rows)) for name in names)
-            with self.trunk.evaluating():
-                for position, (_, number) in enumerate(rows):
-                    batch, given = self._rows.batch(number), source.states[position] if source else None
-                    seen = self._rows.states(batch, [name.layer for name in names], start, given)
-                    check_room(sum(states.nbytes for states in seen.values()))
-                    inputs = self._rows.digest(batch)
+            numbers, layers = [number for _, number in rows], [name.layer for name in names]
+            for places in self._batches.batches(numbers):
+                with self.trunk.evaluating():
+                    found = self._batches.states(
+                        [numbers[place] for place in places], layers, start,
+                        [source.states[place] for place in places] if source else None,
+                    )  # fmt: skip
+                check_room(sum(states.nbytes for seen in found for states in seen.values()))
+                for place, seen in zip(places, found, strict=True):
                     for writer in writers:
-                        writer.add(inputs, seen[writer.name.layer])
+                        writer.add(self._batches.digest(numbers[place]), seen[writer.name.layer])
             for writer in writers:
                 writer.end()
             others = self._bytes_beside(names)  # other processes have written, too
@@ -225,14 +242,10 @@ class TrunkCache:
         if not self._sources:
             yield
             return
-        states: list[Any] = []
-        computes = any(layer < self._entrance for layer, _ in self._sources.values())
+        sources = [self._sources[number] for number in numbers]
+        computes = any(layer < self._entrance for layer, _ in sources)
         with self.trunk.evaluating() if computes else nullcontext():
-            for number in numbers:
-                layer, found = self._sources[number]
-                if layer < self._entrance:
-                    found = self._rows.states(self._rows.batch(number), [self._entrance], layer, found)[self._entrance]
-                states.append(found)
+            states = self._batches.from_below(numbers, self._entrance, sources)
         with self.trunk.fed(self._entrance, states, inputs):
             yield
 
@@ -247,6 +260,7 @@ class TrunkCache:
         """Chooses what to keep, and says how large that is before anything is written."""
         trainer = self.trainer
         manifest = self._on_main(trainer.store.manifest)
+        self._batches = RowBatches(manifest.recipe["cached_trunk"], self._entrance_of(1))
         tie = canonical([manifest.recipe, versions(), trainer.args.device.type, self._model])
         if self.cache == "memory":
             self.blocks = MemoryBlocks()
@@ -280,7 +294,7 @@ class TrunkCache:
         """Per slice, how often the missing stages will have its rows enter each layer."""
         passes: dict[Place, dict[int, float]] = {}
         for stage in manifest.plan.missing(manifest.stages):
-            entrance, shares = self._entrance_of(stage), self._shares(stage)
+            entrance, shares = self._entrance_of(stage.depth), self._shares(stage)
             for place in shares.keys() & counts.keys() if entrance else ():
                 wanted = passes.setdefault(place, {})
                 wanted[entrance] = wanted.get(entrance, 0.0) + self._epochs(stage, counts) * shares[place]

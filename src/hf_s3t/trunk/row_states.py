@@ -1,7 +1,8 @@
 """Rows one at a time: what enters a layer for a row alone, and whether that may stand for the row in a batch.
 
 A batch of one, without padding, in eval mode: then the states depend on the row and the base model, and on nothing
-else that a deletion could take away. What a cache of them cannot serve is refused here.
+else that a deletion could take away. `row_batches.py` computes them faster. What a cache of them cannot serve is
+refused here.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def check_model(rows: AloneRows, numbers: Sequence[int], entrance: int, eval_tru
         unfed = trainer.model(**trunk.taken(one))
         with trunk.fed(entrance, alone[:1], one):
             fed = trainer.model(**trunk.taken(one))
-    bound = 1e-4 if _is_exact(rows, alone[0]) else 0.03
+    bound = closeness(rows, alone[0])
     if not all(is_close(found[: len(states)], states, bound) for found, states in zip(company, alone, strict=True)):
         raise ValueError(
             "What enters a layer depends on the company that a row has in its batch, so it cannot be cached. A "
@@ -191,6 +192,11 @@ def _refuse_head(module: Any, args: Any) -> None:
         f"`modules_to_save` names {type(module).__name__}, which lies below the layers: what enters them is then a "
         "stage's own. Leave it out, or use activation_cache='off'."
     )
+
+
+def closeness(rows: AloneRows, states: torch.Tensor) -> float:
+    """By which share of their size states may differ in a batch of another shape."""
+    return 1e-4 if _is_exact(rows, states) else 0.03
 
 
 def _is_exact(rows: AloneRows, states: torch.Tensor) -> bool:

@@ -88,6 +88,18 @@ class Trunk:
             hook.remove()
         self._forwards, self._hooks = {}, []
 
+    @contextmanager
+    def reaching(self, layer: int) -> Iterator[None]:
+        """Inside the block the layers up to another `layer` listen."""
+        before = max(self._forwards)
+        self.detach()
+        self.attach(layer)
+        try:
+            yield
+        finally:
+            self.detach()
+            self.attach(before)
+
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._awaited is not None:
             run, batch = self._awaited
@@ -220,14 +232,19 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _padded(states: States, hidden: torch.Tensor) -> torch.Tensor:
-    """States of rows as one batch like `hidden`, zeros where a row has none."""
+    """States of rows as one batch like `hidden`, zeros where a row has none: one copy, and one to another device."""
     if hidden.ndim != 3 or len(states) != len(hidden):
         raise ValueError(
             f"Hidden states of shape {tuple(hidden.shape)} came for {len(states)} rows; (rows, positions, hidden) was "
             "expected. Several sequences per row, and models split over devices by DataParallel, cannot be cached: "
             "use activation_cache='off'."
         )
-    padded = torch.zeros(hidden.shape, dtype=states[0].dtype, device=hidden.device)
-    for row, value in enumerate(states):
-        padded[row, : len(value)] = value
-    return padded
+    device, positions = hidden.device, hidden.shape[1]
+    if len({value.device for value in states}) > 1:
+        states = [value.to(device, non_blocking=True) for value in states]
+    zeros = states[0].new_zeros(positions - min(map(len, states)), hidden.shape[2])
+    parts = [part for value in states for part in (value, zeros[: positions - len(value)])]
+    pinned = device.type == "cuda" and not states[0].is_cuda  # then the step does not wait for its states
+    whole = torch.empty(hidden.shape, dtype=states[0].dtype, device=states[0].device, pin_memory=pinned)
+    torch.cat(parts, out=whole.flatten(0, 1))
+    return whole.to(device, non_blocking=True)
