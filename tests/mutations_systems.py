@@ -31,7 +31,7 @@ SYSTEMS = (
     (8, "a rank group does not say by what it is joined", "training/trainer.py",
      (('if kind == "rank_group" else {}', "if False else {}"),),
      (R + "there_may_be_more_slices_than_layers",)),
-    (9, "a member of rank groups has its last stage alone", "serving/ensemble.py",
+    (9, "a member of rank groups has its last stage alone", "serving/following.py",
      (('"stage_parameters") == "all" else stage.path', '"stage_parameters") != "layer_group" else stage.path'),),
      (R + "the_ensemble_is_its_members",)),
     (2, "a stage of all layers whose newest slice is empty forgets its parent", "lora/tuner.py",

@@ -51,7 +51,7 @@ def test_what_is_public_has_documented_and_annotated_methods(name):
 def test_one_exception_is_above_all_others():
     public = [getattr(hf_s3t, name) for name in dir(hf_s3t)]
     errors = [value for value in public if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(errors) == 10 and all(issubclass(error, S3TError) for error in errors)
+    assert len(errors) == 11 and all(issubclass(error, S3TError) for error in errors)
     assert all(error.__name__ in hf_s3t.errors.__doc__ for error in errors), "the drawing shows them all"
 
 

@@ -681,6 +681,27 @@ def test_neither_a_deletion_nor_a_new_answer_waits_for_an_old_answer(
     assert_served(ensemble, store)
 
 
+def test_a_pass_that_runs_keeps_its_slots(
+    store: S3TStore, ensemble: S3TEnsemble, threads: Callable[..., Future[Any]], fresh: Any
+) -> None:
+    reached, go = threading.Event(), threading.Event()
+
+    def pause(*args: Any) -> None:
+        reached.set()
+        assert go.wait(LONG)
+
+    before = logits(ensemble, inputs_of("llama"))
+    hook = ensemble.model.model.layers[1].register_forward_hook(pause)
+    running = threads(logits, ensemble, inputs_of("llama"))
+    assert reached.wait(LONG)
+    hook.remove()
+    ensemble.delete(slices=SLICES)
+    torch.testing.assert_close(logits(ensemble, inputs_of("llama")), fresh[1], **ROUNDING)
+    go.set()
+    assert torch.equal(running.result(LONG), before)
+    assert_served(ensemble, store)
+
+
 def test_a_deletion_that_finds_too_few_spare_slots_waits_and_new_answers_for_it(
     store: S3TStore, threads: Callable[..., Future[Any]], fresh: Any
 ) -> None:

@@ -24,7 +24,7 @@ def store(tmp_path: Path) -> S3TStore:
 def empty(store: S3TStore) -> tuple[S3TEnsemble, Slot]:
     """A model, and the slot of its second member with nothing in it."""
     ensemble = load(store, "bert")
-    return ensemble, ensemble._slots[3]
+    return ensemble, ensemble._follower.slots[3]
 
 
 def path_of(*prefix: int) -> tuple[Stage, ...]:
@@ -42,9 +42,9 @@ def assert_holds(slot: Slot, store: S3TStore, prefix: tuple[int, ...]) -> None:
 
 def test_a_slot_is_the_adapter_and_its_heads_and_nobody_elses(store: S3TStore) -> None:
     ensemble = load(store, "bert")
-    own = [{tensor.data_ptr() for tensor in slot.tensors.values()} for slot in ensemble._slots.values()]
+    own = [{tensor.data_ptr() for tensor in slot.tensors.values()} for slot in ensemble._follower.slots.values()]
     assert len(own) == 6 and len(set().union(*own)) == sum(map(len, own))
-    names = set(ensemble._slots[0].tensors)
+    names = set(ensemble._follower.slots[0].tensors)
     assert names == set(store.assemble(0, (0, 1, 2)).tensors)
     assert {name for name in names if not is_lora(name)} == {
         f"base_model.model.classifier.{kind}" for kind in ("weight", "bias")
@@ -67,7 +67,7 @@ def test_every_prefix_can_follow_every_other(store: S3TStore, empty: tuple[S3TEn
 def test_a_prefix_goes_on_in_another_slot(store: S3TStore, empty: tuple[S3TEnsemble, Slot]) -> None:
     """What both have in common is copied from the old one, not read."""
     ensemble, old = empty
-    manifest, new = store.manifest(), ensemble._slots[4]
+    manifest, new = store.manifest(), ensemble._follower.slots[4]
     for before, after in [((0, 1), (0, 1, 2)), ((0, 1, 2), (0, 1)), ((0, 1, 2), (0, 1, 2)), ((2,), (2, 0))]:
         old.take(old.plan(store, manifest, path_of(*before)), old)
         change = old.plan(store, manifest, path_of(*after))
@@ -80,7 +80,7 @@ def test_a_prefix_goes_on_in_another_slot(store: S3TStore, empty: tuple[S3TEnsem
 
 def test_a_stage_of_all_layers_replaces_its_parent(tmp_path: Path) -> None:
     store = copy("bert-all", tmp_path)
-    slot, manifest = load(store, "bert-all")._slots[3], store.manifest()
+    slot, manifest = load(store, "bert-all")._follower.slots[3], store.manifest()
     for prefix in [(0, 1, 2), (0, 1), (2, 0), (0,)]:
         slot.take(slot.plan(store, manifest, path_of(*prefix)[-1:]), slot)
         assert_holds(slot, store, prefix)

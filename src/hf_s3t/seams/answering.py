@@ -42,6 +42,16 @@ def caches_in(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if isinstance(value, Cache)}
 
 
+def room_of(kwargs: Mapping[str, Any], defaults: Any, prompt: torch.Tensor) -> tuple[int, int]:
+    """Rows of a cache that `generate` needs at most, and positions, by its arguments and a `GenerationConfig`."""
+
+    def setting(name: str) -> int | None:
+        return kwargs[name] if kwargs.get(name) is not None else getattr(defaults, name, None)
+
+    rows = len(prompt) * max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+    return rows, prompt.shape[1] + (setting("max_new_tokens") or setting("max_length") or 20)
+
+
 def first_argument(forward: Callable[..., Any]) -> str:
     """Name of the argument by which a layer's forward takes its hidden states, where not by position."""
     return next(iter(inspect.signature(forward).parameters))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,38 +18,25 @@ from peft import PeftModel
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from ..errors import S3TError, StoreError
-from ..lora.adapter import WEIGHTS_FILE
-from ..plan.tree import Stage
-from ..seams.answering import caches_in, introduce_to_pipelines
-from ..store.manifest import Manifest
+from ..errors import S3TError
+from ..seams.answering import caches_in, introduce_to_pipelines, room_of
 from ..store.receipts import Receipt
 from ..store.store import S3TStore
 from .answers import Answers
 from .averages import Combine
-from .loading import base_of, member_name, opened, stacked
+from .decoding import BLOCK
+from .following import Follower, State
+from .loading import base_of, opened, stacked
 from .members import Members, Serving
-from .slots import Change, Slot
 from .stack import Stack
 
 logger = logging.getLogger(__name__)
 
-READINGS = 5
-"""How often a store is read anew that changes while it is read."""
-
+OTHER_WAYS = frozenset({"assistant_model", "custom_generate", "penalty_alpha", "prompt_lookup_num_tokens"})
+"""Arguments of `generate` that ask for something else than tokens one by one, of as many rows as there are beams."""
 
 LOOKING = ("_", "can_", "create_extended_", "get_", "is_", "num_", "prepare_inputs_", "print_", "warn_")
 """How the methods of a model begin that change nothing in it. The private ones are for those who know what they do."""
-
-
-@dataclass(frozen=True)
-class State:
-    """What an answer is computed with, from its beginning to its end."""
-
-    generation: int
-    names: tuple[str, ...]  # of the members
-    serving: Serving
-    held: Mapping[int, Slot] = field(default_factory=dict)  # by shard
 
 
 class S3TEnsemble(nn.Module):
@@ -89,15 +75,10 @@ class S3TEnsemble(nn.Module):
         """What an ensemble is made of, with no member yet."""
         self.model: Any = model
         self._stack = stack
-        self._slots: dict[int, Slot] = {}  # by number
         nobody = State(0, (), Serving(torch.zeros(0, dtype=torch.long, device=stack.base.device)))
-        self._answers = Answers(nobody, stack.slots, self._clear, seconds)
+        self._answers = Answers(nobody, stack.slots, lambda number: self._followed().clear(number), seconds)
         self._members = Members(stack, combine, lambda: self._state.serving)
-        self._following = threading.Lock()
-        self._store: S3TStore | None = None
-        self._empty = Slot(stack, 0)  # is asked for the prefix of a shard that has none
-        self._shards = 0
-        self._marks: Any = None
+        self._follower: Follower | None = None
         self.register_forward_pre_hook(_begin_pass, with_kwargs=True)
         self.register_forward_hook(_end_pass, always_call=True)
 
@@ -148,11 +129,7 @@ class S3TEnsemble(nn.Module):
         nn.Module.__init__(ensemble)
         ensemble._begin(base, stack, combine, old_answers_seconds)
         rank = stored["r"] if stored.get("stage_parameters") == "rank_group" else None
-        ensemble._slots = {number: Slot(stack, number, rank) for number in range(stack.slots)}
-        for slot in ensemble._slots.values():
-            slot.clear()
-        ensemble._empty = Slot(stack, 0, rank)
-        ensemble._store, ensemble._shards = store, shards
+        ensemble._follower = Follower(store, stack, ensemble._answers, shards, rank)
         introduce_to_pipelines(cls.__name__)
         try:
             ensemble.refresh()
@@ -224,30 +201,55 @@ class S3TEnsemble(nn.Module):
             ValueError: an encoder-decoder model, or a kind of cache that cannot hold several members.
             AnswerCutOffError: a deletion came meanwhile, and it went on for too long.
         """
-        with self._answers.answering() as state:
-            alone = None  # the base's `generate` may run parts of an encoder-decoder beside its `forward`
-            if state.serving.members > 1:
-                kwargs = self._with_cache(state.serving, kwargs)
-            else:
-                alone = self._members.pass_of(state.serving)
-            with self._stack.route.taking(alone):
-                return self._members.base.generate(*args, **kwargs)
+        with self._answers.answering() as state, ExitStack() as until_its_end:
+            serving = state.serving
+            if serving.members == 1:  # the base's `generate` may run parts of an encoder-decoder beside its `forward`
+                until_its_end.enter_context(self._stack.route.taking(self._members.pass_of(serving)))
+            if serving.members:
+                kwargs = self._with_cache(until_its_end, serving, args, kwargs)
+            return self._members.base.generate(*args, **kwargs)
 
-    def _with_cache(self, serving: Serving, kwargs: dict[str, Any]) -> dict[str, Any]:
-        self._members.refuse_encoder_decoder()
-        self._members.look(serving)
-        given, caches = kwargs.get("generation_config"), caches_in(kwargs)
-        for name, cache in caches.items():
-            self._members.check_cache(serving, name, cache)
-        if caches or kwargs.get("use_cache", (given or self.generation_config).use_cache) is False:
+    @property
+    def decode_graphs(self) -> bool:
+        """Whether `generate` records a step as a CUDA graph and replays it; of no consequence on other devices."""
+        return self._members.decoding.on
+
+    @decode_graphs.setter
+    def decode_graphs(self, value: bool) -> None:
+        self._members.decoding.on = value
+
+    def _with_cache(self, until_its_end: ExitStack, serving: Serving, args: Any, kwargs: Any) -> dict[str, Any]:
+        """The arguments of `generate` with a cache for some members."""
+        members, given = self._members, kwargs.get("generation_config") or self.generation_config
+        kind, caches = kwargs.get("cache_implementation", given.cache_implementation), caches_in(kwargs)
+        if serving.members > 1:
+            members.refuse_encoder_decoder()
+            members.look(serving)
+            for name, cache in caches.items():
+                members.check_cache(serving, name, cache)
+        if caches or kwargs.get("use_cache", given.use_cache) is False:
             return kwargs
-        kind = kwargs.get("cache_implementation", given and given.cache_implementation)
-        if kind not in (None, "dynamic"):
+        if serving.members > 1 and kind not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation={kind!r} makes a cache that has one row per example, an ensemble needs one per "
-                "member. Leave it out: a dynamic cache is made for the members."
+                "member. Leave it out, or give 'static': a cache is made for the members."
             )
-        return {**kwargs, **self._members.new_cache(serving), "cache_implementation": None}
+        names = ("inputs", members.base.main_input_name, "inputs_embeds")
+        prompt = next((value for value in (*args, *map(kwargs.get, names)) if value is not None), None)
+        wants = kind == "static" or (kind is None and members.records)
+        if not wants or prompt is None or OTHER_WAYS & kwargs.keys() or members.base.config.is_encoder_decoder:
+            new = members.new_cache(serving) if serving.members > 1 else {}
+            return {**kwargs, **new, "cache_implementation": None} if new else kwargs
+        rows, length = room_of(kwargs, given, prompt)
+        named = members.name_cache(serving)
+        if named is None:
+            return kwargs
+        fixed = {"cache_implementation": None, "disable_compile": True}  # what is compiled here is the step alone
+        if kwargs.get("return_dict_in_generate", given.return_dict_in_generate):  # then the cache is the caller's
+            return {**kwargs, **members.new_cache(serving, length), **fixed}
+        make = lambda: members.new_cache(serving, length)[named]  # noqa: E731
+        shape = (*members.shape(serving), rows, -(-length // BLOCK), members.base.device)
+        return {**kwargs, named: until_its_end.enter_context(members.decoding.cache(shape, make)), **fixed}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a copy that no deletion knows of would carry on what was deleted."""
@@ -273,7 +275,7 @@ class S3TEnsemble(nn.Module):
         """
         asked = {"ids": ids, "groups": groups, "rows": rows, "slices": slices}
         self._answers.check_outside()
-        receipt = self._own_store()._delete(asked, when_durable=self._follow_deletion, **kwargs)
+        receipt = self._followed().store._delete(asked, when_durable=self._follow_deletion, **kwargs)
         if not kwargs.get("dry_run"):
             self._follow_deletion()  # nothing is left to do, unless it had been deleted elsewhere before
         return receipt
@@ -289,14 +291,7 @@ class S3TEnsemble(nn.Module):
                 is older than what it was loaded from, as it knows fewer deletions, and nothing was changed.
         """
         self._answers.check_outside()
-        with self._following:
-            changed = self._follow(strict=True)
-            state = self._answers.current
-            if _lowest_layer(state.held) > state.serving.lowest_layer and not self._members.compiled:
-                with self._answers.changing(0):  # a deletion left it where it was
-                    state = self._state_of(state.generation, state.held, settled=True)
-                    self._answers.replace(state, {slot.number for slot in state.held.values()})
-        return changed
+        return self._followed().follow(strict=True, settle=not self._members.compiled)
 
     def drained(self, timeout: float | None = None) -> bool:
         """Waits until the last answer that began before a deletion or a refresh has ended, and its slots are zero.
@@ -305,111 +300,13 @@ class S3TEnsemble(nn.Module):
         """
         return self._answers.drained(timeout)
 
-    def _own_store(self) -> S3TStore:
-        if self._store is None:
+    def _followed(self) -> Follower:
+        if self._follower is None:
             raise S3TError("This ensemble was not loaded from a store. Load it with `S3TEnsemble.from_pretrained`.")
-        return self._store
+        return self._follower
 
     def _follow_deletion(self) -> None:
-        with self._following:
-            self._follow(strict=False)
-
-    def _follow(self, strict: bool) -> bool:
-        """Makes the slots what the store serves now; returns whether the store had changed.
-
-        A member whose new prefix cannot be read keeps the old one if all of it is still live, and is dropped if not;
-        with `strict` that is an error at the end.
-        """
-        marks = self._own_store().marks()
-        if marks == self._marks:
-            return False
-        manifest, changes, problems = self._read_changes()
-        if manifest.generation < self.generation:  # an older copy of the store: it may serve what was deleted
-            error = StoreError(
-                f"{self._own_store().path} is of generation {manifest.generation} now, the model answers with "
-                f"{self.generation}, which is kept. An older copy was put there: bring the store up to date."
-            )
-            if strict:
-                raise error
-            logger.error("%s", error)
-            return False
-        before = self.members
-        self._take(manifest.generation, changes)
-        if not self.members and (self._marks is None or before):
-            logger.warning("no stage of %s is live: the bare base model answers", self._own_store().path)
-        for problem in problems:
-            logger.error("a member could not be brought up to date: %s", problem)
-        if problems and strict:
-            raise problems[0]
-        self._marks = None if problems else marks
-        return True
-
-    def _take(self, generation: int, changes: Mapping[int, Change]) -> None:
-        """Writes prefixes that change into spare slots; then who has a live prefix answers."""
-        held = dict(self._answers.current.held)
-        paths = {shard: change.path for shard, change in changes.items()}
-        kept = {shard: slot for shard, slot in held.items() if paths.get(shard, slot.path) == slot.path}
-        wanted = {shard: change for shard, change in changes.items() if change.path and shard not in kept}
-        with self._answers.changing(len(wanted)) as spare:
-            taken, written = dict(kept), []
-            try:
-                for place, (shard, change) in enumerate(wanted.items()):
-                    slot = self._slots[spare[place]] if spare else self._own_slot(shard, held)
-                    written.append(slot)
-                    slot.take(change, held.get(shard, slot))
-                    taken[shard] = slot
-            except BaseException:  # interrupted: who still has an old prefix and should not answers no more
-                for slot in written:
-                    slot.clear()
-                self._answers.replace(self._state_of(generation, kept), {slot.number for slot in kept.values()})
-                raise
-            self._answers.replace(self._state_of(generation, taken), {slot.number for slot in taken.values()})
-
-    def _own_slot(self, shard: int, held: Mapping[int, Slot]) -> Slot:
-        """A slot that may be written over while nobody answers: the shard's own, or one that no shard has."""
-        numbers = {slot.number for slot in held.values()}
-        return held.get(shard) or next(slot for number, slot in self._slots.items() if number not in numbers)
-
-    def _state_of(self, generation: int, held: Mapping[int, Slot], settled: bool = False) -> State:
-        """The state in which shards answer from the slots that they hold; the trunk moves up where it is `settled`."""
-        held, before = dict(sorted(held.items())), self._answers.current
-        lowest = _lowest_layer(held)
-        if before.names and not settled:
-            lowest = min(lowest, before.serving.lowest_layer)
-        numbers = torch.tensor([slot.number for slot in held.values()], dtype=torch.long)
-        serving = Serving(numbers.to(self._stack.base.device), lowest)
-        return State(generation, tuple(map(member_name, held)), serving, held)
-
-    def _clear(self, number: int) -> None:
-        if self._slots:
-            self._slots[number].clear()
-
-    def _read_changes(self) -> tuple[Manifest, dict[int, Change], list[StoreError]]:
-        """What has to change, read while answers go on; anew where the store changed meanwhile."""
-        store = self._own_store()
-        for reading in range(READINGS):
-            marks, manifest = store.marks(), store.live()
-            changes, problems = {}, []
-            served = manifest.plan.served(manifest.stages)
-            if more := sorted(shard for shard in served if shard >= self._shards):
-                problems.append(StoreError(f"{store.path} has shards now that were not loaded: {more}. Load it anew."))
-            held = self._answers.current.held
-            for shard in range(self._shards):
-                slot = held.get(shard, self._empty)
-                path = _needed(Stage(shard, served[shard]), manifest) if shard in served else ()
-                try:
-                    changes[shard] = slot.plan(store, manifest, path)
-                except (StoreError, OSError) as error:
-                    problems.append(error if isinstance(error, StoreError) else StoreError(str(error)))
-                    if any(manifest.stages.get(stage, {}).get(WEIGHTS_FILE) != sha for stage, sha in slot.path):
-                        changes[shard] = slot.plan(store, manifest, ())
-            if not problems or store.marks() == marks or reading == READINGS - 1:
-                break
-        return manifest, changes, problems
-
-
-def _lowest_layer(held: Mapping[int, Slot]) -> int:
-    return min((slot.lowest_layer for slot in held.values()), default=0)
+        self._followed().follow(strict=False)
 
 
 PASS = "_s3t_serving"
@@ -425,8 +322,3 @@ def _begin_pass(ensemble: S3TEnsemble, args: Any, kwargs: dict[str, Any]) -> Any
 @torch.compiler.disable
 def _end_pass(ensemble: S3TEnsemble, args: Any, output: Any) -> None:
     ensemble._answers.end()
-
-
-def _needed(stage: Stage, manifest: Manifest) -> tuple[Stage, ...]:
-    """The stages along a prefix whose tensors it has: where a stage trains all layers, the last one alone."""
-    return stage.path[-1:] if manifest.recipe["config"].get("stage_parameters") == "all" else stage.path

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 
 class MemberCache(Cache):
@@ -27,13 +28,31 @@ class MemberCache(Cache):
         def layers() -> list[Any]:
             return (StaticCache(config, length) if length else DynamicCache(config=config)).layers
 
-        self.copies, self.turns = tuple(copies), turns
+        self.copies, self.turns, self.length = tuple(copies), turns, length
+        self.steps: dict[Any, Any] = {}  # recorded ones, see `decoding.py`
         self._turns = [layers() for _ in range(turns)]
         super().__init__(layers=self._turns[0])
         self._join()
 
     def _join(self) -> None:
         self.layers = self._turns[0] if len(self._turns) == 1 else [layer for own in self._turns for layer in own]
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether what is done to it depends on tensors alone, and it lies where it will stay."""
+        return all(type(layer) is StaticLayer and layer.is_initialized for layer in self.layers)
+
+    def copied(self) -> list[torch.Tensor]:
+        """A copy of all that a static cache holds."""
+        return [value.clone() for value in self._held()]
+
+    def put_back(self, held: Sequence[torch.Tensor]) -> None:
+        """Makes a static cache hold what [`copied`] gave."""
+        for own, value in zip(self._held(), held, strict=True):
+            own.copy_(value)
+
+    def _held(self) -> list[torch.Tensor]:
+        return [value for layer in self.layers for value in (layer.keys, layer.values, layer.cumulative_length)]
 
     @contextmanager
     def turn(self, turn: int) -> Iterator[None]:
@@ -48,7 +67,12 @@ class MemberCache(Cache):
         """Reorders each member's rows alike; `beam_idx` has one number per row of the batch."""
         for layer, copies in zip(self.layers, cycle(self.copies), strict=False):
             shifts = len(beam_idx) * torch.arange(copies, device=beam_idx.device)
-            layer.reorder_cache((shifts[:, None] + beam_idx).flatten())
+            rows = (shifts[:, None] + beam_idx).flatten()
+            if self.length is None:
+                layer.reorder_cache(rows)
+            else:  # where it lies: recorded steps read it there
+                layer.keys.copy_(layer.keys.index_select(0, rows))
+                layer.values.copy_(layer.values.index_select(0, rows))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Not supported: which rows stay differs from layer to layer."""

@@ -44,7 +44,7 @@ class MemberRows:
     """The layers of a base model with stacked LoRA in it, which see the rows of several members."""
 
     def __init__(self, stack: Stack):
-        self.base, self.route = stack.base, stack.route
+        self.stack, self.base, self.route = stack, stack.base, stack.route
         self.whole: set[Path] = set()
         linear = [path for path, module in stack.modules.items() if isinstance(module, StackedLinear)]
         containers = [place[0] for place in map(split_layer_path, linear) if place is not None]

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..seams.answering import FUSED_HEAD, caches_in, check_logits, check_one_dimension, loss_of, taken_labels
 from .averages import Combine, average_logits, by_token
+from .decoding import BLOCK, Decoding
 from .member_cache import MemberCache
 from .member_rows import MemberRows, Notes
 from .stack import Pass, Stack
@@ -60,6 +61,7 @@ class Members(MemberRows):
         self.cache_name: str | None = None
         self.tried = False
         self.compiled = False  # whether somebody has compiled a pass: moving the trunk up would do it once more
+        self.decoding = Decoding()
         self._trying = threading.RLock()
         self._had_own_forward = "forward" in vars(self.base)
         self._forward = self.base.forward
@@ -92,6 +94,13 @@ class Members(MemberRows):
             if not self.tried or (serving.lowest_layer > 0 and self.shares_trunk is None):
                 Trial(self, serving).run(inputs)
 
+    def name_cache(self, serving: Serving) -> str | None:
+        """The name by which the model takes and gives a cache; `None`: it has none."""
+        if self.cache_name is None and not self.tried:
+            with self._trying:
+                Trial(self, serving).name_cache()
+        return self.cache_name
+
     def pass_of(self, serving: Serving) -> Pass | None:
         """What layers are told of a forward pass of these members, all at once."""
         trunk = serving.lowest_layer if serving.members == 1 or self.shares_trunk else 0
@@ -103,6 +112,30 @@ class Members(MemberRows):
         """The answer of some members to the arguments of a forward pass."""
         if torch.compiler.is_compiling():
             self.compiled = True
+        elif self.records and (cache := self._cache_of_step(args, kwargs)) is not None:
+            kwargs |= zip(self.parameters, args, strict=False)
+            compute = lambda slots, given: self._answer(serving._replace(slots=slots), (), dict(given))  # noqa: E731
+            return self.decoding.step(cache, self._kind(serving), serving.slots, kwargs, compute)
+        return self._answer(serving, args, kwargs)
+
+    @property
+    def records(self) -> bool:
+        """Whether steps of generation are recorded and replayed."""
+        return self.decoding.records(self.base.device)
+
+    def _cache_of_step(self, args: Any, kwargs: dict[str, Any]) -> MemberCache | None:
+        """The cache of a step of generation that can be recorded: one token for each row."""
+        caches = [cache for cache in caches_in(kwargs).values() if isinstance(cache, MemberCache) and cache.length]
+        if not caches or args or kwargs.get("return_dict") is False or torch.is_grad_enabled():
+            return None
+        return caches[0] if self.main_input(kwargs).shape[1] == 1 and caches[0].can_be_recorded else None
+
+    def _kind(self, serving: Serving) -> Any:
+        """What a recording depends on beside the arguments of a step: the members, and where the model lies."""
+        weights = next(self.base.parameters()), *(value for value in self.stack.tensors(0).values())
+        return self.shape(serving), tuple(value.data_ptr() for value in weights[:2])
+
+    def _answer(self, serving: Serving, args: Any, kwargs: dict[str, Any]) -> Any:
         if serving.members < 2:
             with self.route.taking(self.pass_of(serving)):
                 return self._forward(*args, **kwargs)
@@ -147,7 +180,7 @@ class Members(MemberRows):
                 f"`{name}` is a cache that has one row per example, an ensemble needs one per member. Leave it out: a "
                 "dynamic cache is made for the members, and returned."
             )
-        if (cache.copies, cache.turns) != self._shape(serving):
+        if (cache.copies, cache.turns) != self.shape(serving):
             raise ValueError(
                 f"`{name}` is a cache of other members than those that answer now: the store has changed since. Begin "
                 "anew without it."
@@ -201,7 +234,7 @@ class Members(MemberRows):
 
     # ---- the cache ----
 
-    def _shape(self, serving: Serving) -> tuple[tuple[int, ...], int]:
+    def shape(self, serving: Serving) -> tuple[tuple[int, ...], int]:
         """Per layer, how many members have rows in a cache at once; and how many of them answer in turn."""
         if not self.batched:
             return (1,) * len(self._layers), serving.members
@@ -215,4 +248,6 @@ class Members(MemberRows):
         """
         if self.cache_name is None:
             return {}
-        return {self.cache_name: MemberCache(self.base.config, *self._shape(serving), length)}
+        if length is not None:
+            length = -(-length // BLOCK) * BLOCK
+        return {self.cache_name: MemberCache(self.base.config, *self.shape(serving), length)}

@@ -82,7 +82,7 @@ class Place(NamedTuple):
     """What is put beside a module of the base model, or in its place."""
 
     module: nn.Module
-    rank: int | None  # of the LoRA; `None`: a head
+    rank: int | None  # of the LoRA; `None`: a head; 0: nothing is, and the base's own module is put back
     scaling: float = 1.0
 
 
@@ -249,11 +249,11 @@ class Stack:
             number = split_layer_path(path)
             if place.rank is None:
                 self.modules[path] = StackedHead(place, self.route, slots)
-            else:
+            elif place.rank:
                 self.modules[path] = StackedLinear(place, self.route, -1 if number is None else number[1], slots)
         self._before = {path: base.get_submodule(path) for path in places}
-        for path, module in self.modules.items():
-            base.set_submodule(path, module.train(base.training))
+        for path, place in places.items():
+            base.set_submodule(path, self.modules.get(path, place.module).train(base.training))
 
     @classmethod
     def of_adapters(cls, base: Any, names: Sequence[str]) -> Stack:
@@ -267,11 +267,8 @@ class Stack:
                 places[path] = Place(module, max(ranks), next((own.scaling for own in lora.values()), 1.0))
         stack = cls(base, places, len(names))
         for path, (_, lora, heads) in mounted.items():
-            module = stack.modules[path]
-            for name, own in (lora or {}).items():
-                module.hold(names.index(name), own)
-            for name, head in heads.items():
-                module.hold(names.index(name), head)
+            for name, own in (lora or heads).items():
+                stack.modules[path].hold(names.index(name), own)
         return stack
 
     def take_out(self) -> None:
@@ -281,14 +278,20 @@ class Stack:
 
     def tensors(self, slot: int) -> dict[str, torch.Tensor]:
         """Views of what one slot holds, by the names in an adapter file. A model that is moved has other ones."""
-        return {name: holder[key][slot] for name, holder, key in self._kept}
+        return {name: getattr(owner, key)[slot] for name, owner, key in self._kept}
 
     @cached_property
-    def _kept(self) -> list[tuple[str, dict[str, Any], str]]:
+    def _kept(self) -> list[tuple[str, nn.Module, str]]:
         """Where each stack is kept, by the name that its parts have in an adapter file."""
-        found = []
-        for path, module in self.modules.items():
-            for name, (owner, key) in module.places().items():
-                holder = owner._parameters if key in owner._parameters else owner._buffers
-                found.append((f"base_model.model.{path}.{name}", holder, key))
-        return found
+        return [
+            (f"base_model.model.{path}.{name}", owner, key)
+            for path, module in self.modules.items()
+            for name, (owner, key) in module.places().items()
+        ]
+
+    def wait(self) -> None:
+        """Waits for what devices were given to do: whatever answers read or wrote is read and written then."""
+        devices = {getattr(owner, key).device for _, owner, key in self._kept}
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)

@@ -41,6 +41,13 @@ class Trial:
         if inputs is not None:
             self._is_conclusive(self._some(inputs), given=True)
 
+    def name_cache(self) -> None:
+        """Finds out what a model that takes tokens calls its cache."""
+        rows = self._tokens()
+        if rows is not None:
+            with in_eval_mode(self.base), torch.no_grad():
+                self.members.cache_name = next(iter(caches_in(self.members.in_turn(self.serving, rows))), None)
+
     def _is_conclusive(self, rows: dict[str, Any], given: bool) -> bool:
         """Tries with some rows. Those that were `given` the model has to take: they always tell."""
         with in_eval_mode(self.base), torch.no_grad():
