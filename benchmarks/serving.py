@@ -117,9 +117,9 @@ QUICK = Settings(
 Times = dict[str, list[float]]
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(about: str | None = __doc__) -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="check the machinery on a small model, in under a minute")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--seed", type=int, default=0, help="of every random number (default: 0)")

@@ -34,6 +34,20 @@ def test_serving_writes_its_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_waiting_writes_its_figures(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks/waiting.py"), "--quick", "--json", str(file), "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(file.read_text())
+    assert set(record) == {"name", "commit", "versions", "hardware", "settings", "figures"}
+    assert record["name"] == "waiting" and record["settings"]["seed"] == 3 and record["settings"]["deletions"] == 3
+    figures = record["figures"]
+    assert figures["generation"] == figures["deletions"] == 3 and figures["answers"] > 3
+    assert figures["wait_ms_p999"] > 0 and figures["delete_ms_longest"] > 0 and figures["drained_seconds_longest"] > 0
+
+
+@pytest.mark.slow
 def test_planning_writes_its_figures(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [sys.executable, str(ROOT / "benchmarks/planning.py"), "--quick", "--json", str(file), "--seed", "3"]

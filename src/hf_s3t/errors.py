@@ -11,6 +11,7 @@ S3TError
 │   └── HeadMovedError  somebody else committed to the repository meanwhile
 ├── RecipeError         settings that change bits differ from those of the store
 ├── DatasetError        rows have vanished or changed without a deletion
+├── AnswerCutOffError   an answer that began before a deletion went on for longer than it may
 ├── CompatibilityError  another library is not as this one needs it to keep a promise
 └── UnknownExampleError a request names an example that the store does not know
 ```

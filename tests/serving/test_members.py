@@ -477,7 +477,8 @@ def test_reordering_and_cropping_act_per_member() -> None:
 
 def test_other_caches_are_refused() -> None:
     ensemble = load(trained("llama"), "llama")
-    for given in ({"cache_implementation": "offloaded"}, {"past_key_values": DynamicCache()}, {"cache": DynamicCache()}):
+    own = [{name: DynamicCache()} for name in ("past_key_values", "cache")]
+    for given in ({"cache_implementation": "offloaded"}, *own):
         with pytest.raises(ValueError, match="one row per example"):
             ensemble.generate(**prompts(), max_new_tokens=2, **given)
         if "cache_implementation" not in given:
