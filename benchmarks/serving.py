@@ -22,13 +22,13 @@ Forgetting, each time with an id that its shard's served prefix contains:
 
 * `live_deletion_over_copy`: the time until an idle model in memory has forgotten, over reading and copying alone. It
   begins when the store tells the ensemble of it: the intent is durable and nothing else has been done. It ends
-  when the base model begins the first answer on the new weights; that answer's own time is not in it. The reference
+  when answers that begin run on the new slots; the old ones, which are zeroed next, are not in it. The reference
   is `safetensors.torch.load_file` of the stages that the new prefix needs and the model lacks, `copy_` into tensors
   of the same shapes, and `zero_` of what goes. Files are in the page cache. Three kinds of deletion: `other`, another
   order of the shard takes over and its stages are read; `shorter`, the order loses its end and nothing is read;
   `dead`, nothing of the shard is left. The figure is of `other`.
 * `live_deletion_over_bound`: the same time over three times the reference plus 5 ms; of the slowest kind.
-* `waiting_ms`: what running answers add, when another thread asks all the time.
+* `busy_ms_more`: what it takes longer when another thread asks all the time; nobody waits for its answers.
 * `durable_ms`: the whole of `delete`, less what the model took: reading the store, the intent, all durable writes.
 * `gradient_steps`: steps of any optimizer while deleting.
 * `store_deletion_seconds`: `S3TStore(folder).delete` of an id without a model, from opening the folder on.
@@ -339,32 +339,24 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 class Clock:
-    """When a deletion was durable, and when which generation began to answer."""
+    """When a deletion was durable, and since when an answer that begins is free of what was deleted."""
 
-    def __init__(self, ensemble: S3TEnsemble, ask: Callable[[], Any] | None):
-        self.durable = self.done = 0.0
-        self.begun: list[tuple[float, int]] = []
-        follow = ensemble._follow_deletion
+    def __init__(self, ensemble: S3TEnsemble):
+        self.durable = self.free = self.done = 0.0
+        follow, replace = ensemble._follow_deletion, ensemble._answers.replace
 
         def when_durable() -> None:
-            if self.durable:  # at the end of the deletion it is called once more, and has nothing to do
-                return follow()
-            self.durable = time.perf_counter()
+            first, self.durable = not self.durable, self.durable or time.perf_counter()
             follow()
-            if ask is not None:
-                ask()
-            self.done = time.perf_counter()
+            if first:  # at the end of the deletion it is called once more, and has nothing to do
+                self.done = time.perf_counter()
 
-        ensemble._follow_deletion = when_durable
-        embedding = ensemble.get_input_embeddings()
-        hook = embedding.register_forward_pre_hook(
-            lambda *_: self.begun.append((time.perf_counter(), ensemble.generation))
-        )
-        self._undo = (hook.remove, lambda: delattr(ensemble, "_follow_deletion"))
+        def begins(*args: Any) -> None:
+            self.free = self.free or time.perf_counter()
+            replace(*args)
 
-    def new_answer(self, generation: int) -> float:
-        """Seconds from the durable intent to the beginning of the first answer of a generation."""
-        return next(at for at, answered in self.begun if answered == generation) - self.durable
+        ensemble._follow_deletion, ensemble._answers.replace = when_durable, begins
+        self._undo = (lambda: delattr(ensemble, "_follow_deletion"), lambda: delattr(ensemble._answers, "replace"))
 
     def remove(self) -> None:
         """Leaves the ensemble as it was."""
@@ -430,7 +422,7 @@ def delete_live(
 
     for _ in range(2):
         ask()
-    clock, stop = Clock(ensemble, None if busy else ask), threading.Event()
+    clock, stop = Clock(ensemble), threading.Event()
 
     def keep_asking() -> None:
         while not stop.is_set():
@@ -443,18 +435,13 @@ def delete_live(
     started = time.perf_counter()
     receipt = ensemble.delete(ids=[name])
     whole = time.perf_counter() - started
+    stop.set()
     if busy:
-        generations = {preview.generation - 1}
-        while preview.generation not in generations:  # the asking thread may be in the middle of an answer
-            time.sleep(0.001)
-            generations = {generation for _, generation in clock.begun}
-        stop.set()
         thread.join()
     clock.remove()
     assert receipt.generation == ensemble.generation == preview.generation
-    answer = clock.new_answer(receipt.generation)
     durable = whole - (clock.done - clock.durable)
-    return {"answer": answer, "copy": copying, "durable": durable, "whole": answer + durable}  # less the answer itself
+    return {"answer": clock.free - clock.durable, "copy": copying, "durable": durable, "whole": whole}
 
 
 def measure_live_deletion(store: S3TStore, settings: Settings, seed: int, scratch: Path) -> dict[str, list[Any]]:
@@ -503,7 +490,7 @@ def live_figures(found: Mapping[str, list[Any]], steps: int) -> dict[str, Any]:
     figures |= spread("live_deletion_over_copy", ratios([o["answer"] for o in other], [o["copy"] for o in other]))
     slowest = max((kind for kind in by_kind if kind != "busy"), key=lambda kind: by_kind[kind]["over_bound"])
     figures |= {f"live_deletion_{name}": by_kind[slowest][name] for name in by_kind[slowest] if "over_bound" in name}
-    figures["waiting_ms"] = by_kind["busy"]["answer_ms"] - by_kind["other"]["answer_ms"]
+    figures["busy_ms_more"] = by_kind["busy"]["answer_ms"] - by_kind["other"]["answer_ms"]
     figures |= spread("durable_ms", [1e3 * one["durable"] for one in other])
     return figures | {"live_deletion_by_kind": by_kind}
 
@@ -615,10 +602,10 @@ def print_table(figures: dict[str, Any]) -> None:
             f"{one['decode_tokens_per_second']:>9.0f}"
         )
     print("\ndeletions from a model in memory, by kind")
-    print("kind     to first new answer ms  read and copy ms  over bound  durable writes ms  whole delete ms")
+    print("kind     new answers are free of it ms  read and copy ms  over bound  durable writes ms  whole delete ms")
     for kind, one in figures["live_deletion_by_kind"].items():
         print(
-            f"{kind:<8} {shown(one, 'answer_ms'):>22} {shown(one, 'copy_ms'):>17} {one['over_bound']:>11.2f} "
+            f"{kind:<8} {shown(one, 'answer_ms'):>30} {shown(one, 'copy_ms'):>17} {one['over_bound']:>11.2f} "
             f"{shown(one, 'durable_ms'):>18} {one['delete_ms']:>16.1f}"
         )
     print()

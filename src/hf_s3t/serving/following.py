@@ -107,6 +107,8 @@ class Follower:
         paths = {shard: change.path for shard, change in changes.items()}
         kept = {shard: slot for shard, slot in held.items() if paths.get(shard, slot.path) == slot.path}
         wanted = {shard: change for shard, change in changes.items() if change.path and shard not in kept}
+        if kept == held and not wanted and generation == self.answers.current.generation:
+            return
         with self.answers.changing(len(wanted)) as spare:
             slots = [self.slots[number] for number in spare] or self._own_slots(wanted, held)
             try:

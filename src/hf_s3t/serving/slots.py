@@ -75,7 +75,7 @@ class Slot:
         return found
 
     def plan(self, store: StoreFolder, manifest: Manifest, path: Sequence[Stage]) -> Change:
-        """Reads what a prefix has and the slot has not; changes nothing. An empty path empties the member.
+        """Reads what a prefix of a live manifest has and the slot has not; changes nothing. An empty path is none.
 
         Raises:
             StoreError: a file is missing or damaged, or its tensors do not fit the model.
@@ -91,7 +91,7 @@ class Slot:
         heads = len(self.layers) < len(self.shapes)
         for owner in steps:
             if owner not in here or (heads and owner == steps[-1]):  # a deeper stage's heads took the place of its own
-                read[owner] = self._named(store.read_stage(owner[0], manifest).tensors, owner[0])
+                read[owner] = self._named(store.read_live_stage(owner[0], manifest).tensors, owner[0])
             owners.update(dict.fromkeys(read.get(owner, here.get(owner, ())), owner))
         tensors = {name: read[owner][name] for name, owner in owners.items() if self.owners.get(name) != owner}
         self._check(tensors, owners, path)

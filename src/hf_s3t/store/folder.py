@@ -148,9 +148,10 @@ class StoreFolder(StateFiles):
 
     def read_stage(self, stage: Stage, manifest: Manifest | None = None) -> Adapter:
         """A live stage's own adapter, after its files were compared with the manifest."""
-        return self._read_live_stage(stage, self.live(manifest))
+        return self.read_live_stage(stage, self.live(manifest))
 
-    def _read_live_stage(self, stage: Stage, manifest: Manifest) -> Adapter:
+    def read_live_stage(self, stage: Stage, manifest: Manifest) -> Adapter:
+        """As [`read_stage`], of what [`live`] gave."""
         if stage not in manifest.stages:
             raise StoreError(f"Stage {stage.name} is not in the store: never trained, or removed by a deletion.")
         adapter = self._read_adapter(stage.name, manifest.stages[stage])
@@ -188,7 +189,7 @@ class StoreFolder(StateFiles):
         return self._assembled(shard, prefix, self.live(manifest))
 
     def _assembled(self, shard: int, prefix: Order, manifest: Manifest) -> Adapter:
-        stages = [self._read_live_stage(stage, manifest) for stage in Stage(shard, tuple(prefix)).path]
+        stages = [self.read_live_stage(stage, manifest) for stage in Stage(shard, tuple(prefix)).path]
         return join(stages, manifest.recipe["config"].get("stage_parameters"))
 
     def write_stage(self, stage: Stage, adapter: Adapter) -> dict[str, str]:
