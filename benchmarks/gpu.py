@@ -5,11 +5,11 @@
 * `--part serving`: answers and deletions under load, of such a base (`gpu_serving.py`).
 
 Weights are random. Each part is a list of named cases. A line is printed, and the JSON file written, as soon as a case
-has measured something, so that a run that is cut off keeps what it has. `by_case` has the figures of each case,
-`not_run` the reasons of those that this stack cannot run, `failed` the errors, and `left_out` those that did not start
-because they might not have ended within `--seconds`: `--only` runs them another time. One run, no repeats of trainings:
-the figures are of one machine. Without a GPU it runs too, on the CPU and without figures of memory; then give it
-`--quick`. With a GPU it needs 60 GB of its memory, and 40 GB of disk.
+has measured something: a run that is cut off keeps what it has. The file has the figures `by_case`, the reasons of
+those that this stack cannot run (`not_run`), errors (`failed`), and what did not start because it might not have ended
+within `--seconds` (`left_out`): `--only` runs that another time. No training is repeated, so the figures are of one
+machine. With a GPU it needs 60 GB of its memory, and 40 GB of disk. Without one it runs on the CPU, and has no figures
+of memory; then give it `--quick`.
 
 ```bash
 python benchmarks/gpu.py --part promises --seconds 240 --json promises.json
@@ -25,20 +25,19 @@ import logging
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gpu_runs import Runs, hardware, on_gpu, totals, versions  # first: it sets what CUDA reads when it starts
-
 import gpu_promises
 import gpu_serving
 import gpu_training
 import torch
+from gpu_runs import Runs, hardware, on_gpu, totals, versions
 from huggingface_hub import constants
 from transformers import PrinterCallback
+
 from training import make_parser, record
 
 PARTS: dict[str, ModuleType] = {"promises": gpu_promises, "training": gpu_training, "serving": gpu_serving}
@@ -64,32 +63,41 @@ def report(parts: list[str], quick: bool, seed: int) -> tuple[dict[str, Any], di
 
 
 def main() -> int:
-    """Runs the benchmark; 1 if a case failed."""
+    """Runs the benchmark; returns what the process ends with."""
     options = parse()
     for name in QUIETED:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not on_gpu():
         torch.set_num_threads(1)
     PrinterCallback.on_log = lambda *args, **kwargs: None  # lines are those of cases
-    parts = options.part or list(PARTS)
+    parts = [part for part in PARTS if part in (options.part or PARTS)]
     found, settings = report(parts, options.quick, options.seed)
     print(found["hardware"], found["versions"], found["commit"], flush=True)
     runs = Runs(found, options.json, options.only, options.seconds)
     with tempfile.TemporaryDirectory() as home:
         constants.HF_HOME = home  # nothing is remembered of earlier runs
-        for part in dict.fromkeys(parts):
-            gc.freeze()
+        for part in parts:
+            if part == "promises" or options.quick:
+                gc.freeze()  # after each stage accelerate looks at all objects, those of the imports, too
             with tempfile.TemporaryDirectory() as scratch:
                 for case in PARTS[part].cases(settings[part], options.seed, Path(scratch)):
                     runs.run(case)
-    figures = found["figures"]
+            gc.unfreeze()
+    return conclude(runs, found["figures"])
+
+
+def conclude(runs: Runs, figures: dict[str, Any]) -> int:
+    """What is known in the end; returns 1 if a case failed, or if there was none."""
     figures |= {f"stage_files_{ending}": totals(runs.by_case, f"_{ending}") for ending in ("equal", "unequal")}
     runs.write()
     print(f"\nstage files: {figures['stage_files_equal']} equal, {figures['stage_files_unequal']} unequal")
     print(f"cases: {len(runs.by_case)} measured, {len(runs.not_run)} not run, {len(runs.failed)} failed")
     if runs.left_out:
         print("left out, for another time: " + " ".join(f"--only {shlex.quote(name)}" for name in runs.left_out))
-    return int(bool(runs.failed))
+    looked_at = (*runs.by_case, *runs.not_run, *runs.failed, *runs.left_out)
+    if not looked_at:
+        print(f"no case has {' or '.join(runs.only)} in its name")
+    return int(bool(runs.failed) or not looked_at)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from gpu_runs import Case, Note, NotRun, device, on_gpu, tf32_is_on
 from peft import prepare_model_for_kbit_training
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +32,6 @@ from transformers import (
 )
 from transformers.utils.import_utils import enable_tf32
 
-from gpu_runs import Case, Note, NotRun, device, on_gpu
 from hf_s3t import S3TStore
 from training import KEY, Bench, BertBench, Shape
 
@@ -40,9 +40,7 @@ VICTIM_SLICE = 1
 """The deleted row lies here."""
 QUANTISED = {
     "8bit": BitsAndBytesConfig(load_in_8bit=True),
-    "4bit": BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    ),
+    "4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
 }
 
 
@@ -109,7 +107,8 @@ WAYS = {
     "llama tf32 accumulated": Way(arguments={"tf32": True, "gradient_accumulation_steps": 2}),
     "llama 8bit": Way(arguments={"bf16": True}, quantised="8bit"),
     "llama 4bit": Way(
-        arguments={"bf16": True}, quantised="4bit",
+        arguments={"bf16": True},
+        quantised="4bit",
         cache_needs_gpu="on the CPU bitsandbytes rounds 4-bit weights in eval mode, in which the cache is filled",
     ),
     "llama adamw_8bit": Way(arguments={"bf16": True, "optim": "adamw_8bit"}),
@@ -175,8 +174,7 @@ class PromiseTrainings:
             )
         except ValueError as refusal:
             raise NotRun(str(refusal)) from refusal
-        if self.way.arguments.get("tf32"):
-            assert torch.backends.cuda.matmul.allow_tf32, "the trainer did not switch TF32 on"
+        assert tf32_is_on() == self.way.arguments.get("tf32", False), "TF32 is not as the arguments say"
         self.mixed_precision = trainer.accelerator.mixed_precision
         trainer.train()
         return self.stage_files(name)
@@ -200,9 +198,7 @@ class PromiseTrainings:
         S3TStore(self.folder / "trained", KEY).delete(ids=[rows["id"][victim]])
         yield counted("surviving", self.stage_files("trained"), self.train("never", other, left))
         remaining = rows.select([row for row in range(len(rows)) if row != victim])
-        yield counted(
-            "repaired", self.train("trained", remaining, orders), self.train("scratch", remaining, orders)
-        )
+        yield counted("repaired", self.train("trained", remaining, orders), self.train("scratch", remaining, orders))
 
 
 def before(order: tuple[int, ...], slice_id: int) -> tuple[int, ...]:
@@ -219,7 +215,7 @@ def counted(name: str, found: Mapping[str, str], expected: Mapping[str, str]) ->
 
 def measure(way: Way, cache: str, settings: Settings, seed: int, note: Note) -> None:
     """One case."""
-    enable_tf32.cache_clear()  # or transformers would switch TF32 once in a process
+    enable_tf32.cache_clear()  # transformers would switch TF32 on once in a process, and never again
     with tempfile.TemporaryDirectory() as folder:
         for figures in PromiseTrainings(way, cache, settings, seed, Path(folder)).compare():
             note(**figures)

@@ -21,12 +21,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-BEGAN = time.perf_counter()
-"""When the run began: imports take of its time, too."""
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; full_determinism needs it
 
+import psutil
 import torch
 
+BEGAN = time.perf_counter() - (time.time() - psutil.Process().create_time())
+"""When the process began: imports take of its time, too."""
 Note = Callable[..., None]
 """Takes figures of the running case, by name."""
 
@@ -59,8 +60,8 @@ class Runs:
         report (`dict`): what the file holds, with empty `figures`.
         file (`Path`, *optional*): where it is written.
         only (`Sequence[str]`): cases whose name holds none of these are not looked at. Empty: all are.
-        seconds (`float`, *optional*): no case starts that would end later than that after the beginning, if it takes as
-            long as the last one of its kind.
+        seconds (`float`, *optional*): no case starts that would end later than that after the beginning, if it takes
+            as long as the last one of its kind.
         clock (`Callable`): seconds since the beginning.
     """
 
@@ -110,7 +111,8 @@ class Runs:
         case.measure(partial(self._note, case.name))
         ended = self.clock()
         self._took[case.kind] = ended - prepared
-        self._note(case.name, preparing_seconds=prepared - began, seconds=ended - prepared)
+        figures = {"seconds": ended - prepared}
+        self._note(case.name, **figures if case.prepare is None else {"preparing_seconds": prepared - began} | figures)
 
     def _note(self, name: str, **figures: Any) -> None:
         self.by_case.setdefault(name, {}).update(figures)
@@ -191,6 +193,13 @@ def settings_kept() -> Iterator[None]:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
+
+
+def tf32_is_on() -> bool:
+    """Whether products of fp32 matrices are computed in TF32."""
+    matmul: Any = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # torch 2.9 and later
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 def hardware() -> dict[str, Any]:

@@ -16,8 +16,10 @@ The others, beside stock PEFT with one adapter on a second copy of the base. The
 deleted one after the other (`busy_*`):
 
 * `*_tokens_per_s`: of all threads;
-* `*_longest_wait_ms`: from asking to the answer's first forward pass, of the answer that waited longest;
-* `free_seconds`: until new answers are free of an id, that is of a call of `delete`; `free_longest_seconds`.
+* `*_longest_wait_ms`: from asking to the answer's first forward pass, by the host's clock, of the answer that waited
+  longest; `*_median_wait_ms`: of all;
+* `free_seconds`: until new answers are free of an id, which is when `delete` returns, the median; and
+  `free_longest_seconds`.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_runs import Case, Note, NotRun, drawn_in, free_memory, now, on_gpu
 from peft import PeftModel
 
 import serving
-from gpu_runs import Case, Note, NotRun, drawn_in, free_memory, now, on_gpu
 from hf_s3t import S3TEnsemble, S3TStore, Stage
 from hf_s3t.store.base_identity import memory_path
-from serving import KEY, build_store, copy_store, ratios, rows_by_place
+from serving import build_store, copy_store, ratios, rows_by_place
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,12 @@ class Served:
         self.close()
         shutil.rmtree(store.path)
 
+    def end(self) -> None:
+        """Gives all memory back."""
+        self.stock = None
+        self.bases.clear()
+        self.close()
+
 
 class Load:
     """Threads that generate all the time."""
@@ -310,4 +318,4 @@ def cases(settings: Settings, seed: int, scratch: Path) -> Iterator[Case]:
         if members == max(settings.members):
             name = f"serving {who} deletions under load"
             yield Case(name, "deletions", partial(served.measure_deletions, members), take)
-    served.close()
+    served.end()

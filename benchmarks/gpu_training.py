@@ -5,10 +5,12 @@ One sequence of four stages, in the four ways of `training.py`, on a base in bf1
 * `stage1_tokens_per_s` and so on: tokens of a stage's steps over their time, the device waited for, without the first;
 * `stage1_peak_gb`: the most memory that PyTorch had allocated, in 10^9 bytes;
 * `train_seconds`: all of `train()`, of stock training the sum of its four; `steps_seconds`: all steps of it;
-* `besides_steps`: the share of the rest, which is made of `proof_seconds` (fingerprints of what is frozen, at both ends
-  of a stage), `cache_seconds` (filling it, with the looks at it before a stage), `writing_seconds` (stages, and the root
-  in the end), `identity_seconds` (sha256 of the base, which the machine remembers after the first of our ways) and
-  `other_seconds`: loading rows, setting a stage up, what `train()` leaves to serve.
+* `besides_steps`: the share of the rest, which is made of
+  * `proof_seconds`: fingerprints of what is frozen, at both ends of a stage,
+  * `cache_seconds`: filling the cache, with all that is tried and looked up of it before a stage,
+  * `writing_seconds`: stages, and the root in the end,
+  * `identity_seconds`: sha256 of the base, which the machine remembers after the first of our ways,
+  * `other_seconds`: loading rows, setting a stage up, what `train()` leaves to serve.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from gpu_runs import Case, Note, device, drawn_in, free_memory, now, on_gpu
 from peft import prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
-from gpu_runs import Case, Note, device, drawn_in, free_memory, now, on_gpu
 from hf_s3t import S3TTrainer
 from hf_s3t.lora.tuner import StageTuner
 from hf_s3t.store import recipe
@@ -165,11 +167,15 @@ class Bases:
         self.settings, self.seed, self.scratch = settings, seed, scratch
         self.bench: DeviceBench | None = None
 
+    def close(self) -> None:
+        """Gives its memory back."""
+        self.bench = None
+        free_memory()
+
     def take(self, precision: str) -> None:
         """Makes it, unless it is there; the other one goes first."""
         if self.bench is None or self.bench.precision != precision:
-            self.bench = None
-            free_memory()
+            self.close()
             self.bench = DeviceBench(self.settings.llama, self.seed, precision, self.scratch / "base")
 
     def measure(self, name: str, note: Note) -> None:
@@ -195,3 +201,4 @@ def cases(settings: Settings, seed: int, scratch: Path) -> Iterator[Case]:
                 f"training {precision} {way}", f"training {precision}", partial(bases.measure, way),
                 partial(bases.take, precision),
             )  # fmt: skip
+    bases.close()
