@@ -25,6 +25,7 @@ import logging
 import shlex
 import sys
 import tempfile
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -34,14 +35,14 @@ import gpu_promises
 import gpu_serving
 import gpu_training
 import torch
+import transformers
+from datasets import disable_progress_bars
 from gpu_runs import Runs, hardware, on_gpu, totals, versions
 from huggingface_hub import constants
-from transformers import PrinterCallback
 
 from training import make_parser, record
 
 PARTS: dict[str, ModuleType] = {"promises": gpu_promises, "training": gpu_training, "serving": gpu_serving}
-QUIETED = ("hf_s3t", "accelerate", "bitsandbytes", "torch.utils")
 
 
 def parse() -> Any:
@@ -62,14 +63,23 @@ def report(parts: list[str], quick: bool, seed: int) -> tuple[dict[str, Any], di
     return found, settings
 
 
+def be_quiet() -> None:
+    """Leaves the lines of cases, and errors: of a lent machine one may see the last few thousand characters alone."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
+    for name in ("hf_s3t", "accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.PrinterCallback.on_log = lambda *args, **kwargs: None
+
+
 def main() -> int:
     """Runs the benchmark; returns what the process ends with."""
     options = parse()
-    for name in QUIETED:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    be_quiet()
     if not on_gpu():
         torch.set_num_threads(1)
-    PrinterCallback.on_log = lambda *args, **kwargs: None  # lines are those of cases
     parts = [part for part in PARTS if part in (options.part or PARTS)]
     found, settings = report(parts, options.quick, options.seed)
     print(found["hardware"], found["versions"], found["commit"], flush=True)

@@ -25,6 +25,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA st
 
 import psutil
 import torch
+from transformers.utils.import_utils import enable_tf32
 
 BEGAN = time.perf_counter() - (time.time() - psutil.Process().create_time())
 """When the process began: imports take of its time, too."""
@@ -190,6 +191,7 @@ def settings_kept() -> Iterator[None]:
             torch.backends.fp32_precision = precision
         else:
             torch.backends.cuda.matmul.allow_tf32 = False
+        getattr(enable_tf32, "cache_clear", bool)()  # or it would not be switched on again
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
