@@ -207,40 +207,51 @@ class Load:
     def __init__(self, model: Any, prompt: torch.Tensor, settings: Settings):
         self.model, self.prompt, self.settings = model, prompt, settings
         self.waits: list[float] = []
-        self.tokens, self.seconds = 0, 0.0
+        self.answers: list[int] = []  # tokens of each
+        self.began = self.seconds = 0.0
         self._asked, self._stop, self._errors = threading.local(), threading.Event(), list[BaseException]()
+        self._warm = threading.Barrier(settings.threads + 1, action=self._begin)
 
     def run(self, meanwhile: Callable[[], None]) -> None:
         """Generates as long as something else takes."""
-        self._ask()  # what is set up once is not in it
-        self.waits, self.tokens = [], 0
         hook = self.model.get_input_embeddings().register_forward_pre_hook(self._begins)
         threads = [threading.Thread(target=self._keep_asking) for _ in range(self.settings.threads)]
-        began = now()
+        for thread in threads:
+            thread.start()
         try:
-            for thread in threads:
-                thread.start()
+            self._warm.wait()
             meanwhile()
+        except threading.BrokenBarrierError:
+            pass  # a thread has failed; its error is raised below
         finally:
             self._stop.set()
             for thread in threads:
                 thread.join()
             hook.remove()
-        self.seconds = now() - began
+        self.seconds = now() - self.began
         if self._errors:
             raise self._errors[0]
 
+    def _begin(self) -> None:
+        """Every thread has answered once: what is set up once is not in the figures."""
+        self.waits.clear()
+        self.answers.clear()
+        self.began = now()
+
     def _keep_asking(self) -> None:
         try:
+            self._ask()
+            self._warm.wait()
             while not self._stop.is_set():
                 self._ask()
         except BaseException as error:
             self._errors.append(error)
+            self._warm.abort()
 
     def _ask(self) -> None:
         self._asked.at = time.perf_counter()
         answer = generate(self.model, self.prompt, self.settings.new_tokens)
-        self.tokens += answer.numel() - self.prompt.numel()
+        self.answers.append(answer.numel() - self.prompt.numel())
 
     def _begins(self, *_: Any) -> None:
         """The first forward pass of an answer begins."""
@@ -252,10 +263,10 @@ class Load:
     def figures(self) -> dict[str, float]:
         """Of all threads."""
         return {
-            "tokens_per_s": self.tokens / self.seconds,
+            "tokens_per_s": sum(self.answers) / self.seconds,
             "longest_wait_ms": 1e3 * max(self.waits),
             "median_wait_ms": 1e3 * statistics.median(self.waits),
-            "answers": len(self.waits),
+            "answers": len(self.answers),
         }
 
 
