@@ -159,9 +159,10 @@ def s3t_config(settings: Settings) -> S3TConfig:
     )
 
 
-def build_store(path: Path, settings: Settings, seed: int) -> S3TStore:
-    """A store as a training leaves it; its stages hold small random numbers."""
-    base, config = base_model(settings, seed), s3t_config(settings)
+def build_store(path: Path, settings: Settings, seed: int, base: Any = None) -> S3TStore:
+    """A store as a training leaves it, over a base that is made where none is given; its stages hold small random
+    numbers."""
+    base, config = base_model(settings, seed) if base is None else base, s3t_config(settings)
     layout = find_layout(base, config)
     plan = Plan.make(settings.num_shards, settings.num_slices, settings.orders, prune=False)
     arguments = TrainingArguments(str(path), use_cpu=True, report_to=[])

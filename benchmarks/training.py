@@ -218,13 +218,13 @@ class Bench:
 
     def trainer(self, folder: str, cache: str, watch: TrainerCallback, **config: Any) -> Any:
         """Ours, for one sequence unless the config says otherwise."""
-        plan = config or {"budget": 1}
+        plan = {"layers_per_slice": self.shape.per_stage, **(config or {"budget": 1})}
         return S3TTrainer(
             self.fresh(), self.arguments(folder), default_data_collator, self.rows, partition_key=KEY,
             activation_cache=cache, eval_trunk=self.eval_trunk and cache != "off", callbacks=[watch],
             peft_config=S3TConfig(
-                num_slices=SLICES, layers_per_slice=self.shape.per_stage, r=self.shape.r, task_type=self.kind,
-                target_modules=list(self.targets), slice_columns=("shard", "slice"), **plan,
+                num_slices=SLICES, r=self.shape.r, task_type=self.kind, target_modules=list(self.targets),
+                slice_columns=("shard", "slice"), **plan,
             ),
         )  # fmt: skip
 
@@ -491,14 +491,21 @@ def run(settings: Settings, seed: int) -> dict[str, Any]:
     return figures
 
 
+def commit_of_tree() -> str | None:
+    """The commit that is measured; `None` where there is no git, or no repository."""
+    describe = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
 def record(name: str, settings: dict[str, Any], seed: int, figures: dict[str, Any]) -> dict[str, Any]:
     """What the JSON file holds."""
-    describe = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True)
     libraries = ("hf_s3t", "torch", "transformers", "peft", "accelerate")
     return {
         "name": name,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit_of_tree(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "settings": {**settings, "seed": seed},

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers.trainer_utils import enable_full_determinism
+from transformers.utils.import_utils import enable_tf32
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,20 +130,120 @@ def test_proof_writes_its_figures(tmp_path: Path) -> None:
     assert record["figures"]["megabytes"] > 1
 
 
+def gpu_benchmark(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--quick", *options]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
+
+
 @pytest.mark.slow
 def test_gpu_writes_its_figures_without_a_gpu(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--quick", "--json", str(file)]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
+    done = gpu_benchmark("--json", str(file), "--seed", "3")
     assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(file.read_text())["figures"]
+    record = json.loads(file.read_text())
+    assert set(record) == {"name", "commit", "versions", "hardware", "settings", "figures"}
+    assert record["name"] == "gpu" and record["hardware"]["gpu"] is None and record["settings"]["seed"] == 3
+    figures = record["figures"]
+    assert figures["failed"] == {} and figures["left_out"] == [] and figures["stage_files_unequal"] == 0
+    names = [*figures["by_case"], *figures["not_run"]]
+    assert len(names) == len(set(names)) and not any(one != name and one in name for one in names for name in names)
+    assert all(f"{name} " in done.stdout for name in names)
+    quick = {name for name, reason in figures["not_run"].items() if reason == "too much for --quick"}
+    assert quick == {f"promises llama {way} cached" for way in ("fp32", "adamw_8bit", "full_determinism")}
+    unable = {"fp16": 2, "tf32": 2, "torch_compile": 2, "4bit cached": 1, "rank_group cached": 1, "graphs on": 4}
+    assert {text: sum(text in name for name in figures["not_run"]) for text in unable} == unable
+    assert len(figures["not_run"]) == sum(unable.values()) + len(quick)
+    promises = {name: case for name, case in figures["by_case"].items() if name.startswith("promises")}
+    assert len(promises) == 13
+    for case in promises.values():
+        assert (case["row_order_equal"], case["surviving_equal"], case["repaired_equal"]) == (4, 2, 4)
+    check_gpu_training(figures["by_case"])
+    check_gpu_serving(figures["by_case"])
+
+
+def check_gpu_training(cases: dict[str, dict[str, float]]) -> None:
     for precision in ("8bit", "bf16"):
         for way in ("paper", "stock", "uncached", "cached"):
-            for stage in (1, 2, 3, 4):
-                assert figures[f"{precision}_{way}_stage{stage}_tokens_per_s"] > 0
-        assert figures[f"{precision}_off_bit_equal"] and figures[f"{precision}_disk_bit_equal"]
-    assert figures["bf16_bf16_alone_equal"]
+            case = cases[f"training {precision} {way}"]
+            assert all(case[f"stage{stage}_tokens_per_s"] > 0 for stage in (1, 2, 3, 4))
+            parts = {name: case[f"{name}_seconds"] for name in ("proof", "cache", "writing", "identity")}
+            ours = {"uncached": {"proof", "writing", "identity"}, "cached": set(parts)}.get(way, set())
+            assert {name for name, seconds in parts.items() if seconds > 0} == ours
+            assert case["train_seconds"] > case["steps_seconds"] + sum(parts.values()) and case["other_seconds"] > 0
+
+
+def check_gpu_serving(cases: dict[str, dict[str, float]]) -> None:
+    for who in ("1 member", "5 members"):
+        assert min(cases[f"serving {who} load"].values()) > 0
+        for rows in (1, 16):
+            case = cases[f"serving {who} {rows} rows graphs off"]
+            assert case["prefill_over_stock"] > 0 and case["stock_decode_tokens_per_s"] > 0
+    case = cases["serving 5 members deletions under load"]
+    assert case["deletions"] == 5 and case["busy_answers"] > 0 and case["quiet_longest_wait_ms"] > 0
+
+
+@pytest.mark.slow
+def test_gpu_names_what_it_leaves_out_and_what_it_does_not_find(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    done = gpu_benchmark("--part", "promises", "--only", "vit fp32", "--seconds", "0", "--json", str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = ["promises vit fp32 uncached", "promises vit fp32 cached"]
+    assert json.loads(file.read_text())["figures"]["left_out"] == names
+    assert f"--only '{names[0]}' --only '{names[1]}'" in done.stdout
+    lost = gpu_benchmark("--part", "serving", "--only", "7 members")
+    assert lost.returncode == 1 and "no case has 7 members in its name" in lost.stdout
+
+
+@pytest.fixture
+def gpu_runs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the module sets it
+    spec = importlib.util.spec_from_file_location("gpu_runs", ROOT / "benchmarks" / "gpu_runs.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_runs", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_gpu_run_keeps_what_it_has_and_starts_nothing_that_ends_late(gpu_runs: Any, tmp_path: Path) -> None:
+    file, seconds, report = tmp_path / "figures.json", [0.0], {"figures": {}}
+    runs = gpu_runs.Runs(report, file, seconds=22, clock=lambda: seconds[0])
+
+    def run(name: str, kind: str, takes: float, error: Exception | None = None, prepares: float = 0.0) -> None:
+        def measure(note: Any) -> None:
+            note(first=1)
+            assert json.loads(file.read_text())["figures"]["by_case"][name] == {"first": 1}
+            seconds[0] += takes
+            if error:
+                raise error
+
+        def prepare() -> None:
+            seconds[0] += prepares
+
+        runs.run(gpu_runs.Case(name, kind, measure, prepare))
+
+    run("first", "long", 8, prepares=4)
+    run("unable", "short", 0, gpu_runs.NotRun("no GPU"))
+    run("second", "long", 8)  # till 20: what was prepared for the first one is not its time
+    run("third", "long", 8)
+    run("broken", "short", 1, RuntimeError("oh"))
+    figures = json.loads(file.read_text())["figures"]
+    assert figures["left_out"] == ["third"] and figures["not_run"] == {"unable": "no GPU"}
+    assert figures["failed"] == {"broken": "RuntimeError: oh"} and figures["by_case"]["broken"] == {"first": 1}
+    assert figures["by_case"]["first"] == {"first": 1, "preparing_seconds": 4, "seconds": 8}
+
+
+def test_a_gpu_case_leaves_the_process_as_it_was(gpu_runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "0")
+    before = torch.backends.cudnn.deterministic, dict(os.environ)
+    for _ in range(2):  # transformers switches TF32 on once in a process
+        with gpu_runs.settings_kept():
+            enable_full_determinism(0)
+            enable_tf32(True)
+            assert gpu_runs.tf32_is_on()
+        assert not torch.are_deterministic_algorithms_enabled() and not gpu_runs.tf32_is_on()
+        assert (torch.backends.cudnn.deterministic, dict(os.environ)) == before
 
 
 @pytest.mark.slow
