@@ -115,7 +115,7 @@ def history(repository):
         yield row["title"], read["s3t.json"]["generation"], stages, stones
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(240, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("seconds", [1, pytest.param(240, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_nothing_deleted_comes_back_and_nothing_live_is_lost(server, new_machine, tmp_path, seconds):
     machines = [new_machine() for _ in range(PROCESSES)]
     folders = [tmp_path / f"m{number}/out" for number in range(PROCESSES)]

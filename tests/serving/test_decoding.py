@@ -123,7 +123,7 @@ def test_it_can_be_switched_off(recorded: Any) -> None:
 
 
 def test_other_shapes_have_other_graphs_and_few_caches_are_kept(recorded: Any) -> None:
-    ensemble = recorded(load(trained("llama"), "llama"))
+    ensemble = recorded(load(trained("llama-rank"), "llama-rank"))
     idle = ensemble._members.decoding._idle
     for count, new in ((6, 8), (2, 8), (6, 140), (6, 8)):
         ensemble.generate(**prompts(count), **GENERATION | {"max_new_tokens": new})

@@ -125,6 +125,7 @@ def batches(monkeypatch):
 # ---- bits ----
 
 
+@pytest.mark.brief("llama")
 @pytest.mark.parametrize("case", MODELS)
 def test_repaired_is_from_scratch_where_rows_have_many_widths(small, batches, tmp_path, case):
     """The longest row is deleted: no other batch is as wide."""
@@ -139,6 +140,7 @@ def test_repaired_is_from_scratch_where_rows_have_many_widths(small, batches, tm
     assert set(map(len, batches.shapes.values())) == {1}, "a row's batch is not always of the same shape"
 
 
+@pytest.mark.brief("bert")
 @pytest.mark.parametrize("case", MODELS)
 def test_what_is_not_kept_is_computed_to_the_same_bits(small, tmp_path, case):
     trainer(tmp_path / "out", case).train()

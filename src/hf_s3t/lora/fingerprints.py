@@ -104,7 +104,8 @@ def _on_device(tensors: Sequence[torch.Tensor], device: torch.device, seed: int,
     """The sums of all tensors of one device, which come to the host in one copy, as a text for each."""
     if not tensors:
         return
-    multipliers = odd_multipliers(chunk_words, seed, device)
+    longest = max(-(-value.numel() * value.element_size() // 4) for value in tensors)
+    multipliers = odd_multipliers(max(min(chunk_words, longest), 1), seed, device)
     sums = [chunk_sums(_bytes(tensor), multipliers) for tensor in tensors]
     numbers = iter(torch.stack([one for of_tensor in sums for one in of_tensor]).tolist())
     for of_tensor in sums:
