@@ -55,7 +55,7 @@ SERVING = (
      (('        self.slots[number].clear()', '        pass'),),
      (LIVE + 'no_value_of_what_was_deleted_is_left',)),
     (3, 'what a prefix goes on with is not taken along', 'serving/slots.py',
-     (('                    own[name].copy_(theirs[name])', '                    pass'),),
+     (('                own[name].copy_(theirs[name])', '                pass'),),
      (SLOT + 'a_prefix_goes_on_in_another_slot',)),
     (3, 'a slot begins with the head of the base', 'serving/following.py',
      (('            self.clear(number)\n', '            pass\n'),),

@@ -50,8 +50,8 @@ class Follower:
 
     def __init__(self, store: S3TStore, stack: Stack, answers: Answers[State], shards: int, rank: int | None):
         self.store, self.stack, self.answers, self.shards = store, stack, answers, shards
-        self.slots = {number: Slot(stack, number, rank) for number in range(stack.slots)}
         self.empty = Slot(stack, 0, rank)  # is asked for the prefix of a shard that has none
+        self.slots = {number: self.empty.beside(number) for number in range(stack.slots)}
         self.marks: Any = None
         self._following = threading.Lock()
         for number in self.slots:

@@ -45,6 +45,12 @@ class Slot:
     owners: dict[str, Owner] = field(default_factory=dict)  # which stage each tensor that is in use came from
     lowest_layer: int = 0  # that the loaded prefix has LoRA in
 
+    def beside(self, number: int) -> Slot:
+        """Another slot of the same stack, empty."""
+        slot = Slot(self.stack, number, self.rank)
+        vars(slot).update(shapes=self.shapes, layers=self.layers)
+        return slot
+
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of each tensor."""
@@ -129,13 +135,13 @@ class Slot:
 
         What is in use no more becomes zero. Interrupted, the slot is empty.
         """
-        own, theirs = self.tensors, source.tensors
+        own, common = self.tensors, change.owners.keys() - change.tensors.keys()
+        theirs = source.tensors if common and source is not self else {}
         try:
-            for name in change.owners:
-                if name in change.tensors:
-                    own[name].copy_(change.tensors[name])
-                elif source is not self:
-                    own[name].copy_(theirs[name])
+            for name, tensor in change.tensors.items():
+                own[name].copy_(tensor)
+            for name in common & theirs.keys():
+                own[name].copy_(theirs[name])
             for name in self.owners.keys() - change.owners.keys():
                 own[name].zero_()
         except BaseException:
