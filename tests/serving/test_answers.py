@@ -259,8 +259,10 @@ def test_whoever_fails_leaves(slots: int | None, threads: Any) -> None:
     block = answers.answering if slots is None else lambda: answers.changing(slots)
     with failing(block):
         pass
+    assert not answers.running
     Block(threads, answers.answering).enter().leave()
     Block(threads, lambda: answers.changing(1)).enter().leave()
+    Block(threads, lambda: answers.changing(2)).enter().leave()  # waits for whoever is still counted
 
 
 @pytest.mark.parametrize("kind", ["answering", "changing"])

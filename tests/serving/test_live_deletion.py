@@ -702,6 +702,17 @@ def test_a_pass_that_runs_keeps_its_slots(
     assert_served(ensemble, store)
 
 
+def test_an_answer_that_fails_has_ended(store: S3TStore, ensemble: S3TEnsemble) -> None:
+    wrong = {"input_ids": torch.full((2, 4), 10**6)}  # no such tokens
+    for ask in (ensemble, ensemble.forward, ensemble.generate):
+        with pytest.raises(IndexError):
+            ask(**wrong)
+        assert not ensemble._answers.running and ensemble._answers._current.answers == 0
+    ensemble.delete(slices=SLICES)
+    assert ensemble.drained(0)
+    assert_served(ensemble, store)
+
+
 def test_a_deletion_that_finds_too_few_spare_slots_waits_and_new_answers_for_it(
     store: S3TStore, threads: Callable[..., Future[Any]], fresh: Any
 ) -> None:

@@ -119,7 +119,11 @@ class Decoding:
             for step in cache.steps.values():
                 step.clear()
             with self._lock:
-                self._idle = [*self._idle, (shape, cache)][-IDLE:]
+                self._idle.append((shape, cache))
+                dropped = [gone for _, gone in self._idle[:-IDLE]]
+                self._idle = self._idle[-IDLE:]
+            for gone in dropped:  # a step refers to its cache: their memory would wait for the garbage collector
+                gone.steps.clear()
 
     def step(self, cache: MemberCache, kind: Any, slots: Any, kwargs: dict[str, Any], compute: Compute) -> Any:
         """The answer of some slots to the arguments of a step, which `compute` gives; steps of a `kind` are alike."""

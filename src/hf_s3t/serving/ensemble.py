@@ -7,7 +7,6 @@ store that somebody else changed, writes into spare slots, on which new answers 
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -29,8 +28,6 @@ from .following import Follower, State
 from .loading import base_of, opened, stacked
 from .members import Members, Serving
 from .stack import Stack
-
-logger = logging.getLogger(__name__)
 
 OTHER_WAYS = frozenset({"assistant_model", "custom_generate", "penalty_alpha", "prompt_lookup_num_tokens"})
 """Arguments of `generate` that ask for something else than tokens one by one, of as many rows as there are beams."""
@@ -246,9 +243,11 @@ class S3TEnsemble(nn.Module):
             return kwargs
         fixed = {"cache_implementation": None, "disable_compile": True}  # what is compiled here is the step alone
         if kwargs.get("return_dict_in_generate", given.return_dict_in_generate):  # then the cache is the caller's
-            return {**kwargs, **members.new_cache(serving, length), **fixed}
+            cache = members.new_cache(serving, length)[named]
+            until_its_end.callback(cache.steps.clear)
+            return {**kwargs, named: cache, **fixed}
         make = lambda: members.new_cache(serving, length)[named]  # noqa: E731
-        shape = (*members.shape(serving), rows, -(-length // BLOCK), members.base.device)
+        shape = (*members.shape(serving), rows, -(-length // BLOCK), members.base.device, members.base.dtype)
         return {**kwargs, named: until_its_end.enter_context(members.decoding.cache(shape, make)), **fixed}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

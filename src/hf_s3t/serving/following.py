@@ -168,6 +168,7 @@ class Follower:
 def _lowest_layer(held: Mapping[int, Slot]) -> int:
     return min((slot.lowest_layer for slot in held.values()), default=0)
 
+
 def _needed(stage: Stage, manifest: Manifest) -> tuple[Stage, ...]:
     """The stages along a prefix whose tensors it has: where a stage trains all layers, the last one alone."""
     return stage.path[-1:] if manifest.recipe["config"].get("stage_parameters") == "all" else stage.path

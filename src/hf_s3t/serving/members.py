@@ -132,8 +132,7 @@ class Members(MemberRows):
 
     def _kind(self, serving: Serving) -> Any:
         """What a recording depends on beside the arguments of a step: the members, and where the model lies."""
-        weights = next(self.base.parameters()), *(value for value in self.stack.tensors(0).values())
-        return self.shape(serving), tuple(value.data_ptr() for value in weights[:2])
+        return self.shape(serving), next(self.base.parameters()).data_ptr(), self.stack.place
 
     def _answer(self, serving: Serving, args: Any, kwargs: dict[str, Any]) -> Any:
         if serving.members < 2:

@@ -289,6 +289,12 @@ class Stack:
             for name, (owner, key) in module.places().items()
         ]
 
+    @property
+    def place(self) -> int:
+        """Where the first stack lies: elsewhere once the model was moved or cast."""
+        _, owner, key = self._kept[0]
+        return getattr(owner, key).data_ptr()
+
     def wait(self) -> None:
         """Waits for what devices were given to do: whatever answers read or wrote is read and written then."""
         devices = {getattr(owner, key).device for _, owner, key in self._kept}
