@@ -131,16 +131,25 @@ def test_killed_at_any_time_nothing_is_half_done(made, tmp_path, monkeypatch, ro
     for seed in range(rounds):
         store, draw = fresh(made, tmp_path), random.Random(seed)
         names = draw.sample(sorted(made[1].places), 12)
+        told, tell = os.pipe()
         child = os.fork()
         if not child:
             try:
                 monkeypatch.undo()
+                os.write(tell, b".")
                 for name in names:
                     S3TStore(store.path).delete(ids=[name])
+                    os.write(tell, b".")
             finally:
                 os._exit(0)
-        time.sleep(draw.uniform(0.0, 0.35))
+        os.close(tell)
+        os.read(told, 1)
+        began, whole = time.monotonic(), draw.randint(1, 8)
+        for _ in range(whole):
+            os.read(told, 1)
+        time.sleep(draw.uniform(0.0, 1.5) * (time.monotonic() - began) / whole)  # in the next one or the one after it
         os.kill(child, signal.SIGKILL)
+        os.close(told)
         cut_short += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         with store.writing():
             pass
