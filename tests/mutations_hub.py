@@ -82,7 +82,7 @@ ON_THE_HUB = (
      (('            self._check_contents(stage, manifest, adapter)', '            pass'),),
      (REFUSED + '[tensors of another group]', REFUSED + '[another scale]')),
     (10, 'a config may be as large as it likes', 'store/folder.py',
-     (('limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE', 'limits = {WEIGHTS_FILE'), ('MAX_CONFIG_BYTES), read_safetensors', '1 << 40), read_safetensors')),
+     (('limit = MAX_CONFIG_BYTES if', 'limit = 1 << 40 if'),),
      (REFUSED + '[a huge config]',)),
     (10, 'a purge removes by the list of one branch', 'hub/purge.py',
      (('live = {oid for ref in kept for oid in contents(trees[ref]) if is_branch(ref) or oid not in lost}', 'live = set(own)'),),

@@ -45,13 +45,25 @@ def utc_now() -> str:
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     """Reads a JSON file. A [`StoreError`] if it is absent, larger than `limit` bytes, or no JSON."""
     try:
-        if path.stat().st_size > limit:
-            raise StoreError(f"{path} has {path.stat().st_size} bytes, more than the {limit} that it may have.")
-        return json.loads(path.read_bytes())
+        return parse_json(read_limited(path, limit), path)
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist.") from None
     except PermissionError:
         raise StoreError(f"{path} may not be read by this user. Run this as its owner.") from None
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """Reads a file. A [`StoreError`] if it is larger than `limit` bytes."""
+    size = path.stat().st_size
+    if size > limit:
+        raise StoreError(f"{path} has {size} bytes, more than the {limit} that it may have.")
+    return path.read_bytes()
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    """What was read from `path`. A [`StoreError`] if it is no JSON."""
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path} is not valid JSON ({error}). Restore it from a backup.") from None
 
@@ -207,19 +219,26 @@ def safetensors_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Tensors of a safetensors file, as arrays. A [`StoreError`] if it is absent, damaged, or not of numpy's types."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="numpy") as file:
-            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # no mapping
-            foreign = sorted(name for name, kind in kinds.items() if kind not in DTYPES.values())
-            if foreign:
-                raise StoreError(f"{path}: {foreign[0]} is of type {kinds[foreign[0]]}; stages are stored in float32.")
-            return {name: file.get_tensor(name) for name in kinds}
+        return parse_safetensors(path.read_bytes(), path)
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist, but the manifest lists it. Restore it from a backup.") from None
+
+
+def parse_safetensors(data: bytes, path: Path) -> dict[str, np.ndarray]:
+    """The same of what was read from `path`, so that what was hashed is what is used."""
+    import numpy as np
+    from safetensors import SafetensorError, deserialize
+
+    types = {name: np.dtype(dtype) for dtype, name in DTYPES.items()}
+    try:
+        found = deserialize(data)
     except SafetensorError as error:
         raise StoreError(f"{path} cannot be read ({error}): it is truncated or damaged.") from None
+    foreign = sorted((name, view["dtype"]) for name, view in found if view["dtype"] not in types)
+    if foreign:
+        raise StoreError(f"{path}: {foreign[0][0]} is of type {foreign[0][1]}; stages are stored in float32.")
+    return {name: np.frombuffer(view["data"], types[view["dtype"]]).reshape(view["shape"]) for name, view in found}
 
 
 class Lock:

@@ -297,7 +297,8 @@ class Stack:
 
     def wait(self) -> None:
         """Waits for what devices were given to do: whatever answers read or wrote is read and written then."""
-        devices = {getattr(owner, key).device for _, owner, key in self._kept}
-        for device in devices:
+        if not torch.cuda.is_initialized():
+            return
+        for device in {getattr(owner, key).device for _, owner, key in self._kept}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -30,8 +30,10 @@ from ..files import (
     inside,
     install_folder,
     json_bytes,
+    parse_json,
+    parse_safetensors,
     read_json,
-    read_safetensors,
+    read_limited,
     remove,
     sync_folder,
     write_durable,
@@ -170,19 +172,22 @@ class StoreFolder(StateFiles):
             raise StoreError(f"{self.path} holds what no training wrote. It is not used. {'; '.join(findings[:3])}.")
 
     def _read_adapter(self, relative: str, expected: Mapping[str, str]) -> Adapter:
-        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES}
-        paths = {name: self.source.file(f"{relative}/{name}", limits.get(name)) for name in expected}
-        for name, digest in expected.items():
-            path = paths[name]
-            if not path.exists():
-                raise StoreError(f"{path} is missing, but the manifest lists it. Restore it from a backup.")
-            try:
-                found = hashlib.sha256(path.read_bytes()).hexdigest()
-            except OSError as error:
-                raise StoreError(f"{path} cannot be read: {error}.") from error
-            if found != digest:
-                raise StoreError(f"{path} is not the file that was trained: its sha256 differs from the manifest's.")
-        return Adapter(read_json(paths[CONFIG_FILE], MAX_CONFIG_BYTES), read_safetensors(paths[WEIGHTS_FILE]))
+        """Each file is read once: what was compared is what is used."""
+        read = {name: self._read_trained(f"{relative}/{name}", digest) for name, digest in expected.items()}
+        return Adapter(parse_json(*read[CONFIG_FILE]), parse_safetensors(*read[WEIGHTS_FILE]))
+
+    def _read_trained(self, relative: str, digest: str) -> tuple[bytes, Path]:
+        limit = MAX_CONFIG_BYTES if relative.endswith(CONFIG_FILE) else MAX_WEIGHTS_BYTES
+        path = self.source.file(relative, limit)
+        try:
+            data = read_limited(path, limit)
+        except FileNotFoundError:
+            raise StoreError(f"{path} is missing, but the manifest lists it. Restore it from a backup.") from None
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error}.") from error
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise StoreError(f"{path} is not the file that was trained: its sha256 differs from the manifest's.")
+        return data, path
 
     def assemble(self, shard: int, prefix: Order, manifest: Manifest | None = None) -> Adapter:
         """Any live prefix as one ordinary LoRA adapter."""
