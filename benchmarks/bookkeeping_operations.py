@@ -43,7 +43,7 @@ def train_set(examples: int) -> Any:
 
 def partition(path: Path, examples: int) -> Work:
     """Rows to places, and the state written; the state must not be there."""
-    from hf_s3t.store.partition import read_rows
+    from hf_s3t.store.hashing import read_rows
     from hf_s3t.store.state import key_check_value
 
     store, dataset = S3TStore(path), train_set(examples)

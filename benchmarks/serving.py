@@ -75,8 +75,8 @@ from hf_s3t.lora.adapter import WEIGHTS_FILE, Adapter
 from hf_s3t.lora.layout import find_layout
 from hf_s3t.lora.tuner import plain_lora_config
 from hf_s3t.serving.members import average_logits
+from hf_s3t.store.hashing import read_rows
 from hf_s3t.store.manifest import Manifest
-from hf_s3t.store.partition import read_rows
 from hf_s3t.store.recipe import make_recipe
 from hf_s3t.store.state import key_check_value
 

@@ -23,8 +23,9 @@ from hf_s3t import Plan, S3TConfig, S3TStore, Stage
 from hf_s3t.lora.adapter import Adapter
 from hf_s3t.plan.sequences import cyclic
 from hf_s3t.store.folder import StoreFolder
+from hf_s3t.store.hashing import read_rows
 from hf_s3t.store.manifest import Manifest
-from hf_s3t.store.partition import Entry, Index, examples_digest, id_source, read_rows
+from hf_s3t.store.partition import Entry, Index, examples_digest, id_source
 from hf_s3t.store.schema import DATABASE
 from hf_s3t.store.state import key_check_value
 

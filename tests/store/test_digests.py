@@ -14,7 +14,8 @@ import pytest
 from datasets import Dataset
 
 from hf_s3t import S3TConfig
-from hf_s3t.store.partition import Entry, assign, keyed_digest, read_rows, row_digest
+from hf_s3t.store.hashing import read_rows
+from hf_s3t.store.partition import Entry, assign, keyed_digest, row_digest
 
 KEY = bytes(range(32))
 ROWS: dict[str, Any] = {
@@ -153,6 +154,6 @@ def test_a_keyed_digest_is_an_hmac_and_a_place_is_one_of_it():
 
 @pytest.mark.parametrize("progress, seconds, shown", [(False, 0.0, False), (True, 0.0, True), (True, 3600.0, False)])
 def test_a_bar_is_shown_where_it_is_asked_for_and_takes_long(progress, seconds, shown, monkeypatch, capfd):
-    monkeypatch.setattr("hf_s3t.store.partition.BAR_SECONDS", seconds)
+    monkeypatch.setattr("hf_s3t.store.hashing.BAR_SECONDS", seconds)
     read_rows(PLACED, KEY, config(), progress=progress)
     assert ("hashing" in capfd.readouterr().err) is shown

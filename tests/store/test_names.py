@@ -11,8 +11,8 @@ import models
 import trained_stores
 from command_line import plain, run
 from hf_s3t import S3TConfig, S3TStore, UnknownExampleError
+from hf_s3t.store.hashing import read_rows
 from hf_s3t.store.ids import id_text
-from hf_s3t.store.partition import read_rows
 from stores import KEY, make_store, people, tree
 
 HALF = "row-\udc80"

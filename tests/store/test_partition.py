@@ -14,6 +14,8 @@ from PIL import Image as PILImage
 from scipy.stats import chisquare
 
 from hf_s3t import DatasetError, S3TConfig
+from hf_s3t.store import hashing
+from hf_s3t.store.hashing import read_rows
 from hf_s3t.store.partition import (
     Entry,
     assign,
@@ -23,7 +25,6 @@ from hf_s3t.store.partition import (
     id_source,
     keyed_digest,
     raw_rows,
-    read_rows,
     row_digest,
     warn_of_empty_slices,
 )
@@ -336,3 +337,45 @@ def test_a_decoded_image_names_no_example():
     row = {"image": PILImage.new("L", (2, 2)), "label": 0}
     with pytest.raises(ValueError, match="is another one in every run, so it names no example. Hand in the row undec"):
         row_digest(row)
+
+
+@pytest.fixture
+def three_at_once(monkeypatch):
+    """Processes take three rows at a time; what they were given is counted."""
+    begun = []
+    monkeypatch.setattr(hashing, "ROWS_AT_ONCE", 3)
+    in_processes = hashing._hash_in_processes
+
+    def counted(dataset, key, one, workers):
+        begun.append(workers)
+        return in_processes(dataset, key, one, workers)
+
+    monkeypatch.setattr(hashing, "_hash_in_processes", counted)
+    return begun
+
+
+@pytest.mark.parametrize("fields", [{}, {"group_column": "person"}, {"id_column": "text"}])
+def test_several_processes_find_what_one_does(fields, three_at_once):
+    rows = Dataset.from_list(people(20)).shuffle(seed=0)  # no longer in the order of its table
+    assert read_rows(rows, KEY, config(**fields), workers=2) == read_rows(rows, KEY, config(**fields))
+    assert three_at_once == [2]
+
+
+def test_few_rows_and_rows_of_other_datasets_are_hashed_here(three_at_once):
+    read_rows(Dataset.from_list(people(3)), KEY, config(), workers=2)
+    read_rows(people(9), KEY, config(), workers=2)
+    read_rows(Dataset.from_list(people(9)), KEY, config(), workers=1)
+    assert three_at_once == []
+
+
+def test_several_processes_say_what_is_wrong_as_one_does(three_at_once):
+    bad = Dataset.from_list([*people(9), {"id": None, "person": "x", "text": "y"}])
+    with pytest.raises(ValueError, match=r"^Row 9 has no id in column 'id'"):
+        read_rows(bad, KEY, config(), workers=2)
+    twice = Dataset.from_list([*people(9), *people(6)])
+    with pytest.raises(ValueError, match=r"^6 ids occur more than once .* 'row-0', .*'row-4'\. Make"):
+        read_rows(twice, KEY, config(), workers=2)
+    alike = Dataset.from_list([{"id": name} for name in ("a", "b", "caf\u00e9", "c", "d", "cafe\u0301")])
+    with pytest.warns(UserWarning, match="1 names in column 'id' are written in several Unicode forms"):
+        read_rows(alike, KEY, config(), workers=2)
+    assert three_at_once == [2, 2, 2]

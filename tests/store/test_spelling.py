@@ -18,8 +18,8 @@ from datasets import Dataset
 import stores
 from command_line import outcomes, plain, run
 from hf_s3t import S3TStore, UnknownExampleError
+from hf_s3t.store.hashing import read_rows
 from hf_s3t.store.ids import id_text, look_alikes, same_to_the_eye
-from hf_s3t.store.partition import read_rows
 from hf_s3t.store.requests import LookAlikes
 
 COMPOSED = unicodedata.normalize("NFC", "Zoë")

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_s3t import Plan, S3TStore, Stage, StateError, StoreError, UnknownExampleError
-from hf_s3t.lora.adapter import average, join
+from hf_s3t.files import read_limited
+from hf_s3t.lora.adapter import WEIGHTS_FILE, average, join
 from hf_s3t.plan.sequences import cyclic
 from hf_s3t.serving.loading import read_members
 from hf_s3t.store.receipts import read_receipts
@@ -134,6 +135,21 @@ def test_a_stage_that_is_not_what_was_trained_is_never_served(store, damage):
     with pytest.raises(StoreError, match="is missing, but the manifest lists it|is not the file that was trained"):
         store.assemble(0, (0, 1))
     assert store.assemble(0, (1, 2)).tensors
+
+
+def test_what_was_compared_is_what_is_used(store, monkeypatch):
+    stage = next(iter(store.manifest().stages))
+    expected = store.read_stage(stage)
+
+    def read_then_replaced(path, limit):
+        data = read_limited(path, limit)
+        path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\x40" if path.name == WEIGHTS_FILE else b"{}")
+        return data
+
+    monkeypatch.setattr("hf_s3t.store.folder.read_limited", read_then_replaced)
+    found = store.read_stage(stage)
+    assert found.config == expected.config
+    assert all((found.arrays[name] == value).all() for name, value in expected.arrays.items())
 
 
 @pytest.mark.parametrize("prefix", [(0, 1, 2), (0, 2), (0,)])

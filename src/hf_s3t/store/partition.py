@@ -11,23 +11,19 @@ import datetime
 import hashlib
 import hmac
 import json
-import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import DatasetError
 from ..plan.tree import Stage
-from .ids import encoded, id_text, same_to_the_eye
+from .ids import encoded, id_text
 
 if TYPE_CHECKING:
     from ..lora.config import S3TConfig
 
 DIGEST_CHARS = 32
 """Length of a keyed digest in the index: 128 bits of HMAC-SHA256, in hexadecimal."""
-
-BAR_SECONDS = 2.0
-"""Hashing that takes longer shows a bar."""
 
 PLAIN = frozenset((str, int, float, bool, type(None), bytes))
 """Types of values that hold no others: in a row of them there is no file."""
@@ -95,12 +91,13 @@ def _without_path(value: Any) -> Any:
     return {name: _without_path(item) for name, item in value.items() if not (is_file and name == "path")}
 
 
-def _begun(key: bytes, kind: Literal["id", "group", "content", "key check", "place"]) -> hmac.HMAC:
-    """An HMAC-SHA256 to which the text of something is to be added, in a copy of it ([`_ended`])."""
+def begun_mac(key: bytes, kind: Literal["id", "group", "content", "key check", "place"]) -> hmac.HMAC:
+    """An HMAC-SHA256 to which the text of something is to be added, in a copy of it ([`ended_mac`])."""
     return hmac.new(key, f"{kind}\0".encode(), hashlib.sha256)
 
 
-def _ended(begun: hmac.HMAC, text: str) -> str:
+def ended_mac(begun: hmac.HMAC, text: str) -> str:
+    """An HMAC that was begun, with a text added, in hexadecimal."""
     mac = begun.copy()
     mac.update(text.encode())
     return mac.hexdigest()
@@ -108,7 +105,7 @@ def _ended(begun: hmac.HMAC, text: str) -> str:
 
 def keyed_digest(key: bytes, kind: Literal["id", "group", "content", "key check"], value: Any) -> str:
     """HMAC-SHA256 of an id, group or content digest, in hexadecimal. An id `17` and an id `"17"` are the same id."""
-    return _ended(_begun(key, kind), id_text(value))[:DIGEST_CHARS]
+    return ended_mac(begun_mac(key, kind), id_text(value))[:DIGEST_CHARS]
 
 
 def assign(key: bytes, digest: str, num_shards: int, num_slices: int) -> tuple[int, int]:
@@ -118,11 +115,11 @@ def assign(key: bytes, digest: str, num_shards: int, num_slices: int) -> tuple[i
     >>> assign(key, keyed_digest(key, "id", "row-1"), 2, 4)
     (0, 1)
     """
-    return _drawn(_begun(key, "place"), digest, num_shards, num_slices)
+    return drawn_place(begun_mac(key, "place"), digest, num_shards, num_slices)
 
 
-def _drawn(begun: hmac.HMAC, digest: str, num_shards: int, num_slices: int) -> tuple[int, int]:
-    shard, slice_id = divmod(int(_ended(begun, digest), 16) % (num_shards * num_slices), num_slices)
+def drawn_place(begun: hmac.HMAC, digest: str, num_shards: int, num_slices: int) -> tuple[int, int]:
+    shard, slice_id = divmod(int(ended_mac(begun, digest), 16) % (num_shards * num_slices), num_slices)
     return shard, slice_id
 
 
@@ -130,7 +127,7 @@ def raw_rows(dataset: Any) -> Iterable[Mapping[str, Any]]:
     """Rows of a dataset before any transform or decoding, each a mapping from column to plain value."""
     if not hasattr(dataset, "__len__"):
         raise ValueError("S3T needs a train set with a length: a stream cannot be cut into slices. Materialise it.")
-    if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
+    if in_arrow(dataset):
         for batch in dataset.with_format("arrow").iter(batch_size=1000):
             yield from batch.to_pylist()
         return
@@ -139,6 +136,11 @@ def raw_rows(dataset: Any) -> Iterable[Mapping[str, Any]]:
         if not isinstance(row, Mapping):
             raise ValueError(f"Rows must be mappings from column to value, got {type(row).__name__}.")
         yield row
+
+
+def in_arrow(dataset: Any) -> bool:
+    """Whether a dataset is one of `datasets`, whose rows can be read in batches."""
+    return hasattr(dataset, "with_format") and hasattr(dataset, "column_names")
 
 
 def id_source(config: S3TConfig, columns: Sequence[str]) -> str | None:
@@ -158,112 +160,6 @@ def id_source(config: S3TConfig, columns: Sequence[str]) -> str | None:
             f"the column that shall serve as the id, e.g. `id_column={tokenized[0]!r}`."
         )
     return None
-
-
-class _Names:
-    """A column that names examples, or groups of them; without one they are named by their content."""
-
-    def __init__(self, key: bytes, kind: Literal["id", "group"], column: str | None):
-        self.kind, self.column = kind, column
-        self.strange: set[str] = set()  # texts that can be written in another Unicode form: no other one is kept
-        self._begun = _begun(key, kind)
-
-    def digest(self, value: Any, position: int) -> str:
-        """The keyed digest of what stands in a row."""
-        try:
-            text = id_text(value)
-        except ValueError as error:
-            raise ValueError(f"Row {position} has no {self.kind} in column {self.column!r}: {error}") from None
-        if not text.isascii():
-            self.strange.add(text)
-        return _ended(self._begun, text)[:DIGEST_CHARS]
-
-
-def read_rows(dataset: Any, key: bytes, config: S3TConfig, progress: bool = False) -> tuple[list[str], Index]:
-    """Keyed digest of every row, in the dataset's order, and what the index is to know of them.
-
-    Each id occurs once, each group in one place, or it is a `ValueError`. With `progress` a bar shows how far it is,
-    if it takes longer than two seconds.
-    """
-    digests: list[str] = []
-    index: Index = {}
-    twice: list[Any] = []
-    names, people = _Names(key, "id", None), _Names(key, "group", config.group_column)
-    contents, places = _begun(key, "content"), _begun(key, "place")
-    for position, row in enumerate(_with_bar(dataset) if progress else raw_rows(dataset)):
-        if position == 0:
-            names.column = id_source(config, list(row))
-        content = _content(row, position)
-        name = content if names.column is None else row.get(names.column)
-        digest = names.digest(name, position)
-        if digest in index and names.column is not None:
-            twice.append(name)
-        person = None if people.column is None else row.get(people.column)
-        group = None if person is None else sys.intern(people.digest(person, position))  # one text for all its rows
-        place = _place(row, position, group or digest, places, config)
-        digests.append(digest)
-        index[digest] = Entry(*place, group, _ended(contents, content)[:DIGEST_CHARS])
-    if twice:
-        shown = ", ".join(map(repr, twice[:5]))
-        raise ValueError(
-            f"{len(twice)} ids occur more than once in column {names.column!r}, e.g. {shown}. Make ids unique."
-        )
-    _check_groups(index)
-    for column in (names, people):
-        _warn_of_look_alikes(column.column, column.strange)
-    return digests, index
-
-
-def _content(row: Mapping[str, Any], position: int) -> str:
-    try:
-        return row_digest(row)
-    except ValueError as error:
-        raise ValueError(f"Row {position}: {error}") from None
-
-
-def _with_bar(dataset: Any) -> Iterable[Mapping[str, Any]]:
-    from tqdm.auto import tqdm
-
-    total = len(dataset) if hasattr(dataset, "__len__") else None
-    return tqdm(raw_rows(dataset), "hashing", total, unit=" rows", delay=BAR_SECONDS, dynamic_ncols=True, leave=False)
-
-
-def _warn_of_look_alikes(column: str | None, texts: Iterable[str]) -> None:
-    """Warns of names that are one to the eye and two to a deletion."""
-    pairs = same_to_the_eye(texts)
-    if pairs:
-        shown = "; ".join(" and ".join(map(ascii, pair)) for pair in pairs[:5])
-        warnings.warn(
-            f"{len(pairs)} names in column {column!r} are written in several Unicode forms that look the same, e.g. "
-            f"{shown}. To a deletion they are different: who asks for one of them is not found in rows of the other. "
-            "Normalise the column (`unicodedata.normalize('NFC', text)`) before the first training.",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _place(row: Mapping[str, Any], position: int, digest: str, begun: hmac.HMAC, config: S3TConfig) -> tuple[int, int]:
-    if config.slice_columns is None:
-        return _drawn(begun, digest, config.num_shards, config.num_slices)
-    shard, slice_id = (cast(int, row.get(column)) for column in config.slice_columns)
-    limits = (config.num_shards, config.num_slices)
-    for column, value, limit in zip(config.slice_columns, (shard, slice_id), limits, strict=True):
-        if type(value) is not int or not 0 <= value < limit:
-            raise ValueError(f"Row {position} has {value!r} in column {column!r}; expected a number below {limit}.")
-    return shard, slice_id
-
-
-def _check_groups(index: Index) -> None:
-    places: dict[str, tuple[int, int]] = {}
-    torn = 0
-    for entry in index.values():
-        if entry.group is not None and places.setdefault(entry.group, entry[:2]) != entry[:2]:
-            torn += 1
-    if torn:
-        raise ValueError(
-            f"`slice_columns` put {torn} rows apart from other rows of their group. All rows of a group must lie in "
-            "one slice, or deleting the group would hit several."
-        )
 
 
 def warn_of_empty_slices(index: Mapping[str, Entry], key: bytes, config: S3TConfig) -> None:

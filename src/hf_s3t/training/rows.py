@@ -17,7 +17,8 @@ from ..lora.config import S3TConfig
 from ..plan.tree import Stage
 from ..seams.preparation import DIGEST_COLUMN
 from ..store.database import StateDatabase
-from ..store.partition import id_source, raw_rows, read_rows, stage_examples
+from ..store.hashing import read_rows
+from ..store.partition import id_source, raw_rows, stage_examples
 from ..trunk.row_numbers import NumberedRows
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 class TrainRows:
     """Which raw row of the train set is which example."""
 
-    def __init__(self, dataset: Any, key: bytes, config: S3TConfig, progress: bool = False):
-        self._digests, self.entries = read_rows(dataset, key, config, progress)
+    def __init__(self, dataset: Any, key: bytes, config: S3TConfig, progress: bool = False, workers: int = 0):
+        self._digests, self.entries = read_rows(dataset, key, config, progress, workers)
         if not self._digests:
             raise ValueError("The train set has no rows.")
         self.id_column = id_source(config, list(next(iter(raw_rows(dataset)))))

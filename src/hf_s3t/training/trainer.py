@@ -119,7 +119,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         self._rows = None
         if train_dataset is not None:
             key, bar = on_main_process(args, self.store.ensure_key), args.process_index == 0 and not args.disable_tqdm
-            self._rows = TrainRows(train_dataset, key, self.s3t_config, bar)
+            self._rows = TrainRows(train_dataset, key, self.s3t_config, bar, args.dataloader_num_workers)
             train_dataset = self._rows.marked(train_dataset)
         with watched_preparation():
             super().__init__(
