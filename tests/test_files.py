@@ -200,6 +200,12 @@ def test_safetensors_are_the_same_bytes_every_time_and_load_anywhere(tmp_path):
     assert list(json.loads(data[8 : 8 + length])["__metadata__"]) == sorted(METADATA)
 
 
+def test_tensors_are_read_in_the_order_of_their_names(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(safetensors_bytes({f"{number}": np.ones(1, np.float32) for number in range(40)}, METADATA))
+    assert list(read_safetensors(path)) == sorted(map(str, range(40)))
+
+
 FRESH = """
 import hashlib
 import numpy as np

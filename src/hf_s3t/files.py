@@ -232,7 +232,7 @@ def parse_safetensors(data: bytes, path: Path) -> dict[str, np.ndarray]:
 
     types = {name: np.dtype(dtype) for dtype, name in DTYPES.items()}
     try:
-        found = deserialize(data)
+        found = sorted(deserialize(data), key=lambda named: named[0])  # it hands them out in no order
     except SafetensorError as error:
         raise StoreError(f"{path} cannot be read ({error}): it is truncated or damaged.") from None
     foreign = sorted((name, view["dtype"]) for name, view in found if view["dtype"] not in types)
