@@ -19,3 +19,8 @@ def test_the_page_on_the_state(tmp_path: Path, monkeypatch) -> None:
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
     done = [(" ".join(words[:3]), run(*words[1:]).exit_code) for words in lines]
     assert len(done) > 4 and {code for _, code in done} == {0}, done
+
+
+def test_what_is_kept_of_a_deleted_person_is_called_what_it_is() -> None:
+    for page in (PAGE, PAGE.parent.parent / "README.md"):
+        assert "pseudonymous, not anonymous" in " ".join(page.read_text(encoding="utf-8").split()), page

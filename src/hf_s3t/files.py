@@ -48,16 +48,17 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
         return parse_json(read_limited(path, limit), path)
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist.") from None
-    except PermissionError:
-        raise StoreError(f"{path} may not be read by this user. Run this as its owner.") from None
 
 
 def read_limited(path: Path, limit: int) -> bytes:
-    """Reads a file. A [`StoreError`] if it is larger than `limit` bytes."""
-    size = path.stat().st_size
-    if size > limit:
-        raise StoreError(f"{path} has {size} bytes, more than the {limit} that it may have.")
-    return path.read_bytes()
+    """Reads a file. A [`StoreError`] if it is larger than `limit` bytes, or another user's."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise StoreError(f"{path} has {size} bytes, more than the {limit} that it may have.")
+        return path.read_bytes()
+    except PermissionError:
+        raise StoreError(f"{path} may not be read by this user. Run this as its owner.") from None
 
 
 def parse_json(data: bytes, path: Path) -> Any:

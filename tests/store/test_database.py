@@ -14,6 +14,7 @@ from hf_s3t import StateError, StoreLockedError
 from hf_s3t.errors import CompatibilityError
 from hf_s3t.files import json_bytes
 from hf_s3t.store import schema
+from hf_s3t.store.audit import verify
 from hf_s3t.store.database import StateDatabase
 from hf_s3t.store.partition import Entry
 from hf_s3t.store.tombstones import from_tombstones_json, obey
@@ -207,6 +208,31 @@ def test_a_database_that_cannot_be_used_is_told_and_stops_no_deletion_of_slices(
         store.import_state(tmp_path / "backup")
         assert store.locate(ids=["row-1"])[0].found in ("live", "deleted")
         assert not store.loose_receipts() and receipt.receipt in {r["receipt"] for r in receipts(store)}
+
+
+TORN = '{"torn'
+RECORDS = {
+    "exports": f"UPDATE exports SET record = '{TORN}'",
+    "exports of another form": "UPDATE exports SET record = json_remove(record, '$.stages')",
+    "exports that the backup does not have": f"UPDATE exports SET path = 'elsewhere', record = '{TORN}'",
+    "records": f"UPDATE records SET record = '{TORN}' WHERE stage LIKE '%/0'",
+    "receipts": f"UPDATE receipts SET receipt = '{TORN}' WHERE number = 1",
+    "receipts in no encoding": "UPDATE receipts SET receipt = CAST(x'ff' AS TEXT) WHERE number = 1",
+}
+
+
+@pytest.mark.parametrize("change", RECORDS.values(), ids=RECORDS)
+def test_a_damaged_record_stops_no_deletion_and_a_backup_mends_it(store, tmp_path, change):
+    store.delete(ids=["row-1"])
+    store.export(tmp_path / "copy")
+    store.export_state(tmp_path / "backup")
+    edit_database(store, change)
+    assert store.delete(ids=["row-1"]).status == "unchanged"
+    assert store.delete(ids=["row-2"]).status in ("inactive", "unchanged") and store.delete(slices=[(0, 2)])
+    store.import_state(tmp_path / "backup")
+    assert verify(store).ok and store.status().exports == (str(tmp_path / "copy"),)
+    assert [location.found for location in store.locate(ids=["row-1", "row-2"])] == ["deleted"] * 2
+    assert len(receipts(store)) == 4 and store.export(tmp_path / "another")
 
 
 def receipts(store):

@@ -171,6 +171,20 @@ def test_nothing_is_served_past_a_deletion_that_can_not_be_read(tmp_path, change
     assert store.live().stages and verify(store).ok
 
 
+@pytest.mark.parametrize("text", ["", '{"places": [[0', "\0" * 4096, "\udc80", "[1]", "[" * 100_000])
+def test_a_begun_deletion_whose_file_is_damaged_names_its_way_out(tmp_path, text):
+    store = make_store(tmp_path / "out")
+    file = store.private_folder("intents") / "00000001-receipt-1.json"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(StateError, match="cannot be read .*Run the request that .* again, .* Then remove this"):
+        store.status()
+    assert store.delete(ids=["row-2"]).status == "inactive"
+    file.unlink()
+    with store.writing():
+        pass
+    assert store.locate(ids=["row-2"])[0].found == "deleted" and verify(store).ok
+
+
 def receipt_places(store: S3TStore, name: str) -> list[tuple[int, int]]:
     with store.reading() as state:
         stone = state.tombstone("id", keyed_digest(store.key, "id", name))

@@ -92,6 +92,27 @@ def test_a_stage_that_cannot_be_removed_keeps_nobody_else_from_being_deleted(stu
 
 # ---- a full disk ----
 
+
+def test_a_disk_that_stays_full_keeps_nobody_else_from_being_out_of_service(store, known, monkeypatch):
+    """There is room for what begins a deletion, and none for the files that are published."""
+    replace = os.replace
+
+    def full(source: object, target: object) -> None:
+        if ".s3t" not in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        for place in ((0, 1), (1, 0)):
+            with pytest.raises(UnfinishedDeletionError, match="No space left"):
+                store.delete(ids=[known.at(*place)[0]])
+            assert not any(place in stage.slices for stage in store.live().stages)
+    assert store.status().interrupted_deletions == 2
+    with store.writing():
+        pass
+    assert not store.intents() and len(read_receipts(store)) == 2 and verify(store).ok
+
 WRITES = ("replace", "fsync", "mkdir", "open")
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+import models
+import trained_stores
 from hf_s3t import S3TStore, StateError, StoreError
 from hf_s3t.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from hf_s3t.store.audit import verify
 from hf_s3t.store.manifest import Event
+from hf_s3t.store.partition import keyed_digest
 from hf_s3t.store.receipts import read_receipts
-from stores import Known, edit_database, make_store, people, stage_folders, tree
+from stores import KEY, Known, edit_database, make_store, people, stage_folders, tree
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +56,15 @@ def findings(store: S3TStore) -> str:
     return "\n".join(finding for check in verify(store).checks for finding in check.broken)
 
 
-def test_an_example_outside_of_the_plan_is_told_where_columns_say_its_slice(tmp_path):
+@pytest.mark.parametrize("place", ["slice = 99", "slice = -127", "shard = 7", "shard = -128", "a bit"])
+def test_an_example_that_cannot_lie_there_is_told_where_columns_say_its_slice(tmp_path, place):
     rows = [row | {"m": number % 2, "l": number % 3} for number, row in enumerate(people(12))]
     store = make_store(tmp_path / "out", rows, slice_columns=("m", "l"))
-    edit_database(store, "UPDATE examples SET slice = 99 WHERE number = 1")
+    if place == "a bit":
+        in_the_row_alone(store, "UPDATE examples SET slice = (slice + 1) % 3 WHERE number = 1")
+    else:
+        edit_database(store, f"UPDATE examples SET {place} WHERE number = 1")
+    assert "1 examples lie in other slices than they belong in" in findings(store)
     outcomes = []
     for row in rows:
         try:
@@ -61,6 +72,21 @@ def test_an_example_outside_of_the_plan_is_told_where_columns_say_its_slice(tmp_
         except StateError:
             outcomes.append("damaged")
     assert outcomes.count("damaged") == 1 and outcomes.count("dry run") == 11
+
+
+def in_the_row_alone(store: S3TStore, change: str) -> None:
+    """Changes an example's row and not the index by places, as a bit does that flips on the disk."""
+    with closing(sqlite3.connect(store.database)) as connection:
+        kept = connection.execute("SELECT * FROM sqlite_schema WHERE name = 'examples_by_slice'").fetchone()
+    for statement, values in (
+        ("DELETE FROM sqlite_schema WHERE name = 'examples_by_slice'", ()),
+        (change, ()),
+        ("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", kept),
+    ):  # each on a connection of its own, which reads the schema anew
+        with closing(sqlite3.connect(store.database)) as connection:
+            connection.execute("PRAGMA writable_schema = ON")
+            connection.execute(statement, values)
+            connection.commit()
 
 
 @pytest.mark.parametrize("places", [((0, 1.0),), ((0, True),), ((0, -1),), ((0, "1"),)])
@@ -108,23 +134,35 @@ def test_published_files_that_were_put_back_lose_what_was_deleted_since(store, k
     assert not gone & stage_folders(store.path) and verify(store).ok
 
 
-def older_state(store: S3TStore) -> str:
-    """As if the state were of before a training; returns the name of a row that it does not know."""
-    name = "row-3"
-    (place,) = store.locate(ids=[name])[0].places
-    edit_database(store, "DELETE FROM examples WHERE digest = (SELECT min(digest) FROM examples "
-                  "WHERE shard = ? AND slice = ?)", *place)  # fmt: skip
-    return next(row["id"] for row in people() if store.locate(ids=[row["id"]])[0].found == "unknown")
-
-
-def test_nobody_is_unknown_to_a_state_that_is_older_than_the_stages(store):
-    name = older_state(store)
+@pytest.mark.parametrize("ask", ["delete", "delete what is known", "locate"])
+def test_nobody_is_unknown_to_a_state_that_is_older_than_the_stages(store, made, ask):
+    name, other = "row-3", "row-4"
+    edit_database(store, "DELETE FROM examples WHERE digest = ?", bytes.fromhex(keyed_digest(KEY, "id", name)))
     before = tree(store.path)
-    with pytest.raises(StateError, match=r"are of different times: shard-0\d/.* saw \d+ examples, and the index has"):
-        store.delete(ids=[name])
-    with pytest.raises(StateError, match="Bring the newer state"):
-        store.delete(ids=["nobody"])
-    assert tree(store.path) == before
+    asked = {
+        "delete": store.delete,
+        "delete what is known": partial(store.delete, missing_ok=True),
+        "locate": store.locate,
+    }[ask]
+    for unknown in (name, "nobody"):
+        with pytest.raises(StateError, match=r"of different times: shard-0\d/.* saw \d+ examples, and the index has"):
+            asked(ids=[other, unknown])
+    assert tree(store.path) == before and store.locate(ids=[other])[0].found == "live"
+    S3TStore(made[0]).export_state(store.path.parent / "newer")
+    store.import_state(store.path.parent / "newer")  # the way out that the message names
+    assert store.locate(ids=[name, "nobody"])[0].found == "live"
+
+
+def test_nothing_is_trained_with_a_state_that_is_older_than_the_stages(tmp_path):
+    rows, path = models.llama_rows(16), tmp_path / "out"
+    name = rows["id"][3]
+    store = S3TStore(trained_stores.train_store(path, rows, num_shards=1, num_slices=2))
+    edit_database(store, "DELETE FROM examples WHERE digest = ?", bytes.fromhex(keyed_digest(store.key, "id", name)))
+    before = tree(path)
+    left = rows.filter(lambda row: row["id"] != name)  # so that index and rows agree
+    with pytest.raises(StateError, match="of different times"):
+        trained_stores.make_trainer(str(path), left, num_shards=1, num_slices=2).train()
+    assert tree(path) == before
 
 
 def test_nobody_is_unknown_where_a_stage_is_another_one_than_the_state_has_on_record(store):
@@ -141,6 +179,15 @@ def test_a_receipt_of_a_deletion_that_the_state_does_not_know_is_told(store, kno
     with store.changing() as state:
         state.add_receipt("receipt-0", receipt)
     assert "receipts tell of deletions that the state does not know: receipt-0" in findings(store)
+
+
+def test_a_receipt_beside_the_database_tells_of_a_deletion_that_was_undone(store, made):
+    whole = store.database.read_bytes()
+    store.database.write_bytes(whole[: len(whole) // 2])
+    receipt = store.delete(slices=[(0, 1)]).receipt
+    assert store.loose_receipts()
+    shutil.copytree(made[0], store.path, dirs_exist_ok=True)  # everything of before
+    assert f"receipts tell of deletions that the state does not know: {receipt}" in findings(store)
 
 
 @pytest.mark.parametrize(

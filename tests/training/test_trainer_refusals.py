@@ -267,6 +267,7 @@ def test_rows_that_vanished_or_changed(tmp_path: Path) -> None:
     store = S3TStore(tmp_path / "store")
     assert [location.found for location in store.locate(ids=rows["id"][:2])] == ["deleted"] * 2
     assert store.locate(ids=[rows["id"][5]])[0].found == "live"
+    assert store.status().deleted_examples == 2, "what has changed is not buried"
     make_trainer(tmp_path / "scratch", train_dataset=changed).train()
     assert artefacts(tmp_path / "store") == artefacts(tmp_path / "scratch")
 

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from ..errors import S3TError, StoreLockedError
-from ..files import POSIX
+from ..files import POSIX, read_json
 from .agreement import disagreements
 from .database import StateDatabase
 from .folder import StoreFolder
@@ -144,10 +144,11 @@ def _check_database(folder: StoreFolder, manifest: Manifest) -> Findings:
         state.check_whole()
         for name in state.broken_receipts():
             yield f"{name} does not follow the receipt before it: that or this one was changed, removed or put in"
-        unknown = sorted({r["receipt"] for r in state.receipts() if r["stages_removed"]} - state.log().keys())
+        told = [*state.receipts(), *map(read_json, folder.loose_receipts())]
+        unknown = sorted({receipt["receipt"] for receipt in told if receipt["stages_removed"]} - state.log().keys())
         if unknown:
             yield f"receipts tell of deletions that the state does not know: {', '.join(unknown[:3])}"
-        fits = places_check(folder, manifest)
+        fits = places_check(folder, manifest, state)
         misplaced = sum(1 for digest, entry in state.examples() if not fits(digest, entry))
         if misplaced:
             yield f"{misplaced} examples lie in other slices than they belong in: a deletion would not find them"

@@ -100,6 +100,12 @@ class StateDatabase(RecordTables):
         table = "examples" if kind == "id" else "people"
         return self._one(f"SELECT 1 FROM {table} WHERE digest = ?", bytes.fromhex(digest)) is not None
 
+    def lies_at(self, digest: str, entry: Entry) -> bool:
+        """Whether the index by places has an example where its row says that it lies: no one bit changes both."""
+        statement = "SELECT 1 FROM examples INDEXED BY examples_by_slice WHERE shard = ? AND slice = ? AND number = "
+        number = "(SELECT number FROM examples WHERE digest = ?)"
+        return self._one(statement + number, *entry[:2], bytes.fromhex(digest)) is not None
+
     def has_all(self, digests: Iterable[str]) -> bool:
         """Whether all of some examples are in the index."""
         wanted = iter({bytes.fromhex(digest) for digest in digests})

@@ -58,8 +58,10 @@ def delete(
     Of examples that are `renewed` (keyed digests) the content is another one now, which may be trained on: they leave
     no tombstone.
     """
-    if request.unknown and not missing_ok:
-        raise _unknown(folder, request)
+    if request.unknown:
+        check_agreement(folder, folder.manifest())
+        if not missing_ok:
+            raise _unknown(folder, request)
     if request.look_alikes:
         logger.warning("Not deleted, as nobody asked for it:%s", _alike(request))
     receipt = _preview(folder, request, reference)
@@ -105,7 +107,6 @@ def _unfinished(intent: Mapping[str, Any], error: Exception) -> UnfinishedDeleti
 
 
 def _unknown(folder: StoreFolder, request: Request) -> UnknownExampleError:
-    check_agreement(folder, folder.manifest())
     shown = ", ".join(shortened(repr(value)) for value in request.unknown[:5])
     return UnknownExampleError(
         f"{len(request.unknown)} of {request.asked} are not known to {folder.path}: {shown}. Nothing was changed."
@@ -127,8 +128,12 @@ def _unchanged(folder: StoreFolder, request: Request, receipt: Receipt, refresh_
 def _earlier(folder: StoreFolder, names: Sequence[str]) -> list[dict[str, Any]]:
     if not folder.has_state:
         return []
-    with folder.reading() as state:
-        return [receipt for name in names if (receipt := state.receipt(name)) is not None]
+    try:
+        with folder.reading() as state:
+            return [receipt for name in names if (receipt := state.receipt(name)) is not None]
+    except StateError as error:  # it was deleted, whatever became of the record
+        logger.error("since when it is not served any more is not known: %s", error)
+        return []
 
 
 def readmit(folder: StoreFolder, request_digests: Mapping[str, Kind], reference: str | None) -> Receipt:

@@ -7,6 +7,7 @@ deleted and not what, so nothing is served or trained until a version reads it t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,14 @@ def check_fields(record: Mapping[str, Any], required: Iterable[str], known: Iter
         raise ValueError(f"it lacks {absent}" if absent else f"it has unknown fields {unknown}")
 
 
-def read_intent(data: Any, path: Path) -> dict[str, Any]:
-    """An intent with all its fields, its places as a set of `(shard, slice)`.
+def read_intent(text: bytes, path: Path) -> dict[str, Any]:
+    """What the file of an intent says, with all its fields, its places as a set of `(shard, slice)`.
 
     Raises:
         StateError: it is of a newer format, or damaged.
     """
     try:
+        data = json.loads(text)
         check_format(data, INTENT_FORMAT, f"The begun deletion {path}")
         check_format(data["receipt"], RECEIPT_FORMAT, f"The receipt in the begun deletion {path}")
         check_fields(data, REQUIRED, (*REQUIRED, *OPTIONAL))
@@ -57,7 +59,7 @@ def read_intent(data: Any, path: Path) -> dict[str, Any]:
             "receipt": {**data["receipt"], "receipt": str(data["receipt"]["receipt"])},
             "places": {(read_count(shard), read_count(slice_id)) for shard, slice_id in data["places"]},
         }  # fmt: skip
-    except DAMAGED as error:
+    except (*DAMAGED, RecursionError) as error:
         raise StateError(
             f"{path} is a deletion that was begun, and cannot be read ({type(error).__name__} {error}). It is not "
             "known what is deleted, so nothing is served or trained. Run the request that it was about again, which "

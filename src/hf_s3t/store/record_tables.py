@@ -69,6 +69,22 @@ class RecordTables:
 
     # ---- records that no promise depends on ----
 
+    def mend_records(self, theirs: RecordTables, export_fields: Collection[str]) -> None:
+        """Puts a backup's records in the place of those that cannot be read here.
+
+        Where it has none they are forgotten; receipts stay, so that it is seen. An export has the `export_fields`.
+        """
+        for table, name, text in (("records", "stage", "record"), ("exports", "path", "record"),
+                                  ("receipts", "name", "receipt")):  # fmt: skip
+            rows = self._sql.execute(f"SELECT {name}, CAST({text} AS BLOB) FROM {table}")
+            fields = export_fields if table == "exports" else None
+            for key in [key for key, found in rows if not _readable(found, fields)]:
+                whole = theirs._one(f"SELECT {text} FROM {table} WHERE {name} = ?", key)
+                if whole is not None:
+                    self._sql.execute(f"UPDATE {table} SET {text} = ? WHERE {name} = ?", (whole, key))
+                elif table != "receipts":
+                    self._sql.execute(f"DELETE FROM {table} WHERE {name} = ?", (key,))
+
     def receipts(self) -> list[dict[str, Any]]:
         """Every receipt, oldest first."""
         return [_read(text) for (text,) in self._sql.execute("SELECT receipt FROM receipts ORDER BY number")]
@@ -128,6 +144,14 @@ class RecordTables:
 def chained(last: str, receipt: str) -> str:
     """What a receipt is chained by: sha256 of what the one before it has, and of itself."""
     return hashlib.sha256(f"{last}\n{receipt}".encode()).hexdigest()
+
+
+def _readable(text: bytes, fields: Collection[str] | None) -> bool:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and (fields is None or found.keys() == {*fields})
 
 
 def _read(text: str) -> Any:

@@ -112,24 +112,29 @@ def _named_request(folder: StoreFolder, wanted: Sequence[tuple[Any, Kind]], dige
             if (found := [text for text, digest in alike.of(kind, value) if digest not in asked])
         }
         request, entries = _look_up(state, known)
-    fits = places_check(folder, folder.manifest())
-    for digest, entry in entries.items():
-        if not fits(digest, entry):  # its own stages would stay
-            raise StateError(
-                f"The index says that an example lies in (shard, slice) {entry[:2]}, where it does not belong: "
-                f"{folder.database} is damaged. Nothing was changed. Restore it from a backup (`hf-s3t state "
-                "import`), or delete whole slices (`slices=[...]`)."
-            )
+        fits = places_check(folder, folder.manifest(), state)
+        for digest, entry in entries.items():
+            if not fits(digest, entry):  # its own stages would stay
+                raise StateError(
+                    f"The index says that an example lies in (shard, slice) {entry[:2]}, where it does not belong: "
+                    f"{folder.database} is damaged. Nothing was changed. Restore it from a backup (`hf-s3t state "
+                    "import`), or delete whole slices (`slices=[...]`)."
+                )
     return replace(request, look_alikes=others)
 
 
-def places_check(folder: StoreFolder, manifest: Manifest) -> Callable[[str, Entry], bool]:
-    """Tells of a digest and its entry whether the example lies where it belongs, as far as plan and key can tell."""
+def places_check(folder: StoreFolder, manifest: Manifest, state: StateDatabase) -> Callable[[str, Entry], bool]:
+    """Tells of a digest and its entry whether the example lies where it belongs.
+
+    The key tells. Where columns of the dataset say where a row lies, or the key is not here, the index is held against
+    itself: a place that was changed throughout looks right then.
+    """
     size = (manifest.plan.num_shards, manifest.plan.num_slices)
     if manifest.recipe["partition"]["slice_columns"] is None and folder.has_key:
         key = folder.key
         return lambda digest, entry: entry[:2] == assign(key, entry.group or digest, *size)
-    return lambda digest, entry: entry.shard < size[0] and entry.slice < size[1]
+    shards, slices = range(size[0]), range(size[1])
+    return lambda digest, entry: entry.shard in shards and entry.slice in slices and state.lies_at(digest, entry)
 
 
 def _places(slices: Iterable[Place]) -> set[Place]:

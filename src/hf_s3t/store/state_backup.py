@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import fields
 from pathlib import Path
 
 from ..errors import StateError, StoreError
@@ -15,6 +16,7 @@ from . import schema
 from .database import StateDatabase
 from .deletion import recover
 from .deletion_records import check_format
+from .export_records import Record
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .manifest import merged
 from .receipts import RECEIPT_FORMAT, check_receipts, take_in_loose_receipts
@@ -55,6 +57,7 @@ def restore(store: StoreFolder, file: Path) -> None:
             with store.changing(create=True) as state:
                 if state.store not in (None, theirs.store):
                     raise StateError(f"{file} belongs to another store than the state in {store.private}.")
+                state.mend_records(theirs, [field.name for field in fields(Record)])
                 _join(state, theirs)
             take_in_loose_receipts(store)
             if key and as_key(key) != store.given_key:  # one that is kept elsewhere stays there

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StateError, StoreError
-from ..files import PRIVATE, denied, loose, private_folder, read_json, tighten, write_atomic
+from ..files import MAX_JSON_BYTES, PRIVATE, denied, loose, private_folder, read_limited, tighten, write_atomic
 from . import schema
 from .database import StateDatabase
 from .deletion_records import read_intent
@@ -185,10 +185,8 @@ class StateFiles:
     def _intent(self, name: str) -> dict[str, Any] | None:
         path = self.private / INTENTS / name
         try:
-            return read_intent(read_json(path), path)
-        except StoreError:
-            if path.exists():  # otherwise it was finished between the listing and the reading
-                raise
+            return read_intent(read_limited(path, MAX_JSON_BYTES), path)
+        except FileNotFoundError:  # it was finished between the listing and the reading
             return None
 
     def _names_of_intents(self) -> list[str]:

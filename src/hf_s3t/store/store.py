@@ -18,6 +18,7 @@ from ..hub.purge_report import SECONDS, PurgeReport
 from ..plan.tree import Order, Stage
 from . import deletion
 from . import sync as publishing
+from .agreement import check_agreement
 from .base_model import load_base
 from .database import Kind, Place
 from .exports import Export, given_base, write_export
@@ -77,6 +78,9 @@ class S3TStore(StateCare):
         """Tells for each id and group whether and where it is, and which live stages saw it.
 
         Other spellings that are known follow what they look like.
+
+        Raises:
+            StateError: something is not known, and state and stages are of different times: it may be in the model.
         """
         check_lists(ids=ids, groups=groups)
         self.source.look()
@@ -91,6 +95,8 @@ class S3TStore(StateCare):
                 for text, other in alike.of(kind, value):
                     location = location_of(text, other, kind, state, stages)
                     found.append(replace(location, looks_like=id_text(value)))
+        if any(location.found == "unknown" for location in found):
+            check_agreement(self, manifest)
         return found
 
     # ---- deleting ----
