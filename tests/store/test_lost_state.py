@@ -123,6 +123,14 @@ def test_without_any_state_or_key_it_says_what_is_missing(lost, monkeypatch):
         lost.store.accept_loss()
 
 
+def is_known(store: S3TStore, name: str) -> bool:
+    """Whether the index knows a row. Of others it cannot tell while a state is older than the stages."""
+    try:
+        return bool(store.locate(ids=[name])[0].places)
+    except StateError:
+        return False
+
+
 def test_interrupted_it_is_ended_by_the_next_writer(lost, monkeypatch):
     store, before = lost.store, lost.store.manifest()
 
@@ -135,7 +143,7 @@ def test_interrupted_it_is_ended_by_the_next_writer(lost, monkeypatch):
             store.accept_loss()
     assert store.manifest() == before
     again = S3TStore(store.path)
-    again.delete(ids=[next(name for name in ("row-2", "row-4", "row-5") if again.locate(ids=[name])[0].places)])
+    again.delete(ids=[next(name for name in ("row-2", "row-4", "row-5") if is_known(again, name))])
     assert not any(stage.slices & lost.places for stage in again.manifest().stages)
     checked(again)
     assert verify(again).ok and len(tombstones_of(again)["id"]) == 2, "and nobody else was buried"
