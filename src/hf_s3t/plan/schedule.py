@@ -5,8 +5,8 @@
                +-- 2                        two workers: 0, 0-1, 0-1-2 on one; 1, 1-2, 2 on the other: 6 seconds
 
 A stage can begin once its parent is trained, and a worker never waits while one can. Of those that can, it takes the
-one below which most is left to do, along the longest path (Hu 1961, Operations Research 9). Whatever stands first, that
-takes at most `2 - 1 / workers` times as long as the best schedule (Graham 1966, Bell System Technical Journal 45):
+one below which most is left to do, along the longest path (Hu 1961, Operations Research 9). Whichever it took, that
+needs at most `2 - 1 / workers` times as long as the best schedule (Graham 1966, Bell System Technical Journal 45):
 while a worker waits, the others shorten the longest path that is left.
 
 Responsible for the order and for the length of a schedule. It leaves running stages, and losing workers, to whoever
