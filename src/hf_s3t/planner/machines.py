@@ -1,4 +1,4 @@
-"""How long a plan and its repairs take on some GPUs, and whether one repair ends before the next one begins.
+"""How long a plan and its repairs take on some GPUs, and whether a repair ends before the next one is due.
 
 Responsible for hours. GPU hours are expected exactly (`renewal.py`). How well a repair spreads over the GPUs depends on
 which stages it lacks: repairs are drawn, always the same ones, and scheduled as a training would hand them out
@@ -20,7 +20,7 @@ from ..plan.tree import Plan
 from .renewal import Outlook, RepairRule
 
 DRAWS, LEAST_DRAWS = 64, 8
-MOST_STAGES = 60_000  # scheduled for one row
+MOST_STAGES = 15_000  # scheduled for one row, about
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ class Hours(NamedTuple):
 
     Args:
         training (`float`): The first training, by list scheduling.
-        repair (`float`): A repair, on average.
+        repair (`float`): A repair that has the GPUs for itself, on average: of one shard, or, on a date, of all.
         longest (`float`): The longest of the drawn ones.
-        between (`float`): From one repair to the next, on average; infinite without repairs.
+        between (`float`): From one repair of a shard to its next one, on average; infinite without repairs. Other
+            shards may be repaired meanwhile.
         share (`float`): Of the hours of all GPUs until the horizon, what repairs take.
     """
 
@@ -62,7 +63,7 @@ class Hours(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the GPUs suffice, and repairs, one after the other, keep up.
+        """Whether the GPUs suffice, and a shard is repaired before its next repair is due.
 
         >>> Hours(10, repair=5, longest=9, between=8, share=0.4).fits, Hours(10, 9, 9, 8, 0.4).fits
         (True, False)
@@ -90,7 +91,7 @@ def hours_on(
     >>> found = outlook(plan, rule, per_day=1, horizon_days=100)
     >>> hours = hours_on(Machines(2, 1, hours_per_epoch=48), plan, rule, found, per_day=1, days=100)
     >>> hours.training, hours.repair, round(hours.between), round(hours.share, 2)
-    (24.0, 12.0, 24, 0.25)
+    (24.0, 12.0, 96, 0.25)
     """
     pass_hours = machines.hours_per_epoch / (plan.num_shards * plan.num_slices)  # GPU hours of a slice pass
     drawn = _Drawn(plan, rule, per_day, checked_prior(prior, plan.num_slices), replay)
@@ -103,7 +104,7 @@ def hours_on(
     mean = spread * found.repair_cost / found.repairs
     longest = max(mean, *(hours for hours, _ in repairs))
     share = found.repair_cost * pass_hours / (machines.gpus * 24 * days)
-    between = 24 * days / found.repairs
+    between = 24 * days / found.repairs * (plan.num_shards if rule.below else 1)
     return Hours(training * stage_hours, mean * stage_hours, longest * stage_hours, between, share)
 
 
