@@ -102,14 +102,15 @@ def parse_prior(text: str | None) -> tuple[float, ...] | None:
 def parse_count(text: str) -> int:
     """A number of rows from `"52002"`, `"52k"`, `"10M"` or `"1.5B"`."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,12})?)([kKmMbB]?)", text)
-    count = Fraction(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[match[2].lower()] if match else Fraction(1, 2)
-    if count.denominator != 1:
+    size = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+    count = Fraction(match[1]) * size[match[2].lower()] if match else None
+    if count is None or count.denominator != 1:
         raise ValueError(f"{text!r:.40} is no number of rows. Write a whole number, or 52k, 1.5M, 2B.")
     return int(count)
 
 
 def read_curve(file: Path) -> tuple[str, list[float]]:
-    """The metric and the scores by prefix length, from `{"metric": "accuracy", "score_by_prefix_length": [0.5, 0.7]}`."""
+    """The metric, and the scores by prefix length: `{"metric": "accuracy", "score_by_prefix_length": [0.5, 0.7]}`."""
     form = '{"metric": "accuracy", "score_by_prefix_length": [0.5, 0.7, ...]}, with the score of no slice first'
     try:
         data = json.loads(file.read_text(encoding="utf-8"))

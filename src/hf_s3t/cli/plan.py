@@ -208,14 +208,15 @@ def _legend(planner: S3TPlanner, metric: str) -> list[str]:
     told = [
         "orders: B sequences per shard, or a cost budget c in slice passes per shard",
         f"repair: at a served prefix below a length, after each hit, every so many days;\n  times: until {day}; "
-        + ("slices are in use again at once" if gpus else "repairs are taken to need no time"),
+        + ("in use and dead: as if they took no time" if gpus else "repairs are taken to need no time"),
         f"costs: in {unit} over all examples, at num_train_epochs=1;\n  a slice pass costs the same whatever a stage "
         "trains",
     ]
     if gpus:
         told[2:] = [
-            f"hours: on {gpus} GPUs, {planner.gpus_per_stage} a stage, at {hours:g} GPU hours an epoch over all examples, "
-            "and\n  num_train_epochs=1; of a repair the mean/the longest, with all GPUs its own",
+            f"hours: on {gpus} GPUs, {planner.gpus_per_stage} a stage, at {hours:g} GPU hours an epoch over all "
+            "examples, and\n  num_train_epochs=1; of a repair the mean/the longest, with all GPUs its own;\n  from "
+            "scratch is one training on all GPUs",
             f"GPUs: the share of their time until {day} that repairs take",
             "x: does not fit: above 100%, or a shard's repair lasts until its next is due",
         ]

@@ -156,12 +156,16 @@ def what_baselines_lack(cheaper: Iterable[Candidate], terms: Terms, hours: float
         if one.rule.every_days:
             line += f" From a request to the next date nothing is served: {found.in_use:.0%} in use."
         else:
-            out = "the model" if setting.num_shards == 1 else f"a shard, 1/{setting.num_shards} of the data,"
-            out = "what lies below the hit slice" if setting.method == "SISA" else out
-            line += f" At a request {out} waits for a training of {each}"
+            hit = "the model" if setting.num_shards == 1 else f"a shard, 1/{setting.num_shards} of the data,"
+            hit = "what was trained on the hit slice" if setting.method == "SISA" else hit
+            line += f" At a request {hit} waits for a training of {each}"
             if one.hours:
-                days = min(terms.days, found.repairs * one.hours.repair / 24)
-                line += f", {one.hours.repair:,.3g} hours: {days:,.0f} days of reduced service"
+                days = found.repairs * one.hours.repair / 24
+                line += f", {one.hours.repair:,.3g} hours: {min(terms.days, days):,.0f} days of reduced service"
+                if setting.num_shards > 1:
+                    out = min(setting.num_shards, days / terms.days)
+                    line += f", {out:.2g} of {setting.num_shards} shards out on average"
             line += "."
         told.append(line)
-    return [*told, "What S3T buys over these is that a request waits for no training while no shard is dead."]
+    buys = "What S3T buys over these is that a request waits for no training while no shard is dead."
+    return [*told, buys] if told else []

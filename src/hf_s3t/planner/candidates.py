@@ -159,7 +159,7 @@ class Candidate:
             first_dead=life.until_first_dead.mean,
             all_dead=life.until_all_dead.mean,
             outlook=found,
-            hours=machines and hours_on(machines, plan, rule, found, *asked, setting.replay),
+            hours=None if machines is None else hours_on(machines, plan, rule, found, *asked, setting.replay),
             score=None if terms.curve is None else mean_score(terms.curve, plan, rule, *asked),
         )
 

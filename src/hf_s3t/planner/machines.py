@@ -1,7 +1,7 @@
 """How long a plan and its repairs take on some GPUs, and whether a repair ends before the next one is due.
 
-Responsible for hours. GPU hours are expected exactly (`renewal.py`). How well a repair spreads over the GPUs depends on
-which stages it lacks: repairs are drawn, always the same ones, and scheduled as a training would hand them out
+Responsible for hours. GPU hours are expected exactly (`renewal.py`). How well a repair spreads over the GPUs depends
+on which stages it lacks: repairs are drawn, always the same ones, and scheduled as a training would hand them out
 (`plan/schedule.py`). Their hours per GPU hour, times the expected GPU hours of a repair, are the mean.
 """
 

@@ -43,7 +43,8 @@ class S3TPlanner:
     the horizon is at most `max_dead` and the slices in use are at least `min_in_use` on average, the one that costs
     least until the horizon. With `gpus`, a candidate whose repairs do not fit on them is never recommended; if none
     fits that obeys the rule, nothing is. Without `shards`, mind that more shards are always cheaper here: what they
-    cost in quality is not known. All numbers are expected values under one model: requests at random moments, each for one example.
+    cost in quality is not known. All numbers are expected values under one model: requests at random moments, each for
+    one example.
 
     Args:
         examples (`int`): Rows of the train set.
@@ -58,12 +59,11 @@ class S3TPlanner:
         layers (`int`, *optional*): Layers of the model: there are at most as many slices. Not for rank groups.
         gpu_hours_per_epoch (`float`, *optional*): GPU hours of one epoch over all examples.
         gpus (`int`, *optional*): GPUs that train; needs `gpu_hours_per_epoch`.
-        gpus_per_stage (`int`, *optional*, defaults to 1): How many train one stage together; taken to be so many times
-            as fast as one.
+        gpus_per_stage (`int`, *optional*, defaults to 1): How many train one stage together, so many times as fast.
         replay (`float`, *optional*, defaults to 1.0): That of [`S3TConfig`], for S3T's rows.
         adapter_mb (`float`, *optional*): Size in MB of the adapter of a whole sequence, without heads.
-        activation_cache_gb (`float`, *optional*): What the activation cache may take, in 10^9 bytes; counts as storage of
-            S3T's rows, and needs `adapter_mb`.
+        activation_cache_gb (`float`, *optional*): What the activation cache may take, in 10^9 bytes; counts as storage
+            of S3T's rows, and needs `adapter_mb`.
         quality (`Sequence[float]`, *optional*): The score of a shard that serves 0, 1, ... slices, measured on held-out
             rows. Gives every row an expected score.
         min_in_use (`float`, *optional*, defaults to 0.5): The rule: at least this share of the slices in use.
@@ -210,9 +210,9 @@ class S3TPlanner:
     def _settings(self) -> Iterator[Setting]:
         prior = None if self.prior is None else tuple(self.prior)
         for size in self._sizes():
-            for number, (selection, budget, cost) in enumerate(self._choices(size)):
+            for number, (selection, budget, cost_budget) in enumerate(self._choices(size)):
                 given = number == 0 and self._is_given(size)
-                yield Setting("S3T", *size, selection, budget, cost, prior, given, self.replay)
+                yield Setting("S3T", *size, selection, budget, cost_budget, prior, given, self.replay)
             if self._may_be_chosen(size) and size[1] > 1:
                 yield Setting("SISA", *size, budget=1, prior=prior)
             if self._may_be_chosen(size) and size[0] > 1:
@@ -310,7 +310,8 @@ class S3TPlanner:
         chosen, day = self.recommended, f"until day {self.horizon_days:g}"
         if chosen is None:
             others = [c for c in self.candidates if c.setting.method == "S3T" and c.fits]
-            return what_would_fit(self.wanted, self.terms, self.obeys, others)
+            told = what_would_fit(self.wanted, self.terms, self.obeys, others)
+            return told + what_baselines_lack(self._cheaper, self.terms, self.gpu_hours_per_epoch)
         rule = f"dead at most {100 * self.max_dead:.3g}% and in use at least {self.min_in_use:.0%}"
         those = f"Of those with {rule}" if self.gpus is None else f"Of those that fit with {rule}"
         told = [f"{those} it costs least {day}."]
@@ -321,14 +322,16 @@ class S3TPlanner:
         told.append(f"Repair: {chosen.when}, about {chosen.outlook.repairs:.0f} times {day}.")
         spent = chosen.epochs / (self.requests_per_day * self.horizon_days)
         told.append(f"Training and repairs cost {cost(spent, self.gpu_hours_per_epoch)} per request.")
-        cheaper = [c for c in self.candidates if self.is_cheaper_baseline(c)]
-        if cheaper:
-            told += what_baselines_lack(cheaper, self.terms, self.gpu_hours_per_epoch)
+        told += what_baselines_lack(self._cheaper, self.terms, self.gpu_hours_per_epoch)
         if self.shards is None:
             told.append("More shards are always cheaper here: what they cost in quality is not known to the table.")
         if self.examples < FEW_EXAMPLES * chosen.setting.places:
             told.append(f"There are only {self.examples / chosen.setting.places:.3g} examples per slice on average.")
         return told
+
+    @property
+    def _cheaper(self) -> list[Candidate]:
+        return [candidate for candidate in self.candidates if self.is_cheaper_baseline(candidate)]
 
     def is_cheaper_baseline(self, candidate: Candidate) -> bool:
         """Whether it is no S3T, fits, and costs less than what is recommended."""
