@@ -62,10 +62,10 @@ class S3TPlanner:
         gpus_per_stage (`int`, *optional*, defaults to 1): How many train one stage together, so many times as fast.
         replay (`float`, *optional*, defaults to 1.0): That of [`S3TConfig`], for S3T's rows.
         adapter_mb (`float`, *optional*): Size in MB of the adapter of a whole sequence, without heads.
-        activation_cache_gb (`float`, *optional*): What the activation cache may take, in 10^9 bytes; counts as storage
-            of S3T's rows, and needs `adapter_mb`.
-        quality (`Sequence[float]`, *optional*): The score of a shard that serves 0, 1, ... slices, measured on held-out
-            rows. Gives every row an expected score.
+        activation_cache_gb (`float`, *optional*): What the activation cache may take, in 10^9 bytes: storage of S3T's
+            rows; needs `adapter_mb`.
+        quality (`Sequence[float]`, *optional*): The score of a shard that serves 0, 1, ... slices, on held-out rows.
+            Gives every candidate an expected score.
         min_in_use (`float`, *optional*, defaults to 0.5): The rule: at least this share of the slices in use.
         max_dead (`float`, *optional*, defaults to 0.05): The rule: at most this chance that, at some moment before the
             horizon, nothing of some shard can be served until it is trained again.
