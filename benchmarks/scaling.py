@@ -14,6 +14,9 @@ their files and commits them is not in the simulation.
   list scheduling guarantees: no more than `work / workers + (1 - 1 / workers) critical path` (Graham 1966).
 * `schedule_over_bound_worst`: the longest schedule over that guarantee of list scheduling, of all plans and workers.
 * `schedule_over_ideal_worst`: the longest over what no schedule beats, and `schedule_over_ideal_at`: where.
+  `stages_lost_worst`: the most that a schedule is longer than that, in stages of the greatest depth. Stages cannot be
+  cut, so at the end workers stop one after the other; that costs a part of a stage, which counts where few are left
+  for each worker.
 * `scheduling_seconds_worst`: CPU seconds to schedule the largest plan.
 
 ```bash
@@ -166,6 +169,7 @@ def simulated(settings: Settings, seconds: Seconds, seed: int) -> dict[str, Any]
     figures["schedule_over_bound_worst"] = max(row["over_bound"] for _, row in every)
     figures["schedule_over_ideal_worst"] = worst["over_ideal"]
     figures["schedule_over_ideal_at"] = f"{name}, {worst['workers']} workers"
+    figures["stages_lost_worst"] = max(row["stages_lost"] for _, row in every)
     figures["scheduling_seconds_worst"] = max(scheduling)
     return figures
 
@@ -188,6 +192,7 @@ def schedule(plan: Plan, times: Sequence[float], workers: int) -> dict[str, floa
         "speed_up_least": work / guaranteed,
         "over_ideal": found / ideal,
         "over_bound": found / guaranteed,
+        "stages_lost": (found - ideal) / times[-1],
     }
 
 
