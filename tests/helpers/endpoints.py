@@ -30,7 +30,7 @@ from hf_s3t.endpoint.app import make_app
 from hf_s3t.endpoint.settings import Settings
 from models import VOCABULARY
 
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?:|"
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?:|'-"
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 NAME = "tiny"
 TOKEN = "a token of the tests that is long enough"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 
 from ..serving.ensemble import S3TEnsemble
 from .batcher import Begun, Ended, Job, Piece
@@ -212,18 +212,15 @@ class Generation:
         missing = [longest - len(row.prompt.tokens) for row in rows]
         tokens = [[self.padding] * gap + list(row.prompt.tokens) for gap, row in zip(missing, rows, strict=True)]
         mask = [[0] * gap + [1] * (longest - gap) for gap in missing]
-        config = GenerationConfig(
-            max_new_tokens=max(row.prompt.max_tokens for row in rows),
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self.padding,
-            eos_token_id=sorted(self.ends) or None,
-        )
         with torch.no_grad():
             self.model.generate(
                 torch.tensor(tokens, device=device),
                 attention_mask=torch.tensor(mask, device=device),
-                generation_config=config,
+                max_new_tokens=max(row.prompt.max_tokens for row in rows),
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self.padding,
+                eos_token_id=sorted(self.ends) or None,
                 logits_processor=[Choice(rows, self.ends, self.padding, device)],
                 stopping_criteria=[Over(rows)],
             )

@@ -169,11 +169,14 @@ class DeleteRequest(Strict):
 def refusal_of(errors: Any) -> Refusal:
     """The first of pydantic's errors of a request, as a refusal that names the parameter."""
     first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return Refusal(400, f"The body is not JSON: {first['ctx']['error']}.", None, "invalid_json")
+    place = [str(part) for part in first["loc"] if part not in ("body", "str")]
     param = ".".join(part for part in place if not part.startswith(("list[", "constrained-"))) or None
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"`{param}` is not known here. Leave it out.", param, "unknown_parameter")
     if first["type"] == "missing" and param:
         return Refusal(400, f"`{param}` is missing.", param, "missing_parameter")
     about = f"`{param}`" if param else "The body"
-    return Refusal(400, f"{about} is not as expected: {first['msg']}.", param, "invalid_value")
+    causes = [error["msg"] for error in errors if error["loc"][:2] == first["loc"][:2]]  # one for each type it may have
+    return Refusal(400, f"{about} is not as expected: {'; or: '.join(dict.fromkeys(causes))}.", param, "invalid_value")
