@@ -1,4 +1,4 @@
-"""`hf-s3t serve` as a process: real clients, other processes that delete, signals, and what it refuses to start with."""
+"""`hf-s3t serve` as a process: real clients, other processes that delete, signals, what it does not start with."""
 
 from __future__ import annotations
 
@@ -106,8 +106,9 @@ def _by_curl(process: Endpoint) -> None:
 
 def _ended_by_sigterm(process: Process) -> None:
     """What runs and what waits is answered; nothing new is taken; then the process ends with 0."""
-    stream = process.openai.completions.create(**{**ASKED, "max_tokens": 500, "stream": True})
-    text = next(stream).choices[0].text
+    options = {"max_tokens": 500, "stream": True, "stream_options": {"include_usage": True}}
+    stream = process.openai.completions.create(**{**ASKED, **options})
+    next(stream)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(httpx.post, f"{process.url}/v1/completions", json=ASKED, timeout=60)
         wait_until(lambda: process.metrics()["s3t_queue_length"] == 1)
@@ -116,8 +117,7 @@ def _ended_by_sigterm(process: Process) -> None:
         wait_until(lambda: _is_refused(process.url))
         rest = list(stream)
         assert waiting.result().status_code == 200
-    assert rest[-1].choices[0].finish_reason == "length"
-    assert len(text + "".join(chunk.choices[0].text for chunk in rest)) == 500
+    assert rest[-2].choices[0].finish_reason == "length" and rest[-1].usage.completion_tokens == 500
     assert process.end() == 0
 
 
@@ -137,17 +137,16 @@ def test_who_has_the_token_deletes_from_a_store_whose_state_is_elsewhere(
     state = (store.path / ".s3t").rename(tmp_path / "state")
     given = (store.path, "--base", base, "--allow-delete", "--state", state, "--host", "0.0.0.0", "--name", "it")
     process = started(*given, HF_S3T_DELETE_TOKEN=TOKEN)
-    url = process.url.replace("0.0.0.0", "127.0.0.1")
     assert "other machines reach 0.0.0.0" in process.log and TOKEN not in process.log
     body = {"ids": [models.llama_rows(1)["id"][0]], "reference": "DSR-1"}
 
     def delete(token: str) -> httpx.Response:
         headers = {"authorization": f"Bearer {token}"}
-        return httpx.request("DELETE", f"{url}/v1/examples", json=body, headers=headers, timeout=60)
+        return httpx.request("DELETE", f"{process.url}/v1/examples", json=body, headers=headers, timeout=60)
 
     assert delete("another token of the tests").status_code == 401
     assert delete(TOKEN).json()["status"] == "inactive"
-    answer = httpx.post(f"{url}/v1/completions", json={**ASKED, "model": "it"}, timeout=60)
+    answer = httpx.post(f"{process.url}/v1/completions", json={**ASKED, "model": "it"}, timeout=60)
     assert answer.headers["x-s3t-generation"] == "1"
     assert S3TStore(store.path, state=state).status().generation == 1
     assert process.end() == 0

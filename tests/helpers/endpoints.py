@@ -31,7 +31,9 @@ from hf_s3t.endpoint.settings import Settings
 from models import VOCABULARY
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,!?:|'-"
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
 NAME = "tiny"
 TOKEN = "a token of the tests that is long enough"
 
@@ -134,7 +136,7 @@ class Process(Endpoint):
 
     def _address(self) -> str | None:
         found = re.search(r"answers on (http://[\d.]+:\d+)", self.log)
-        return found[1] if found else None
+        return found[1].replace("0.0.0.0", "127.0.0.1") if found else None
 
     def _answers(self) -> bool:
         with contextlib.suppress(httpx.ConnectError):

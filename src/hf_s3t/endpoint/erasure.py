@@ -1,4 +1,4 @@
-"""`DELETE /v1/examples`: a deletion over HTTP, for whoever has the token. Without --allow-delete there is no such route."""
+"""`DELETE /v1/examples`: a deletion over HTTP, for whoever has the token. Without one there is no such route."""
 
 from __future__ import annotations
 

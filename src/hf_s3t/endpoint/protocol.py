@@ -178,5 +178,6 @@ def refusal_of(errors: Any) -> Refusal:
     if first["type"] == "missing" and param:
         return Refusal(400, f"`{param}` is missing.", param, "missing_parameter")
     about = f"`{param}`" if param else "The body"
-    causes = [error["msg"] for error in errors if error["loc"][:2] == first["loc"][:2]]  # one for each type it may have
-    return Refusal(400, f"{about} is not as expected: {'; or: '.join(dict.fromkeys(causes))}.", param, "invalid_value")
+    causes = [error["msg"] for error in errors if error["loc"][:2] == first["loc"][:2]]  # one for each type
+    message = f"{about} is not as expected: {'; or: '.join(dict.fromkeys(causes))}."
+    return Refusal(400, message, param, "invalid_value")
