@@ -1,6 +1,6 @@
 """What clients of `hf-s3t serve` notice of deletions and repairs that another process makes all the time.
 
-The model of `recipes/demo`: 2 shards of 3 slices, trained for a few steps a stage. Three processes: the endpoint, one
+The model of `recipes/demo`: 2 shards of 2 slices and 2 orders, trained for a step a stage. Three processes: the endpoint, one
 thread for arithmetic; one that deletes an example every 2 seconds and trains what is missing; and this one with all
 clients, each of which asks for a completion of 16 tokens, reads it, and asks for the next one. The same load is run
 without deletions. They share the machine's cores: on two of them part of the difference is the training itself.
@@ -84,12 +84,12 @@ def trainer(path: Path) -> Any:
     return S3TTrainer(
         AutoModelForCausalLM.from_pretrained(DEMO / "base"),
         TrainingArguments(
-            str(path), max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to=[], disable_tqdm=True,
+            str(path), max_steps=1, per_device_train_batch_size=4, use_cpu=True, report_to=[], disable_tqdm=True,
             save_strategy="no", logging_strategy="no",
         ),
         DataCollatorForLanguageModeling(tokenizer, mlm=False),
         Dataset.from_list(rows),
-        peft_config=S3TConfig(task_type="CAUSAL_LM", num_shards=2, num_slices=3, target_modules="all-linear", r=4),
+        peft_config=S3TConfig(task_type="CAUSAL_LM", num_shards=2, num_slices=2, target_modules="all-linear", r=4),
         partition_key=KEY,
     )  # fmt: skip
 

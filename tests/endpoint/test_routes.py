@@ -193,7 +193,8 @@ def test_a_chat_is_refused_by_name(endpoint: Endpoint, model: S3TEnsemble) -> No
     assert chat({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]})[:2] == (400, "invalid_value")
     assert chat({"role": "user", "content": "hi" * 40})[:3] == (400, "context_length_exceeded", "messages")
     strict = tokenizer("{% for m in messages %}{{ raise_exception('no ' + m.role) }}{% endfor %}")
-    for tokens, code, text in [(tokenizer(None), "no_chat_template", "--tokenizer"), (strict, "invalid_value", "no u")]:
+    cases = [(tokenizer(None), "no_chat_template", "--tokenizer"), (strict, "invalid_value", "no u")]
+    for tokens, code, text in cases:
         with running(model, tokens) as other:
             asked = {"model": NAME, "messages": [{"role": "user", "content": "hi"}]}
             error = other.http.post("/v1/chat/completions", json=asked).json()["error"]
