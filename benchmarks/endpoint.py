@@ -1,9 +1,10 @@
 """What clients of `hf-s3t serve` notice of deletions and repairs that another process makes all the time.
 
-The model of `recipes/demo`: 2 shards of 2 slices and 2 orders, trained for a step a stage. Three processes: the endpoint, one
-thread for arithmetic; one that deletes an example every 2 seconds and trains what is missing; and this one with all
-clients, each of which asks for a completion of 16 tokens, reads it, and asks for the next one. The same load is run
-without deletions. They share the machine's cores: on two of them part of the difference is the training itself.
+The model of `recipes/demo`: 2 shards of 2 slices and 2 orders, trained for a step a stage. Three processes: the
+endpoint, with one thread for arithmetic; one that deletes an example every 2 seconds and trains what is missing; and
+this one with all clients, each of which asks for a completion of 16 tokens, reads it, and asks for the next one. The
+same load is run without deletions. They share the machine's cores: where those are few, part of the difference is the
+training itself.
 
 * `failed`, `failed_without`: requests that did not get a whole answer.
 * `old_answers`: answers that were asked for more than `refresh_seconds` + 1 s after a deletion had returned, and were
@@ -84,8 +85,8 @@ def trainer(path: Path) -> Any:
     return S3TTrainer(
         AutoModelForCausalLM.from_pretrained(DEMO / "base"),
         TrainingArguments(
-            str(path), max_steps=1, per_device_train_batch_size=4, use_cpu=True, report_to=[], disable_tqdm=True,
-            save_strategy="no", logging_strategy="no",
+            str(path), max_steps=1, per_device_train_batch_size=4, use_cpu=True, report_to=[],
+            disable_tqdm=True, save_strategy="no", logging_strategy="no",
         ),
         DataCollatorForLanguageModeling(tokenizer, mlm=False),
         Dataset.from_list(rows),
@@ -95,8 +96,10 @@ def trainer(path: Path) -> Any:
 
 
 def erase(path: Path, pause: float) -> None:
-    """Deletes an example, trains what is missing, and so on until somebody ends it; tells of both in lines of JSON, among
-    what the Trainer prints."""
+    """Deletes an example, trains what is missing, and so on until somebody ends it.
+
+    It tells of both in lines of JSON, among what the Trainer prints.
+    """
     import torch
 
     torch.set_num_threads(1)

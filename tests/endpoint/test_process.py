@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +34,8 @@ def note(event, arguments):
 sys.addaudithook(note)
 """
 """Tells of every file of the private state that a process opens."""
+
+PAGE = (Path(__file__).parents[2] / "docs/endpoint.md").read_text(encoding="utf-8")
 
 ASKED = {"model": "store", "prompt": "abc", "max_tokens": 6, "temperature": 0}
 
@@ -66,6 +71,7 @@ def test_clients_ask_while_another_process_deletes(started: Any, base: Path, tmp
     process = started(store.path, "--base", base, "--refresh-seconds", "0.2", prelude=WATCHED)
     assert process.openai.completions.create(**ASKED).system_fingerprint == "s3t-generation-0"
     _by_curl(process)
+    _as_the_page_says(process)
     stop, found = threading.Event(), []
 
     def ask() -> None:
@@ -102,6 +108,19 @@ def _by_curl(process: Endpoint) -> None:
     assert json.loads(text)["error"]["param"] == "n"
     assert json.loads(curl(f"{process.url}/health"))["status"] == "ready"
     assert "s3t_members 3.0" in curl(f"{process.url}/metrics")
+
+
+def _as_the_page_says(process: Endpoint) -> None:
+    block = re.findall(r"```python\n(.*?)```", PAGE, re.S)[0]
+    block = block.replace("http://127.0.0.1:8000", process.url).replace('model="out"', 'model="store"')
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(block, "docs/endpoint.md", "exec"), {})
+    assert printed.getvalue().endswith(" s3t-generation-0\n")
+
+
+def test_the_page_names_options_and_routes_that_there_are() -> None:
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).stdout
+    assert set(re.findall(r"--[a-z-]+", PAGE)) <= set(re.findall(r"--[a-z-]+", shown))
 
 
 def _ended_by_sigterm(process: Process) -> None:

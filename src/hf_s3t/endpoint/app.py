@@ -15,10 +15,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
 from ..serving.ensemble import S3TEnsemble
 from .batcher import Batcher, Ended, Job, NotReadyError, QueueFullError
@@ -139,10 +138,14 @@ def _add_refusals(app: FastAPI, settings: Settings) -> None:
     async def not_understood(request: Request, error: RequestValidationError) -> JSONResponse:
         return respond(refusal_of(error.errors()))
 
-    @app.exception_handler(HTTPException)
-    async def no_such_route(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}."
-        return respond(Refusal(error.status_code, message, None, "unknown_url"))
+    @app.exception_handler(404)
+    async def no_such_route(request: Request, error: Exception) -> JSONResponse:
+        return respond(Refusal(404, f"There is no {request.url.path} here.", None, "unknown_url"))
+
+    @app.exception_handler(405)
+    async def no_such_method(request: Request, error: Exception) -> JSONResponse:
+        message = f"{request.url.path} is not asked by {request.method}."
+        return respond(Refusal(405, message, None, "method_not_allowed"))
 
 
 def _add_looks(app: FastAPI, endpoint: Endpoint) -> None:

@@ -6,7 +6,7 @@ import hmac
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from starlette.concurrency import run_in_threadpool
+from fastapi.concurrency import run_in_threadpool
 
 from ..errors import S3TError, StoreLockedError, UnknownExampleError
 from ..serving.ensemble import S3TEnsemble
