@@ -37,6 +37,8 @@ ENDPOINT = (
      (('len(self.delete_token) < LEAST_TOKEN', 'len(self.delete_token) < 1'),), (ROUTES + 'settings_are_checked[given3-HF_S3T_DELETE_TOKEN has 5 characters]',)),
     (12, 'the queue has no bound', 'endpoint/batcher.py',
      (('if len(self._waiting) >= self.max_queue:', 'if False:'),), (FOLLOWING + 'more_than_may_wait_are_told_to_come_again',)),
+    (12, 'a long prompt makes every row of its batch as long', 'endpoint/batcher.py',
+     ((' or more * length > self.max_batch_tokens', ''),), (FOLLOWING + 'a_batch_is_as_large_as_may_be',)),
     (12, 'whoever hangs up is answered to the end', 'endpoint/generation.py',
      (('        elif self.job.cancelled:', '        elif False:'),), (FOLLOWING + 'more_than_may_wait_are_told_to_come_again',)),
     (12, 'what waits is dropped when the endpoint ends', 'endpoint/batcher.py',

@@ -186,7 +186,7 @@ def test_what_waits_is_answered_before_the_thread_ends(model: S3TEnsemble) -> No
     """As after SIGTERM: stopping takes nobody's turn away."""
     async def ask_and_stop() -> list[Any]:
         answer = Generation(model, tokenizer())
-        batcher = Batcher(answer, lambda: None, 9, 1, 0.0, lambda waits, rows: None)
+        batcher = Batcher(answer, lambda: None, 9, 1, 999, 0.0, lambda waits, rows: None)
         jobs = [Job(Prompt((3, 4), 4, 0.0)) for _ in range(5)]
         for job in jobs:
             batcher.submit(job)
@@ -196,6 +196,24 @@ def test_what_waits_is_answered_before_the_thread_ends(model: S3TEnsemble) -> No
         return [[event async for event in job.events()][-1] for job in jobs]
 
     assert all(isinstance(event, Ended) and event.tokens for event in asyncio.run(ask_and_stop()))
+
+
+def test_a_batch_is_as_large_as_may_be() -> None:
+    sizes = [(1, 10), (1, 10), (2, 10), (1, 30), (1, 10), (1, 10), (1, 999), (9, 1), (1, 1)]
+    batches: list[list[tuple[int, int]]] = []
+
+    def answer(jobs: list[Job]) -> None:
+        batches.append([(job.rows, job.length) for job in jobs])
+
+    async def ask() -> None:
+        batcher = Batcher(answer, lambda: None, 99, 4, 60, 0.0, lambda waits, rows: None)
+        for rows, length in sizes:
+            batcher.submit(Job(None, rows, length))
+        batcher.start()
+        await asyncio.to_thread(batcher.stop)
+
+    asyncio.run(ask())
+    assert batches == [sizes[:3], sizes[3:5], sizes[5:6], sizes[6:7], sizes[7:8], sizes[8:]]
 
 
 # ---- deletions over HTTP ----

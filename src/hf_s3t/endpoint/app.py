@@ -78,7 +78,8 @@ class Endpoint:
         self.watch = Watch(model, settings.refresh_seconds, settings.max_staleness, metrics.deletions.inc)
         self.batcher = Batcher(
             (Classification if self.classifies else Generation)(model, tokenizer), self.watch.check,
-            settings.max_queue, settings.max_batch, settings.mates_seconds, metrics.note_batch,
+            settings.max_queue, settings.max_batch, settings.max_batch_tokens, settings.mates_seconds,
+            metrics.note_batch,
         )  # fmt: skip
         metrics.gauge("s3t_generation", "Deletions of the store that new answers obey", lambda: model.generation)
         metrics.gauge("s3t_members", "Served prefixes that answer", lambda: len(model.members))
@@ -193,7 +194,7 @@ def _add_completions(app: FastAPI, endpoint: Endpoint) -> None:
 async def _completed(endpoint: Endpoint, chat: bool, asked: Sampling, prompt: Prompt) -> Response:
     if asked.stream_options is not None and not asked.stream:
         raise Refusal(400, "`stream_options` are for a stream. Add `stream`: true.", "stream_options", "invalid_value")
-    job = Job(prompt)
+    job = Job(prompt, length=len(prompt.tokens) + prompt.max_tokens)
     generation = await endpoint.begin(job)
     answer = Answer(chat, asked, job, generation, len(prompt.tokens))
     headers = {GENERATION_HEADER: str(generation)}
@@ -220,7 +221,7 @@ def _add_classification(app: FastAPI, endpoint: Endpoint) -> None:
             if room is not None and len(own) > room:
                 message = f"Text {place} has {len(own)} tokens, and the model has room for {room}. Shorten it."
                 raise Refusal(400, message, f"texts.{place}", "context_length_exceeded")
-        job = Job(tokens, len(tokens))
+        job = Job(tokens, len(tokens), max(map(len, tokens)))
         generation = await endpoint.begin(job)
         try:
             ended = [event async for event in job.events()][-1]

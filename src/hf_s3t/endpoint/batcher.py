@@ -65,10 +65,11 @@ class Job:
     Args:
         asked: for the one who answers.
         rows (`int`, *optional*, defaults to 1): of the batch that it takes.
+        length (`int`, *optional*, defaults to 1): of its longest row, in tokens.
     """
 
-    def __init__(self, asked: Any, rows: int = 1):
-        self.asked, self.rows = asked, rows
+    def __init__(self, asked: Any, rows: int = 1, length: int = 1):
+        self.asked, self.rows, self.length = asked, rows, length
         self.since = time.monotonic()
         self.cancelled = False
         self._loop = asyncio.get_running_loop()
@@ -115,7 +116,7 @@ class Batcher:
     Args:
         answer: answers a batch: tells each job that it began, its pieces, and that it ended.
         check: raises [`NotReadyError`] where nothing may be answered now.
-        max_queue, max_batch, mates_seconds: see [`Settings`].
+        max_queue, max_batch, max_batch_tokens, mates_seconds: see [`Settings`].
         note: told of each batch: seconds that its jobs waited, and how many rows it has.
     """
 
@@ -125,11 +126,13 @@ class Batcher:
         check: Callable[[], None],
         max_queue: int,
         max_batch: int,
+        max_batch_tokens: int,
         mates_seconds: float,
         note: Callable[[list[float], int], None],
     ):
         self._answer, self._check, self._note = answer, check, note
-        self.max_queue, self.max_batch, self.mates_seconds = max_queue, max_batch, mates_seconds
+        self.max_queue, self.mates_seconds = max_queue, mates_seconds
+        self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
         self._waiting: deque[Job] = deque()
         self._condition = threading.Condition()
         self._stopped = False
@@ -192,11 +195,15 @@ class Batcher:
 
     def _taken(self) -> list[Job]:
         jobs: list[Job] = []
-        rows = 0
-        while self._waiting and (not jobs or rows + self._waiting[0].rows <= self.max_batch):
-            job = self._waiting.popleft()
+        rows = longest = 0
+        while self._waiting:
+            job = self._waiting[0]
+            more, length = rows + job.rows, max(longest, job.length)
+            if jobs and (more > self.max_batch or more * length > self.max_batch_tokens):
+                break
+            self._waiting.popleft()
             if not job.cancelled:
                 jobs.append(job)
-                rows += job.rows
+                rows, longest = more, length
         return jobs
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LAST_LOOK = 10.0
+"""Seconds that the end waits for a look."""
+
 
 class Watch:
     """Refreshes a model from time to time.
@@ -41,9 +44,9 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends, after the look that is under way."""
+        """Ends after the look that is under way, or without it where it hangs."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(LAST_LOOK)
 
     @property
     def age(self) -> float:
