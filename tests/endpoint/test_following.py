@@ -150,7 +150,9 @@ def test_the_bare_base_does_not_answer(start: Any, store: S3TStore) -> None:
     assert endpoint.http.post("/v1/completions", json={"model": NAME, "prompt": "a"}).status_code == 503
 
 
-def test_more_than_may_wait_are_told_to_come_again(start: Any) -> None:
+def test_more_than_may_wait_are_told_to_come_again(start: Any, model: S3TEnsemble) -> None:
+    passes: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda *_: passes.append(1))
     endpoint = start(max_queue=2, max_batch=1)
     stream = long_stream(endpoint)
     asked = {"model": NAME, "prompt": "a", "max_tokens": 2}
@@ -162,6 +164,7 @@ def test_more_than_may_wait_are_told_to_come_again(start: Any) -> None:
         assert answer.json()["error"]["type"] == "rate_limit_error"
         stream.close()  # whoever hangs up does not keep others waiting
         assert [one.result().status_code for one in waiting] == [200, 200]
+    assert len(passes) < 3000
     assert endpoint.metrics()['s3t_answers_total{route="/v1/completions",status="429"}'] == 1
 
 
