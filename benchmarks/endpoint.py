@@ -3,14 +3,15 @@
 The model of `recipes/demo`: 2 shards of 2 slices and 2 orders, trained for a step a stage. Three processes: the
 endpoint, with one thread for arithmetic; one that deletes an example every 2 seconds and trains what is missing; and
 this one with all clients, each of which asks for a completion of 16 tokens, reads it, and asks for the next one. The
-same load is run without deletions. They share the machine's cores: where those are few, part of the difference is the
-training itself.
+same load is run without deletions, and while that process does the same to another store: they share the machine's
+cores, and that is what its training takes.
 
-* `failed`, `failed_without`: requests that did not get a whole answer.
+* `failed`, `failed_elsewhere`, `failed_without`: requests that did not get a whole answer.
 * `old_answers`: answers that were asked for more than `refresh_seconds` + 1 s after a deletion had returned, and were
   of a state before it.
 * `p99_over_without`: the 99th percentile of the time of an answer over that of the load without deletions.
-* `p50_ms`, `p99_ms` and the same `_without`; `answers`, `answers_without`; `deletions`, `repairs`: what there was.
+* `p99_over_elsewhere`: over that of the load while another store is changed: what following costs.
+* `p50_ms`, `p99_ms` and the same of the others; `answers`, `deletions`, `repairs`: what there was.
 * `seen_ms_longest`: from a deletion's return to the first answer that obeys it.
 
 ```bash
@@ -28,6 +29,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +52,7 @@ class Load:
     """What is asked, deleted and repaired."""
 
     clients: int = 32
-    seconds: float = 60.0  # of each of the two loads
+    seconds: float = 60.0  # of each of the three loads
     pause: float = 2.0  # between two deletions
     refresh_seconds: float = 1.0
     tokens: int = 16
@@ -200,37 +202,47 @@ def seen_after(asked: list[Asked], deleted: list[dict[str, Any]]) -> list[float]
     return found
 
 
+def under_load(url: str, load: Load, path: Path | None) -> tuple[list[Asked], list[dict[str, Any]]]:
+    """What clients got while another process deleted from a store and repaired it; and what that process did."""
+    if path is None:
+        return asyncio.run(ask_all(url, load)), []
+    eraser = started([__file__, "--erase", path, "--pause", load.pause],
+                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    assert eraser.stdin is not None and eraser.stdout is not None
+    try:
+        next(line for line in eraser.stdout if line.startswith('{"ready'))  # and waits
+        eraser.stdin.write("begin\n")
+        eraser.stdin.flush()
+        asked = asyncio.run(ask_all(url, load))
+    finally:
+        eraser.kill()
+    lines = [line for line in eraser.stdout if line.startswith('{"') and line.endswith("\n")]
+    return asked, [json.loads(line) for line in lines]
+
+
 def run(load: Load) -> dict[str, float]:
-    """Both loads, on one endpoint; figures by name."""
+    """The three loads, on one endpoint; figures by name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store"
         trainer(path).train()
-        eraser = started([__file__, "--erase", path, "--pause", load.pause],
-                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
-        assert eraser.stdin is not None and eraser.stdout is not None
+        other = Path(shutil.copytree(path, Path(folder) / "other"))
         endpoint, url = serve(path, load)
         try:
-            next(line for line in eraser.stdout if line.startswith('{"ready'))  # and waits
-            without = asyncio.run(ask_all(url, load))
-            eraser.stdin.write("begin\n")
-            eraser.stdin.flush()
-            asked = asyncio.run(ask_all(url, load))
-            eraser.kill()
-            events = [json.loads(line) for line in eraser.stdout if line.startswith('{"') and line.endswith("\n")]
+            elsewhere, _ = under_load(url, load, other)
+            without, _ = under_load(url, load, None)
+            asked, events = under_load(url, load, path)
         finally:
-            eraser.kill()
             endpoint.send_signal(signal.SIGTERM)
             code = endpoint.wait(60)
     deleted = [event for event in events if "deleted" in event]
-    figures: dict[str, float] = {
-        "failed": sum(one.generation is None for one in asked),
-        "failed_without": sum(one.generation is None for one in without),
-        "old_answers": old_answers(asked, deleted, load.refresh_seconds + 1),
-    }
-    for end, answers in (("", asked), ("_without", without)):
+    figures: dict[str, float] = {}
+    for end, answers in (("", asked), ("_elsewhere", elsewhere), ("_without", without)):
         seconds = [one.done - one.sent for one in answers]
-        figures |= {f"p{share}_ms{end}": 1e3 * percentile(seconds, share / 100) for share in (50, 99)}
+        figures[f"failed{end}"] = sum(one.generation is None for one in answers)
         figures[f"answers{end}"] = len(answers)
+        figures |= {f"p{share}_ms{end}": 1e3 * percentile(seconds, share / 100) for share in (50, 99)}
+    figures["old_answers"] = old_answers(asked, deleted, load.refresh_seconds + 1)
+    figures["p99_over_elsewhere"] = figures["p99_ms"] / figures["p99_ms_elsewhere"]
     figures["p99_over_without"] = figures["p99_ms"] / figures["p99_ms_without"]
     figures |= {"deletions": len(deleted), "repairs": sum("repaired" in event for event in events)}
     figures["seen_ms_longest"] = 1e3 * max(seen_after(asked, deleted), default=0.0)
