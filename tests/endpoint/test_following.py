@@ -226,7 +226,8 @@ def test_there_is_no_deletion_unless_it_was_allowed(start: Any) -> None:
     endpoint = start()
     answer = endpoint.http.request("DELETE", "/v1/examples", json={"ids": ["x"]},
                                    headers={"authorization": f"Bearer {TOKEN}"})  # fmt: skip
-    assert answer.status_code == 404 and endpoint.metrics()["s3t_generation"] == 0
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
+    assert endpoint.metrics()["s3t_generation"] == 0
 
 
 def test_who_has_the_token_deletes(start: Any, store: S3TStore) -> None:
