@@ -198,7 +198,8 @@ def test_what_waits_is_answered_before_the_thread_ends(model: S3TEnsemble) -> No
         assert [await job.begun() for job in jobs] == [0] * 5
         return [[event async for event in job.events()][-1] for job in jobs]
 
-    assert all(isinstance(event, Ended) and event.tokens for event in asyncio.run(asyncio.wait_for(ask_and_stop(), 20)))
+    ended = asyncio.run(asyncio.wait_for(ask_and_stop(), 20))
+    assert all(isinstance(event, Ended) and event.tokens for event in ended)
 
 
 def test_a_batch_is_as_large_as_may_be() -> None:
