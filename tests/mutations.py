@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutations_database import DATABASE
+from mutations_endpoint import ENDPOINT
 from mutations_faults import FAULTS
 from mutations_hub import ON_THE_HUB
 from mutations_isolation import ISOLATION
@@ -41,7 +42,8 @@ class Mutation:
     """A wrong change.
 
     Args:
-        promise (`int`): what it breaks; 9: what docs/serving.md says of answers; 10: docs/hub.md.
+        promise (`int`): what it breaks; 9: what docs/serving.md says of answers; 10: docs/hub.md; 12:
+            docs/endpoint.md.
         about (`str`): what is wrong then.
         file (`str`): below `src/hf_s3t`.
         edits (`tuple[tuple[str, str], ...]`): old text, which occurs once, and the new one.
@@ -225,7 +227,9 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MORE = (SERVING, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS)
+MORE = (
+    SERVING, ENDPOINT, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS,
+)  # fmt: skip
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 
 
@@ -299,7 +303,7 @@ HEADER = """\
 Each row is a small wrong change to the library and the test that turned red with it, as `python tests/mutations.py`
 found it. The changes themselves are in `tests/mutations.py` and beside it. Number 9 is what `docs/serving.md` says of
 answers: they are the served members' average, wholly before or wholly after a change. Number 10 is what `docs/hub.md`
-says, number 11 what `docs/planning.md` says.
+says, number 11 what `docs/planning.md` says, number 12 what `docs/endpoint.md` says.
 
 | promise | what is wrong | file | caught by |
 |---|---|---|---|

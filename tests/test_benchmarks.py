@@ -53,6 +53,19 @@ def test_waiting_writes_its_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_no_request_to_an_endpoint_fails_while_another_process_deletes(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks/endpoint.py"), "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(file.read_text())
+    assert set(record) == {"name", "commit", "versions", "hardware", "settings", "figures"}
+    figures = record["figures"]
+    assert figures["failed"] == figures["failed_without"] == figures["old_answers"] == figures["exit_code"] == 0
+    assert figures["deletions"] >= 1 and figures["answers"] > 10 and figures["seen_ms_longest"] > 0
+
+
+@pytest.mark.slow
 def test_planning_writes_its_figures(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [sys.executable, str(ROOT / "benchmarks/planning.py"), "--quick", "--json", str(file), "--seed", "3"]

@@ -15,7 +15,7 @@ import hf_s3t
 import models
 import trained_stores
 
-HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "scipy", "matplotlib")
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "scipy", "matplotlib", "fastapi")
 LOOKED_FOR = (*HEAVY, "numpy", "huggingface_hub.hf_api")
 LOADED = f"""
 import json, sys
@@ -79,7 +79,7 @@ def test_readmission_and_import_of_a_state_load_numpy_alone(store: Path) -> None
     assert loaded(COMMAND, "state", "import", store, backup) == ["numpy"]
 
 
-@pytest.mark.parametrize("verb", [(), *((verb,) for verb in ("status", "delete", "plan", "purge", "state"))])
+@pytest.mark.parametrize("verb", [(), *((verb,) for verb in ("status", "delete", "plan", "purge", "state", "serve"))])
 def test_help_loads_nothing(verb: tuple[str, ...]) -> None:
     assert loaded(COMMAND, *verb, "--help") == []
 

@@ -25,11 +25,11 @@ BUILD = [Requirement(line) for line in PROJECT["build-system"]["requires"]]
 PINS = (REPOSITORY / "constraints" / "tested.txt").read_text().splitlines()[1:]
 PINNED = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in PINS}
 
-EXTRAS_OF = {"src": ("plots", "quantization"), "recipes": ("quantization", "eval", "recipes")}
+EXTRAS_OF = {"src": ("plots", "quantization", "serve"), "recipes": ("quantization", "eval", "recipes")}
 """Folders of the repository, and the extras that what lies there may import from."""
 
-BROUGHT = {"tokenizers": "transformers"}
-"""What recipes import that another package cannot do without."""
+BROUGHT = {"recipes": {"tokenizers": "transformers"}, "src": {"jinja2": "torch", "pydantic": "fastapi"}}
+"""What is imported there that another package cannot do without."""
 
 
 def imported(folder: str) -> set[str]:
@@ -49,7 +49,7 @@ def imported(folder: str) -> set[str]:
 def test_every_import_is_declared(folder):
     allowed = [*DEPENDENCIES, *(requirement for extra in EXTRAS_OF[folder] for requirement in EXTRAS[extra])]
     declared = {canonicalize_name(requirement.name) for requirement in allowed}
-    brought = BROUGHT if folder == "recipes" else {}
+    brought = BROUGHT[folder]
     distributions = packages_distributions()
     for name in sorted(imported(folder)):
         names = {canonicalize_name(brought.get(name, found)) for found in distributions.get(name, [name])}

@@ -1,6 +1,7 @@
 """`hf-s3t`: the verbs of an eraser on the command line, thin over `S3TStore` and `verify`.
 
-Verbs for a repository are in `hub.py`, those for a private state in `state.py`, the planner's in `plan.py`.
+Verbs for a repository are in `hub.py`, those for a private state in `state.py`, the planner's in `plan.py`, the
+endpoint's in `serve.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rich.console import Group
 
 from . import hub as cli_hub
 from . import plan as cli_plan
+from . import serve as cli_serve
 from . import state as cli_state
 from . import tables as display
 from .hub import unpurged_of
@@ -58,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(cli_state.app, name="state")
-for command in (cli_plan.plan, cli_hub.push, cli_hub.pull, cli_hub.purge, cli_hub.recheck):
+for command in (cli_plan.plan, cli_hub.push, cli_hub.pull, cli_hub.purge, cli_hub.recheck, cli_serve.serve):
     app.command()(command)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -188,6 +188,12 @@ class S3TEnsemble(nn.Module):
             with self._answers.answering() as state:
                 return self._members.answer(state.serving, args, kwargs)
         return self._members.answer(serving, args, kwargs)
+
+    @contextmanager
+    def answering(self) -> Iterator[int]:
+        """All that this thread asks within the block is one answer, on one state: its generation."""
+        with self._answers.answering() as state:
+            yield state.generation
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's `generate`: greedy, sampling or beam search on the ensemble's probabilities.

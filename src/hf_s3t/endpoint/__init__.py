@@ -1,0 +1,1 @@
+"""Answers over HTTP, and follows the store meanwhile: `hf-s3t serve`."""

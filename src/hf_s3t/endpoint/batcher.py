@@ -1,0 +1,209 @@
+"""Requests wait in a bounded queue; one thread takes them in batches, and answers each batch in one go.
+
+```
+HTTP, many clients            the model's thread
+submit ──► [ 7 6 5 4 ] ──►  [ 3 2 1 ]  answered together, each ends when it has ended
+           at most max_queue  at most max_batch rows
+```
+
+What an answer is, `generation.py` and `classification.py` know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A request's answer has begun, on a state of this generation."""
+
+    generation: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The answer is complete: why, and how many tokens it has, or what it is."""
+
+    reason: str = "stop"
+    tokens: int = 0
+    result: Any = None
+
+
+class NotReadyError(Exception):
+    """Nothing is answered now; the message says why."""
+
+
+class QueueFullError(Exception):
+    """As many requests wait as may."""
+
+    def __init__(self, waiting: int, seconds: int):
+        super().__init__(f"{waiting} requests are waiting, as many as may. Ask again in {seconds} s.")
+        self.seconds = seconds
+
+
+class Job:
+    """A request on its way: what is asked, and events for the coroutine that sends the answer.
+
+    Args:
+        asked: for the one who answers.
+        rows (`int`, *optional*, defaults to 1): of the batch that it takes.
+        length (`int`, *optional*, defaults to 1): of its longest row, in tokens.
+    """
+
+    def __init__(self, asked: Any, rows: int = 1, length: int = 1):
+        self.asked, self.rows, self.length = asked, rows, length
+        self.since = time.monotonic()
+        self.cancelled = False
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Any] = asyncio.Queue()
+
+    def tell(self, event: Begun | Piece | Ended | Exception) -> None:
+        """Hands on what happened; for the model's thread."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more."""
+        self.cancelled = True
+
+    async def begun(self) -> int:
+        """The generation of the state that the answer begins on."""
+        event = await self._next()
+        assert isinstance(event, Begun)
+        return event.generation
+
+    async def events(self) -> AsyncIterator[Piece | Ended]:
+        """What follows, to the end of the answer. Whoever stops listening cancels it."""
+        try:
+            event: Any = None
+            while not isinstance(event, Ended):
+                event = await self._next()
+                yield event
+        finally:
+            self.cancel()
+
+    async def _next(self) -> Any:
+        try:
+            event = await self._events.get()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+
+class Batcher:
+    """One thread that answers.
+
+    Args:
+        answer: answers a batch: tells each job that it began, its pieces, and that it ended.
+        check: raises [`NotReadyError`] where nothing may be answered now.
+        max_queue, max_batch, max_batch_tokens, mates_seconds: see [`Settings`].
+        note: told of each batch: seconds that its jobs waited, and how many rows it has.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[list[Job]], None],
+        check: Callable[[], None],
+        max_queue: int,
+        max_batch: int,
+        max_batch_tokens: int,
+        mates_seconds: float,
+        note: Callable[[list[float], int], None],
+    ):
+        self._answer, self._check, self._note = answer, check, note
+        self.max_queue, self.mates_seconds = max_queue, mates_seconds
+        self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
+        self._waiting: deque[Job] = deque()
+        self._condition = threading.Condition()
+        self._stopped = False
+        self._seconds = 0.0  # of the last batch
+        self._thread = threading.Thread(target=self._run, name="hf_s3t answers", daemon=True)
+
+    def start(self) -> None:
+        """Begins to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answers what waits, and ends."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify_all()
+        self._thread.join()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, job: Job) -> None:
+        """Lets a job wait for its turn.
+
+        Raises:
+            QueueFullError: as many wait as may.
+        """
+        with self._condition:
+            if len(self._waiting) >= self.max_queue:
+                raise QueueFullError(self.max_queue, max(1, math.ceil(self._seconds)))
+            self._waiting.append(job)
+            self._condition.notify_all()
+
+    def _run(self) -> None:
+        while jobs := self._next():
+            began = time.monotonic()
+            self._note([began - job.since for job in jobs], sum(job.rows for job in jobs))
+            try:
+                self._check()
+                self._answer(jobs)
+            except Exception as error:
+                if not isinstance(error, NotReadyError):
+                    logger.exception("a batch of %d requests failed", len(jobs))
+                for job in jobs:
+                    job.tell(error)
+            self._seconds = time.monotonic() - began
+
+    def _next(self) -> list[Job]:
+        """The next batch, oldest first; empty at the end."""
+        with self._condition:
+            while True:
+                self._condition.wait_for(lambda: self._waiting or self._stopped)
+                if self._waiting and not self._stopped:
+                    self._condition.wait_for(self._is_full, self.mates_seconds)
+                jobs = self._taken()
+                if jobs or (self._stopped and not self._waiting):
+                    return jobs
+
+    def _is_full(self) -> bool:
+        return self._stopped or sum(job.rows for job in self._waiting) >= self.max_batch
+
+    def _taken(self) -> list[Job]:
+        jobs: list[Job] = []
+        rows = longest = 0
+        while self._waiting:
+            job = self._waiting[0]
+            more, length = rows + job.rows, max(longest, job.length)
+            if jobs and (more > self.max_batch or more * length > self.max_batch_tokens):
+                break
+            self._waiting.popleft()
+            if not job.cancelled:
+                jobs.append(job)
+                rows, longest = more, length
+        return jobs
+
