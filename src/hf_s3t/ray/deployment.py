@@ -81,7 +81,7 @@ def serve(
 
     wanted = dict(resources or {"CPU": 1})
     scale = {"num_replicas": replicas} if autoscaling is None else {"autoscaling_config": dict(autoscaling)}
-    deployment = ray_serve.deployment(
+    deployment: Any = ray_serve.deployment(
         ray_serve.ingress(application)(),
         name="hf_s3t",
         max_ongoing_requests=checked.max_queue + checked.max_batch,  # a replica's own queue says when it is full
