@@ -13,6 +13,7 @@ from ..lora.adapter import Adapter
 from ..plan.tree import Stage
 from ..store.receipts import versions
 
+
 @dataclass(frozen=True)
 class TrainedStage:
     """A stage that ended, wherever it was trained, and that is not in the store yet."""
