@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -25,8 +24,9 @@ import ray
 import ray_trainings
 from hf_s3t import DatasetError, RecipeError, S3TError, S3TStore, StoreLockedError
 from hf_s3t.ray import train
-from ray_trainings import CPU, build, rows, wait_for, worker_environment
-from trainings import assert_same_stores, published
+from hf_s3t.store.partition import assign, keyed_digest
+from ray_trainings import CPU, ON_A_WORKER, SHARDS, SLICES, build, rows, wait_for, worker_environment
+from trainings import assert_same_stores
 
 KEY = "0fada7e11a5c0de5ca1ab1e0ddba1175"
 FIRST, SECOND = "shard-00/0-1", "shard-01/0-1"
@@ -115,10 +115,20 @@ def ended(thread: threading.Thread, folder: Path) -> None:
     assert not (folder / "failed").exists(), (folder / "failed").read_text()
 
 
+def store_of(path: Path) -> S3TStore:
+    return S3TStore(path, KEY)
+
+
+def place(example_id: str) -> tuple[int, int]:
+    """Where an example lies."""
+    key = bytes.fromhex(KEY)
+    return assign(key, keyed_digest(key, "id", example_id), SHARDS, SLICES)
+
+
 def records(store: Path) -> dict[str, Any]:
     """What the state says of each stage, but how long it took."""
-    with S3TStore(store, KEY).reading() as state:
-        found = {stage.name: state.record(stage.name) for stage in S3TStore(store).manifest().stages}
+    with store_of(store).reading() as state:
+        found = {stage.name: state.record(stage.name) for stage in store_of(store).manifest().stages}
     return {name: {key: value for key, value in record.items() if key != "seconds"} for name, record in found.items()}
 
 
@@ -136,59 +146,62 @@ def memory_of(pid: int) -> Iterator[bytes]:
                     continue
 
 
-def test_two_workers_train_what_one_process_trains_though_one_of_them_is_killed(address, one, tmp_path):
+def victim() -> str:
+    """Id of an example that stage `SECOND` sees, and no stage of the other shard."""
+    return next(name for name in rows()["id"] if place(name) == (1, 1))
+
+
+def without_victim(folder: Path) -> Path:
+    """The store that one process trains on all other rows."""
+    folder.mkdir()
+    build(folder / "store", folder, {}, gone=(victim(),)).train()
+    return folder / "store"
+
+
+def test_one_worker_is_killed_an_example_is_deleted_and_the_store_is_that_of_one_process(address, tmp_path):
     keys = [KEY.encode(), bytes.fromhex(KEY)]
     known = rows()["id"][0].encode()
-    saw = {}
+    saw, store = {}, tmp_path / "store"
+    code = f"from hf_s3t import S3TStore; S3TStore({str(store)!r}).delete(ids=[{victim()!r}])"
 
-    def look(worker: dict[str, Any]) -> None:
+    def look_and_delete(worker: dict[str, Any]) -> None:
         pieces = list(memory_of(worker["pid"]))
         saw["memory"] = [any(text in piece for piece in pieces) for text in (known, *keys)]
         environment = Path(f"/proc/{worker['pid']}/environ").read_bytes()
-        saw["environment"] = [text in environment for text in (b"HF_S3T_KEY", *keys)]
-        folder = Path(worker["folder"])
-        saw["files"] = {path.name for path in folder.rglob("*") if path.is_file()}
-        saw["outside"] = not folder.is_relative_to(tmp_path)
+        saw["environment"] = [text in environment for text in (ON_A_WORKER.encode(), *keys)]
+        saw["folder"] = Path(worker["folder"])
+        saw["files"] = {path.name for path in saw["folder"].rglob("*") if path.is_file()}
         with pytest.raises(StoreLockedError):
-            S3TStore(tmp_path / "store").train_lock.acquire(0)
-
-    looking = meanwhile(tmp_path, look)
-    output = run(tmp_path, {FIRST: "kill", SECOND: "wait"}, args={"save_strategy": "steps", "save_steps": 1})
-    ended(looking, tmp_path)
-    assert_same_stores(tmp_path / "store", one)
-    assert records(tmp_path / "store") == records(one)
-    notes = Notes(tmp_path)
-    assert notes.often() == {FIRST: 2} and len(set(notes.begun[FIRST])) == 2
-    assert len(notes.begun) == STAGES and len(set(sum(notes.begun.values(), []))) == 3
-    assert output.global_step == sum(record["steps"] for record in records(one).values())
-    assert saw["memory"] == [True, False, False] and saw["environment"][1:] == [False, False]
-    assert saw["outside"] and not saw["files"] & {"partition.key", "state.sqlite"} and "s3t.json" in saw["files"]
-    assert not list((tmp_path / "store/.s3t").glob("running/*"))
-
-
-@pytest.mark.slow
-def test_a_deletion_in_the_middle_cancels_what_it_hits_and_nothing_else(address, one, tmp_path):
-    """It hits what runs on one worker, and nothing on the other one's shard."""
-    store = S3TStore(shutil.copytree(one, tmp_path / "locating"), KEY)
-    victim = next(name for name in rows()["id"] if (0, 1) in store.locate(ids=[name])[0].places)
-    hit = {stage.name for stage in store.manifest().stages if (0, 1) in stage.slices}
-    code = f"from hf_s3t import S3TStore; S3TStore({str(tmp_path / 'store')!r}).delete(ids=[{victim!r}])"
-
-    def delete(worker: dict[str, Any]) -> None:
+            S3TStore(store).train_lock.acquire(0)
         subprocess.run([sys.executable, "-c", code], check=True)
         time.sleep(3)  # the driver looks every second
 
-    deleting = meanwhile(tmp_path, delete)
-    run(tmp_path, {FIRST: "wait"})
-    ended(deleting, tmp_path)
+    looking = meanwhile(tmp_path, look_and_delete)
+    run(tmp_path, {FIRST: "kill", SECOND: "wait"}, args={"save_strategy": "steps", "save_steps": 1})
+    ended(looking, tmp_path)
+    assert_same_stores(store, without_victim(tmp_path / "never_had"))
+    assert store_of(store).manifest().generation == 1
+
     notes = Notes(tmp_path)
-    assert notes.steps[FIRST][:2] == [1, 1], "the stage was dropped at its next step, and begun again"
-    assert set(notes.often()) <= hit and FIRST in notes.often()
-    (tmp_path / "never_had").mkdir()
-    build(tmp_path / "never_had/store", tmp_path / "never_had", {}, gone=(victim,)).train()
-    assert published(tmp_path / "store") == published(tmp_path / "never_had/store")
-    found = S3TStore(tmp_path / "store").manifest()
-    assert (found.generation, found.stages) == (1, S3TStore(tmp_path / "never_had/store").manifest().stages)
+    hit = {stage.name for stage in store_of(store).manifest().stages if (1, 1) in stage.slices}
+    assert set(notes.often()) <= {FIRST, *hit} and notes.often()[FIRST] == 2
+    assert notes.steps[SECOND][:2] == [1, 1], "the stage was dropped before its next step, and begun again"
+    assert len(set(notes.begun[FIRST])) == 2 and len(set(sum(notes.begun.values(), []))) == 3
+
+    assert saw["memory"] == saw["environment"] == [True, False, False]
+    assert not saw["files"] & {"partition.key", "state.sqlite"} and "s3t.json" in saw["files"]
+    assert not saw["folder"].is_relative_to(tmp_path) and not saw["folder"].exists(), "it went with the worker"
+    assert not list((store / ".s3t").glob("running/*"))
+
+
+@pytest.mark.slow
+def test_two_workers_train_what_one_process_trains(address, one, tmp_path):
+    output = run(tmp_path, {FIRST: "kill"})
+    assert_same_stores(tmp_path / "store", one)
+    assert records(tmp_path / "store") == records(one)
+    notes = Notes(tmp_path)
+    assert notes.often() == {FIRST: 2} and len(notes.begun) == STAGES
+    assert output.global_step == sum(record["steps"] for record in records(one).values())
 
 
 @pytest.mark.slow
