@@ -24,6 +24,7 @@ from mutations_hub import ON_THE_HUB
 from mutations_isolation import ISOLATION
 from mutations_keeping import KEEPING
 from mutations_planning import PLANNING
+from mutations_ray import ON_RAY
 from mutations_serving import SERVING
 from mutations_speed import SPEED
 from mutations_state import STATE
@@ -185,7 +186,7 @@ MUTATIONS = (
              ("training/test_orders.py::test_a_deletion_that_is_being_carried_out_drops_the_stages_that_it_hits_and_no_"
               "other",)),
     Mutation(5, "a stage that is hit trains on", "training/running_stage.py",
-             (("hit = is_hit(self.store, self.order)", "hit = False"),), (RUNNING,)),
+             (("hit = self.watch.changed() and self.watch.is_hit(self.order)", "hit = False"),), (RUNNING,)),
     # 6. tombstones
     Mutation(6, "rows that a tombstone stands for go into the index", "training/reconcile.py",
              (("    if not any(buried.values()):\n", "    if True:\n"),), (BURIED + LLAMA,)),
@@ -223,7 +224,7 @@ MUTATIONS = (
              (('plain["modules_to_save"] =', 'plain["peft_type"], plain["modules_to_save"] = "S3T",'),), (CARD,)),
 )  # fmt: skip
 
-MORE = (SERVING, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING)
+MORE = (SERVING, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING)
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 
 

@@ -93,13 +93,13 @@ def check_same(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], accept: Collection[str] = ()
 ) -> tuple[Difference, ...]:
     """What differs between two recipes and was accepted. A [`RecipeError`] if anything else does."""
-    found = differences(stored, wanted)
-    if any(one.setting not in accept or why_not(one.setting) for one in found):
+    between = differences(stored, wanted)
+    if any(found.setting not in accept or why_not(found.setting) for found in between):
         raise RecipeError(
             "The settings differ from those that the store was trained with, so repaired stages would not be what "
-            "training from scratch gives:\n  " + "\n  ".join(map(str, found)) + "\n" + _way_out(found)
+            "training from scratch gives:\n  " + "\n  ".join(map(str, between)) + "\n" + _way_out(between)
         )
-    return found
+    return between
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Difference, ...]:
