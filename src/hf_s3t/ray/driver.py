@@ -29,7 +29,7 @@ from ..errors import DatasetError, RecipeError, S3TError
 from ..plan.schedule import ready
 from ..plan.tree import Stage
 from ..store.folder import KEY_VARIABLE
-from ..store.recipe_differences import differences
+from ..store.recipe_differences import compare_recipes
 from ..training.processes import is_bar_shown
 from ..training.refusals import Repair
 from ..training.rows_apart import Numbering
@@ -173,7 +173,7 @@ class Driver:
     def _check(self, worker: Identity) -> None:
         """Raises an error unless a worker computes what this process would."""
         driver = self._identity
-        found = [str(one.between("the driver", "the worker")) for one in differences(driver.recipe, worker.recipe)]
+        found = [str(one.between("the driver", "the worker")) for one in compare_recipes(driver.recipe, worker.recipe)]
         found += _other("version of", driver.versions, worker.versions)
         if driver.device != worker.device and driver.recipe.get("cached_trunk"):  # whose batches go with the device
             found.append(f"device: the driver has {driver.device!r}, the worker {worker.device!r}, with cached states")

@@ -93,16 +93,16 @@ def check_same(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], accept: Collection[str] = ()
 ) -> tuple[Difference, ...]:
     """What differs between two recipes and was accepted. A [`RecipeError`] if anything else does."""
-    between = differences(stored, wanted)
-    if any(found.setting not in accept or why_not(found.setting) for found in between):
+    differences = compare_recipes(stored, wanted)
+    if any(found.setting not in accept or why_not(found.setting) for found in differences):
         raise RecipeError(
             "The settings differ from those that the store was trained with, so repaired stages would not be what "
-            "training from scratch gives:\n  " + "\n  ".join(map(str, between)) + "\n" + _way_out(between)
+            "training from scratch gives:\n  " + "\n  ".join(map(str, differences)) + "\n" + _way_out(differences)
         )
-    return between
+    return differences
 
 
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Difference, ...]:
+def compare_recipes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Difference, ...]:
     """What differs between two recipes.
 
     An argument that one side does not know, because it came or went with a version of the Trainer, is no difference
