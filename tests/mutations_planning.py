@@ -4,7 +4,8 @@
 
 REPAIR, STATUS = "training/test_repair_budget.py::test_", "cli/test_cli.py::test_status_"
 SEARCH, SURVIVAL = "plan/test_search.py::test_", "plan/test_survival.py::test_"
-RENEWAL = "planner/test_renewal.py::test_"
+RENEWAL, SCHEDULE = "planner/test_renewal.py::test_", "plan/test_schedule.py::test_"
+MACHINES, ADVICE = "planner/test_machines.py::test_", "planner/test_advice.py::test_"
 
 PLANNING = (
     (4, "a repair by cost forgets what lives", "training/reconcile.py",
@@ -69,6 +70,35 @@ PLANNING = (
      (RENEWAL + "the_mean_over_time_is_the_integral",)),
     (11, "a shard of the plan is forgotten in the chance of a dead one", "planner/renewal.py",
      (("1 - alive**self.num_shards", "1 - alive"),), (RENEWAL + "without_repair_it_is_the_sum_over_all_hit_sets",)),
+    (11, "a plan that does not fit is recommended", "planner/planner.py",
+     (("fitting = [candidate for candidate in self._pool if candidate.fits]", "fitting = self._pool"),),
+     (ADVICE + "nothing_that_does_not_fit_is_recommended",)),
+    (11, "where nothing fits that obeys the rule, what obeys no rule is recommended", "planner/planner.py",
+     (("if not fitting or self.obeys(self.wanted) and not any(map(self.obeys, fitting)):", "if not fitting:"),),
+     (ADVICE + "nothing_that_does_not_fit_is_recommended",)),
+    (11, "repairs that need more than all GPUs fit", "planner/machines.py",
+     (("return self.share <= 1 and", "return"),), (MACHINES + "what_fits",)),
+    (11, "a repair that lasts until the next one fits", "planner/machines.py",
+     ((" and self.repair <= self.between", ""),), (MACHINES + "what_fits",)),
+    (11, "a repair spreads over the GPUs as if no stage waited for another", "planner/machines.py",
+     (("self._known[key] = makespan_of(parents, costs, workers)", "self._known[key] = sum(costs) / workers"),),
+     (MACHINES + "one_gpu_works_off_what_is_expected_and_a_chain_gains_nothing_by_more",)),
+    (11, "a cheaper baseline is not told", "planner/planner.py",
+     (("        told += what_baselines_lack(self._cheaper, self.terms, self.gpu_hours_per_epoch)\n", ""),),
+     (ADVICE + "baselines_are_told_with_what_a_request_waits_for",)),
+    (11, "the longest path below a stage is forgotten", "plan/schedule.py",
+     (("left[position] = seconds[position] + below[position]", "left[position] = seconds[position]"),),
+     (SCHEDULE + "the_longest_path_goes_first",)),
+    (11, "a stage begins before its parent is trained", "plan/schedule.py",
+     (("if stage.parent not in left and stage not in running", "if stage not in running"),),
+     (SCHEDULE + "what_is_ready",)),
+    (11, "a stage that runs is handed out again", "plan/schedule.py",
+     ((" and stage not in running]", "]"),), (SCHEDULE + "what_is_ready",)),
+    (11, "an expected score is that of a shard that lives", "planner/renewal.py",
+     (("np.where(served, self.worth, 0.0)", "np.where(served, 1.0, 0.0)"),),
+     ("planner/test_planner.py::test_a_curve_gives_an_expected_score",)),
+    (11, "10M are ten thousand examples", "cli/options.py",
+     (('"m": 10**6', '"m": 10**3'),), ("cli/test_cli_plan.py::test_counts_are_read[10M-10000000]",)),
     (11, "the recommended plan may have dead shards", "planner/planner.py",
      (("return candidate.outlook.dead <= self.max_dead and", "return"),),
      ("planner/test_planner.py::test_the_recommended_row_is_the_cheapest_that_obeys_the_rule",)),

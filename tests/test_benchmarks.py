@@ -276,6 +276,32 @@ def test_quality_writes_its_figures_and_goes_on_with_what_is_missing(tmp_path: P
 
 
 @pytest.mark.slow
+def test_scaling_writes_its_figures(tmp_path: Path) -> None:
+    file, seconds = tmp_path / "figures.json", tmp_path / "seconds.json"
+    command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--quick", "--json", str(file), "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "stage seconds measured here" in done.stdout and "no schedule has more" in done.stdout
+    record = json.loads(file.read_text())
+    assert set(record) == {"name", "commit", "versions", "hardware", "settings", "figures"}
+    assert record["name"] == "scaling" and record["settings"]["seed"] == 3
+    figures = record["figures"]
+    assert {slices: len(times) for slices, times in figures["stage_seconds"].items()} == {"4": 4, "8": 8}
+    assert figures["schedule_over_bound_worst"] <= 1.0001 and figures["schedule_over_ideal_worst"] >= 1
+    for plan in figures["by_plan"].values():
+        rows = plan["by_workers"]
+        assert [row["workers"] for row in rows] == [2**power for power in range(10)]
+        assert rows[0]["speed_up"] == pytest.approx(1)
+        assert all(row["speed_up_least"] - 1e-9 <= row["speed_up"] <= row["speed_up_most"] + 1e-9 for row in rows)
+    # All work is 140 slice passes and the longest path 10; there are 20 paths, which 64 workers take side by side.
+    seconds.write_text(json.dumps({"4": [1, 2, 3, 4], "8": [1] * 8}))
+    given = subprocess.run([*command, "--stage-seconds", str(seconds)], capture_output=True, text=True, timeout=100)
+    assert given.returncode == 0 and "stage seconds from seconds.json" in given.stdout, given.stderr[-2000:]
+    rows = json.loads(file.read_text())["figures"]["by_plan"]["m=5, L=4, B=4"]["by_workers"]
+    assert rows[0]["seconds"] == 140 and rows[6]["seconds"] == 10 and rows[6]["speed_up"] == 14
+
+
+@pytest.mark.slow
 def test_bookkeeping_writes_its_figures(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [sys.executable, str(ROOT / "benchmarks/bookkeeping.py"), "--quick", "--json", str(file), "--seed", "3"]

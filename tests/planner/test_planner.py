@@ -43,7 +43,8 @@ def test_the_given_plan_comes_first_under_every_rule(planner):
 def test_a_row_says_what_its_plan_costs_and_keeps(planner):
     row, plan = given(planner, NEVER), Plan.make(5, 4, [(0, 1, 2, 3), (1, 2, 3), (2, 3, 0), (3, 0, 1)])
     assert row.setting.plan() == plan
-    assert (row.training_cost, row.stages, row.storage_mb) == (140, 65, 65 * 10)
+    assert (row.training_cost, row.stages) == (140, 65)
+    assert row.storage_mb == pytest.approx(65 * 10 + 52_002 * 88 / 1e6), "stages and the index"
     assert row.epochs == 7 and row.all_dead == pytest.approx(71.95, abs=0.01)
     assert row.first_dead == pytest.approx(19.3, abs=0.05)
     assert row.outlook == outlook(plan, NEVER, 2, 60)
@@ -76,6 +77,38 @@ def test_baselines_are_what_people_think_of_first(planner):
     assert weekly.outlook.repair_cost == pytest.approx(8, abs=1e-4)
     assert weekly.outlook.in_use == pytest.approx(0.075, abs=1e-3)
     assert set(map(id, others)) <= set(map(id, shortlist(planner)))
+
+
+def test_a_cache_counts_for_what_uses_it(planner):
+    cached = dataclasses.replace(planner, activation_cache_gb=2)
+    for before, after in zip(planner.candidates, cached.candidates, strict=True):
+        assert after.storage_mb - before.storage_mb == (2000 if after.setting.method == "S3T" else 0)
+    scratch = next(c for c in cached.candidates if c.setting.method == "from scratch")
+    assert scratch.storage_mb == 40, "no index"
+
+
+def test_replay_is_in_the_costs_and_in_the_line(planner):
+    less = dataclasses.replace(planner, replay=0.25)
+    for row in less.candidates:
+        setting = row.setting
+        if setting.method == "S3T":
+            plan = make_plan(eval(setting.config, {"S3TConfig": S3TConfig}), seed=0)
+            assert row.training_cost == len(plan.stages) + 0.25 * (plan.cost - len(plan.stages))
+            assert setting.config.endswith(", replay=0.25)")
+        else:
+            assert row.training_cost == setting.plan().cost
+    assert given(less, NEVER).outlook.in_use == given(planner, NEVER).outlook.in_use
+
+
+def test_a_curve_gives_an_expected_score(planner):
+    """A straight line is the slices in use; a plateau after one slice is the share of shards that live."""
+    line = dataclasses.replace(planner, quality=[0.5, 0.6, 0.7, 0.8, 0.9])
+    plateau = dataclasses.replace(planner, quality=[3.0, 1.0, 1.0, 1.0, 1.0])
+    for one, flat in zip(line.candidates, plateau.candidates, strict=True):
+        assert one.score == pytest.approx(0.5 + 0.4 * one.outlook.in_use), "of two slices, and of eight, too"
+        if one.setting.num_slices == 4:
+            assert 1 <= flat.score <= 3 and (flat.outlook.dead > 0.01 or flat.score == pytest.approx(1, abs=0.02))
+    assert all(one.score is None for one in planner.candidates)
 
 
 # ---- the rule ----
@@ -177,6 +210,14 @@ def test_where_all_is_small_it_recommends_what_fits(asked, size):
         ({"requests_per_day": math.nan}, "requests_per_day must be a number above 0, not nan"),
         ({"horizon_days": 0.5}, "horizon_days must be from 1 to 36525, not 0.5"),
         ({"adapter_mb": 0}, "adapter_mb must be a number above 0, not 0"),
+        ({"gpus": 0}, "gpus must be an integer from 1"),
+        ({"gpus": 8}, "gpus=8, but not how long they train. Give gpu_hours_per_epoch, too."),
+        ({"gpus": 2, "gpus_per_stage": 4}, "gpus_per_stage must be an integer from 1 to 2"),
+        ({"gpus_per_stage": 4}, "gpus_per_stage=4, but not of how many GPUs. Give gpus, too."),
+        ({"activation_cache_gb": 5}, "Give adapter_mb, too."),
+        ({"replay": 1.5}, "replay must be from 0 to 1, not 1.5"),
+        ({"quality": [0.5]}, "quality must be two numbers or more, the scores with 0, 1, ... slices, not (0.5,)"),
+        ({"quality": [0.5, math.nan]}, "quality must be two numbers or more"),
         ({"min_in_use": 90}, "min_in_use must be from 0 to 1, not 90"),
         ({"cost_budget": 20}, "budget=4 and cost_budget=20 are both given. Give one."),
         ({"slices": None}, "budget=4 is given, but not of how many slices. Give slices, too, or leave budget out."),

@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,6 +97,31 @@ def parse_prior(text: str | None) -> tuple[float, ...] | None:
     except ValueError:
         message = f"The prior must be numbers with commas between them, such as 0.4,0.3,0.2,0.1, not {text!r:.60}."
         raise ValueError(message) from None
+
+
+def parse_count(text: str) -> int:
+    """A number of rows from `"52002"`, `"52k"`, `"10M"` or `"1.5B"`."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,12})?)([kKmMbB]?)", text)
+    size = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+    count = Fraction(match[1]) * size[match[2].lower()] if match else None
+    if count is None or count.denominator != 1:
+        raise ValueError(f"{text!r:.40} is no number of rows. Write a whole number, or 52k, 1.5M, 2B.")
+    return int(count)
+
+
+def read_curve(file: Path) -> tuple[str, list[float]]:
+    """The metric, and the scores by prefix length: `{"metric": "accuracy", "score_by_prefix_length": [0.5, 0.7]}`."""
+    form = '{"metric": "accuracy", "score_by_prefix_length": [0.5, 0.7, ...]}, with the score of no slice first'
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        scores = [number for number in data["score_by_prefix_length"] if type(number) in (int, float)]
+        if len(scores) == len(data["score_by_prefix_length"]) and type(metric := data["metric"]) is str:
+            return metric, scores
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{file} holds no scores by prefix length. Write {form}.")
 
 
 def parse_share(text: str) -> float:

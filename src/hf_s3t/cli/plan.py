@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
-from .options import parse_prior
+from .options import parse_count, parse_prior, read_curve
 from .outcomes import BAD_INPUT, DONE, console
 
 if TYPE_CHECKING:  # the other verbs need no planner
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # the other verbs need no planner
 
 
 def plan(
-    examples: Annotated[int, typer.Option(help="Rows of the train set.")],
+    examples: Annotated[str, typer.Option(help="Rows of the train set: 52002, 52k, 10M, 1.5B.")],
     requests_per_day: Annotated[float, typer.Option(help="Deletion requests per day, each for one example.")],
     horizon_days: Annotated[float, typer.Option(help="Until when costs and deletions count.")],
     shards: Annotated[int | None, typer.Option(help="m. Without it 1, 2, 5 and 10 are compared.")] = None,
@@ -38,11 +39,23 @@ def plan(
         int | None, typer.Option(help="Layers of the model: at most as many slices; not for rank groups.")
     ] = None,
     gpu_hours_per_epoch: Annotated[float | None, typer.Option(help="Of one epoch over all examples.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs that train: gives hours, and what fits. Needs --gpu-hours-per-epoch.")
+    ] = None,
+    gpus_per_stage: Annotated[int, typer.Option(help="GPUs that train one stage together.")] = 1,
+    replay: Annotated[float, typer.Option(help="Share of its earlier slices that a stage sees again.")] = 1.0,
     adapter_mb: Annotated[float | None, typer.Option(help="Size of the adapter of a whole sequence.")] = None,
+    activation_cache_gb: Annotated[
+        float | None, typer.Option(help="What the activation cache may take; counts as storage.")
+    ] = None,
+    quality: Annotated[
+        Path | None, typer.Option(help="JSON file with the score by prefix length: adds an expected score.")
+    ] = None,
     min_in_use: Annotated[
         float, typer.Option(help="The rule: at least this share of the slices in use on average.")
     ] = 0.5,
     max_dead: Annotated[float, typer.Option(help="The rule: at most this chance of a dead shard.")] = 0.05,
+    plot: Annotated[Path | None, typer.Option(help="Draw cost against slices in use: file.png, .svg, .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every candidate.")] = False,
 ) -> None:
     """Which plan to train and when to repair it: a table of candidates, and a line for S3TConfig.
@@ -54,22 +67,29 @@ def plan(
 
     Recommended is what costs least until the horizon where at least --min-in-use of
     the slices are in use on average and the chance that a shard is dead, with nothing
-    of it to serve until it is trained again, is at most --max-dead.
+    of it to serve until it is trained again, is at most --max-dead. With --gpus, what
+    does not fit on them is marked, and never recommended.
     """
     from ..planner.planner import S3TPlanner
 
     try:
+        metric, curve = read_curve(quality) if quality else ("", None)
         asked = S3TPlanner(
-            examples=examples, requests_per_day=requests_per_day, horizon_days=horizon_days, shards=shards,
-            slices=slices, budget=budget, cost_budget=cost_budget, prior=parse_prior(prior), layers=layers,
-            gpu_hours_per_epoch=gpu_hours_per_epoch, adapter_mb=adapter_mb, min_in_use=min_in_use, max_dead=max_dead,
+            examples=parse_count(examples), requests_per_day=requests_per_day, horizon_days=horizon_days,
+            shards=shards, slices=slices, budget=budget, cost_budget=cost_budget, prior=parse_prior(prior),
+            layers=layers, gpu_hours_per_epoch=gpu_hours_per_epoch, gpus=gpus, gpus_per_stage=gpus_per_stage,
+            replay=replay, adapter_mb=adapter_mb, activation_cache_gb=activation_cache_gb, quality=curve,
+            min_in_use=min_in_use, max_dead=max_dead,
         )  # fmt: skip
+        asked.compare()
         found = asked.to_json()
-    except ValueError as error:
+        if plot:
+            _draw(asked, plot)
+    except (ValueError, FileNotFoundError, ImportError) as error:
         typer.echo(str(error), err=True)
         _end(as_json, BAD_INPUT, None, {"type": type(error).__name__, "message": str(error)})
     if not as_json:
-        console().print(show_plan(asked))
+        console().print(show_plan(asked, metric))
     _end(as_json, DONE, found, None)
 
 
@@ -83,21 +103,24 @@ def _end(as_json: bool, code: int, result: Any, error: Any) -> None:
 # ---- the table ----
 
 
-def show_plan(planner: S3TPlanner) -> RenderableType:
+def show_plan(planner: S3TPlanner, metric: str = "score") -> RenderableType:
     """The shortlist as a table of at most 80 characters, what its columns say, and the recommendation."""
-    hours, chosen = planner.gpu_hours_per_epoch, planner.recommended
-    unit = "hours" if hours else "epochs"
-    heads = ("", "m", "L", "orders", "repair", f"train\n{unit}", f"repair\n{unit}", "times",
-             "MB" if planner.adapter_mb else "stages", "life\nreq.", "in\nuse", "dead")  # fmt: skip
+    chosen = planner.recommended
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for head in heads:
+    for head in ("", "m", "L", "orders", "repair", *_heads(planner)):
         table.add_column(head, justify="left" if head in ("orders", "repair") else "right", no_wrap=True)
     for name, group in groupby(shortlist(planner), key=lambda candidate: _section(planner, candidate)):
         table.add_row(*[""] * 3, ("\n" if table.row_count else "") + name, style="bold")
         for candidate in group:
-            table.add_row(">" if candidate is chosen else "", *_cells(candidate, hours or 1))
-    config = Padding(chosen.setting.config or "", (1, 2))
-    return Group(table, "", *_legend(planner), "", "Recommended:", config, *planner.advice)
+            table.add_row(_mark(planner, candidate), *_cells(planner, candidate))
+    config = Padding((chosen.setting.config if chosen else None) or "nothing", (1, 2))
+    return Group(table, "", *_legend(planner, metric), "", "Recommended:", config, *planner.advice)
+
+
+def _mark(planner: S3TPlanner, candidate: Candidate) -> str:
+    if candidate is planner.recommended:
+        return ">"
+    return "x" if not candidate.fits else "<" if planner.is_cheaper_baseline(candidate) else ""
 
 
 def shortlist(planner: S3TPlanner) -> list[Candidate]:
@@ -106,10 +129,11 @@ def shortlist(planner: S3TPlanner) -> list[Candidate]:
     Others are the recommended one and, for each rule of repair, the cheapest; for each other size the cheapest that
     obeys the rule; baselines are those of the recommended number of shards.
     """
-    best = planner.recommended
+    best = planner.recommended or planner.wanted
     size, rows = best.setting.size, sorted(planner.candidates, key=lambda c: c.epochs)
     own = [c for c in rows if c.setting.method == "S3T" and c.setting.size == size]
     others = [c for c in rows if c.setting.method == "S3T" and c.setting.size != size and planner.obeys(c)]
+    others = [c for c in others if c.fits] or others
     sizes = (size, (size[0], 1), (1, 1))
     given = [c for c in rows if c.setting.given]
     cheapest = {c.rule: c for c in reversed(own)} | {c.setting.size: c for c in reversed(others)}
@@ -125,26 +149,44 @@ def _section(planner: S3TPlanner, candidate: Candidate) -> str:
         return "baselines:"
     if setting.given:
         return "yours:"
-    return "this m, L:" if setting.size == planner.recommended.setting.size else "other m, L:"
+    best = planner.recommended or planner.wanted
+    return "this m, L:" if setting.size == best.setting.size else "other m, L:"
 
 
-def _cells(candidate: Candidate, hours: float) -> list[str]:
-    """A row; costs are in epochs over all examples, times the hours of one."""
-    setting, found = candidate.setting, candidate.outlook
+def _heads(planner: S3TPlanner) -> list[str]:
+    """Columns after the plan and the rule: there is room for seven."""
+    unit = "hours" if planner.gpu_hours_per_epoch else "epochs"
+    size = "MB" if planner.adapter_mb else "stages"
+    scored = ["score"] if planner.quality else []
+    if planner.gpus:
+        times = [] if scored else ["times"]
+        return ["train\nhours", "repair\nhours", *times, "GPUs", size, "in\nuse", "dead", *scored]
+    life = [] if scored else ["life\nreq."]
+    return [f"train\n{unit}", f"repair\n{unit}", "times", size, *life, "in\nuse", "dead", *scored]
+
+
+def _cells(planner: S3TPlanner, candidate: Candidate) -> list[str]:
+    """A row, see `_heads`; without GPUs costs are in epochs over all examples, times the hours of one."""
+    setting, found, hours = candidate.setting, candidate.outlook, planner.gpu_hours_per_epoch or 1
     orders = f"{setting.selection} " + (f"B={setting.budget}" if setting.budget else f"c={setting.cost_budget}")
-    return [
-        str(setting.num_shards),
-        str(setting.num_slices),
-        orders if setting.method == "S3T" else setting.method,
-        candidate.when,
-        _short(candidate.training_cost / setting.places * hours),
-        _short(found.repair_cost / setting.places * hours),
-        _short(found.repairs),
-        _short(candidate.stages if candidate.storage_mb is None else candidate.storage_mb),
-        f"{_short(candidate.first_dead)}/{_short(candidate.all_dead)}",
-        f"{found.in_use:.0%}",
-        f"{found.dead:.0%}",
-    ]
+    cells = {
+        "train": _short(candidate.training_cost / setting.places * hours),
+        "repair": _short(found.repair_cost / setting.places * hours),
+        "times": _short(found.repairs),
+        "MB": _short(candidate.storage_mb or 0),
+        "stages": _short(candidate.stages),
+        "life": f"{_short(candidate.first_dead)}/{_short(candidate.all_dead)}",
+        "in": f"{found.in_use:.0%}",
+        "dead": f"{found.dead:.0%}",
+        "score": "" if candidate.score is None else f"{candidate.score:.3g}",
+    }
+    if candidate.hours:
+        mean, longest = _short(candidate.hours.repair), _short(candidate.hours.longest)
+        cells["train"] = _short(candidate.hours.training)
+        cells["repair"] = mean if mean == longest else f"{mean}/{longest}"
+        cells["GPUs"] = f"{_short(round(100 * candidate.hours.share))}%"
+    plan = [str(setting.num_shards), str(setting.num_slices), orders if setting.method == "S3T" else setting.method]
+    return [*plan, candidate.when, *(cells[head.split("\n")[0]] for head in _heads(planner))]
 
 
 def _short(number: float) -> str:
@@ -160,17 +202,39 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def _legend(planner: S3TPlanner) -> list[str]:
-    day = f"day {planner.horizon_days:g}"
-    hours = planner.gpu_hours_per_epoch
+def _legend(planner: S3TPlanner, metric: str) -> list[str]:
+    day, hours, gpus = f"day {planner.horizon_days:g}", planner.gpu_hours_per_epoch, planner.gpus
     unit = f"GPU hours, {hours:g} an epoch" if hours else "epochs"
-    return [
+    told = [
         "orders: B sequences per shard, or a cost budget c in slice passes per shard",
         f"repair: at a served prefix below a length, after each hit, every so many days;\n  times: until {day}; "
-        "repairs are taken to need no time",
+        + ("in use and dead: as if they took no time" if gpus else "repairs are taken to need no time"),
         f"costs: in {unit} over all examples, at num_train_epochs=1;\n  a slice pass costs the same whatever a stage "
         "trains",
-        "life: requests until the first shard / all shards are dead, without repair",
+    ]
+    if gpus:
+        told[2:] = [
+            f"hours: on {gpus} GPUs, {planner.gpus_per_stage} a stage, at {hours:g} GPU hours an epoch over all "
+            "examples, and\n  num_train_epochs=1; of a repair the mean/the longest, with all GPUs its own;\n  from "
+            "scratch is one training on all GPUs",
+            f"GPUs: the share of their time until {day} that repairs take",
+            "x: does not fit: above 100%, or a shard's repair lasts until its next is due",
+        ]
+    if planner.adapter_mb:
+        cache = f", {planner.activation_cache_gb:g} GB of activation cache" if planner.activation_cache_gb else ""
+        told.append(f"MB: of stages, index{cache}")
+    if not (gpus or planner.quality):
+        told.append("life: requests until the first shard / all shards are dead, without repair")
+    told += [
         f"in use: of the slices, mean over time until {day}",
         "dead: the chance that nothing of some shard could be served, be it for a moment",
     ]
+    if planner.quality:
+        told.append(f"score: {metric} of a shard, mean over time; of the ensemble it may be better")
+    return [*told, "<: a baseline that costs less than S3T"]
+
+
+def _draw(planner: S3TPlanner, file: Path) -> None:
+    from ..planner.comparison_picture import draw_comparison
+
+    draw_comparison(planner, shortlist(planner), file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -16,7 +17,10 @@ from ..plan.life import life_left
 from ..plan.optimal import optimal
 from ..plan.sequences import Order, select_sequences
 from ..plan.tree import Plan
-from .renewal import Outlook, RepairRule, outlook
+from .machines import Hours, Machines, hours_on
+from .renewal import Outlook, RepairRule, mean_score, outlook
+
+INDEX_BYTES = 88  # of an example in the private state, measured: docs/scaling.md
 
 Method = Literal["S3T", "SISA", "shards alone", "from scratch"]
 
@@ -35,6 +39,7 @@ class Setting:
         cost_budget (`int`, *optional*): With `"optimal"` instead: slice passes per epoch and shard.
         prior (`tuple[float, ...]`, *optional*): The chance that a request hits each slice.
         given (`bool`): Whether this is what was asked for.
+        replay (`float`): See [`Stage.passes`].
     """
 
     method: Method
@@ -45,6 +50,7 @@ class Setting:
     cost_budget: int | None = None
     prior: tuple[float, ...] | None = None
     given: bool = False
+    replay: float = 1.0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -70,6 +76,7 @@ class Setting:
         words.append(f'sequence_selection="{self.selection}"')
         words += [] if self.cost_budget is None else [f"cost_budget={self.cost_budget}"]
         words += [f"deletion_prior={list(self.prior)}"] if self.prior and self.selection == "optimal" else []
+        words += [] if self.replay == 1 else [f"replay={self.replay}"]
         return f"S3TConfig({', '.join(words)})"
 
     def plan(self) -> Plan:
@@ -85,45 +92,81 @@ def _optimal(num_slices: int, cost_budget: int, prior: tuple[float, ...] | None)
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What is the same for every candidate; see [`S3TPlanner`].
+
+    Args:
+        examples (`int`): Rows of the train set.
+        per_day, days (`float`): Requests per day, and the horizon.
+        machines ([`Machines`], *optional*): What trains.
+        adapter_mb (`float`, *optional*): Size of the adapter of a whole sequence.
+        cache_mb (`float`): Size of the activation cache.
+        curve (`Sequence[float]`, *optional*): The score by the length of the served prefix.
+    """
+
+    examples: int
+    per_day: float
+    days: float
+    machines: Machines | None = None
+    adapter_mb: float | None = None
+    cache_mb: float = 0.0
+    curve: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A plan under a rule of repair, until the horizon.
 
     Args:
         setting ([`Setting`]): How the plan is chosen.
         rule ([`RepairRule`]): When it is repaired.
-        training_cost (`int`): Before the first request, in slice passes for one training epoch per stage.
+        training_cost (`float`): Before the first request, in slice passes for one training epoch per stage.
         stages (`int`): Stages that are stored.
-        storage_mb (`float`, *optional*): Their size in MB, without heads.
+        storage_mb (`float`, *optional*): Their size in MB, without heads; the index of examples and, of S3T, the
+            activation cache.
         first_dead, all_dead (`float`): Requests until the first shard, or every shard, is dead if nothing is repaired.
         outlook ([`Outlook`]): What is expected until the horizon.
+        hours ([`Hours`], *optional*): What that takes on the machines.
+        score (`float`, *optional*): Of a shard on average over the time.
     """
 
     setting: Setting
     rule: RepairRule
-    training_cost: int
+    training_cost: float
     stages: int
     storage_mb: float | None
     first_dead: float
     all_dead: float
     outlook: Outlook
+    hours: Hours | None = None
+    score: float | None = None
 
     @classmethod
-    def of(
-        cls, setting: Setting, plan: Plan, rule: RepairRule, per_day: float, days: float, adapter_mb: float | None
-    ) -> Candidate:
-        """Look at a plan; `adapter_mb` is the size of the adapter of a whole sequence."""
+    def of(cls, setting: Setting, plan: Plan, rule: RepairRule, terms: Terms) -> Candidate:
+        """Look at a plan."""
         life = life_left(plan, setting.prior)
-        whole = setting.num_slices if setting.method == "S3T" else 1  # stages that make up the size of an adapter
+        asked = terms.per_day, terms.days, setting.prior
+        found = outlook(plan, rule, *asked, setting.replay)
+        machines = terms.machines
+        if machines and setting.method == "from scratch":  # one training, on all GPUs together
+            machines = dataclasses.replace(machines, per_stage=machines.gpus)
         return cls(
             setting=setting,
             rule=rule,
-            training_cost=plan.cost,
+            training_cost=sum(stage.passes(setting.replay) for stage in plan.stages),
             stages=len(plan.stages),
-            storage_mb=None if adapter_mb is None else len(plan.stages) * adapter_mb / whole,
+            storage_mb=None if terms.adapter_mb is None else _storage(setting, plan, terms),
             first_dead=life.until_first_dead.mean,
             all_dead=life.until_all_dead.mean,
-            outlook=outlook(plan, rule, per_day, days, setting.prior),
+            outlook=found,
+            hours=None if machines is None else hours_on(machines, plan, rule, found, *asked, setting.replay),
+            score=None if terms.curve is None else mean_score(terms.curve, plan, rule, *asked),
         )
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machines suffice for its repairs; where none are named, it is taken to."""
+        return self.hours is None or self.hours.fits
 
     @property
     def epochs(self) -> float:
@@ -143,4 +186,16 @@ class Candidate:
         """Plain data; what never ends is `None`."""
         data = dataclasses.asdict(self) | {"config": self.setting.config, "epochs": self.epochs}
         lives = {name: data[name] if math.isfinite(data[name]) else None for name in ("first_dead", "all_dead")}
-        return data | lives | {"outlook": self.outlook._asdict()}
+        data |= lives | {"outlook": self.outlook._asdict(), "fits": self.fits}
+        if self.hours:
+            between = self.hours.between
+            data["hours"] = self.hours._asdict() | {"between": between if math.isfinite(between) else None}
+        return data
+
+
+def _storage(setting: Setting, plan: Plan, terms: Terms) -> float:
+    """MB of stages, of the index and of the cache."""
+    whole = setting.num_slices if setting.method == "S3T" else 1  # stages that make up the size of an adapter
+    index = 0.0 if setting.method == "from scratch" else terms.examples * INDEX_BYTES / 1e6
+    cache = terms.cache_mb if setting.method == "S3T" else 0.0
+    return len(plan.stages) * (terms.adapter_mb or 0.0) / whole + index + cache

@@ -68,6 +68,16 @@ def draw_tree(plan: Plan, trained: Iterable[Stage] | None, file: Path | str, rep
         ValueError: If matplotlib does not know the suffix.
         FileNotFoundError: If the folder of the file does not exist.
     """
+    file = checked_file(file)
+    figure = _figure(plan, plan.stages if trained is None else tuple(trained), replay)
+    picture = io.BytesIO()  # in memory first, so that no half of a picture ever stands there
+    figure.savefig(picture, format=file.suffix[1:].lower(), dpi=DOTS_PER_INCH)
+    write_atomic(file, picture.getvalue())
+    return figure
+
+
+def checked_file(file: Path | str) -> Path:
+    """Where a picture is to be written, if that can be; otherwise see [`draw_tree`]."""
     file = Path(file)
     known = Figure().canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in known:
@@ -75,11 +85,7 @@ def draw_tree(plan: Plan, trained: Iterable[Stage] | None, file: Path | str, rep
         raise ValueError(f"{found}, which matplotlib cannot write. Use one of: .{', .'.join(sorted(known))}.")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"The folder {str(file.parent)!r} does not exist. Make it, or write elsewhere.")
-    figure = _figure(plan, plan.stages if trained is None else tuple(trained), replay)
-    picture = io.BytesIO()  # in memory first, so that no half of a picture ever stands there
-    figure.savefig(picture, format=file.suffix[1:].lower(), dpi=DOTS_PER_INCH)
-    write_atomic(file, picture.getvalue())
-    return figure
+    return file
 
 
 def states(plan: Plan, trained: Iterable[Stage]) -> dict[Stage, str]:

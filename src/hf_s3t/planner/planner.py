@@ -1,22 +1,26 @@
 """Which plan to train and when to repair it, for so many deletion requests a day: `S3TPlanner`.
 
 Responsible for what is compared, for what may be asked, and for the rule by which one candidate is recommended. What a
-candidate costs and keeps is in `candidates.py`, the table in `cli/plan.py`.
+candidate costs and keeps is in `candidates.py`, what is said of the recommendation in `advice.py`, the table in
+`cli/plan.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from threading import Timer
 from typing import Any
 
 from ..plan.life import life_left
 from ..plan.sequences import check_budget, check_count, cyclic, prune_orders, training_cost
 from ..plan.survival import check_few, checked_prior, path_cost
 from ..plan.tree import Plan
-from .candidates import Candidate, Setting
+from .advice import cost, what_baselines_lack, what_would_fit
+from .candidates import Candidate, Setting, Terms
+from .machines import Machines
 from .renewal import RepairRule
 
 SHARDS, SLICES = (1, 2, 5, 10), (2, 4, 8)  # compared where nothing is given
@@ -25,6 +29,7 @@ DAYS = (1, 7, 30, 90)  # between repairs
 SCRATCH_DAYS = (7, 30)  # between trainings from scratch
 FEW_EXAMPLES = 100  # expected in a slice
 MAX_DAYS = 36_525  # a hundred years
+BAR_SECONDS = 2  # until a bar is shown
 
 Choice = tuple[str, int | None, int | None]  # selection, budget and cost budget of a plan
 
@@ -36,8 +41,10 @@ class S3TPlanner:
     Shards and slices that are given stay in the recommendation; other numbers are compared beside them. The budget is
     compared with others, too. The recommendation is, of the candidates where the chance that some shard is dead before
     the horizon is at most `max_dead` and the slices in use are at least `min_in_use` on average, the one that costs
-    least until the horizon. Without `shards`, mind that more shards are always cheaper here: what they cost in quality
-    is not known. All numbers are expected values under one model: requests at random moments, each for one example.
+    least until the horizon. With `gpus`, a candidate whose repairs do not fit on them is never recommended; if none
+    fits that obeys the rule, nothing is. Without `shards`, mind that more shards are always cheaper here: what they
+    cost in quality is not known. All numbers are expected values under one model: requests at random moments, each for
+    one example.
 
     Args:
         examples (`int`): Rows of the train set.
@@ -50,8 +57,15 @@ class S3TPlanner:
         cost_budget (`int`, *optional*): Instead of `budget`: slice passes per epoch and shard.
         prior (`Sequence[float]`, *optional*): The chance that a request hits each slice, the same in every shard.
         layers (`int`, *optional*): Layers of the model: there are at most as many slices. Not for rank groups.
-        gpu_hours_per_epoch (`float`, *optional*): Hours of one epoch over all examples.
+        gpu_hours_per_epoch (`float`, *optional*): GPU hours of one epoch over all examples.
+        gpus (`int`, *optional*): GPUs that train; needs `gpu_hours_per_epoch`.
+        gpus_per_stage (`int`, *optional*, defaults to 1): How many train one stage together, so many times as fast.
+        replay (`float`, *optional*, defaults to 1.0): That of [`S3TConfig`], for S3T's rows.
         adapter_mb (`float`, *optional*): Size in MB of the adapter of a whole sequence, without heads.
+        activation_cache_gb (`float`, *optional*): What the activation cache may take, in 10^9 bytes: storage of S3T's
+            rows; needs `adapter_mb`.
+        quality (`Sequence[float]`, *optional*): The score of a shard that serves 0, 1, ... slices, on held-out rows.
+            Gives every candidate an expected score.
         min_in_use (`float`, *optional*, defaults to 0.5): The rule: at least this share of the slices in use.
         max_dead (`float`, *optional*, defaults to 0.05): The rule: at most this chance that, at some moment before the
             horizon, nothing of some shard can be served until it is trained again.
@@ -74,7 +88,12 @@ class S3TPlanner:
     prior: Sequence[float] | None = None
     layers: int | None = None
     gpu_hours_per_epoch: float | None = None
+    gpus: int | None = None
+    gpus_per_stage: int = 1
+    replay: float = 1.0
     adapter_mb: float | None = None
+    activation_cache_gb: float | None = None
+    quality: Sequence[float] | None = None
     min_in_use: float = 0.5
     max_dead: float = 0.05
 
@@ -83,6 +102,7 @@ class S3TPlanner:
             object.__setattr__(self, "slices", len(self.prior) if self.slices is None else self.slices)
             object.__setattr__(self, "prior", tuple(map(float, checked_prior(self.prior, self.slices or 1))))
         self._check_numbers()
+        self._check_machines()
         self._check_plan()
 
     # ---- what may be asked ----
@@ -92,13 +112,13 @@ class S3TPlanner:
         for name in ("shards", "slices", "layers"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1, 10**4)
-        for name in ("requests_per_day", "horizon_days", "gpu_hours_per_epoch", "adapter_mb"):
+        for name in ("requests_per_day", "horizon_days", "gpu_hours_per_epoch", "adapter_mb", "activation_cache_gb"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number above 0, not {value!r:.40}. Correct it.")
         if not 1 <= self.horizon_days <= MAX_DAYS:
             raise ValueError(f"horizon_days must be from 1 to {MAX_DAYS}, not {self.horizon_days!r:.40}. Correct it.")
-        for name in ("min_in_use", "max_dead"):
+        for name in ("min_in_use", "max_dead", "replay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)!r:.40}. Correct it.")
         if (places := (self.shards or 1) * (self.slices or 1)) > self.examples:
@@ -107,6 +127,22 @@ class S3TPlanner:
         if (deleted := self.requests_per_day * self.horizon_days) > self.examples:
             found = f"{deleted:.0f} examples would be deleted until the horizon, but there are {self.examples}"
             raise ValueError(f"{found}. Give fewer requests per day or a nearer horizon.")
+
+    def _check_machines(self) -> None:
+        if self.gpus is not None:
+            check_count("gpus", self.gpus, 1, 10**6)
+            check_count("gpus_per_stage", self.gpus_per_stage, 1, self.gpus)
+            if self.gpu_hours_per_epoch is None:
+                raise ValueError(f"gpus={self.gpus}, but not how long they train. Give gpu_hours_per_epoch, too.")
+        elif self.gpus_per_stage != 1:
+            raise ValueError(f"gpus_per_stage={self.gpus_per_stage}, but not of how many GPUs. Give gpus, too.")
+        if self.activation_cache_gb is not None and self.adapter_mb is None:
+            raise ValueError("activation_cache_gb counts as storage beside the adapters. Give adapter_mb, too.")
+        if self.quality is not None:
+            scores = tuple(self.quality)
+            if len(scores) < 2 or not all(isinstance(one, int | float) and math.isfinite(one) for one in scores):
+                found = f"quality must be two numbers or more, the scores with 0, 1, ... slices, not {scores!r:.100}"
+                raise ValueError(f"{found}. Correct it.")
 
     def _check_plan(self) -> None:
         if self.budget is not None and self.cost_budget is not None:
@@ -131,26 +167,52 @@ class S3TPlanner:
 
     # ---- what is compared ----
 
+    @property
+    def terms(self) -> Terms:
+        """What is the same for every candidate."""
+        machines = None
+        if self.gpus is not None and self.gpu_hours_per_epoch is not None:
+            machines = Machines(self.gpus, self.gpus_per_stage, self.gpu_hours_per_epoch)
+        asked = self.examples, self.requests_per_day, self.horizon_days
+        return Terms(*asked, machines, self.adapter_mb, 1e3 * (self.activation_cache_gb or 0.0), self.quality)
+
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """Every candidate: what was given, then by size; the cheapest until the horizon first. Baselines are last."""
+        return self._compared(list(self._settings()))
+
+    def compare(self) -> None:
+        """Finds the candidates with a bar on standard error, if that takes longer than two seconds."""
+        from tqdm.auto import tqdm  # not where nobody looks
+
+        settings = list(self._settings())
+        bar = tqdm(settings, "comparing", unit=" plans", delay=BAR_SECONDS, dynamic_ncols=True, leave=False)
+        late = Timer(BAR_SECONDS, bar.refresh)  # a search in which it would not move
+        late.daemon = True
+        late.start()
+        try:
+            self.__dict__["candidates"] = self._compared(bar)
+        finally:
+            late.cancel()
+            bar.close()
+
+    def _compared(self, settings: Iterable[Setting]) -> tuple[Candidate, ...]:
         found: list[Candidate] = []
         seen = set()
-        for setting in self._settings():
+        for setting in settings:
             plan = setting.plan()
             if (setting.method, plan) not in seen:
                 seen.add((setting.method, plan))
-                end = (self.requests_per_day, self.horizon_days, self.adapter_mb)
-                found += [Candidate.of(setting, plan, rule, *end) for rule in self._rules(setting, plan)]
+                found += [Candidate.of(setting, plan, rule, self.terms) for rule in self._rules(setting, plan)]
         order = lambda c: (c.setting.method != "S3T", not c.setting.given, c.setting.size, c.epochs)  # noqa: E731
         return tuple(sorted(found, key=order))
 
     def _settings(self) -> Iterator[Setting]:
         prior = None if self.prior is None else tuple(self.prior)
         for size in self._sizes():
-            for number, (selection, budget, cost) in enumerate(self._choices(size)):
+            for number, (selection, budget, cost_budget) in enumerate(self._choices(size)):
                 given = number == 0 and self._is_given(size)
-                yield Setting("S3T", *size, selection, budget, cost, prior, given)
+                yield Setting("S3T", *size, selection, budget, cost_budget, prior, given, self.replay)
             if self._may_be_chosen(size) and size[1] > 1:
                 yield Setting("SISA", *size, budget=1, prior=prior)
             if self._may_be_chosen(size) and size[0] > 1:
@@ -220,50 +282,65 @@ class S3TPlanner:
         return candidate.outlook.dead <= self.max_dead and candidate.outlook.in_use >= self.min_in_use
 
     @property
-    def recommended(self) -> Candidate:
-        """The candidate that the rule chooses; if none obeys it, the one whose shards die least often."""
-        pool = [c for c in self.candidates if c.setting.method == "S3T" and self._may_be_chosen(c.setting.size)]
+    def wanted(self) -> Candidate:
+        """What the rule chooses if GPUs do not count; if none obeys it, the one whose shards die least often."""
+        return self._choose(self._pool)
+
+    @property
+    def recommended(self) -> Candidate | None:
+        """What the rule chooses of those that fit; nothing if some obey it, and none of these fits."""
+        fitting = [candidate for candidate in self._pool if candidate.fits]
+        if not fitting or self.obeys(self.wanted) and not any(map(self.obeys, fitting)):
+            return None
+        return self._choose(fitting)
+
+    @property
+    def _pool(self) -> list[Candidate]:
+        return [c for c in self.candidates if c.setting.method == "S3T" and self._may_be_chosen(c.setting.size)]
+
+    def _choose(self, pool: Sequence[Candidate]) -> Candidate:
         obeying = [candidate for candidate in pool if self.obeys(candidate)]
         if obeying:
             return min(obeying, key=lambda c: (c.epochs, c.setting.num_shards))
         return min(pool, key=lambda c: (round(c.outlook.dead, 3), -c.outlook.in_use, c.epochs))
 
-    @property
+    @cached_property
     def advice(self) -> list[str]:
         """Why it is recommended, when to repair it, and what should be known beside its numbers."""
         chosen, day = self.recommended, f"until day {self.horizon_days:g}"
+        if chosen is None:
+            others = [c for c in self.candidates if c.setting.method == "S3T" and c.fits]
+            told = what_would_fit(self.wanted, self.terms, self.obeys, others)
+            return told + what_baselines_lack(self._cheaper, self.terms, self.gpu_hours_per_epoch)
         rule = f"dead at most {100 * self.max_dead:.3g}% and in use at least {self.min_in_use:.0%}"
-        told = [f"Of those with {rule} it costs least {day}."]
+        those = f"Of those with {rule}" if self.gpus is None else f"Of those that fit with {rule}"
+        told = [f"{those} it costs least {day}."]
         if not self.obeys(chosen):
             told = [
                 f"None has {rule}. Of those compared its shards are dead least often, and then it has most in use."
             ]
         told.append(f"Repair: {chosen.when}, about {chosen.outlook.repairs:.0f} times {day}.")
-        cost = self.cost(chosen.epochs / (self.requests_per_day * self.horizon_days))
-        told.append(f"Training and repairs cost {cost} per request.")
-        cheaper = [f"{c.setting.method}, {c.when}" for c in self.candidates if self._is_cheaper_baseline(c)]
-        if cheaper:
-            buys = "What S3T buys is that a request waits for no training while no shard is dead."
-            told.append(f"Cheaper: {'; '.join(cheaper)}. {buys}")
+        spent = chosen.epochs / (self.requests_per_day * self.horizon_days)
+        told.append(f"Training and repairs cost {cost(spent, self.gpu_hours_per_epoch)} per request.")
+        told += what_baselines_lack(self._cheaper, self.terms, self.gpu_hours_per_epoch)
         if self.shards is None:
             told.append("More shards are always cheaper here: what they cost in quality is not known to the table.")
         if self.examples < FEW_EXAMPLES * chosen.setting.places:
             told.append(f"There are only {self.examples / chosen.setting.places:.3g} examples per slice on average.")
         return told
 
-    def _is_cheaper_baseline(self, candidate: Candidate) -> bool:
-        chosen = self.recommended
-        same = candidate.setting.num_shards in (1, chosen.setting.num_shards)
-        return candidate.setting.method != "S3T" and same and candidate.epochs < chosen.epochs
+    @property
+    def _cheaper(self) -> list[Candidate]:
+        return [candidate for candidate in self.candidates if self.is_cheaper_baseline(candidate)]
 
-    def cost(self, epochs: float) -> str:
-        """A cost in GPU hours, where an epoch has some."""
-        number = epochs * (self.gpu_hours_per_epoch or 1)
-        shown = f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
-        return f"{shown} GPU hours" if self.gpu_hours_per_epoch else f"{shown} epochs"
+    def is_cheaper_baseline(self, candidate: Candidate) -> bool:
+        """Whether it is no S3T, fits, and costs less than what is recommended."""
+        chosen = self.recommended or self.wanted
+        same = candidate.setting.num_shards in (1, chosen.setting.num_shards)
+        return candidate.setting.method != "S3T" and same and candidate.fits and candidate.epochs < chosen.epochs
 
     def to_json(self) -> dict[str, Any]:
         """What was asked, every candidate and the recommendation, as plain data."""
         candidates = [candidate.to_json() for candidate in self.candidates]
-        return {"asked": asdict(self), "recommended": self.recommended.to_json() | {"advice": self.advice},
-                "candidates": candidates}  # fmt: skip
+        chosen = self.recommended.to_json() if self.recommended else {"config": None}
+        return {"asked": asdict(self), "recommended": chosen | {"advice": self.advice}, "candidates": candidates}

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..plan.survival import check_few, checked_prior, set_of, subset_sums, surviving_lengths
+from ..plan.survival import ROUNDING, check_few, checked_prior, set_of, subset_sums, surviving_lengths
 from ..plan.tree import Plan
 
 STEPS = 512  # of the grid on which the renewal equation is solved
@@ -63,8 +63,9 @@ class Outlook(NamedTuple):
 
 
 def outlook(
-    plan: Plan, rule: RepairRule, per_day: float, horizon_days: float, prior: Sequence[float] | None = None
-) -> Outlook:
+    plan: Plan, rule: RepairRule, per_day: float, horizon_days: float, prior: Sequence[float] | None = None,
+    replay: float = 1.0,
+) -> Outlook:  # fmt: skip
     """What is expected of a plan under a rule.
 
     Args:
@@ -73,6 +74,7 @@ def outlook(
         per_day (`float`): Requests per day, to all shards together.
         horizon_days (`float`): Until when.
         prior (`Sequence[float]`, *optional*): Chance that a request to a shard hits each slice; equal ones without.
+        replay (`float`, *optional*, defaults to `1.0`): See [`Stage.passes`].
 
     Returns:
         `Outlook`: What is expected. Shards that differ, more slices and a prior that does not fit are a `ValueError`.
@@ -81,34 +83,62 @@ def outlook(
     >>> round(found.in_use, 3), round(found.in_use_at_end, 3), round(found.repair_cost, 3)
     (0.787, 0.607, 2.051)
     """
-    shard = _Shard(plan, per_day, prior)
-    if rule.below is None:
-        return shard.repaired_every(min(rule.every_days or math.inf, 2 * horizon_days), horizon_days)
-    return shard.repaired_below(rule.below, horizon_days)
+    return _Shard(plan, per_day, prior, replay).repaired(rule, horizon_days)
+
+
+def mean_score(
+    curve: Sequence[float], plan: Plan, rule: RepairRule, per_day: float, horizon_days: float,
+    prior: Sequence[float] | None = None,
+) -> float:  # fmt: skip
+    """The score of a shard on average over the time until the horizon.
+
+    Args:
+        curve (`Sequence[float]`): The score of a prefix by its length, from 0 to the number of slices that were
+            measured. For another number of slices, what counts is the share of them, on straight lines in between.
+
+    Returns:
+        `float`: What is expected; the other arguments are those of [`outlook`].
+
+    >>> plan, rule = Plan.make(1, 2, [(0, 1), (1, 0)]), RepairRule(every_days=1)
+    >>> round(mean_score([0.5, 0.6, 0.7], plan, rule, per_day=1, horizon_days=1), 3)  # 0.5 + 0.2 * in_use
+    0.657
+    """
+    shard, low, high = _Shard(plan, per_day, prior, 1.0), min(curve), max(curve)
+    scores = np.interp(shard.lengths / plan.num_slices, np.linspace(0, 1, len(curve)), curve)
+    shard.worth = (scores - low) / (high - low or 1.0)
+    return low + (high - low) * shard.repaired(rule, horizon_days).in_use
 
 
 class _Shard:
     """One of the shards, which are all alike: what it serves and lacks, by the set of its untouched slices."""
 
-    def __init__(self, plan: Plan, per_day: float, prior: Sequence[float] | None) -> None:
+    def __init__(self, plan: Plan, per_day: float, prior: Sequence[float] | None, replay: float) -> None:
         check_few(plan.num_slices)
         if len(set(plan.sequences)) > 1:
             raise ValueError("The shards of this plan have different sequences. Give a plan of shards that are alike.")
-        self.num_shards, self.num_slices = plan.num_shards, plan.num_slices
+        self.num_shards = plan.num_shards
         self.hits = per_day / plan.num_shards * checked_prior(prior, plan.num_slices)  # per day and slice
         self.rates = subset_sums(self.hits)
         self.lengths = surviving_lengths(plan.sequences[0], plan.num_slices).astype(float)
         stages = np.zeros_like(self.lengths)
-        for stage in {stage.prefix for stage in plan.stages}:
-            stages[set_of(stage)] += len(stage)
+        for stage in plan.stages:
+            if stage.shard == 0:
+                stages[set_of(stage.prefix)] += stage.passes(replay)
         self.costs = stages.sum() - _over_subsets(stages, +1)
+        self.costs[np.abs(self.costs) < ROUNDING * stages.sum()] = 0.0  # what is whole lacks nothing
+        self.worth = self.lengths / plan.num_slices  # of what is served; its mean is what is in use
+
+    def repaired(self, rule: RepairRule, horizon: float) -> Outlook:
+        if rule.below is None:
+            return self.repaired_every(min(rule.every_days or math.inf, 2 * horizon), horizon)
+        return self.repaired_below(rule.below, horizon)
 
     # ---- repaired on dates, or never ----
 
     def repaired_every(self, days: float, horizon: float) -> Outlook:
         periods = math.floor(horizon / days)
         last = horizon - periods * days
-        lengths, costs, dead, whole = self._terms(self.lengths, self.costs, self.lengths == 0, self.costs == 0)
+        lengths, costs, dead, whole = self._terms(self.worth, self.costs, self.lengths == 0, self.costs == 0)
         in_use = self._until(lengths, last) + (periods * self._until(lengths, days) if periods else 0.0)
         at_end = self._at(lengths, last if last or not periods else days)
         cost = repairs = 0.0
@@ -120,7 +150,7 @@ class _Shard:
         return self._outlook(cost, repairs, in_use / horizon, at_end, lives)
 
     def _outlook(self, cost: float, repairs: float, in_use: float, at_end: float, lives: float) -> Outlook:
-        shares = in_use / self.num_slices, at_end / self.num_slices, lives
+        shares = in_use, at_end, lives
         mean, end, alive = (min(1.0, max(0.0, float(share))) for share in shares)  # rounding aside, they are that
         return Outlook(float(cost), float(repairs), mean, end, 1 - alive**self.num_shards)
 
@@ -128,7 +158,7 @@ class _Shard:
 
     def repaired_below(self, length: int, horizon: float) -> Outlook:
         served = self.lengths >= length
-        alive, lengths = self._terms(served, np.where(served, self.lengths, 0.0))
+        alive, lengths = self._terms(served, np.where(served, self.worth, 0.0))
         spending, dying = self._terms(*self._last_hits(served))
         end = self._grid_end(alive, horizon)
         times = np.linspace(0.0, end, STEPS + 1)
