@@ -30,8 +30,8 @@ head=$(scontrol show hostnames "${SLURM_JOB_NODELIST}" | head -n 1)
 export HF_HOME="${HF_HOME:?name a cache that every node can read}"
 export HF_HUB_OFFLINE=1
 
-# The partition key stays in the store's state on the first node. If you keep it elsewhere, give it to the driver alone:
-# a file that my_training.py reads, not a variable of the job, which every node would get.
+# The partition key stays in the store's state on the first node. If you keep it elsewhere, let my_training.py read it
+# from a file and set `os.environ["HF_S3T_KEY"]`: a variable of the job would reach every node.
 unset HF_S3T_KEY
 
 # The same command on every node. Ray starts, waits for the others, runs the script on the first node, and stops.

@@ -1,4 +1,4 @@
-"""The files in `cluster_configs/`: bash and Ray take them, the key reaches the driver alone, and paths in them exist."""
+"""The files in `cluster_configs/`: bash and Ray take them, the key reaches the driver alone, pages they name exist."""
 
 from __future__ import annotations
 
