@@ -1,6 +1,7 @@
 """Trainings that Ray's workers can build, and what a worker's callback notes and does there.
 
-`python ray_trainings.py ADDRESS STORE NOTES` is a driver in a process of its own.
+`python ray_trainings.py ADDRESS STORE NOTES` is a driver in a process of its own. With `launch` for an address it trains
+as one of several processes, without Ray. `ACTIONS` and `OPTIONS` in the environment are JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from hf_s3t import S3TConfig, S3TTrainer
 SHARDS, SLICES = 2, 4
 SECONDS = 60.0
 CPU = {"CPU": 1}
+THREE_STAGES = {"num_shards": 1, "num_slices": 2, "budget": 2}
 ON_A_WORKER = "HF_S3T_TESTS_WORKER"
 """Is in the environment of workers, and not of drivers."""
 PR_SET_PTRACER, ANYBODY = 0x59616D61, -1
@@ -113,6 +115,7 @@ def build(
         TrainingArguments(str(store), **settings | options.pop("args", {})),
         train_dataset=data,
         peft_config=config,
+        eval_dataset=models.llama_rows(8, seed=1),
         callbacks=[Notes(notes, actions)],
         **{"data_collator": default_data_collator} | options,
     )
@@ -122,12 +125,17 @@ def build(
 
 
 def main(address: str, store: str, notes: str) -> None:
-    """Trains as a driver that may be killed."""
+    """Trains as a driver that may be killed, or without Ray."""
+    torch.set_num_threads(1)
+    if address == "launch":
+        build(Path(store), Path(notes), {}, config=THREE_STAGES, **json.loads(os.environ["OPTIONS"])).train()
+        torch.distributed.destroy_process_group()
+        return
+
     import ray
 
     from hf_s3t.ray import train
 
-    torch.set_num_threads(1)
     ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": worker_environment()})
     actions = json.loads(os.environ["ACTIONS"])
     train(partial(build, Path(store), Path(notes), actions), workers=2, resources_per_worker=CPU)

@@ -22,15 +22,19 @@ import pytest
 import ray
 
 import ray_trainings
+from conftest import REPOSITORY
 from hf_s3t import DatasetError, RecipeError, S3TError, S3TStore, StoreLockedError
 from hf_s3t.ray import train
 from hf_s3t.store.partition import assign, keyed_digest
-from ray_trainings import CPU, ON_A_WORKER, SHARDS, SLICES, build, rows, wait_for, worker_environment
+from ray_trainings import CPU, ON_A_WORKER, SHARDS, SLICES, THREE_STAGES, build, rows, wait_for, worker_environment
 from trainings import assert_same_stores
 
 KEY = "0fada7e11a5c0de5ca1ab1e0ddba1175"
 FIRST, SECOND = "shard-00/0-1", "shard-01/0-1"
 STAGES = 26
+SECONDS = 300
+CHOOSING = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "loss"}
+"""The best checkpoint of a stage is taken: it lies in the folder of the worker."""
 pytestmark = [
     pytest.mark.timeout(600),
     # Ray's own, of Python and of its dependencies; none is of a call of ours.
@@ -274,9 +278,30 @@ def test_cached_states_change_nothing_of_that(key, address, tmp_path, cache):
     assert_same_stores(tmp_path / "ray/store", tmp_path / "one/store")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["off", "memory", "disk"])
+def test_a_stage_of_two_processes_is_that_of_accelerate_launch_though_one_of_them_is_killed(address, tmp_path, cache):
+    options = {"activation_cache": cache, "args": {"num_train_epochs": 2, "load_best_model_at_end": True} | CHOOSING}
+    for name in ("one", "ray"):
+        (tmp_path / name).mkdir()
+    config = REPOSITORY / "accelerate_configs/cpu_2_processes.yaml"
+    launched = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+    arguments = [ray_trainings.__file__, "launch", str(tmp_path / "one/store"), str(tmp_path / "one")]
+    environment = {**os.environ, "PYTHONPATH": worker_environment()["PYTHONPATH"], "OPTIONS": json.dumps(options)}
+    subprocess.run([sys.executable, *launched, *arguments], env=environment, check=True, timeout=SECONDS)
+    options["config"] = THREE_STAGES
+    make = partial(build, tmp_path / "ray/store", tmp_path / "ray", {"shard-00/0-1": "kill"}, **options)
+    train(make, 1, CPU, gpus_per_stage=2)
+    assert_same_stores(tmp_path / "ray/store", tmp_path / "one/store")
+    assert S3TStore(tmp_path / "ray/store").manifest().recipe["processes"] == 2
+    begun = Notes(tmp_path / "ray").begun
+    assert {stage: len(pids) for stage, pids in begun.items()} == {"shard-00/0": 2, "shard-00/0-1": 4, "shard-00/1": 2}
+    assert len(set(begun["shard-00/0-1"])) == 4, "both processes were replaced"
+
+
 def test_what_cannot_be_is_refused_before_a_worker_is_started(key, tmp_path):
-    with pytest.raises(ValueError, match="several processes for one stage are not supported on Ray yet"):
-        train(partial(build, tmp_path / "store", tmp_path, {}), gpus_per_stage=2)
+    with pytest.raises(ValueError, match="`gpus_per_stage` must be an integer from 1 on, got 1.5"):
+        train(partial(build, tmp_path / "store", tmp_path, {}), gpus_per_stage=1.5)
     with pytest.raises(ValueError, match="`workers` must be an integer from 1 on, got 0"):
         train(partial(build, tmp_path / "store", tmp_path, {}), workers=0)
     with pytest.raises(ValueError, match="every worker would hold it"):

@@ -103,7 +103,7 @@ def test_a_worker_that_is_not_as_the_driver_is_refused(tmp_path, options, error,
         options = {"gone": (trainer.rows.raw["id"][0],)}
     worker = Worker(1)
     identity = worker.begin(partial(build, tmp_path / "other", tmp_path, {}, **options), trainer.store.manifest())
-    driver = Driver(trainer, "", 1, {})
+    driver = Driver(trainer, "", 1, {}, 1)
     if error is None:
         driver._check(identity)
         with pytest.raises(RecipeError, match="version of torch: the driver has '.*', the worker '0.1'"):
@@ -130,7 +130,7 @@ def test_other_content_and_other_preparation_are_told_apart(tmp_path):
 def test_rows_without_ids_of_which_some_are_alike_or_dropped_are_those_of_the_driver():
     texts = ["a", "b", "a", "c", "d", "a", "e"]
     rows, config = Dataset.from_dict({"text": texts}), S3TConfig(num_shards=2, num_slices=2)
-    sides = [TrainRows(rows, bytes.fromhex(KEY), config), RowsApart(rows, config)]
+    sides = [TrainRows(rows, bytes.fromhex(KEY), config), RowsApart(rows, b"", config)]
     for side in sides:
         marked = side.marked(rows)
         side.adopt(marked.select([position for position, text in enumerate(texts) if text != "c"][::-1]))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -33,8 +33,9 @@ from ..store.recipe_differences import compare_recipes
 from ..training.processes import is_bar_shown
 from ..training.refusals import Repair
 from ..training.rows_apart import Numbering
-from ..training.stage_orders import StageDropped, StageOrder, next_order
-from .worker import Identity, MakeTrainer, Worker, build
+from ..training.stage_orders import StageDropped, next_order
+from .hands import Hand
+from .worker import Identity, MakeTrainer, build
 
 logger = get_logger(__name__)
 
@@ -45,6 +46,7 @@ LOOK_SECONDS = 1.0
 END_SECONDS = 30.0
 """How long running stages have to end where one of them failed."""
 LONELY_SECONDS = 60.0
+"""After so many without any worker there is a warning."""
 
 
 def train(
@@ -68,7 +70,8 @@ def train(
         workers (`int`): how many stages train at a time, at most.
         resources_per_worker (`Mapping[str, float]`, *optional*): what Ray reserves for each. `None`: one GPU. Torch
             computes with as many threads as there are whole `"CPU"`s; without any, one.
-        gpus_per_stage (`int`): has to be 1. More processes for one stage are not supported on Ray yet.
+        gpus_per_stage (`int`): how many processes train a stage together, all on one node, each with
+            `resources_per_worker`. The number is part of the recipe, as with `accelerate launch`.
         repair, cost_budget: as for [`S3TTrainer.train`].
 
     Returns:
@@ -79,13 +82,9 @@ def train(
         S3TError: a stage's workers died three times.
         Exception: what a stage raised on its worker, with the stage's name in a note.
     """
-    if gpus_per_stage != 1:
-        raise ValueError(
-            f"gpus_per_stage={gpus_per_stage}: several processes for one stage are not supported on Ray yet. Leave it "
-            "at 1, or train with `accelerate launch`, one stage after the other."
-        )
-    if type(workers) is not int or workers < 1:
-        raise ValueError(f"`workers` must be an integer from 1 on, got {workers!r:.40}.")
+    for name, value in {"workers": workers, "gpus_per_stage": gpus_per_stage}.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"`{name}` must be an integer from 1 on, got {value!r:.40}.")
     trainer = build(make_trainer)
     if trainer.args.world_size > 1:
         raise ValueError("The driver is one process: start it without `accelerate launch` or `torchrun`.")
@@ -97,32 +96,18 @@ def train(
     if not ray.is_initialized():
         ray.init()
     resources = dict({"GPU": 1} if resources_per_worker is None else resources_per_worker)
-    trainer.stages_by = Driver(trainer, make_trainer, workers, resources).train
+    trainer.stages_by = Driver(trainer, make_trainer, workers, resources, gpus_per_stage).train
+    trainer.stage_processes = gpus_per_stage
     return trainer.train(repair=repair, cost_budget=cost_budget)
-
-
-@dataclass(eq=False)
-class Hand:
-    """A worker as the driver sees it."""
-
-    actor: Any
-    work: Any = None  # what it does now: a reference to its result
-    identity: Identity | None = None  # `None` until it has begun
-    order: StageOrder | None = None
-    serial: int = 0
-    called_off: bool = False
-    asked: Any = None  # for how much of its stage is done
-    share: float = 0.0
-
-    def is_training(self, *_: Any) -> bool:
-        """Whether it has a stage."""
-        return self.order is not None
 
 
 class Driver:
     """Trains the missing stages of a trainer's store, which is open and locked, on workers."""
 
-    def __init__(self, trainer: Any, make_trainer: MakeTrainer, workers: int, resources: Mapping[str, float]):
+    def __init__(
+        self, trainer: Any, make_trainer: MakeTrainer, workers: int, resources: Mapping[str, float], processes: int
+    ):
+        self.processes = processes  # that train a stage together
         self.trainer, self.store, self.rows = trainer, trainer.store, trainer.rows
         self.make_trainer, self.workers, self.resources = make_trainer, workers, dict(resources)
         self.hands: list[Hand] = []
@@ -153,19 +138,6 @@ class Driver:
 
     # ---- workers ----
 
-    def _new_hand(self) -> Hand:
-        resources = dict(self.resources)
-        cpus, gpus = resources.pop("CPU", 1), resources.pop("GPU", 0)
-        actor = (
-            ray.remote(concurrency_groups={"training": 1, "listening": 1})(Worker)
-            .options(
-                num_cpus=cpus, num_gpus=gpus, resources=resources, max_restarts=0,
-                runtime_env={"env_vars": {KEY_VARIABLE: ""}},
-            )
-            .remote(max(int(cpus), 1))
-        )  # fmt: skip
-        return Hand(actor, actor.begin.remote(self._recipe_of_trainer, self._manifest))
-
     @cached_property
     def _identity(self) -> Identity:
         return Identity.of(self.trainer)
@@ -189,15 +161,20 @@ class Driver:
                 "load the same rows in the same order on every node. Nothing of it was stored."
             )
 
+    def _new_hand(self) -> Hand:
+        hand = Hand.start(self.resources, self.processes)
+        hand.do("begin", self._recipe_of_trainer, self._manifest)
+        return hand
+
     def _dismiss(self) -> None:
         """Lets running stages go, and ends the workers, which remove what they have on their disks."""
         for hand in filter(Hand.is_training, self.hands):
-            hand.actor.call_off.remote(hand.serial)
-        ending = [hand.actor.end.remote() for hand in self.hands if hand.identity is not None]
+            hand.ask("call_off", hand.serial)
+        ending = [end for hand in self.hands if hand.identity is not None for end in hand.ask("end")]
         if ending:
             ray.wait(ending, num_returns=len(ending), timeout=END_SECONDS)
         for hand in self.hands:
-            ray.kill(hand.actor)
+            hand.kill()
 
     # ---- stages ----
 
@@ -206,12 +183,12 @@ class Driver:
             return
         for hand in filter(Hand.is_training, self.hands):
             if not hand.called_off and self.trainer.watch.is_hit(hand.order):
-                hand.actor.call_off.remote(hand.serial)
+                hand.ask("call_off", hand.serial)
                 hand.called_off = True
 
     def _hand_out(self) -> None:
         for hand in self.hands:
-            if hand.work is not None:
+            if hand.pending:
                 continue
             order = next_order(self.store, self.rows, self._choose)
             if order is None:
@@ -219,8 +196,7 @@ class Driver:
             self._serial += 1
             hand.order, hand.serial, hand.called_off, hand.share = order, self._serial, False, 0.0
             bare = replace(order, examples=(), content="")
-            examples = self._numbering.of(order.examples)
-            hand.work = hand.actor.train.remote(self._serial, bare, examples, self._numbers)
+            hand.do("train", self._serial, bare, self._numbering.of(order.examples), self._numbers)
 
     def _choose(self, missing: tuple[Stage, ...]) -> Iterable[Stage]:
         self._missing = missing
@@ -228,26 +204,32 @@ class Driver:
         return ready(missing, lambda stage: stage.passes(self.trainer.s3t_config.replay), begun)
 
     def _take_what_ended(self) -> None:
-        busy = {hand.work: hand for hand in self.hands if hand.work is not None}
+        busy = {work: hand for hand in self.hands for work in hand.pending}
         ended, _ = ray.wait(list(busy), timeout=LOOK_SECONDS) if busy else ([], [])
         for work in ended:
             hand = busy[work]
             try:
-                result = ray.get(work)
+                ray.get(work)
             except (RayTaskError, RuntimeEnvSetupError) as error:
-                raise _told(error, hand) from None
+                lost = hand.lost()
+                if lost is None:
+                    raise hand.told(error) from None
+                self._replace(hand, lost)
             except RayError as error:
                 self._replace(hand, error)
             else:
-                self._take(hand, result)
+                hand.pending.remove(work)
+                if not hand.pending:
+                    self._take(hand, ray.get(hand.work))
         if self._started and all(hand.identity is None for hand in self.hands):
             self._warn_if_lonely()
 
-    def _take(self, hand: Hand, result: Any) -> None:
-        order, hand.work, hand.order = hand.order, None, None
+    def _take(self, hand: Hand, results: list[Any]) -> None:
+        order, result, hand.order = hand.order, results[0], None
         if order is None:
-            self._check(result)
             hand.identity = result
+            for identity in results:
+                self._check(identity)
             self._losses.pop(None, None)
             logger.info("a worker has begun: %s", result)
             return
@@ -263,7 +245,7 @@ class Driver:
 
     def _replace(self, hand: Hand, error: RayError) -> None:
         """A worker was lost: its stage is missing, as it was before."""
-        ray.kill(hand.actor)
+        hand.kill()
         stage = hand.order.stage if hand.order is not None else None
         what = f"stage {stage.name}" if stage else "the beginning of a worker"
         self._losses[stage] += 1
@@ -283,10 +265,7 @@ class Driver:
         if not is_bar_shown(self.trainer.args):
             return
         for hand in filter(Hand.is_training, self.hands):
-            if hand.asked is None:
-                hand.asked = hand.actor.share_done.remote(hand.serial)
-            elif ray.wait([hand.asked], timeout=0)[0]:
-                hand.share, hand.asked = _value(hand.asked), None
+            hand.show_share()
         progress, replay = self.trainer.progress, self.trainer.s3t_config.replay
         running = [(hand.order.stage.passes(replay), hand.share) for hand in self.hands if hand.order is not None]
         progress.open()
@@ -307,19 +286,3 @@ def _other(what: str, driver: Mapping[str, Any], worker: Mapping[str, Any]) -> l
         for name in sorted(driver.keys() | worker.keys())
         if driver.get(name) != worker.get(name)
     ]
-
-
-def _told(error: Any, hand: Hand) -> Exception:
-    """What user code raised on a worker, with where that was."""
-    cause = getattr(error, "cause", None)
-    raised: Exception = cause if isinstance(cause, Exception) else error
-    where = f"In stage {hand.order.stage.name}" if hand.order else "While a worker built the trainer"
-    raised.add_note(f"{where}, {hand.identity or 'on a worker'}:\n{getattr(error, 'traceback_str', '')}")
-    return raised
-
-
-def _value(asked: Any) -> float:
-    try:
-        return ray.get(asked)
-    except RayError:  # it was lost, which its stage will tell
-        return 0.0

@@ -17,6 +17,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from ..store.folder import KEY_VARIABLE
 from ..store.manifest import Manifest
 from ..store.receipts import versions
 from ..training.apart import Apart, training_apart
+from ..training.processes import on_main_process
 from ..training.rows_apart import Numbers, rows_identity
 from ..training.stage_orders import StageDropped, StageOrder
 from ..training.trained_stage import TrainedStage
@@ -77,33 +79,58 @@ class Worker:
 
     Args:
         threads (`int`): how many threads torch computes with.
+        rank, processes (`int`): which of the processes this is that train a stage together, on one node.
+        first (`Worker`, *optional*): the actor of rank 0, of the others.
     """
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, rank: int = 0, processes: int = 1, first: Any = None):
         os.environ.pop(KEY_VARIABLE, None)
-        self.threads, self.scratch = threads, Scratch()
+        self.threads, self.rank, self.processes, self.first = threads, rank, processes, first
+        self.scratch = Scratch() if rank == 0 else None
         self.trainer: Any = None
         self._running: int | None = None
         self._called_off: set[int] = set()
         self._generation: int | None = None
+        self._port: int | None = None
 
     @ray.method(concurrency_group="training")
     def begin(self, make_trainer: MakeTrainer, manifest: Manifest) -> Identity:
         """Builds the trainer."""
         torch.set_num_threads(self.threads)
-        apart = Apart(self.scratch.path, lambda: self._running in self._called_off)
+        scratch, port = self.meeting() if self.first is None else ray.get(self.first.meeting.remote())
+        if self.processes > 1:
+            self._join(port)
+        apart = Apart(scratch, lambda: self._running in self._called_off)
         with training_apart(apart):
             trainer = build(make_trainer)
         if trainer.watch is not apart:
             raise ValueError("`make_trainer` returned a trainer that had been built before. Build it in the function.")
-        trainer.store.write_manifest(manifest)  # how a store's states are computed: see `TrunkCache.way`
+        if self.rank == 0:
+            trainer.store.write_manifest(manifest)  # how a store's states are computed: see `TrunkCache.way`
+        on_main_process(trainer.args, lambda: None)  # the others wait for it
         self.trainer = trainer
         trainer.try_evaluation()
         return Identity.of(trainer)
 
+    def _join(self, port: int) -> None:
+        """Says to accelerate what a launcher would say. Of GPUs this process sees its own alone."""
+        local = 0 if torch.cuda.is_available() else self.rank
+        told = {"RANK": self.rank, "LOCAL_RANK": local, "WORLD_SIZE": self.processes, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+
+    @ray.method(concurrency_group="listening")
+    def meeting(self) -> tuple[Path, int]:
+        """Of rank 0: the folder that its processes share, and a free port at which they find each other."""
+        assert self.scratch is not None
+        if self._port is None:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self._port = probe.getsockname()[1]
+        return self.scratch.path, self._port
+
     @ray.method(concurrency_group="training")
     def train(self, serial: int, order: StageOrder, examples: np.ndarray, numbers: Numbers) -> TrainedStage | None:
-        """Trains one stage. `None`: it was called off.
+        """Trains one stage. `None`: it was called off, or this is not the first process.
 
         Args:
             serial (`int`): number of this attempt.
@@ -117,17 +144,19 @@ class Worker:
             trainer.rows.know(numbers)
         elif self._generation != order.generation:  # states of an example that was deleted may be among them
             trainer.trunk_cache.close()
-            remove(trainer.store.private / "activations")
+            on_main_process(trainer.args, lambda: remove(trainer.store.private / "activations"))
         self._generation, trainer.guard.steps = order.generation, 0
         parent = order.parent and order.parent._replace(arrays=_writable(order.parent.arrays))
         order = replace(order, examples=tuple(trainer.rows.names(examples)), parent=parent)
         try:
-            return trainer._train_stage(order, False, None)
+            trained = trainer._train_stage(order, False, None)
+            return trained if self.rank == 0 else None
         except StageDropped:
             return None
         finally:
             self._running = None
-            remove(trainer.store.private / "running")
+            if self.rank == 0:
+                remove(trainer.store.private / "running")
 
     @ray.method(concurrency_group="training")
     def end(self) -> None:
@@ -136,7 +165,8 @@ class Worker:
             self.trainer.trunk_cache.close()
             self.trainer.end_workers()
             self.trainer.callback_handler.end_run(self.trainer.args, self.trainer.state, self.trainer.control)
-        self.scratch.remove()
+        if self.scratch is not None:
+            self.scratch.remove()
 
     @ray.method(concurrency_group="listening")
     def call_off(self, serial: int) -> None:

@@ -10,7 +10,6 @@ key nobody can be looked for.
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,9 +48,10 @@ class Numbering:
 class RowsApart(TrainRows):
     """The worker's side. Until [`know`] it knows of a raw row its position alone."""
 
-    def __init__(self, dataset: Any, config: S3TConfig):
+    def __init__(self, dataset: Any, key: bytes, config: S3TConfig):
+        """`key` is a random one, not the store's: with it digests of cached rows are made."""
         names = [str(position) for position in range(len(dataset))]
-        super()._begin(names, {}, dataset, secrets.token_bytes(32), config)
+        super()._begin(names, {}, dataset, key, config)
 
     def _assign(self, marks: Iterable[str]) -> None:
         self._marks = [int(mark) for mark in marks]

@@ -7,6 +7,7 @@ and distribution stay the Trainer's.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
 
     stages_by: Callable[[], dict[Stage, TrainOutput]] | None = None
     """Who trains and stores the missing stages in this trainer's place, if anybody does."""
+    stage_processes: int | None = None
+    """How many processes train a stage there."""
 
     def __init__(
         self,
@@ -127,7 +130,8 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
                 key, bar = on_main_process(args, self.store.ensure_key), is_bar_shown(args)
                 self._rows = TrainRows(train_dataset, key, self.s3t_config, bar)
             else:
-                self._rows = RowsApart(train_dataset, self.s3t_config)
+                key = on_main_process(args, partial(secrets.token_bytes, 32))
+                self._rows = RowsApart(train_dataset, key, self.s3t_config)
             train_dataset = self._rows.marked(train_dataset)
         with watched_preparation():
             super().__init__(
@@ -216,12 +220,13 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
 
     def recipe(self) -> dict[str, Any]:
         """Every setting of this trainer that changes bits; see [`make_recipe`]."""
-        return make_recipe(
+        recipe = make_recipe(
             self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
             self.data_collator, self.base_model_id, self._drawn_heads,
             user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.way(),
             steering=steering_by(self.args, with_state(self.callback_handler.callbacks), self.eval_dataset),
         )  # fmt: skip
+        return {**recipe, "processes": self.stage_processes or self.args.world_size}
 
     def _open_store(self, cost_budget: int | None = None) -> str:
         """Brings store, settings and rows into agreement; returns what is about to be trained, in one line."""
