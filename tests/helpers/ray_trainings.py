@@ -1,7 +1,7 @@
 """Trainings that Ray's workers can build, and what a worker's callback notes and does there.
 
-`python ray_trainings.py ADDRESS STORE NOTES` is a driver in a process of its own. With `launch` for an address it trains
-as one of several processes, without Ray. `ACTIONS` and `OPTIONS` in the environment are JSON.
+`python ray_trainings.py ADDRESS STORE NOTES` is a driver in a process of its own. With `launch` for an address it
+trains as one of several processes, without Ray. `ACTIONS` and `OPTIONS` in the environment are JSON.
 """
 
 from __future__ import annotations
