@@ -35,12 +35,7 @@ STAGES = 26
 SECONDS = 300
 CHOOSING = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "loss"}
 """The best checkpoint of a stage is taken: it lies in the folder of the worker."""
-pytestmark = [
-    pytest.mark.timeout(600),
-    # Ray's own, of Python and of its dependencies; none is of a call of ours.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +52,6 @@ def address(key: None) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(
             num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
             runtime_env={"env_vars": worker_environment()},
