@@ -124,6 +124,11 @@ def build(
     return trainer
 
 
+def from_environment() -> S3TTrainer:
+    """What a worker builds that is given `"ray_trainings:from_environment"`."""
+    return build(Path(os.environ["STORE"]), Path(os.environ["STORE"]).parent, {})
+
+
 def main(address: str, store: str, notes: str) -> None:
     """Trains as a driver that may be killed, or without Ray."""
     torch.set_num_threads(1)

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from hf_s3t import DatasetError, RecipeError, S3TConfig
 from hf_s3t.ray.driver import Driver
 from hf_s3t.ray.scratch import PREFIX, Scratch
 from hf_s3t.ray.worker import Identity, Worker
+from hf_s3t.ray.worker import build as build_by_name
 from hf_s3t.training.rows import TrainRows
 from hf_s3t.training.rows_apart import Numbering, RowsApart
 from hf_s3t.training.stage_orders import StageOrder, next_order
@@ -79,13 +81,35 @@ def test_states_of_what_was_deleted_are_forgotten_by_the_worker(tmp_path):
     assert not states.exists()
 
 
+class CallOff(TrainerCallback):
+    """Calls the first attempt off at its second step, as the driver would from another thread."""
+
+    def __init__(self, worker: Worker):
+        self.worker, self.checkpoints, self.steps = worker, [], []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(state.global_step)
+        if self.steps == [1, 2]:
+            self.checkpoints += self.worker.scratch.path.glob(".s3t/running/*/*")
+            self.worker.call_off(1)
+
+
 def test_an_attempt_that_was_called_off_is_dropped_and_no_other(tmp_path):
     trainer, worker = driver_and_worker(tmp_path, args={"save_strategy": "steps", "save_steps": 1})
+    callback = CallOff(worker)
+    worker.trainer.add_callback(callback)
     order = next_order(trainer.store, trainer.rows)
-    worker.call_off(1)
     assert worker.train(1, *sent(trainer, order)) is None
-    assert not list(worker.scratch.path.glob(".s3t/running/*"))
-    assert worker.train(2, *sent(trainer, order)).steps > 0
+    assert callback.steps == [1, 2]
+    assert callback.checkpoints and not any(folder.exists() for folder in callback.checkpoints)
+    assert worker.train(2, *sent(trainer, order)).steps == len(callback.steps) - 2 > 2
+
+
+def test_an_attempt_that_was_called_off_before_it_began_takes_no_step(tmp_path):
+    trainer, worker = driver_and_worker(tmp_path)
+    worker.call_off(1)
+    assert worker.train(1, *sent(trainer, next_order(trainer.store, trainer.rows))) is None
+    assert "step" not in (tmp_path / "notes").read_text()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +135,11 @@ def test_a_worker_that_is_not_as_the_driver_is_refused(tmp_path, options, error,
         return
     with pytest.raises(error, match=message):
         driver._check(identity)
+
+
+def test_a_trainer_is_built_by_the_name_of_a_function(tmp_path, monkeypatch):
+    monkeypatch.setenv("STORE", str(tmp_path / "store"))
+    assert build_by_name("ray_trainings:from_environment").store.path == tmp_path / "store"
 
 
 def test_other_content_and_other_preparation_are_told_apart(tmp_path):

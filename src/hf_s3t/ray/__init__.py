@@ -1,5 +1,10 @@
 """Many machines, by Ray (the extra `ray`): workers train the stages that a store lacks."""
 
+try:
+    import ray as _ray  # noqa: F401
+except ImportError as error:
+    raise ImportError('Training on Ray needs it, which is an extra. Run: pip install "hf-s3t[ray]"') from error
+
 from .driver import train
 
 __all__ = ["train"]
