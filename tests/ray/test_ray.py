@@ -35,7 +35,7 @@ STAGES = 26
 SECONDS = 300
 CHOOSING = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "loss"}
 """The best checkpoint of a stage is taken: it lies in the folder of the worker."""
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
