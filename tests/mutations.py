@@ -26,6 +26,7 @@ from mutations_hub import ON_THE_HUB
 from mutations_isolation import ISOLATION
 from mutations_keeping import KEEPING
 from mutations_planning import PLANNING
+from mutations_ray import ON_RAY
 from mutations_serving import SERVING
 from mutations_speed import SPEED
 from mutations_state import STATE
@@ -188,7 +189,7 @@ MUTATIONS = (
              ("training/test_orders.py::test_a_deletion_that_is_being_carried_out_drops_the_stages_that_it_hits_and_no_"
               "other",)),
     Mutation(5, "a stage that is hit trains on", "training/running_stage.py",
-             (("hit = is_hit(self.store, self.order)", "hit = False"),), (RUNNING,)),
+             (("hit = self.watch.changed() and self.watch.is_hit(self.order)", "hit = False"),), (RUNNING,)),
     # 6. tombstones
     Mutation(6, "rows that a tombstone stands for go into the index", "training/reconcile.py",
              (("    if not any(buried.values()):\n", "    if True:\n"),), (BURIED + LLAMA,)),
@@ -228,7 +229,7 @@ MUTATIONS = (
 )  # fmt: skip
 
 MORE = (
-    SERVING, ENDPOINT, ON_THE_HUB, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS,
+    SERVING, ENDPOINT, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS,
 )  # fmt: skip
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 

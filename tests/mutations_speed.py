@@ -27,7 +27,7 @@ SPEED = (
      (('        privates.add(folder.path / ".s3t")\n', "        pass\n"),),
      (T + "a_deletion_with_the_state_elsewhere_takes_its_states_along",)),
     (3, "states of a slice that a deletion hits meanwhile are kept", "training/trunk_cache.py",
-     (('if self.cache == "disk" and is_hit(store, order):', "if False:"),), (WRITTEN,)),
+     (('if self.cache == "disk" and watch.is_hit(order):', "if False:"),), (WRITTEN,)),
     (7, "states of examples that left the index elsewhere stay", "store/activation_blocks.py",
      (("return has_all(example for", "return True or has_all(example for"),), (ELSEWHERE,)),
     (7, "a half-written file is not held against the index", "store/activation_blocks.py",

@@ -315,6 +315,21 @@ def test_scaling_writes_its_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scaling_on_ray_writes_its_figures(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks/scaling_ray.py"), "--quick", "--json", str(file), "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(file.read_text())
+    assert set(record) == {"name", "commit", "versions", "hardware", "settings", "figures"}
+    assert record["name"] == "scaling_ray" and record["settings"]["seed"] == 3
+    figures = record["figures"]
+    assert figures["stages"] == 26 and figures["stage_seconds_longest"] >= figures["stage_seconds_shortest"] > 0
+    assert figures["ray_over_one_process"] == pytest.approx(figures["ray_seconds"] / figures["one_process_seconds"])
+    assert figures["ray_over_two_threads"] > 0
+
+
+@pytest.mark.slow
 def test_bookkeeping_writes_its_figures(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [sys.executable, str(ROOT / "benchmarks/bookkeeping.py"), "--quick", "--json", str(file), "--seed", "3"]

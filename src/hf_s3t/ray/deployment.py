@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray import serve as ray_serve
-
 from ..endpoint.settings import Settings, delete_token_of, model_name
 from ..store.sources import is_repo_id
 from ..store.store import S3TStore
@@ -66,6 +64,8 @@ def serve(
             "Replicas delete nothing: several of them would each need the state. Delete with `hf-s3t delete`, or "
             "through one `hf-s3t serve --allow-delete`; every replica takes it over."
         )
+    from ray import serve as ray_serve  # training does without
+
     S3TStore(store).manifest()  # said here and at once, where a replica would try three times
     checked = Settings(name=name or model_name(store), **settings)
     store = store if is_repo_id(store) else str(Path(store).resolve())  # a replica has another working folder

@@ -33,10 +33,14 @@ class Difference(NamedTuple):
     after: Any
 
     def __str__(self) -> str:
+        return self.between("the store", "this run")
+
+    def between(self, one: str, other: str) -> str:
+        """What is told of it, where the recipes are those of `one` and of the `other`."""
         if self.before is ABSENT:
-            return f"{self.setting}: the store does not name it, this run has {self.after!r}"
+            return f"{self.setting}: {one} does not name it, {other} has {self.after!r}"
         after = "does not name it" if self.after is ABSENT else repr(self.after)
-        return f"{self.setting}: the store has {self.before!r}, this run {after}"
+        return f"{self.setting}: {one} has {self.before!r}, {other} {after}"
 
     def accepted(self, generation: int) -> Accepted:
         """On record."""
@@ -88,20 +92,25 @@ def check_accept(accept: Any) -> None:
 def check_same(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], accept: Collection[str] = ()
 ) -> tuple[Difference, ...]:
-    """What differs between two recipes and was accepted. A [`RecipeError`] if anything else does.
-
-    An argument that one side does not know, because it came or went with a version of the Trainer, is no difference
-    where the other side knows that nobody set it. A field of the base's config that only one has is none either.
-    """
-    unset = {*stored.get(UNSET, ()), *wanted.get(UNSET, ())}
-    before, after = _comparable(stored, wanted)
-    differences = tuple(_differences(before, after, "", unset))
+    """What differs between two recipes and was accepted. A [`RecipeError`] if anything else does."""
+    differences = compare_recipes(stored, wanted)
     if any(found.setting not in accept or why_not(found.setting) for found in differences):
         raise RecipeError(
             "The settings differ from those that the store was trained with, so repaired stages would not be what "
             "training from scratch gives:\n  " + "\n  ".join(map(str, differences)) + "\n" + _way_out(differences)
         )
     return differences
+
+
+def compare_recipes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """What differs between two recipes.
+
+    An argument that one side does not know, because it came or went with a version of the Trainer, is no difference
+    where the other side knows that nobody set it. A field of the base's config that only one has is none either.
+    """
+    unset = {*stored.get(UNSET, ()), *wanted.get(UNSET, ())}
+    before, after = _comparable(stored, wanted)
+    return tuple(_differences(before, after, "", unset))
 
 
 UNSET = "unset"

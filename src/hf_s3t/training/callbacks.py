@@ -136,19 +136,24 @@ class PlanProgressCallback(ProgressCallback):
         self.replay, self.total, self.done = replay, 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is None:
-            self.training_bar = tqdm(total=self.total, unit=" slice passes", dynamic_ncols=True)
+        if state.is_world_process_zero:
+            self.open()
         if self.training_bar is not None and stage is not None:
             self.training_bar.set_description(stage.name)
 
     def on_step_end(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and stage is not None:
-            self._show(self.done + stage.passes(self.replay) * state.global_step / max(state.max_steps, 1))
+            self.show(self.done + stage.passes(self.replay) * state.global_step / max(state.max_steps, 1))
 
     def on_train_end(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
         if stage is not None:
             self.done += stage.passes(self.replay)
-            self._show(self.done)
+            self.show(self.done)
+
+    def open(self) -> None:
+        """Begins the bar, if there is none yet."""
+        if self.training_bar is None:
+            self.training_bar = tqdm(total=self.total, unit=" slice passes", dynamic_ncols=True)
 
     def close(self) -> None:
         """Ends the bar with the run."""
@@ -157,7 +162,8 @@ class PlanProgressCallback(ProgressCallback):
             self.training_bar.close()
             self.training_bar = None
 
-    def _show(self, position: float) -> None:
+    def show(self, position: float) -> None:
+        """Moves the bar, if there is one, to so many slice passes."""
         if self.training_bar is not None:
             self.training_bar.n = round(position, 2)
             self.training_bar.refresh()

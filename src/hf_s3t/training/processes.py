@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
+
+from ..errors import IsolationError
+from ..lora.heads import tensor_digest
+from ..lora.tuner import Tensors
 
 
 def on_main_process(args: TrainingArguments, function: Callable[[], Any]) -> Any:
@@ -52,3 +57,20 @@ def check_processes(args: TrainingArguments) -> None:
             f"The launcher started {launched} processes, but each of them would train alone (world size "
             f"{args.world_size}). On machines without a GPU pass `use_cpu=True` in the TrainingArguments."
         )
+
+
+def check_ranks(args: TrainingArguments, tensors: Tensors) -> None:
+    """Raises [`IsolationError`] unless every process holds the same stage, bit for bit."""
+    if args.world_size == 1:
+        return
+    digest = hashlib.sha256("".join(tensor_digest(tensors[name]) for name in sorted(tensors)).encode()).hexdigest()
+    if len(set(gather_object([digest]))) > 1:
+        raise IsolationError(
+            "The processes ended the stage with different weights: gradients were not averaged between them. "
+            "Nothing was stored. See whether a callback or a loss changes the model on one process only."
+        )
+
+
+def is_bar_shown(args: TrainingArguments) -> bool:
+    """Whether this process shows progress bars."""
+    return args.process_index == 0 and not args.disable_tqdm

@@ -18,7 +18,7 @@ from ..plan.tree import Stage
 from ..seams.preparation import DIGEST_COLUMN
 from ..store.database import StateDatabase
 from ..store.hashing import read_rows
-from ..store.partition import id_source, raw_rows, stage_examples
+from ..store.partition import Index, id_source, raw_rows, stage_examples
 from ..trunk.row_numbers import NumberedRows
 
 logger = logging.getLogger(__name__)
@@ -28,9 +28,13 @@ class TrainRows:
     """Which raw row of the train set is which example."""
 
     def __init__(self, dataset: Any, key: bytes, config: S3TConfig, progress: bool = False, workers: int = 0):
-        self._digests, self.entries = read_rows(dataset, key, config, progress, workers)
-        if not self._digests:
+        digests, index = read_rows(dataset, key, config, progress, workers)
+        self._begin(digests, index, dataset, key, config)
+
+    def _begin(self, names: list[str], entries: Index, dataset: Any, key: bytes, config: S3TConfig) -> None:
+        if not names:
             raise ValueError("The train set has no rows.")
+        self.raw, self.raw_names, self.entries = dataset, names, entries
         self.id_column = id_source(config, list(next(iter(raw_rows(dataset)))))
         self.key, self.replay = key, config.replay
         self._first: dict[str, int] = {}  # the prepared row of an example
@@ -41,20 +45,26 @@ class TrainRows:
 
     def marked(self, dataset: Any) -> Any:
         """The raw dataset with the digest column, where it can have one."""
-        return dataset.add_column(DIGEST_COLUMN, self._digests) if hasattr(dataset, "add_column") else dataset
+        return dataset.add_column(DIGEST_COLUMN, self.raw_names) if hasattr(dataset, "add_column") else dataset
 
     def adopt(self, prepared: Any) -> Any:
         """Takes the prepared dataset; returns it without the digest column."""
-        digests: Iterable[str] = self._digests
+        digests: Iterable[str] = self.raw_names
         if DIGEST_COLUMN in getattr(prepared, "column_names", ()):
             marks = prepared.select_columns(DIGEST_COLUMN)
             digests = (row[DIGEST_COLUMN] for row in raw_rows(marks))
             prepared = prepared.remove_columns(DIGEST_COLUMN)
-        elif len(prepared) != len(self._digests):
+        elif len(prepared) != len(self.raw_names):
             raise ValueError(
-                f"{len(self._digests)} rows became {len(prepared)} without the column {DIGEST_COLUMN!r}: it is not "
+                f"{len(self.raw_names)} rows became {len(prepared)} without the column {DIGEST_COLUMN!r}: it is not "
                 "known which row is whose. Keep extra columns in the dataset's preparation, and do not pack examples."
             )
+        self._assign(digests)
+        self.dataset = prepared
+        return prepared
+
+    def _assign(self, digests: Iterable[str]) -> None:
+        """Notes whose the prepared rows are; one name for each of them."""
         self._first = dict.fromkeys(self.entries, -1)  # so that each digest is in memory once
         for position, digest in enumerate(digests):
             first = self._first.get(digest, position)  # a row that the preparation made up is nobody's
@@ -66,8 +76,6 @@ class TrainRows:
         dropped = len(self.entries) - len(self._first)
         if dropped:
             logger.warning("%d rows were dropped in the preparation: no stage sees them", dropped)
-        self.dataset = prepared
-        return prepared
 
     def examples(self, stage: Stage, state: StateDatabase) -> tuple[str, ...]:
         """Keyed digests of a stage's examples, as [`stage_examples`] orders them: those of the index, nothing deleted.

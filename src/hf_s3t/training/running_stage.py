@@ -15,9 +15,10 @@ from ..files import remove
 from ..seams.trainer import TrainerSeam, kept_generators, written_checkpoint
 from ..store.folder import LOCK_SECONDS
 from ..store.store import S3TStore
+from .apart import Apart
 from .checkpoints import collates_the_same, latest_checkpoint, mark_complete
 from .processes import on_main_process
-from .stage_orders import StageDropped, StageOrder, is_hit, running_folder
+from .stage_orders import StageDropped, StageOrder, StoreWatch, running_folder
 
 logger = get_logger(__name__)
 
@@ -30,7 +31,7 @@ class RunningStageMixin(TrainerSeam):
     callback_handler: Any
     store: S3TStore
     _order: StageOrder | None
-    _marks: Any
+    watch: StoreWatch | Apart
 
     # ---- deletions while a stage trains ----
 
@@ -38,10 +39,7 @@ class RunningStageMixin(TrainerSeam):
         """Raises [`StageDropped`] on every process at the same step once an intent covers the running stage."""
         hit = False
         if self._order is not None and self.is_world_process_zero():
-            marks = self.store.marks()
-            if marks != self._marks:
-                hit = is_hit(self.store, self.order)
-                self._marks = marks
+            hit = self.watch.changed() and self.watch.is_hit(self.order)
         if self.args.world_size > 1:
             flag: Any = torch.tensor([hit], device=self.args.device, dtype=torch.int32)
             torch.distributed.broadcast(flag, 0)
@@ -103,7 +101,7 @@ class RunningStageMixin(TrainerSeam):
     def _enter_checkpoint(self) -> None:
         self.store.write_lock.acquire(LOCK_SECONDS)
         try:
-            if is_hit(self.store, self.order):
+            if self.watch.is_hit(self.order):
                 raise StageDropped
         except BaseException:  # nobody but the caller of a checkpoint that begins gives the lock back
             self.store.write_lock.release()

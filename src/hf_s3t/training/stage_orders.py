@@ -6,6 +6,8 @@ training never holds that lock while it computes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,17 +41,23 @@ class StageOrder:
         return {"stage": self.stage.name, "data": examples_digest(self.examples), "content": self.content}
 
 
-def next_order(store: S3TStore, rows: TrainRows) -> StageOrder | None:
-    """The first stage that the store lacks, with its rows as they may be used now; `None` when nothing is missing."""
+def next_order(
+    store: S3TStore, rows: TrainRows, choose: Callable[[tuple[Stage, ...]], Iterable[Stage]] = iter
+) -> StageOrder | None:
+    """A stage that the store lacks, with its rows as they may be used now; `None` when there is none to train.
+
+    It is the first of those that `choose` gives of all missing ones. Its parent has to be there.
+    """
     with store.writing():
         manifest = store.manifest()
         missing = manifest.plan.missing(manifest.stages)
         with store.reading() as state:
             check_generation(store, manifest, state)  # deletions may have come while another stage trained
-            if not missing:
+            stage = next(iter(choose(missing)), None)
+            if stage is None:
                 return None
-            steps, generation, examples = state.steps(), state.generation, rows.examples(missing[0], state)
-        stage, parent = missing[0], None
+            steps, generation, examples = state.steps(), state.generation, rows.examples(stage, state)
+        parent = None
         if stage.parent is not None:
             parent = store.assemble(stage.shard, stage.parent.prefix, manifest)
         content = examples_digest([rows.entries[digest].content for digest in examples])
@@ -72,6 +80,32 @@ def is_hit(store: S3TStore, order: StageOrder) -> bool:
         if any(newest.get(place, 0) > order.generation for place in order.stage.slices):
             return True
         return not state.has_all(order.examples)  # a tombstone may have been lifted again, but its example is gone
+
+
+class StoreWatch:
+    """Tells a training of deletions, by the store."""
+
+    def __init__(self, store: S3TStore):
+        self.store = store
+        self._marks: Any = None
+
+    def changed(self) -> bool:
+        """Whether a deletion began or ended since this was asked last. Cheap."""
+        before, self._marks = self._marks, self.store.marks()
+        return self._marks != before
+
+    def is_hit(self, order: StageOrder) -> bool:
+        """Whether a deletion hit a stage; see [`is_hit`]."""
+        return is_hit(self.store, order)
+
+    def knows_all(self, examples: Iterable[str]) -> bool:
+        """Whether all of some examples are in the index."""
+        with self.store.reading() as state:
+            return state.has_all(examples)
+
+    def writing(self) -> AbstractContextManager[Any]:
+        """Inside, no deletion begins."""
+        return self.store.writing()
 
 
 def commit(store: S3TStore, order: StageOrder, adapter: Adapter, record: dict[str, Any]) -> None:

@@ -7,46 +7,45 @@ and distribution stay the Trainer's.
 
 from __future__ import annotations
 
-import hashlib
+import secrets
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from huggingface_hub.utils import validate_repo_id
 from transformers import Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
-from ..errors import IsolationError
 from ..files import remove
 from ..lora.adapter import Adapter
 from ..lora.config import S3TConfig
-from ..lora.heads import tensor_digest
-from ..lora.tuner import StageTuner, Tensors, owned_layers, plain_lora_config
+from ..lora.tuner import StageTuner, owned_layers, plain_lora_config
 from ..lora.wrapping import wrap_model
 from ..plan.tree import Stage
 from ..seams.preparation import watched_preparation
 from ..seams.trainer import with_state
 from ..store.base_model import public_id
-from ..store.receipts import versions
 from ..store.recipe import make_recipe, steering_by
 from ..store.recipe_differences import check_accept
 from ..store.store import S3TStore
 from ..trunk.row_states import ActivationCache, check_cache
+from .apart import apart_here
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
 from .marked_rows import MarkedRowsMixin, drawn_beyond
-from .processes import check_processes, on_main_process
+from .processes import check_processes, check_ranks, is_bar_shown, on_main_process
 from .reconcile import Missing, Wanted, plan_repair, reconcile, warn_of_other_stacks
 from .refusals import Repair, check_repair, refuse_arguments, set_stage_defaults
 from .rows import TrainRows
+from .rows_apart import RowsApart
 from .served_model import ServedModelMixin
-from .stage_orders import StageDropped, StageOrder, commit, next_order, running_folder
+from .stage_orders import StageDropped, StageOrder, StoreWatch, commit, next_order, running_folder
 from .stage_plan import make_plan, stage_seed
+from .trained_stage import TrainedStage, summary
 from .trunk_cache import TrunkCache
 
 logger = get_logger(__name__)
@@ -85,6 +84,11 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         ```
     """
 
+    stages_by: Callable[[], dict[Stage, TrainOutput]] | None = None
+    """Who trains and stores the missing stages in this trainer's place, if anybody does."""
+    stage_processes: int | None = None
+    """How many processes train a stage there."""
+
     def __init__(
         self,
         model: Any = None,
@@ -108,9 +112,13 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             validate_repo_id(base_model_id)
         check_accept(accept_recipe)
         set_stage_defaults(args)
+        apart = apart_here()
+        if apart is not None:
+            apart.settle(args)
         self.trunk_cache = TrunkCache(self, activation_cache, activation_cache_gb, eval_trunk)
         self.missing, self.extend, self.accept_recipe = missing, extend, tuple(accept_recipe)
         self.store = S3TStore(Path(args.output_dir), partition_key)  # a `str` might be the id of a repository
+        self.watch = apart or StoreWatch(self.store)
         model, self.s3t_config, self._drawn_heads = wrap_model(model, peft_config, args.seed)
         check_cache(activation_cache, activation_cache_gb, eval_trunk, self.s3t_config, args, model)
         self.base_model_id = base_model_id or public_id(model)
@@ -118,8 +126,12 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         check_processes(args)
         self._rows = None
         if train_dataset is not None:
-            key, bar = on_main_process(args, self.store.ensure_key), args.process_index == 0 and not args.disable_tqdm
-            self._rows = TrainRows(train_dataset, key, self.s3t_config, bar, args.dataloader_num_workers)
+            if apart is None:
+                key, bar = on_main_process(args, self.store.ensure_key), is_bar_shown(args)
+                self._rows = TrainRows(train_dataset, key, self.s3t_config, bar, args.dataloader_num_workers)
+            else:
+                key = on_main_process(args, partial(secrets.token_bytes, 32))
+                self._rows = RowsApart(train_dataset, key, self.s3t_config)
             train_dataset = self._rows.marked(train_dataset)
         with watched_preparation():
             super().__init__(
@@ -129,7 +141,8 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         if self._rows is not None:
             self.train_dataset = self._rows.adopt(self.train_dataset)
         self._adopt_callbacks()
-        self._order = self._members = self._marks = None
+        self._order = self._members = None
+        self._base_fingerprints: dict[str, str] = {}
 
     def _adopt_callbacks(self) -> None:
         """Makes the user's callbacks see one run, and adds the guard and our progress bar to them."""
@@ -182,9 +195,8 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         with self._training_lock():
             logger.info("%s", self._on_main(partial(self._open_store, cost_budget)))
             try:
-                if self._on_main(lambda: self.progress.total):
-                    self.try_evaluation()
-                outputs = self._train_missing(resume_from_checkpoint is not False, ignore_keys_for_eval)
+                elsewhere, resume = self.stages_by, resume_from_checkpoint is not False
+                outputs = elsewhere() if elsewhere else self._train_missing(resume, ignore_keys_for_eval)
             finally:
                 self.trunk_cache.close()
                 self.end_workers()
@@ -194,7 +206,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         self._serve()
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
             self.push_to_hub()
-        return _summary(outputs)
+        return summary(outputs)
 
     @contextmanager
     def _training_lock(self) -> Iterator[None]:
@@ -206,14 +218,19 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             if self.is_world_process_zero():
                 self.store.train_lock.release()
 
-    def _open_store(self, cost_budget: int | None = None) -> str:
-        """Brings store, settings and rows into agreement; returns what is about to be trained, in one line."""
+    def recipe(self) -> dict[str, Any]:
+        """Every setting of this trainer that changes bits; see [`make_recipe`]."""
         recipe = make_recipe(
             self.s3t_config, self.tuner.layout, self.rows.id_column, self.args, self.model, self.processing_class,
             self.data_collator, self.base_model_id, self._drawn_heads,
             user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.way(),
             steering=steering_by(self.args, with_state(self.callback_handler.callbacks), self.eval_dataset),
         )  # fmt: skip
+        return {**recipe, "processes": self.stage_processes or self.args.world_size}
+
+    def _open_store(self, cost_budget: int | None = None) -> str:
+        """Brings store, settings and rows into agreement; returns what is about to be trained, in one line."""
+        recipe = self.recipe()
         prior = self.s3t_config.deletion_prior
         wanted_plan = make_plan(self.s3t_config, self.args.seed) if cost_budget is None else None
         wanted = Wanted(recipe, wanted_plan, prior, self.rows, self.missing, self.extend, self.accept_recipe)
@@ -237,21 +254,25 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
 
     def _train_missing(self, resume: bool, ignore_keys_for_eval: list[str] | None) -> dict[Stage, TrainOutput]:
         outputs: dict[Stage, TrainOutput] = {}
-        self._base_fingerprints: dict[str, str] = {}
+        self._base_fingerprints = {}
+        if self._on_main(lambda: self.progress.total):
+            self.try_evaluation()
         while (order := self._on_main(self._next_order)) is not None:
             try:
-                outputs[order.stage] = self._train_stage(order, resume, ignore_keys_for_eval)
+                trained = self._train_stage(order, resume, ignore_keys_for_eval)
+                self._on_main(partial(self._store_stage, order, trained))
+                outputs[order.stage] = trained.output
             except StageDropped:
                 logger.warning("stage %s was hit by a deletion: dropped", order.stage.name)
                 self._on_main(partial(remove, running_folder(self.store, order.stage)))
         return outputs
 
     def _next_order(self) -> StageOrder | None:
-        self._marks = self.store.marks()
+        self.watch.changed()
         return next_order(self.store, self.rows)
 
-    def _train_stage(self, order: StageOrder, resume: bool, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
-        """One stage from its fresh parameters to its place in the store."""
+    def _train_stage(self, order: StageOrder, resume: bool, ignore_keys_for_eval: list[str] | None) -> TrainedStage:
+        """One stage from its fresh parameters to what is to be stored of it."""
         started, seed = time.monotonic(), stage_seed(self.args.seed, order.stage)
         self._order, self.callback_handler.stage = order, order.stage
         given = self.train_dataset, self.data_collator
@@ -272,7 +293,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
                     self._base_fingerprints = self.tuner.check_frozen(frozen)
             else:
                 self.tuner.empty_stage()
-            self._store_stage(order, output, started)
+            trained = self._trained(order.stage, output, time.monotonic() - started)
         except IndexError as error:
             raise drawn_beyond(error, order) from error
         finally:
@@ -281,28 +302,21 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             self.remove_noise(ended=False)
             self.args.dataloader_drop_last = drop_last
             self.train_dataset, self.data_collator = given
-        return output
+        return trained
 
-    def _store_stage(self, order: StageOrder, output: TrainOutput, started: float) -> None:
+    def _trained(self, stage: Stage, output: TrainOutput, seconds: float) -> TrainedStage:
         tensors = self.tuner.stage_tensors()
-        layers = owned_layers(self.s3t_config, self.tuner.layout, order.stage.depth)
-        self._check_ranks(tensors)
+        layers = owned_layers(self.s3t_config, self.tuner.layout, stage.depth)
+        check_ranks(self.args, tensors)
         config = plain_lora_config(self.s3t_config, self.tuner.layout, layers)
-        config["auto_mapping"] = self._auto_mapping(order.stage)
-        record = {
-            "generation": order.generation,
-            "examples": len(order.examples),
-            "data": order.mark["data"],
-            "steps": output.global_step,
-            "seconds": round(time.monotonic() - started, 3),
-            "versions": versions(),
-        }
-        self._on_main(partial(commit, self.store, order, Adapter.from_tensors(config, tensors), record))
-        numel = sum(value.numel() for value in tensors.values())
-        logger.info(
-            "stage %s: layers %s, %d examples, %d trainable parameters, loss %.4f, %.1f s",
-            order.stage.name, list(layers), len(order.examples), numel, output.training_loss, record["seconds"],
-        )  # fmt: skip
+        config["auto_mapping"] = self._auto_mapping(stage)
+        adapter = Adapter.from_tensors(config, tensors)
+        return TrainedStage(adapter, output.global_step, output.training_loss, round(seconds, 3))
+
+    def _store_stage(self, order: StageOrder, trained: TrainedStage, where: str = "") -> None:
+        about = {"generation": order.generation, "examples": len(order.examples), "data": order.mark["data"]}
+        commit(self.store, order, trained.adapter, about | trained.about)
+        logger.info("%s%s", trained.line(order.stage, len(order.examples)), where)
 
     def _auto_mapping(self, stage: Stage) -> dict[str, Any]:
         """PEFT's field for libraries: the base's class, which stages this one builds on, and whether by rank."""
@@ -316,23 +330,6 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         with self.store.writing():
             self.store.write_manifest(self.store.write_root(self.store.manifest()))
             remove(self.store.private / "running")
-
-    def _check_ranks(self, tensors: Tensors) -> None:
-        """Every process must hold the same stage, bit for bit."""
-        if self.args.world_size == 1:
-            return
-        digest = hashlib.sha256("".join(tensor_digest(tensors[name]) for name in sorted(tensors)).encode()).hexdigest()
-        if len(set(gather_object([digest]))) > 1:
-            raise IsolationError(
-                "The processes ended the stage with different weights: gradients were not averaged between them. "
-                "Nothing was stored. See whether a callback or a loss changes the model on one process only."
-            )
-
-
-def _summary(outputs: Mapping[Stage, TrainOutput]) -> TrainOutput:
-    steps = sum(output.global_step for output in outputs.values())
-    loss = sum(output.training_loss * output.global_step for output in outputs.values()) / max(steps, 1)
-    return TrainOutput(steps, loss, {f"{stage.name}/loss": out.training_loss for stage, out in outputs.items()})
 
 
 class S3TTrainer(S3TMixin, Trainer):

@@ -30,7 +30,7 @@ from ..trunk.row_numbers import NumberingCollator
 from ..trunk.row_states import ActivationCache, AloneRows, check_model
 from ..trunk.trunk import Trunk
 from .processes import on_every_process, on_main_process
-from .stage_orders import StageDropped, StageOrder, is_hit
+from .stage_orders import StageDropped, StageOrder
 
 logger = get_logger(__name__)
 
@@ -225,10 +225,10 @@ class TrunkCache:
 
     def _install(self, order: StageOrder, writers: Sequence[Any]) -> None:
         """Makes blocks count; files, which outlive the stage, under the write lock and unless a deletion came."""
-        store, blocks = self.trainer.store, self.blocks
+        watch, blocks = self.trainer.watch, self.blocks
         assert blocks is not None
-        with store.writing() if self.cache == "disk" else nullcontext():
-            if self.cache == "disk" and is_hit(store, order):
+        with watch.writing() if self.cache == "disk" else nullcontext():
+            if self.cache == "disk" and watch.is_hit(order):
                 raise StageDropped
             for writer in writers:
                 blocks.install(writer)
@@ -321,8 +321,8 @@ class TrunkCache:
         blocks = self.blocks.blocks
 
         def deleted() -> list[BlockName]:
-            with self.trainer.store.reading() as state:
-                return [n for n, block in blocks.items() if not state.has_all(row for row, _ in block.examples)]
+            knows_all = self.trainer.watch.knows_all
+            return [name for name, block in blocks.items() if not knows_all(row for row, _ in block.examples)]
 
         for name in self._on_main(deleted):
             self.blocks.drop(name)
