@@ -1,4 +1,4 @@
-"""Many machines, by Ray (the extra `ray`): workers train the stages that a store lacks; replicas serve the endpoint."""
+"""Many machines, by Ray (an extra): workers train the stages that a store lacks, replicas serve the endpoint."""
 
 try:
     import ray as _ray  # noqa: F401
