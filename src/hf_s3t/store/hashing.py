@@ -121,7 +121,7 @@ def _hash_in_processes(dataset: Any, key: bytes, hashing: _Hashing, workers: int
             hashing.names.strange |= strange_names
             hashing.people.strange |= strange_people
             digests, *fields = columns
-            yield from zip(digests, map(Entry._make, zip(*fields, strict=True)), strict=True)
+            yield from zip(digests, itertools.starmap(Entry, zip(*fields, strict=True)), strict=True)
 
 
 _shared: tuple[Any, bytes, Any]
