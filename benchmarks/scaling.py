@@ -9,9 +9,10 @@ stage of the same depth takes the mean that was measured for it. `--stage-second
 `{"4": [1.0, ...], "8": [...]}`: seconds at depth 1, 2, ... of plans with so many slices. What hands stages out, sends
 their files and commits them is not in the simulation.
 
-* `by_plan`: for each number of workers the hours, the `speed_up` over one worker, and two limits of it. `speed_up_most`
-  is what no schedule beats: all work spread evenly, or the critical path, whichever is longer. `speed_up_least` is what
-  list scheduling guarantees: no more than `work / workers + (1 - 1 / workers) critical path` (Graham 1966).
+* `by_plan`: for each number of workers the seconds, the `speed_up` over one worker, and two limits of it.
+  `speed_up_most` is what no schedule beats: all work spread evenly, or the critical path, whichever is longer.
+  `speed_up_least` is what list scheduling guarantees: `work / workers + (1 - 1 / workers) critical path` at most
+  (Graham 1966).
 * `schedule_over_bound_worst`: the longest schedule over that guarantee of list scheduling, of all plans and workers.
 * `schedule_over_ideal_worst`: the longest over what no schedule beats, and `schedule_over_ideal_at`: where.
   `stages_lost_worst`: the most that a schedule is longer than that, in stages of the greatest depth. Stages cannot be

@@ -60,8 +60,9 @@ def test_the_table_and_a_line_to_paste() -> None:
 def test_nothing_in_the_table_is_cut(planner: S3TPlanner) -> None:
     costly = dataclasses.replace(planner, gpu_hours_per_epoch=6e6, adapter_mb=4e6)
     large = S3TPlanner(10**9, 1e4, 3650, shards=1000, slices=4, adapter_mb=4000)
-    many = dataclasses.replace(costly, quality=[0.5, 0.9], gpus=100_000, gpus_per_stage=8)
-    few = dataclasses.replace(costly, gpus=1)
+    small = dataclasses.replace(costly, shards=1, slices=2, budget=2)
+    many = dataclasses.replace(small, quality=[0.5, 0.9], gpus=100_000, gpus_per_stage=8)
+    few = dataclasses.replace(small, gpus=1)
     for one in (planner, costly, large, many, few):
         lines = printed(one)
         assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)

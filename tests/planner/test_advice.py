@@ -109,6 +109,14 @@ def test_where_a_thing_would_not_do_it_says_so():
     assert "Replay: not even 0; repairs then take" in text
 
 
+def test_where_no_row_obeys_the_rule_it_is_about_the_nearest():
+    """Without shards that are given, `never` is no row, and of one slice each repair is of a dead shard."""
+    planner = S3TPlanner(**ASKED | {"shards": None, "slices": 1, "requests_per_day": 40}, max_dead=0.0, gpus=1,
+                         gpu_hours_per_epoch=50)  # fmt: skip
+    assert planner.recommended is None and not planner.obeys(planner.wanted)
+    assert "Nor does m=" in planner.advice[0] and number(planner, "GPUs") > 1
+
+
 def test_baselines_are_told_with_what_a_request_waits_for():
     planner = S3TPlanner(**ASKED | {"requests_per_day": 1}, gpu_hours_per_epoch=6, gpus=8)
     alone = next(c for c in planner.candidates if c.setting.method == "shards alone")

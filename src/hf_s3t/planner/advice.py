@@ -57,8 +57,10 @@ def what_would_fit(
     """
     hours, machines = wanted.hours, terms.machines
     assert hours is not None and machines is not None
+    ruled = obeys(wanted)
+    nearest = f"Of what obeys it {name(wanted)} costs least" if ruled else f"Nor does {name(wanted)}, which is nearest"
     told = [
-        f"Nothing that obeys the rule fits on {machines.gpus} GPUs. Of what obeys it {name(wanted)} costs least: "
+        f"Nothing that obeys the rule fits on {machines.gpus} GPUs. {nearest}: "
         f"repairs take {hours.share:.0%} of the GPUs; one takes {hours.repair:,.3g} hours, and is due every "
         f"{hours.between:,.3g}.",
         "Each of these alone would do, with that plan and rule if it names no other:",
@@ -66,7 +68,7 @@ def what_would_fit(
 
     def fine(setting: Setting, asked: Terms) -> Candidate | None:
         found = Candidate.of(setting, setting.plan(), wanted.rule, asked)
-        return found if found.fits and obeys(found) else None
+        return found if found.fits and (obeys(found) or not ruled) else None
 
     told += [f"  {line}" for line in (
         _gpus(wanted.setting, terms, fine), _requests(wanted.setting, terms, fine),
@@ -164,7 +166,7 @@ def what_baselines_lack(cheaper: Iterable[Candidate], terms: Terms, hours: float
                 line += f", {one.hours.repair:,.3g} hours: {min(terms.days, days):,.0f} days of reduced service"
                 if setting.num_shards > 1:
                     out = min(setting.num_shards, days / terms.days)
-                    line += f", {out:.2g} of {setting.num_shards} shards out on average"
+                    line += f", {out:.2g} of {setting.num_shards} shards wait on average"
             line += "."
         told.append(line)
     buys = "What S3T buys over these is that a request waits for no training while no shard is dead."
