@@ -45,11 +45,11 @@ ON_RAY = (
     (4, "rows that are alike are several examples on a worker", "training/rows_apart.py",
      (("super()._assign(names[examples[mark]] for mark in self._marks)",
        "super()._assign(names[min(mark, len(names) - 1)] for mark in self._marks)"),), ALIKE),
-    (4, "a worker sorts examples by another name", "training/rows_apart.py",
-     (('f"{int(number):012d}"', 'f"{int(number)}x"[::-1]'),), ALIKE),
     (5, "a stage does not wait for its parent", "ray/driver.py",
      (("return ready(missing, lambda stage: stage.passes(self.trainer.s3t_config.replay), begun)",
        "return [stage for stage in missing if stage not in begun]"),), WHOLE),
+    (5, "a training does not take the lock of its store", "training/trainer.py",
+     (("        self._on_main(partial(self.store.train_lock.acquire, 0))\n", ""),), WHOLE),
     (5, "the stage of a lost worker is lost", "ray/driver.py",
      (("        self.hands.remove(hand)\n", "        hand.order = None\n"),), WHOLE),
 )  # fmt: skip

@@ -67,8 +67,8 @@ class RowsApart(TrainRows):
         super()._assign(names[examples[mark]] for mark in self._marks)
 
     def names(self, numbers: Iterable[int]) -> list[str]:
-        """Examples by their numbers. Names are in order as numbers are."""
-        return [f"{int(number):012d}" for number in numbers]
+        """Examples by their numbers."""
+        return [str(int(number)) for number in numbers]
 
 
 def rows_identity(raw: Any, prepared: Any) -> dict[str, Any]:
