@@ -52,4 +52,13 @@ ON_RAY = (
      (("        self._on_main(partial(self.store.train_lock.acquire, 0))\n", ""),), WHOLE),
     (5, "the stage of a lost worker is lost", "ray/driver.py",
      (("        self.hands.remove(hand)\n", "        hand.order = None\n"),), WHOLE),
+    (12, "replicas of the endpoint may delete", "ray/deployment.py",
+     (('if settings.get("delete_token") is not None:', "if False:"),),
+     ("ray/test_deployment.py::test_what_cannot_be_served_is_refused_before_a_replica_starts",)),
+    (12, "that there is no store is found out by replicas", "ray/deployment.py",
+     (("    S3TStore(store).manifest()", "    S3TStore(store)"),),
+     ("ray/test_deployment.py::test_what_cannot_be_served_is_refused_before_a_replica_starts",)),
+    (12, "replicas look at the store as often as they like", "ray/deployment.py",
+     (("name=name or model_name(store), **settings)", "name=name or model_name(store))"),),
+     ("ray/test_deployment.py::test_what_cannot_be_served_is_refused_before_a_replica_starts",)),
 )  # fmt: skip

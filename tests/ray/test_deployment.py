@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ import httpx
 import openai
 import psutil
 import pytest
+import yaml
 
 import served
 from endpoints import wait_until, write_base
@@ -28,6 +31,7 @@ ray_serve = pytest.importorskip("ray.serve", reason="the extra `ray` is not inst
 
 from hf_s3t.ray import application, serve  # noqa: E402  # where there is Ray
 
+PAGE = (Path(__file__).parents[2] / "docs/endpoint.md").read_text(encoding="utf-8")
 NAME = f"replicas{os.getpid()}"
 ASKED = {"model": "tiny", "prompt": "abc", "max_tokens": 6, "temperature": 0}
 REFRESH = 0.2
@@ -42,6 +46,18 @@ def test_what_cannot_be_served_is_refused_before_a_replica_starts(tmp_path: Path
     with pytest.raises(ValueError, match="--max-queue must be at least 1"):
         application({"store": str(store), "max_queue": 0})
     assert not ray.is_initialized()
+
+
+def test_the_page_describes_applications_that_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = str(served.trained("llama"))
+    ran: list[Any] = []
+    monkeypatch.setattr(ray_serve, "run", lambda application, name: ran.append((application, name)))
+    exec(re.findall(r"```python\n(import ray\n.*?)```", PAGE, re.S)[0].replace("me/model", store), {})
+    (file,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S))
+    (one,) = file["applications"]
+    module, _, builder = one["import_path"].partition(":")
+    ran.append((getattr(importlib.import_module(module), builder)({**one["args"], "store": store}), one["name"]))
+    assert [(type(application), name) for application, name in ran] == [(ray_serve.Application, "chat")] * 2
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +101,9 @@ def test_two_replicas_follow_the_store_and_nobody_misses_one_that_is_killed(
     cluster: str, base: Path, tmp_path: Path
 ) -> None:
     store = served.copy("llama", tmp_path)
-    options: dict[str, Any] = {"base": str(base), "name": "tiny", "refresh_seconds": REFRESH}
-    ray_serve.run(serve(str(store.path), replicas=2, resources={"CPU": 0.5}, **options), name=NAME)
+    two = {"min_replicas": 2, "max_replicas": 2}
+    options: dict[str, Any] = {"base": str(base), "name": "tiny", "refresh_seconds": REFRESH, "autoscaling": two}
+    ray_serve.run(application({"store": str(store.path), "resources": {"CPU": 0.5}, **options}), name=NAME)
     both = replicas()
     assert len(both) == 2
     stop, found = threading.Event(), []
