@@ -14,8 +14,13 @@ cores, and that is what its training takes.
 * `p50_ms`, `p99_ms` and the same of the others; `answers`, `deletions`, `repairs`: what there was.
 * `seen_ms_longest`: from a deletion's return to the first answer that obeys it.
 
+With `--replicas 2` the endpoint is two replicas behind Ray Serve, of which one is killed in the middle of the load in
+which the store changes. Clients then ask again up to five times where they got 5xx or nothing, as the `openai` client
+can; `asked_again` counts that.
+
 ```bash
 python benchmarks/endpoint.py --json endpoint.json
+python benchmarks/endpoint.py --replicas 2 --json replicas.json
 python benchmarks/endpoint.py --quick
 ```
 """
@@ -31,11 +36,15 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +54,8 @@ import httpx
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO = REPOSITORY / "recipes/demo"
 KEY = "0123456789abcdef0123456789abcdef"
+TRIES = 5
+"""How often a request is sent again, where one of several replicas may be lost."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Load:
     refresh_seconds: float = 1.0
     tokens: int = 16
     max_batch: int = 32
+    replicas: int = 0  # behind Ray Serve; 0: a process of its own
 
 
 BRIEF = Load(clients=8, seconds=6.0)
@@ -69,6 +81,7 @@ class Asked:
     sent: float
     done: float
     generation: int | None  # `None`: it failed
+    again: int = 0  # how often it was sent again
 
 
 # ---- the process that deletes and trains ----
@@ -127,16 +140,21 @@ async def ask_all(url: str, load: Load) -> list[Asked]:
     body = {"model": "store", "prompt": "Where does", "max_tokens": load.tokens, "temperature": 0}
     found: list[Asked] = []
 
+    async def answered(client: httpx.AsyncClient) -> int | None:
+        try:
+            answer = await client.post("/v1/completions", json=body)
+        except httpx.HTTPError as error:
+            print(f"failed: {error!r}", file=sys.stderr)
+            return None
+        return int(answer.headers["x-s3t-generation"]) if answer.status_code == 200 else None
+
     async def ask(client: httpx.AsyncClient) -> None:
         while (sent := time.monotonic()) < until:
-            generation = None
-            try:
-                answer = await client.post("/v1/completions", json=body)
-                if answer.status_code == 200:
-                    generation = int(answer.headers["x-s3t-generation"])
-            except httpx.HTTPError as error:
-                print(f"failed: {error!r}", file=sys.stderr)
-            found.append(Asked(sent, time.monotonic(), generation))
+            generation, again = await answered(client), 0
+            while generation is None and again < (TRIES if load.replicas else 0):
+                await asyncio.sleep(0.5 * 2**again)
+                generation, again = await answered(client), again + 1
+            found.append(Asked(sent, time.monotonic(), generation, again))
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
@@ -150,33 +168,77 @@ def started(command: list[Any], **how: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, *map(str, command)], text=True, env=environment, **how)
 
 
-def serve(path: Path, load: Load) -> tuple[subprocess.Popen[str], str]:
-    """The endpoint as a process, and its address once it answers."""
+@contextmanager
+def process(path: Path, load: Load) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The endpoint as a process: its address once it answers, and nothing that could be lost."""
     code = "from hf_s3t.cli.main import app; app()"
     options = ("--port", 0, "--refresh-seconds", load.refresh_seconds, "--max-batch", load.max_batch)
-    process = started(["-c", code, "serve", path, "--base", DEMO / "base", *options], stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    for line in process.stderr:
+    served = started(["-c", code, "serve", path, "--base", DEMO / "base", *options], stderr=subprocess.PIPE)
+    assert served.stderr is not None
+    for line in served.stderr:
         if found := re.search(r"answers on (http://\S+),", line):
             break
     else:
         raise SystemExit("the endpoint did not start")
-    started_reading(process)
+    threading.Thread(target=lambda: [None for _ in served.stderr or ()], daemon=True).start()  # it never waits for us
+    try:
+        wait_for(found[1])
+        yield found[1], lambda: None
+    finally:
+        served.send_signal(signal.SIGTERM)
+        if code := served.wait(60):
+            raise SystemExit(f"the endpoint ended with {code}")
+
+
+@contextmanager
+def replicas(path: Path, load: Load) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The endpoint as replicas: its address, and what kills one of them."""
+    import psutil
+    import ray
+    from ray import serve
+
+    import hf_s3t.ray
+
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    name, port = f"replicas{os.getpid()}", free_port()
+    ray.init(num_cpus=load.replicas, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    settings: dict[str, Any] = {"refresh_seconds": load.refresh_seconds, "max_batch": load.max_batch}
+    made = hf_s3t.ray.serve(
+        str(path), base=str(DEMO / "base"), replicas=load.replicas, resources={"CPU": 0.5}, **settings
+    )
+    serve.run(made, name=name)
+
+    def lose() -> None:
+        for one in psutil.process_iter(["pid", "cmdline"]):
+            if f"ServeReplica:{name}:" in " ".join(one.info["cmdline"] or ()):
+                os.kill(one.pid, signal.SIGKILL)
+                return
+        raise SystemExit("there is no replica to kill")
+
+    try:
+        yield f"http://127.0.0.1:{port}", lose
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(url: str) -> None:
+    """Waits until an endpoint is ready."""
     for _ in range(300):
         try:
-            if httpx.get(f"{found[1]}/health").status_code == 200:
-                break
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
         except httpx.HTTPError:
             pass
         time.sleep(0.1)
-    return process, found[1]
-
-
-def started_reading(process: subprocess.Popen[str]) -> None:
-    """Reads on what a process logs, so that it never waits for a reader."""
-    import threading
-
-    threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True).start()
 
 
 def percentile(seconds: list[float], share: float) -> float:
@@ -202,8 +264,13 @@ def seen_after(asked: list[Asked], deleted: list[dict[str, Any]]) -> list[float]
     return found
 
 
-def under_load(url: str, load: Load, path: Path | None) -> tuple[list[Asked], list[dict[str, Any]]]:
-    """What clients got while another process deleted from a store and repaired it; and what that process did."""
+def under_load(
+    url: str, load: Load, path: Path | None, lose: Callable[[], None] = lambda: None
+) -> tuple[list[Asked], list[dict[str, Any]]]:
+    """What clients got while another process deleted from a store and repaired it; and what that process did.
+
+    In the middle of it `lose()` is called.
+    """
     if path is None:
         return asyncio.run(ask_all(url, load)), []
     eraser = started([__file__, "--erase", path, "--pause", load.pause],
@@ -213,6 +280,7 @@ def under_load(url: str, load: Load, path: Path | None) -> tuple[list[Asked], li
         next(line for line in eraser.stdout if line.startswith('{"ready'))  # and waits
         eraser.stdin.write("begin\n")
         eraser.stdin.flush()
+        threading.Timer(load.seconds / 2, lose).start()
         asked = asyncio.run(ask_all(url, load))
     finally:
         eraser.kill()
@@ -226,14 +294,10 @@ def run(load: Load) -> dict[str, float]:
         path = Path(folder) / "store"
         trainer(path).train()
         other = Path(shutil.copytree(path, Path(folder) / "other"))
-        endpoint, url = serve(path, load)
-        try:
+        with (replicas if load.replicas else process)(path, load) as (url, lose):
             elsewhere, _ = under_load(url, load, other)
             without, _ = under_load(url, load, None)
-            asked, events = under_load(url, load, path)
-        finally:
-            endpoint.send_signal(signal.SIGTERM)
-            code = endpoint.wait(60)
+            asked, events = under_load(url, load, path, lose)
     deleted = [event for event in events if "deleted" in event]
     figures: dict[str, float] = {}
     for end, answers in (("", asked), ("_elsewhere", elsewhere), ("_without", without)):
@@ -246,7 +310,8 @@ def run(load: Load) -> dict[str, float]:
     figures["p99_over_without"] = figures["p99_ms"] / figures["p99_ms_without"]
     figures |= {"deletions": len(deleted), "repairs": sum("repaired" in event for event in events)}
     figures["seen_ms_longest"] = 1e3 * max(seen_after(asked, deleted), default=0.0)
-    return figures | {"exit_code": code}
+    figures["asked_again"] = sum(one.again for one in asked)
+    return figures
 
 
 def record(load: Load, figures: dict[str, float]) -> dict[str, Any]:
@@ -269,6 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="check the machinery, in under a minute")
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--replicas", type=int, default=0, help="behind Ray Serve (default: a process)")
     parser.add_argument("--seconds", type=float, help="of each load (default: 60)")
     parser.add_argument("--erase", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--pause", type=float, help=argparse.SUPPRESS)
@@ -276,6 +342,7 @@ def main() -> None:
     if options.erase:
         return erase(options.erase, options.pause)
     load = BRIEF if options.quick else Load(seconds=options.seconds or 60.0)
+    load = replace(load, replicas=options.replicas)
     logging.getLogger("hf_s3t").setLevel(logging.ERROR)
     figures = run(load)
     for name, value in figures.items():
