@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -721,18 +722,54 @@ def test_a_deletion_that_finds_too_few_spare_slots_waits_and_new_answers_for_it(
     running = threads(ensemble.generate, **prompts(), logits_processor=[pause], **GENERATION)
     assert pause.reached.wait(LONG)
     change = threads(ensemble.delete, slices=SLICES)
-    while not ensemble._answers._closed:
+    while not ensemble.pending:
         assert not change.done()
         threading.Event().wait(0.001)
     assert store.served() == {0: (2,), 1: (2, 0)}  # on record at once
     late = threads(ensemble.generate, **prompts(), **GENERATION)
     with pytest.raises(TimeoutError):
         late.result(0.1)
-    assert not change.done() and ensemble.generation == 0
+    assert not change.done() and ensemble.generation == 1 and ensemble.members == []
     pause.go.set()
     assert torch.equal(running.result(LONG), before)
     assert change.result(LONG).status == "inactive"
     assert torch.equal(late.result(LONG), fresh[0])
+    assert_served(ensemble, store)
+
+
+def test_no_lock_is_held_while_a_deletion_waits_for_slots(
+    store: S3TStore, threads: Callable[..., Future[Any]]
+) -> None:
+    ensemble, pauses = load(store, "llama"), (Pause(), Pause())
+
+    def answer_that_lasts(pause: Pause) -> Future[Any]:
+        running = threads(ensemble.generate, **prompts(), logits_processor=[pause], **GENERATION)
+        assert pause.reached.wait(LONG)
+        return running
+
+    first = answer_that_lasts(pauses[0])
+    ensemble.delete(slices=[(shard, 1) for shard in range(3)])  # takes all three spare slots
+    second = answer_that_lasts(pauses[1])
+    assert store.served() == {shard: (2, 0) for shard in range(3)}
+    waiting, until = threads(ensemble.delete, slices=[(0, 0), (1, 0)]), time.monotonic() + LONG
+    while not ensemble.pending:
+        assert not waiting.done() and time.monotonic() < until
+        threading.Event().wait(0.001)
+    assert ensemble.members == ["shard-02"] and ensemble.generation == 2  # new answers are free of it
+    while store.manifest().generation < 2:
+        assert time.monotonic() < until, "the deletion does not end"
+        threading.Event().wait(0.001)
+    with S3TStore(store.path).writing():  # nobody else waits
+        pass
+    refreshed = ensemble.refresh(wait=False)
+    assert refreshed and ensemble.members == ["shard-02"] and not waiting.done()
+    ensemble.delete(slices=[(2, 0)], dry_run=True)
+    for pause in pauses:
+        pause.go.set()
+    assert waiting.result(LONG).status == "inactive"
+    first.result(LONG)
+    second.result(LONG)
+    assert not ensemble.pending
     assert_served(ensemble, store)
 
 

@@ -77,7 +77,7 @@ class Endpoint:
         self.metrics = metrics = Metrics()
         self.watch = Watch(model, settings.refresh_seconds, settings.max_staleness, metrics.deletions.inc)
         self.batcher = Batcher(
-            (Classification if self.classifies else Generation)(model, tokenizer), self.watch.check,
+            (Classification if self.classifies else Generation)(model, tokenizer), self.watch.check_before_answers,
             settings.max_queue, settings.max_batch, settings.max_batch_tokens, settings.mates_seconds,
             metrics.note_batch,
         )  # fmt: skip

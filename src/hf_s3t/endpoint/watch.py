@@ -36,6 +36,7 @@ class Watch:
         self._generation = model.generation
         self._looked = time.monotonic()  # when the last look began that succeeded
         self._problem: str | None = None
+        self._looking = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hf_s3t refresh", daemon=True)
 
@@ -62,7 +63,7 @@ class Watch:
                 f"The store was last seen {self.age:.0f} seconds ago, and --max-staleness allows "
                 f"{self.max_staleness:g}: deletions may be unknown here. {problem}"
             )
-        if not self.model.members:
+        if not self.model.members and not self.model.pending:
             return "No stage of the store is live, so that only the bare base model could answer. Repair it: train()."
         return None
 
@@ -71,11 +72,23 @@ class Watch:
         if reason := self.reason:
             raise NotReadyError(reason)
 
+    def check_before_answers(self) -> None:
+        """The same in the model's own thread, where no answer runs: what had to wait for one is taken over first."""
+        if self.model.pending:
+            self.look()
+        self.check()
+        if self.model.pending and not self.model.members:
+            raise NotReadyError(self._problem or "Every served prefix has changed, and the new ones are not read yet.")
+
     def look(self) -> None:
         """Takes over what changed in the store; a look that fails leaves the state, which grows older."""
+        with self._looking:
+            self._look()
+
+    def _look(self) -> None:
         began = time.monotonic()
         try:
-            self.model.refresh()
+            self.model.refresh(wait=False)
         except Exception as error:  # of whatever kind: a disk, the network, a store that is half copied
             problem = str(error) or type(error).__name__
             if problem != self._problem:

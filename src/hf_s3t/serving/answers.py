@@ -8,9 +8,9 @@ change            ┌ writes into a spare slot, then state 1 is current
 answer 3           └─ [ state 1 ───────────── ]              waits for nobody
 ```
 
-A change takes spare slots. So no answer waits for it, and it waits for none. Where too few are spare, it waits for
-those answers whose states were replaced before. Where there will never be enough, it waits for all answers, and new
-ones wait for it. Knows nothing of models.
+A change takes spare slots. So no answer waits for it, and it waits for none. Whoever needs more than are spare can
+wait for those answers whose states were replaced before; where there will never be enough, for all answers, and new
+ones wait meanwhile. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Answers(Generic[T]):
         self._old: list[Held[T]] = []  # replaced ones on which answers run
         self._spare = set(range(spare))
         self._clearing: set[int] = set()
-        self._closed = False
+        self._closed = self._unfinished = False
         self._thread = threading.local()
 
     # ---- answers ----
@@ -87,7 +87,7 @@ class Answers(Generic[T]):
             stack.append(stack[-1])
             return
         with self._condition:
-            self._condition.wait_for(lambda: not self._closed)
+            self._condition.wait_for(lambda: not (self._closed or self._unfinished))
             self._current.answers += 1
             stack.append(self._current)
 
@@ -169,9 +169,20 @@ class Answers(Generic[T]):
                 with self._condition:
                     self._open()
 
-    def replace(self, state: T, slots: set[int]) -> None:
-        """Makes a state the current one, which uses some slots. Only within [`changing`]."""
+    @property
+    def spare(self) -> list[int]:
+        """Slots that nobody uses and that are cleared. They are spare until whoever makes all changes takes them."""
         with self._condition:
+            return sorted(self._spare)
+
+    def replace(self, state: T, slots: set[int], unfinished: bool = False) -> None:
+        """Makes a state the current one, which uses some slots: spare ones, or within [`changing`] any.
+
+        No answer begins on an `unfinished` one: all wait for the next.
+        """
+        with self._condition:
+            self._unfinished = unfinished
+            self._condition.notify_all()
             old, self._current = self._current, Held(state, frozenset(slots))
             self._spare -= slots
             old.retired = time.monotonic()

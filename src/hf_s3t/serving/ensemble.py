@@ -282,11 +282,16 @@ class S3TEnsemble(nn.Module):
         self._answers.check_outside()
         receipt = self._followed().store._delete(asked, when_durable=self._follow_deletion, **kwargs)
         if not kwargs.get("dry_run"):
-            self._follow_deletion()  # nothing is left to do, unless it had been deleted elsewhere before
+            self._followed().follow(strict=False)  # what the deletion itself did not wait for
         return receipt
 
-    def refresh(self) -> bool:
+    def refresh(self, wait: bool = True) -> bool:
         """Takes over what others did to the store since: a deletion, a repair. Needs no key.
+
+        Args:
+            wait (`bool`): where running answers hold the slots that new prefixes need, wait until they have ended.
+                Without, members that are no longer live are dropped at once, and the next call does the rest; where no
+                member is left, new answers wait for it.
 
         Returns:
             `bool`: whether the store had changed.
@@ -296,7 +301,12 @@ class S3TEnsemble(nn.Module):
                 is older than what it was loaded from, as it knows fewer deletions, and nothing was changed.
         """
         self._answers.check_outside()
-        return self._followed().follow(strict=True, settle=not self._members.compiled)
+        return self._followed().follow(strict=True, settle=not self._members.compiled, wait=wait)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the store serves more than this model, as slots that it needs are held by running answers."""
+        return self._follower is not None and self._follower.lacking > 0
 
     def drained(self, timeout: float | None = None) -> bool:
         """Waits until the last answer that began before a deletion or a refresh has ended, and its slots are zero.
@@ -311,7 +321,8 @@ class S3TEnsemble(nn.Module):
         return self._follower
 
     def _follow_deletion(self) -> None:
-        self._followed().follow(strict=False)
+        """Under the store's lock, for which others wait: it must wait for no answer."""
+        self._followed().follow(strict=False, wait=False)
 
 
 PASS = "_s3t_serving"

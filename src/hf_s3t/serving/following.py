@@ -18,7 +18,7 @@ from ..store.store import S3TStore
 from .answers import Answers
 from .loading import member_name
 from .members import Serving
-from .slots import Change, Slot
+from .slots import Change, Owner, Slot
 from .stack import Stack
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,9 @@ class Follower:
         self.empty = Slot(stack, 0, rank)  # is asked for the prefix of a shard that has none
         self.slots = {number: self.empty.beside(number) for number in range(stack.slots)}
         self.marks: Any = None
-        self._following = threading.Lock()
+        self.lacking = 0  # slots, for prefixes that the store serves and the model not yet
+        self._waiting = threading.Lock()  # of whoever may wait for answers, one after the other
+        self._following = threading.Lock()  # of whoever changes the slots, which waits for nobody
         for number in self.slots:
             self.clear(number)
 
@@ -62,24 +64,39 @@ class Follower:
         self.stack.wait()
         self.slots[number].clear()
 
-    def follow(self, strict: bool, settle: bool = False) -> bool:
+    def follow(self, strict: bool, settle: bool = False, wait: bool = True) -> bool:
         """Makes the slots what the store serves now; returns whether the store had changed.
 
         A member whose new prefix cannot be read keeps the old one if all of it is still live, and is dropped if not;
-        with `strict` that is an error at the end. With `settle` the trunk moves up where a deletion left it too low.
+        with `strict` that is an error at the end. So it is, without an error, where fewer slots are spare than there
+        are new prefixes, until running answers have ended: with `wait` that is waited for, and otherwise left to the
+        next time. With `settle` the trunk moves up where a deletion left it too low.
         """
-        with self._following:
-            changed = self._follow(strict)
-            state = self.answers.current
-            if settle and _lowest_layer(state.held) > state.serving.lowest_layer:
-                with self.answers.changing(0):
-                    self._replace(state.generation, state.held, settled=True)
+        if not wait:
+            return self._step(strict, settle)[0]
+        with self._waiting:
+            changed, lacking = self._step(strict, settle)
+            while lacking:
+                with self.answers.changing(lacking) as spare:
+                    lacking = self._step(strict, settle, alone=not spare)[1]
         return changed
 
-    def _follow(self, strict: bool) -> bool:
+    def _step(self, strict: bool, settle: bool, alone: bool = False) -> tuple[bool, int]:
+        """Does what can be done without waiting; returns whether the store had changed, and how many slots lack.
+
+        `alone`: no answer runs meanwhile.
+        """
+        with self._following:
+            found = self._follow(strict, alone)
+            state = self.answers.current
+            if settle and _lowest_layer(state.held) > state.serving.lowest_layer:
+                self._replace(state.generation, state.held, settled=True)
+        return found
+
+    def _follow(self, strict: bool, alone: bool) -> tuple[bool, int]:
         marks = self.store.marks()
         if marks == self.marks:
-            return False
+            return False, 0
         manifest, changes, problems = self._read_changes()
         generation, before = self.answers.current.generation, self.answers.current.names
         if manifest.generation < generation:  # an older copy of the store: it may serve what was deleted
@@ -90,36 +107,50 @@ class Follower:
             if strict:
                 raise error
             logger.error("%s", error)
-            return False
-        self._take(manifest.generation, changes)
-        if not self.answers.current.names and (self.marks is None or before):
+            return False, 0
+        self.lacking = lacking = self._take(manifest, changes, alone)
+        if lacking:
+            logger.warning(
+                "%d new prefixes of %s wait until running answers end; until then answer: %s", lacking,
+                self.store.path, ", ".join(self.answers.current.names) or "nobody",
+            )  # fmt: skip
+        elif not self.answers.current.names and (self.marks is None or before):
             logger.warning("no stage of %s is live: the bare base model answers", self.store.path)
         for problem in problems:
             logger.error("a member could not be brought up to date: %s", problem)
+        self.marks = None if problems or lacking else marks
         if problems and strict:
             raise problems[0]
-        self.marks = None if problems else marks
-        return True
+        return True, lacking
 
-    def _take(self, generation: int, changes: Mapping[int, Change]) -> None:
-        """Writes prefixes that change into spare slots; then who has a live prefix answers."""
-        held = dict(self.answers.current.held)
+    def _take(self, manifest: Manifest, changes: Mapping[int, Change], alone: bool) -> int:
+        """Writes prefixes that change into spare slots; then who has a live prefix answers.
+
+        Returns how many slots that needs, if fewer are spare: then nobody answers with what is not live any more, and
+        where no member is left new answers wait.
+        """
+        held, generation = dict(self.answers.current.held), manifest.generation
         paths = {shard: change.path for shard, change in changes.items()}
         kept = {shard: slot for shard, slot in held.items() if paths.get(shard, slot.path) == slot.path}
         wanted = {shard: change for shard, change in changes.items() if change.path and shard not in kept}
         if kept == held and not wanted and generation == self.answers.current.generation:
-            return
-        with self.answers.changing(len(wanted)) as spare:
-            slots = [self.slots[number] for number in spare] or self._own_slots(wanted, held)
-            try:
-                for slot, (shard, change) in zip(slots, wanted.items(), strict=True):
-                    slot.take(change, held.get(shard, slot))
-            except BaseException:  # interrupted: who still has an old prefix and should not answers no more
-                for slot in slots:
-                    slot.clear()
-                self._replace(generation, kept)
-                raise
-            self._replace(generation, kept | dict(zip(wanted, slots, strict=True)))
+            return 0
+        spare = self.answers.spare
+        if len(spare) < len(wanted) and not alone:
+            old = {shard: held[shard] for shard in wanted if shard in held and _is_live(held[shard].path, manifest)}
+            self._replace(generation, kept | old, unfinished=not (kept or old))
+            return len(wanted)
+        slots = self._own_slots(wanted, held) if alone else [self.slots[number] for number in spare[: len(wanted)]]
+        try:
+            for slot, (shard, change) in zip(slots, wanted.items(), strict=True):
+                slot.take(change, held.get(shard, slot))
+        except BaseException:  # interrupted: who still has an old prefix and should not answers no more
+            for slot in slots:
+                slot.clear()
+            self._replace(generation, kept)
+            raise
+        self._replace(generation, kept | dict(zip(wanted, slots, strict=True)))
+        return 0
 
     def _own_slots(self, wanted: Iterable[int], held: Mapping[int, Slot]) -> list[Slot]:
         """Slots that may be written over while nobody answers: a shard's own, or one that no shard has."""
@@ -127,9 +158,12 @@ class Follower:
         free = [slot for number, slot in self.slots.items() if number not in used]
         return [held[shard] if shard in held else free.pop() for shard in wanted]
 
-    def _replace(self, generation: int, held: Mapping[int, Slot], settled: bool = False) -> None:
+    def _replace(
+        self, generation: int, held: Mapping[int, Slot], settled: bool = False, unfinished: bool = False
+    ) -> None:
         self.stack.wait()
-        self.answers.replace(self._state_of(generation, held, settled), {slot.number for slot in held.values()})
+        state = self._state_of(generation, held, settled)
+        self.answers.replace(state, {slot.number for slot in held.values()}, unfinished)
 
     def _state_of(self, generation: int, held: Mapping[int, Slot], settled: bool = False) -> State:
         """The state in which shards answer from the slots that they hold; the trunk moves up where it is `settled`."""
@@ -158,11 +192,15 @@ class Follower:
                     changes[shard] = slot.plan(store, manifest, path)
                 except (StoreError, OSError) as error:
                     problems.append(error if isinstance(error, StoreError) else StoreError(str(error)))
-                    if any(manifest.stages.get(stage, {}).get(WEIGHTS_FILE) != sha for stage, sha in slot.path):
+                    if not _is_live(slot.path, manifest):
                         changes[shard] = slot.plan(store, manifest, ())
             if not problems or store.marks() == marks or reading == READINGS - 1:
                 break
         return manifest, changes, problems
+
+
+def _is_live(path: Iterable[Owner], manifest: Manifest) -> bool:
+    return all(manifest.stages.get(stage, {}).get(WEIGHTS_FILE) == sha for stage, sha in path)
 
 
 def _lowest_layer(held: Mapping[int, Slot]) -> int:
