@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 
 FOLLOWING, ROUTES, TEXT, PROCESS = (f"endpoint/test_{name}.py::test_" for name in ("following", "routes", "text", "process"))
+PROMPTS = "endpoint/test_prompts.py::test_"
 FOLLOWED = FOLLOWING + "a_deletion_is_followed_and_an_answer_is_of_one_state"
 OLDER = FOLLOWING + "an_older_copy_of_the_store_is_refused"
 UNREACHED = FOLLOWING + "a_store_that_cannot_be_reached_makes_it_not_ready"
@@ -62,4 +63,15 @@ ENDPOINT = (
      (ROUTES + 'what_cannot_be_done_is_refused_by_name[given3-expected3]',)),
     (12, 'a prompt may be longer than the model', 'endpoint/prompts.py',
      (('            if left < (most or 1):', '            if False:'),), (ROUTES + 'what_cannot_be_done_is_refused_by_name[given16-expected16]',)),
+    (12, 'everybody waits while the tokens of one request are made', 'endpoint/app.py',
+     (('return await asyncio.get_running_loop().run_in_executor(self._readers, make, asked)', 'return make(asked)'),),
+     (PROMPTS + 'others_are_answered_while_tokens_are_made',)),
+    (12, 'tokens are made for a queue that is full', 'endpoint/app.py',
+     (('        self.batcher.check_room()\n', ''),), (PROMPTS + 'no_tokens_are_made_for_a_queue_that_is_full',)),
+    (12, 'tokens are made of a text that cannot fit', 'endpoint/prompts.py',
+     (('if self._most is not None and (size', 'if False and (size'),), (PROMPTS + 'a_text_that_cannot_fit_is_refused_without_its_tokens',)),
+    (12, 'a text that becomes shorter before it has tokens is refused although it fits', 'endpoint/lengths.py',
+     (('            found = NFC', '            found = 1'),), (PROMPTS + 'what_fits_is_never_refused[composed]',)),
+    (12, 'a text is refused by its length although the tokenizer drops spaces', 'endpoint/lengths.py',
+     (('if shrinks is None or strips or', 'if shrinks is None or'),), (PROMPTS + 'of_a_tokenizer_that_drops_some_of_a_text_nothing_is_known',)),
 )

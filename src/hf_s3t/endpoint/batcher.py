@@ -153,6 +153,11 @@ class Batcher:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def check_room(self) -> None:
+        """Raises [`QueueFullError`] where as many wait as may."""
+        if len(self._waiting) >= self.max_queue:
+            raise QueueFullError(self.max_queue, max(1, math.ceil(self._seconds)))
+
     def submit(self, job: Job) -> None:
         """Lets a job wait for its turn.
 
@@ -160,8 +165,7 @@ class Batcher:
             QueueFullError: as many wait as may.
         """
         with self._condition:
-            if len(self._waiting) >= self.max_queue:
-                raise QueueFullError(self.max_queue, max(1, math.ceil(self._seconds)))
+            self.check_room()
             self._waiting.append(job)
             self._condition.notify_all()
 
