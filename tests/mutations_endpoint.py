@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 
 FOLLOWING, ROUTES, TEXT, PROCESS = (f"endpoint/test_{name}.py::test_" for name in ("following", "routes", "text", "process"))
+HEALTH = "endpoint/test_health.py::test_"
 PROMPTS = "endpoint/test_prompts.py::test_"
 FOLLOWED = FOLLOWING + "a_deletion_is_followed_and_an_answer_is_of_one_state"
 OLDER = FOLLOWING + "an_older_copy_of_the_store_is_refused"
@@ -74,4 +75,17 @@ ENDPOINT = (
      (('            found = NFC', '            found = 1'),), (PROMPTS + 'what_fits_is_never_refused[composed]',)),
     (12, 'a text is refused by its length although the tokenizer drops spaces', 'endpoint/lengths.py',
      (('if shrinks is None or strips or', 'if shrinks is None or'),), (PROMPTS + 'of_a_tokenizer_that_drops_some_of_a_text_nothing_is_known',)),
+    (12, 'a model that fails again and again is healthy', 'endpoint/batcher.py',
+     (('self._failed, self._error = self._failed + 1, ', 'self._failed, self._error = 0, '),), (HEALTH + 'batches_that_fail_one_after_the_other_are_known',)),
+    (12, 'a model that failed never recovers', 'endpoint/batcher.py',
+     (('            self._failed = 0\n', ''),), (HEALTH + 'batches_that_fail_one_after_the_other_are_known',)),
+    (12, 'an endpoint whose thread has ended is healthy', 'endpoint/batcher.py',
+     (('        if self._gone:\n            return', '        if False:\n            return'),), (HEALTH + 'a_thread_that_has_ended_is_known',)),
+    (12, 'whoever waits for a thread that has ended waits for ever', 'endpoint/batcher.py',
+     (('left = [*jobs, *self._waiting]', 'left = jobs'),), (HEALTH + 'whoever_waits_is_told_that_the_thread_has_ended',)),
+    (12, 'a counter that fails ends the thread', 'endpoint/batcher.py',
+     (("        except Exception:\n            logger.exception(\"a batch was not", "        except ValueError:\n            logger.exception(\"a batch was not"),),
+     (HEALTH + 'the_thread_outlives_what_is_not_the_models_fault',)),
+    (12, 'a client whose loop is closed fails its batch', 'endpoint/batcher.py',
+     (('        except RuntimeError:  # the loop', '        except ValueError:  # the loop'),), (HEALTH + 'the_thread_outlives_what_is_not_the_models_fault',)),
 )

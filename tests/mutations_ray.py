@@ -61,4 +61,10 @@ ON_RAY = (
     (12, "replicas look at the store as often as they like", "ray/deployment.py",
      (("name=name or model_name(store), **settings)", "name=name or model_name(store))"),),
      ("ray/test_deployment.py::test_what_cannot_be_served_is_refused_before_a_replica_starts",)),
+    (12, "a replica whose model fails is kept", "ray/deployment.py",
+     (("if reason := self.app.state.endpoint.batcher.reason:", "if reason := None:"),),
+     ("ray/test_deployment.py::test_a_replica_whose_model_fails_is_replaced_and_none_because_of_its_store",)),
+    (12, "a replica is replaced because its store cannot be reached", "ray/deployment.py",
+     (("state.endpoint.batcher.reason:", "state.endpoint.reason:"),),
+     ("ray/test_deployment.py::test_a_replica_whose_model_fails_is_replaced_and_none_because_of_its_store",)),
 )  # fmt: skip

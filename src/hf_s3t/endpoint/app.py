@@ -41,7 +41,8 @@ READERS = 2
 
 
 def make_app(model: S3TEnsemble, tokenizer: Any, settings: Settings) -> FastAPI:
-    """The application that answers with a model. Its lifespan starts and ends the model's thread and the watch.
+    """The application that answers with a model. Its lifespan starts and ends the model's thread and the watch;
+    its `state.endpoint` is the [`Endpoint`].
 
     Args:
         model ([`S3TEnsemble`]): loaded from a store; a causal language model, or one that classifies sequences.
@@ -62,6 +63,7 @@ def make_app(model: S3TEnsemble, tokenizer: Any, settings: Settings) -> FastAPI:
         await run_in_threadpool(endpoint.watch.stop)
 
     app = FastAPI(title="hf_s3t", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.endpoint = endpoint
     app.add_middleware(Counting, metrics=endpoint.metrics)
     _add_refusals(app, settings)
     _add_looks(app, endpoint)
@@ -94,7 +96,12 @@ class Endpoint:
         metrics.gauge("s3t_members", "Served prefixes that answer", lambda: len(model.members))
         metrics.gauge("s3t_state_age_seconds", "Since the state was known to be the newest", lambda: self.watch.age)
         metrics.gauge("s3t_queue_length", "Requests that wait", lambda: len(self.batcher))
-        metrics.gauge("s3t_ready", "1 where answers are given", lambda: self.watch.reason is None)
+        metrics.gauge("s3t_ready", "1 where answers are given", lambda: self.reason is None)
+
+    @property
+    def reason(self) -> str | None:
+        """Why nothing is answered now, or every answer fails; `None`: all is well."""
+        return self.batcher.reason or self.watch.reason
 
     def check_name(self, name: str | None) -> None:
         """Raises [`Refusal`] for another model than this one."""
@@ -170,7 +177,7 @@ def _add_looks(app: FastAPI, endpoint: Endpoint) -> None:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        reason = watch.reason
+        reason = endpoint.reason
         found = {
             "status": "not ready" if reason else "ready", "reason": reason, "generation": model.generation,
             "members": model.members, "state_age_seconds": round(watch.age, 3), "waiting": len(endpoint.batcher),

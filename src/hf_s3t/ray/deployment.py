@@ -18,6 +18,18 @@ DRAIN_SECONDS = 300.0
 """How long a replica that is to end may go on with the answers that it has begun."""
 
 
+class Replica:
+    """What Ray asks of a replica, beside the routes of its `app`."""
+
+    app: Any
+
+    def check_health(self) -> None:
+        """Ray replaces a replica of which this raises: its model's thread has ended, or batch after batch fails. A
+        store that cannot be reached is no reason: another replica would not reach it either."""
+        if reason := self.app.state.endpoint.batcher.reason:
+            raise RuntimeError(reason)
+
+
 def serve(
     store: str,
     *,
@@ -82,7 +94,7 @@ def serve(
     wanted = dict(resources or {"CPU": 1})
     scale = {"num_replicas": replicas} if autoscaling is None else {"autoscaling_config": dict(autoscaling)}
     deployment: Any = ray_serve.deployment(
-        ray_serve.ingress(application)(),
+        ray_serve.ingress(application)(Replica),
         name="hf_s3t",
         max_ongoing_requests=checked.max_queue + checked.max_batch,  # a replica's own queue says when it is full
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
