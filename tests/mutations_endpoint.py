@@ -46,7 +46,7 @@ ENDPOINT = (
     (12, 'what waits is dropped when the endpoint ends', 'endpoint/batcher.py',
      (('while jobs := self._next():', 'while (jobs := self._next()) and not self._stopped:'),), (FOLLOWING + 'what_waits_is_answered_before_the_thread_ends',)),
     (12, 'SIGTERM drops the answers that run', 'endpoint/server.py',
-     (('lifespan="on")', 'lifespan="on", timeout_graceful_shutdown=0)'),), (PROCESS + 'clients_ask_while_another_process_deletes',)),
+     (('timeout_graceful_shutdown=math.ceil(settings.drain_seconds),', 'timeout_graceful_shutdown=0,'),), (PROCESS + 'clients_ask_while_another_process_deletes',)),
     (12, 'a seed is that of the batch, not of the row', 'endpoint/generation.py',
      (('        self._random = torch.Generator().manual_seed(seed)', '        torch.manual_seed(seed)\n        self._random = None'),),
      (ROUTES + 'the_same_seed_is_the_same_answer_whoever_is_in_the_batch',)),
@@ -88,4 +88,8 @@ ENDPOINT = (
      (HEALTH + 'the_thread_outlives_what_is_not_the_models_fault',)),
     (12, 'a client whose loop is closed fails its batch', 'endpoint/batcher.py',
      (('        except RuntimeError:  # the loop', '        except ValueError:  # the loop'),), (HEALTH + 'the_thread_outlives_what_is_not_the_models_fault',)),
+    (12, 'a client that dawdles keeps an endpoint from ending', 'endpoint/server.py',
+     (('        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),\n', ''),), (PROCESS + 'a_client_that_dawdles_does_not_keep_it_from_ending',)),
+    (12, 'how long an endpoint may take to end is not handed on', 'cli/serve.py',
+     (('drain_seconds=drain_seconds, ', ''),), (PROCESS + 'a_client_that_dawdles_does_not_keep_it_from_ending',)),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import served
-from endpoints import NAME, running
+from endpoints import NAME, running, wait_until
 from hf_s3t.endpoint.batcher import Batcher, Begun, Ended, Job, NotReadyError
 
 ASKED = {"model": NAME, "prompt": "a", "max_tokens": 1}
@@ -32,7 +32,7 @@ def test_batches_that_fail_one_after_the_other_are_known() -> None:
             assert endpoint.http.post("/v1/completions", json=ASKED).status_code == 200  # still tried
         reason = health.json()["reason"]
         assert "The last 3 batches failed, the last one with: RuntimeError: an illegal memory access" in reason
-        assert endpoint.http.get("/health").status_code == 200
+        wait_until(lambda: endpoint.http.get("/health").status_code == 200, 5)
 
 
 def test_a_thread_that_has_ended_is_known() -> None:

@@ -14,9 +14,6 @@ from ..store.store import S3TStore
 if TYPE_CHECKING:
     from ray.serve import Application
 
-DRAIN_SECONDS = 300.0
-"""How long a replica that is to end may go on with the answers that it has begun."""
-
 
 class Replica:
     """What Ray asks of a replica, beside the routes of its `app`."""
@@ -97,7 +94,7 @@ def serve(
         ray_serve.ingress(application)(Replica),
         name="hf_s3t",
         max_ongoing_requests=checked.max_queue + checked.max_batch,  # a replica's own queue says when it is full
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        graceful_shutdown_timeout_s=checked.drain_seconds,
         ray_actor_options={
             "num_cpus": wanted.pop("CPU", 0),
             "num_gpus": wanted.pop("GPU", 0),
