@@ -61,6 +61,13 @@ def test_the_page_describes_applications_that_can_be_made(monkeypatch: pytest.Mo
     assert [(type(application), name) for application, name in ran] == [(ray_serve.Application, "chat")] * 2
 
 
+def test_a_replica_is_sent_what_it_refuses_itself() -> None:
+    made = serve(str(served.trained("llama")), max_queue=5, max_batch=3, drain_seconds=7.0)._bound_deployment
+    assert made.max_ongoing_requests >= 5 + 3 + 32  # all that it has taken, and some that it answers 429
+    assert 5 <= made.max_queued_requests < 100  # not for ever at Ray's proxy
+    assert made._deployment_config.graceful_shutdown_timeout_s == 7
+
+
 def test_a_replica_whose_model_fails_is_replaced_and_none_because_of_its_store() -> None:
     model = served.load(served.trained("llama"), "llama")
     made = serve(str(served.trained("llama")))._bound_deployment

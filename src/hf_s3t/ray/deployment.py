@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 
+HEADROOM = 64
+"""Requests that a replica is sent beyond those that it answers and those that wait: it refuses them itself."""
+
+
 class Replica:
     """What Ray asks of a replica, beside the routes of its `app`."""
 
@@ -93,7 +97,8 @@ def serve(
     deployment: Any = ray_serve.deployment(
         ray_serve.ingress(application)(Replica),
         name="hf_s3t",
-        max_ongoing_requests=checked.max_queue + checked.max_batch,  # a replica's own queue says when it is full
+        max_ongoing_requests=checked.max_queue + checked.max_batch + HEADROOM,
+        max_queued_requests=checked.max_queue + HEADROOM,  # at each proxy
         graceful_shutdown_timeout_s=checked.drain_seconds,
         ray_actor_options={
             "num_cpus": wanted.pop("CPU", 0),
