@@ -3,6 +3,8 @@
 # ruff: noqa: E501
 
 FOLLOWING, ROUTES, TEXT, PROCESS = (f"endpoint/test_{name}.py::test_" for name in ("following", "routes", "text", "process"))
+HEALTH = "endpoint/test_health.py::test_"
+PROMPTS = "endpoint/test_prompts.py::test_"
 FOLLOWED = FOLLOWING + "a_deletion_is_followed_and_an_answer_is_of_one_state"
 OLDER = FOLLOWING + "an_older_copy_of_the_store_is_refused"
 UNREACHED = FOLLOWING + "a_store_that_cannot_be_reached_makes_it_not_ready"
@@ -44,7 +46,7 @@ ENDPOINT = (
     (12, 'what waits is dropped when the endpoint ends', 'endpoint/batcher.py',
      (('while jobs := self._next():', 'while (jobs := self._next()) and not self._stopped:'),), (FOLLOWING + 'what_waits_is_answered_before_the_thread_ends',)),
     (12, 'SIGTERM drops the answers that run', 'endpoint/server.py',
-     (('lifespan="on")', 'lifespan="on", timeout_graceful_shutdown=0)'),), (PROCESS + 'clients_ask_while_another_process_deletes',)),
+     (('timeout_graceful_shutdown=math.ceil(settings.drain_seconds),', 'timeout_graceful_shutdown=0,'),), (PROCESS + 'clients_ask_while_another_process_deletes',)),
     (12, 'a seed is that of the batch, not of the row', 'endpoint/generation.py',
      (('        self._random = torch.Generator().manual_seed(seed)', '        torch.manual_seed(seed)\n        self._random = None'),),
      (ROUTES + 'the_same_seed_is_the_same_answer_whoever_is_in_the_batch',)),
@@ -62,4 +64,32 @@ ENDPOINT = (
      (ROUTES + 'what_cannot_be_done_is_refused_by_name[given3-expected3]',)),
     (12, 'a prompt may be longer than the model', 'endpoint/prompts.py',
      (('            if left < (most or 1):', '            if False:'),), (ROUTES + 'what_cannot_be_done_is_refused_by_name[given16-expected16]',)),
+    (12, 'everybody waits while the tokens of one request are made', 'endpoint/app.py',
+     (('return await asyncio.get_running_loop().run_in_executor(self._readers, make, asked)', 'return make(asked)'),),
+     (PROMPTS + 'others_are_answered_while_tokens_are_made',)),
+    (12, 'tokens are made for a queue that is full', 'endpoint/app.py',
+     (('        self.batcher.check_room()\n', ''),), (PROMPTS + 'no_tokens_are_made_for_a_queue_that_is_full',)),
+    (12, 'tokens are made of a text that cannot fit', 'endpoint/prompts.py',
+     (('if self._most is not None and (size', 'if False and (size'),), (PROMPTS + 'a_text_that_cannot_fit_is_refused_without_its_tokens',)),
+    (12, 'a text that becomes shorter before it has tokens is refused although it fits', 'endpoint/lengths.py',
+     (('            found = NFC', '            found = 1'),), (PROMPTS + 'what_fits_is_never_refused[composed]',)),
+    (12, 'a text is refused by its length although the tokenizer drops spaces', 'endpoint/lengths.py',
+     (('if shrinks is None or strips or', 'if shrinks is None or'),), (PROMPTS + 'of_a_tokenizer_that_drops_some_of_a_text_nothing_is_known',)),
+    (12, 'a model that fails again and again is healthy', 'endpoint/batcher.py',
+     (('self._failed, self._error = self._failed + 1, ', 'self._failed, self._error = 0, '),), (HEALTH + 'batches_that_fail_one_after_the_other_are_known',)),
+    (12, 'a model that failed never recovers', 'endpoint/batcher.py',
+     (('            self._failed = 0\n', ''),), (HEALTH + 'batches_that_fail_one_after_the_other_are_known',)),
+    (12, 'an endpoint whose thread has ended is healthy', 'endpoint/batcher.py',
+     (('        if self._gone:\n            return', '        if False:\n            return'),), (HEALTH + 'a_thread_that_has_ended_is_known',)),
+    (12, 'whoever waits for a thread that has ended waits for ever', 'endpoint/batcher.py',
+     (('left = [*jobs, *self._waiting]', 'left = jobs'),), (HEALTH + 'whoever_waits_is_told_that_the_thread_has_ended',)),
+    (12, 'a counter that fails ends the thread', 'endpoint/batcher.py',
+     (("        except Exception:\n            logger.exception(\"a batch was not", "        except ValueError:\n            logger.exception(\"a batch was not"),),
+     (HEALTH + 'the_thread_outlives_what_is_not_the_models_fault',)),
+    (12, 'a client whose loop is closed fails its batch', 'endpoint/batcher.py',
+     (('        except RuntimeError:  # the loop', '        except ValueError:  # the loop'),), (HEALTH + 'the_thread_outlives_what_is_not_the_models_fault',)),
+    (12, 'a client that dawdles keeps an endpoint from ending', 'endpoint/server.py',
+     (('        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),\n', ''),), (PROCESS + 'a_client_that_dawdles_does_not_keep_it_from_ending',)),
+    (12, 'how long an endpoint may take to end is not handed on', 'cli/serve.py',
+     (('drain_seconds=drain_seconds, ', ''),), (PROCESS + 'a_client_that_dawdles_does_not_keep_it_from_ending',)),
 )

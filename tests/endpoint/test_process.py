@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -146,6 +147,18 @@ def _is_refused(url: str) -> bool:
     except httpx.TransportError as error:  # one that nobody had taken yet is reset
         return isinstance(error, httpx.ConnectError)
     return False
+
+
+def test_a_client_that_dawdles_does_not_keep_it_from_ending(started: Any, base: Path, tmp_path: Path) -> None:
+    process = started(served.copy("llama", tmp_path).path, "--base", base, "--drain-seconds", "1")
+    stream = process.openai.completions.create(**{**ASKED, "max_tokens": 4000, "stream": True})
+    next(stream)
+    host, port = process.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        client.sendall(b"Content-Length: 50\r\n\r\n{")
+        assert process.end() == 0
+    stream.close()
 
 
 @pytest.mark.slow

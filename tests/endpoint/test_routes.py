@@ -286,6 +286,7 @@ def test_other_models_are_refused() -> None:
         ({"refresh_seconds": 5, "max_staleness": 5}, "would be too old between two looks"),
         ({"max_queue": 0}, "--max-queue must be at least 1"),
         ({"delete_token": "short"}, "HF_S3T_DELETE_TOKEN has 5 characters"),
+        ({"drain_seconds": float("inf")}, "--drain-seconds must be more than 0 and finite"),
     ],
 )
 def test_settings_are_checked(given: Any, message: str) -> None:

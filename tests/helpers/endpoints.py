@@ -68,10 +68,10 @@ def settings(**changes: Any) -> Settings:
 
 
 class Endpoint:
-    """Where an endpoint is, and clients for it."""
+    """Where an endpoint is, and clients for it; its application, where that is of this process."""
 
-    def __init__(self, url: str):
-        self.url = url
+    def __init__(self, url: str, app: Any = None):
+        self.url, self.app = url, app
         self.http = httpx.Client(base_url=url, timeout=60)
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
@@ -106,7 +106,7 @@ def running(model: S3TEnsemble, tokens: Any = None, **changes: Any) -> Iterator[
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started)
-    endpoint = Endpoint(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
+    endpoint = Endpoint(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", app)
     try:
         yield endpoint
     finally:

@@ -23,13 +23,14 @@ import pytest
 import yaml
 
 import served
-from endpoints import wait_until, write_base
+from endpoints import running, wait_until, write_base
 from hf_s3t import S3TStore, StoreError
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 ray_serve = pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
 
 from hf_s3t.ray import application, serve  # noqa: E402  # where there is Ray
+from hf_s3t.ray.deployment import Replica  # noqa: E402
 
 PAGE = (Path(__file__).parents[2] / "docs/endpoint.md").read_text(encoding="utf-8")
 NAME = f"replicas{os.getpid()}"
@@ -58,6 +59,33 @@ def test_the_page_describes_applications_that_can_be_made(monkeypatch: pytest.Mo
     module, _, builder = one["import_path"].partition(":")
     ran.append((getattr(importlib.import_module(module), builder)({**one["args"], "store": store}), one["name"]))
     assert [(type(application), name) for application, name in ran] == [(ray_serve.Application, "chat")] * 2
+
+
+def test_a_replica_is_sent_what_it_refuses_itself() -> None:
+    made = serve(str(served.trained("llama")), max_queue=5, max_batch=3, drain_seconds=7.0)._bound_deployment
+    assert made.max_ongoing_requests >= 5 + 3 + 32  # all that it has taken, and some that it answers 429
+    assert 5 <= made.max_queued_requests < 100  # not for ever at Ray's proxy
+    assert made._deployment_config.graceful_shutdown_timeout_s == 7
+
+
+def test_a_replica_whose_model_fails_is_replaced_and_none_because_of_its_store() -> None:
+    model = served.load(served.trained("llama"), "llama")
+    made = serve(str(served.trained("llama")))._bound_deployment
+    assert issubclass(made.func_or_class, Replica)
+    replica = Replica()
+    with running(model, max_staleness=0.06) as endpoint:
+        replica.app = endpoint.app
+        replica.check_health()
+        watch = endpoint.app.state.endpoint.watch
+        watch.stop()
+        wait_until(lambda: watch.reason is not None)
+        replica.check_health()
+        watch.max_staleness = 999.0
+        model.get_input_embeddings().register_forward_pre_hook(lambda *_: 1 / 0)
+        for _ in range(3):
+            endpoint.http.post("/v1/completions", json=ASKED)
+        with pytest.raises(RuntimeError, match="The last 3 batches failed, the last one with: ZeroDivisionError"):
+            replica.check_health()
 
 
 @pytest.fixture(scope="module")

@@ -184,3 +184,43 @@ def test_what_a_killed_worker_left_is_removed_by_the_next_one(tmp_path):
     assert living.path.is_dir(), "it lives"
     living.remove()
     assert not list(tmp_path.glob(f"{PREFIX}*"))
+
+
+def test_a_worker_that_starts_keeps_its_folder_whoever_cleans_up_meanwhile(tmp_path, monkeypatch):
+    import fcntl
+
+    lock, cleaned = fcntl.flock, []
+
+    def clean_up_before(file: int, how: int) -> None:
+        if how & fcntl.LOCK_EX and not cleaned:
+            cleaned.append(True)
+            assert in_child(lambda: (Scratch(), kill())) == -9
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", clean_up_before)
+    starting = Scratch()
+    monkeypatch.undo()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cleaned and starting.path.stat().st_mode & 0o777 == 0o700
+    Scratch()
+    assert starting.path.is_dir(), "it lives"
+    starting.remove()
+    assert not starting.path.exists()
+
+
+class Tracker(TrainerCallback):
+    """One whose server is gone."""
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("nobody listens")
+
+
+def test_a_worker_leaves_nothing_although_its_tracker_fails(tmp_path):
+    trainer, worker = driver_and_worker(tmp_path)
+    handler = worker.trainer.callback_handler
+    handler.trackers = (Tracker,)
+    worker.trainer.add_callback(Tracker())
+    worker.train(1, *sent(trainer, next_order(trainer.store, trainer.rows)))
+    with pytest.raises(ConnectionError, match="nobody listens"):
+        worker.end()
+    assert not worker.scratch.path.exists()

@@ -9,10 +9,12 @@ store ────────────────────────�
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -31,9 +33,16 @@ from .responses import GENERATION_HEADER, Answer, as_refusal, fingerprint
 from .settings import Settings
 from .watch import Watch
 
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
+
+READERS = 2
+"""Threads that make tokens of requests."""
+
 
 def make_app(model: S3TEnsemble, tokenizer: Any, settings: Settings) -> FastAPI:
-    """The application that answers with a model. Its lifespan starts and ends the model's thread and the watch.
+    """The application that answers with a model. Its lifespan starts and ends the model's thread and the watch;
+    its `state.endpoint` is the [`Endpoint`].
 
     Args:
         model ([`S3TEnsemble`]): loaded from a store; a causal language model, or one that classifies sequences.
@@ -54,6 +63,7 @@ def make_app(model: S3TEnsemble, tokenizer: Any, settings: Settings) -> FastAPI:
         await run_in_threadpool(endpoint.watch.stop)
 
     app = FastAPI(title="hf_s3t", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.endpoint = endpoint
     app.add_middleware(Counting, metrics=endpoint.metrics)
     _add_refusals(app, settings)
     _add_looks(app, endpoint)
@@ -73,6 +83,7 @@ class Endpoint:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.classifies = _classifies(model)
         self.prompts = Prompts(tokenizer, model.config)
+        self._readers = ThreadPoolExecutor(READERS, "hf_s3t reads")
         self.created = int(time.time())
         self.metrics = metrics = Metrics()
         self.watch = Watch(model, settings.refresh_seconds, settings.max_staleness, metrics.deletions.inc)
@@ -85,13 +96,23 @@ class Endpoint:
         metrics.gauge("s3t_members", "Served prefixes that answer", lambda: len(model.members))
         metrics.gauge("s3t_state_age_seconds", "Since the state was known to be the newest", lambda: self.watch.age)
         metrics.gauge("s3t_queue_length", "Requests that wait", lambda: len(self.batcher))
-        metrics.gauge("s3t_ready", "1 where answers are given", lambda: self.watch.reason is None)
+        metrics.gauge("s3t_ready", "1 where answers are given", lambda: self.reason is None)
+
+    @property
+    def reason(self) -> str | None:
+        """Why nothing is answered now, or every answer fails; `None`: all is well."""
+        return self.batcher.reason or self.watch.reason
 
     def check_name(self, name: str | None) -> None:
         """Raises [`Refusal`] for another model than this one."""
         if name not in (None, self.settings.name):
             message = f"There is no model {name!r} here. The model is {self.settings.name!r}."
             raise Refusal(404, message, "model", "model_not_found")
+
+    async def read(self, make: Callable[[Asked], Found], asked: Asked) -> Found:
+        """Makes tokens of a request where nobody waits for it: a long text takes seconds."""
+        self.batcher.check_room()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, make, asked)
 
     async def begin(self, job: Job) -> int:
         """Waits until a job's answer begins; returns the generation that it begins on."""
@@ -156,7 +177,7 @@ def _add_looks(app: FastAPI, endpoint: Endpoint) -> None:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        reason = watch.reason
+        reason = endpoint.reason
         found = {
             "status": "not ready" if reason else "ready", "reason": reason, "generation": model.generation,
             "members": model.members, "state_age_seconds": round(watch.age, 3), "waiting": len(endpoint.batcher),
@@ -183,12 +204,12 @@ def _add_completions(app: FastAPI, endpoint: Endpoint) -> None:
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest) -> Response:
         endpoint.check_name(asked.model)
-        return await _completed(endpoint, False, asked, endpoint.prompts.of_completion(asked))
+        return await _completed(endpoint, False, asked, await endpoint.read(endpoint.prompts.of_completion, asked))
 
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest) -> Response:
         endpoint.check_name(asked.model)
-        return await _completed(endpoint, True, asked, endpoint.prompts.of_chat(asked))
+        return await _completed(endpoint, True, asked, await endpoint.read(endpoint.prompts.of_chat, asked))
 
 
 async def _completed(endpoint: Endpoint, chat: bool, asked: Sampling, prompt: Prompt) -> Response:
@@ -208,7 +229,7 @@ async def _completed(endpoint: Endpoint, chat: bool, asked: Sampling, prompt: Pr
 
 def _add_classification(app: FastAPI, endpoint: Endpoint) -> None:
     """The route of a model that classifies sequences."""
-    room, most = endpoint.prompts.room, endpoint.settings.max_batch
+    most = endpoint.settings.max_batch
 
     @app.post("/classify")
     async def classify(asked: ClassifyRequest) -> Response:
@@ -216,11 +237,7 @@ def _add_classification(app: FastAPI, endpoint: Endpoint) -> None:
         if len(asked.texts) > most:
             message = f"{len(asked.texts)} texts in one request; at most {most} are taken (--max-batch). Ask twice."
             raise Refusal(400, message, "texts", "too_many_texts")
-        tokens = endpoint.tokenizer(asked.texts)["input_ids"]
-        for place, own in enumerate(tokens):
-            if room is not None and len(own) > room:
-                message = f"Text {place} has {len(own)} tokens, and the model has room for {room}. Shorten it."
-                raise Refusal(400, message, f"texts.{place}", "context_length_exceeded")
+        tokens = await endpoint.read(endpoint.prompts.of_texts, asked.texts)
         job = Job(tokens, len(tokens), max(map(len, tokens)))
         generation = await endpoint.begin(job)
         try:

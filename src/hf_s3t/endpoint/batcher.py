@@ -23,6 +23,9 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+FAILURES = 3
+"""Batches that fail one after the other until the model is said to fail."""
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -77,7 +80,10 @@ class Job:
 
     def tell(self, event: Begun | Piece | Ended | Exception) -> None:
         """Hands on what happened; for the model's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop is closed
+            self.cancel()
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more."""
@@ -135,7 +141,8 @@ class Batcher:
         self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
         self._waiting: deque[Job] = deque()
         self._condition = threading.Condition()
-        self._stopped = False
+        self._stopped = self._gone = False
+        self._failed, self._error = 0, ""  # batches one after the other, and how the last of them did
         self._seconds = 0.0  # of the last batch
         self._thread = threading.Thread(target=self._run, name="hf_s3t answers", daemon=True)
 
@@ -153,31 +160,68 @@ class Batcher:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def reason(self) -> str | None:
+        """Why the model does not answer, although it should; `None`: it does."""
+        if self._gone:
+            return "The thread that answers has ended; the log says why. Start the endpoint again."
+        if self._failed >= FAILURES:
+            return (
+                f"The last {self._failed} batches failed, the last one with: {self._error}. Requests are still tried. "
+                "If they go on to fail, start the endpoint again."
+            )
+        return None
+
+    def check_room(self) -> None:
+        """Raises [`QueueFullError`] where as many wait as may."""
+        if len(self._waiting) >= self.max_queue:
+            raise QueueFullError(self.max_queue, max(1, math.ceil(self._seconds)))
+
     def submit(self, job: Job) -> None:
         """Lets a job wait for its turn.
 
         Raises:
+            NotReadyError: nobody answers any more.
             QueueFullError: as many wait as may.
         """
         with self._condition:
-            if len(self._waiting) >= self.max_queue:
-                raise QueueFullError(self.max_queue, max(1, math.ceil(self._seconds)))
+            if self._gone:
+                raise NotReadyError(self.reason)
+            self.check_room()
             self._waiting.append(job)
             self._condition.notify_all()
 
     def _run(self) -> None:
-        while jobs := self._next():
-            began = time.monotonic()
+        jobs: list[Job] = []
+        try:
+            while jobs := self._next():
+                self._answer_batch(jobs)
+        except BaseException:  # of whatever kind: nobody else would tell those who wait
+            logger.critical("the thread that answers ends, and nothing is answered any more", exc_info=True)
+            with self._condition:
+                self._gone = True
+                left = [*jobs, *self._waiting]
+                self._waiting.clear()
+            for job in left:
+                job.tell(NotReadyError(self.reason))
+
+    def _answer_batch(self, jobs: list[Job]) -> None:
+        began = time.monotonic()
+        try:
             self._note([began - job.since for job in jobs], sum(job.rows for job in jobs))
-            try:
-                self._check()
-                self._answer(jobs)
-            except Exception as error:
-                if not isinstance(error, NotReadyError):
-                    logger.exception("a batch of %d requests failed", len(jobs))
-                for job in jobs:
-                    job.tell(error)
-            self._seconds = time.monotonic() - began
+        except Exception:
+            logger.exception("a batch was not counted")
+        try:
+            self._check()
+            self._answer(jobs)
+            self._failed = 0
+        except Exception as error:
+            if not isinstance(error, NotReadyError):
+                logger.exception("a batch of %d requests failed", len(jobs))
+                self._failed, self._error = self._failed + 1, f"{type(error).__name__}: {error}"
+            for job in jobs:
+                job.tell(error)
+        self._seconds = time.monotonic() - began
 
     def _next(self) -> list[Job]:
         """The next batch, oldest first; empty at the end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .generation import Prompt
+from .lengths import bytes_per_token
 from .protocol import ChatRequest, CompletionRequest, Message, Refusal, Sampling
 
 FEW_TOKENS = 16
@@ -28,6 +29,37 @@ class Prompts:
         room = getattr(text, "max_position_embeddings", None)
         self.room: int | None = room if isinstance(room, int) and room > 0 else None
         self.vocabulary: int = text.vocab_size
+        tokenizer("")  # sets its truncation and padding, which no two threads may do at once
+        most = bytes_per_token(tokenizer)
+        self._most = None if self.room is None or most is None else self.room * most
+
+    def check_size(self, text: str, param: str) -> None:
+        """Refuses a text that cannot fit before its tokens are made, which would take long.
+
+        Raises:
+            Refusal: it has more bytes than as many tokens as there is room for can stand for.
+        """
+        if self._most is not None and (size := len(text.encode(errors="replace"))) > self._most:
+            message = (
+                f"The model has room for {self.room} tokens. `{param}` has {size} bytes, and so many tokens stand for "
+                f"{self._most} bytes at most. Shorten it."
+            )
+            raise Refusal(400, message, param, "context_length_exceeded")
+
+    def of_texts(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of texts, each with the special ones.
+
+        Raises:
+            Refusal: one is too long.
+        """
+        for place, text in enumerate(texts):
+            self.check_size(text, f"texts.{place}")
+        tokens = self.tokenizer(texts)["input_ids"]
+        for place, own in enumerate(tokens):
+            if self.room is not None and len(own) > self.room:
+                message = f"Text {place} has {len(own)} tokens, and the model has room for {self.room}. Shorten it."
+                raise Refusal(400, message, f"texts.{place}", "context_length_exceeded")
+        return tokens
 
     def of_completion(self, asked: CompletionRequest) -> Prompt:
         """A text's tokens, or the given ones.
@@ -35,7 +67,10 @@ class Prompts:
         Raises:
             Refusal: they are none, not the model's, or too many.
         """
-        tokens = self.tokenizer(asked.prompt)["input_ids"] if isinstance(asked.prompt, str) else asked.prompt
+        tokens = asked.prompt
+        if isinstance(tokens, str):
+            self.check_size(tokens, "prompt")
+            tokens = self.tokenizer(tokens)["input_ids"]
         if strange := [token for token in tokens if not 0 <= token < self.vocabulary]:
             message = f"Token {strange[0]} is not one of the model's {self.vocabulary}."
             raise Refusal(400, message, "prompt", "invalid_value")
@@ -70,6 +105,7 @@ class Prompts:
             )
         except jinja2.TemplateError as error:
             raise Refusal(400, f"The chat template refuses this: {error}", "messages", "invalid_value") from None
+        self.check_size(text, "messages")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _checked(self, asked: Sampling, tokens: list[int], most: int | None, param: str, default: int) -> Prompt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import socket
 import sys
@@ -72,8 +73,8 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def serve(model: S3TEnsemble, tokenizer: Any, settings: Settings, listener: socket.socket) -> NoReturn:
-    """Answers until SIGTERM or SIGINT: then nothing new is taken, what was taken is answered, and the process ends
-    with 0.
+    """Answers until SIGTERM or SIGINT: then nothing new is taken, what was taken is answered within
+    `settings.drain_seconds`, and the process ends with 0.
     """
     host, port = listener.getsockname()[:2]
     if not is_loopback(host):
@@ -81,7 +82,10 @@ def serve(model: S3TEnsemble, tokenizer: Any, settings: Settings, listener: sock
             "other machines reach %s:%d, and whoever does may ask: there is no password, no encryption, and no limit "
             "per client here. Put a proxy that has them in front, or bind to 127.0.0.1.", host, port,
         )  # fmt: skip
-    config = uvicorn.Config(make_app(model, tokenizer, settings), log_config=None, access_log=False, lifespan="on")
+    config = uvicorn.Config(
+        make_app(model, tokenizer, settings), log_config=None, access_log=False, lifespan="on",
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
+    )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when all is answered
         signal.signal(number, lambda *_: sys.exit(0))
     logger.info("%s answers on http://%s:%d, generation %d", settings.name, host, port, model.generation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ class Settings:
         max_batch_tokens (`int`, *optional*, defaults to 65,536): rows of a batch times its longest row, prompt and
             answer: what its memory depends on. A request that is larger is answered alone.
         mates_seconds (`float`, *optional*, defaults to 0.005): how long the first request of a batch waits for others.
+        drain_seconds (`float`, *optional*, defaults to 300): how long an endpoint that is to end may go on with the
+            answers that it has begun.
         delete_token (`str`, *optional*): who has it may delete examples; `None`: there is no such route.
 
     Raises:
@@ -42,6 +45,7 @@ class Settings:
     max_batch: int = 16
     max_batch_tokens: int = 65_536
     mates_seconds: float = 0.005
+    drain_seconds: float = 300.0
     delete_token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +56,8 @@ class Settings:
                 f"--max-staleness is {self.max_staleness:g} seconds and --refresh-seconds {self.refresh_seconds:g}: "
                 "the state would be too old between two looks. Make the first larger, several times if you can."
             )
+        if not 0 < self.drain_seconds < math.inf:
+            raise ValueError(f"--drain-seconds must be more than 0 and finite, got {self.drain_seconds:g}.")
         for name in ("max_queue", "max_batch", "max_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")

@@ -14,8 +14,21 @@ from ..store.store import S3TStore
 if TYPE_CHECKING:
     from ray.serve import Application
 
-DRAIN_SECONDS = 300.0
-"""How long a replica that is to end may go on with the answers that it has begun."""
+
+HEADROOM = 64
+"""Requests that a replica is sent beyond those that it answers and those that wait: it refuses them itself."""
+
+
+class Replica:
+    """What Ray asks of a replica, beside the routes of its `app`."""
+
+    app: Any
+
+    def check_health(self) -> None:
+        """Ray replaces a replica of which this raises: its model's thread has ended, or batch after batch fails. A
+        store that cannot be reached is no reason: another replica would not reach it either."""
+        if reason := self.app.state.endpoint.batcher.reason:
+            raise RuntimeError(reason)
 
 
 def serve(
@@ -82,10 +95,11 @@ def serve(
     wanted = dict(resources or {"CPU": 1})
     scale = {"num_replicas": replicas} if autoscaling is None else {"autoscaling_config": dict(autoscaling)}
     deployment: Any = ray_serve.deployment(
-        ray_serve.ingress(application)(),
+        ray_serve.ingress(application)(Replica),
         name="hf_s3t",
-        max_ongoing_requests=checked.max_queue + checked.max_batch,  # a replica's own queue says when it is full
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        max_ongoing_requests=checked.max_queue + checked.max_batch + HEADROOM,
+        max_queued_requests=checked.max_queue + HEADROOM,  # at each proxy
+        graceful_shutdown_timeout_s=checked.drain_seconds,
         ray_actor_options={
             "num_cpus": wanted.pop("CPU", 0),
             "num_gpus": wanted.pop("GPU", 0),

@@ -160,13 +160,15 @@ class Worker:
 
     @ray.method(concurrency_group="training")
     def end(self) -> None:
-        """Leaves nothing behind."""
-        if self.trainer is not None:
-            self.trainer.trunk_cache.close()
-            self.trainer.end_workers()
-            self.trainer.callback_handler.end_run(self.trainer.args, self.trainer.state, self.trainer.control)
-        if self.scratch is not None:
-            self.scratch.remove()
+        """Leaves nothing behind, whatever a tracker raises."""
+        try:
+            if self.trainer is not None:
+                self.trainer.trunk_cache.close()
+                self.trainer.end_workers()
+                self.trainer.callback_handler.end_run(self.trainer.args, self.trainer.state, self.trainer.control)
+        finally:
+            if self.scratch is not None:
+                self.scratch.remove()
 
     @ray.method(concurrency_group="listening")
     def call_off(self, serial: int) -> None:
