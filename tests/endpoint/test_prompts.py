@@ -113,6 +113,14 @@ def with_fallback() -> Tokenizer:
     return made
 
 
+def unigram() -> Tokenizer:
+    """Bytes, and one token of three."""
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "abc"]
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), *((text, -1.0) for text in letters)], unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return made
+
+
 def prompts(tokens: Any, room: int = 64) -> Prompts:
     config = served.SHAPES["llama"].build().config
     config.max_position_embeddings, config.vocab_size = room, 10_000
@@ -140,6 +148,7 @@ LONGEST = {
     "a special token": (byte_level(), "<|end-é|>"),
     "split first": (byte_level(first=pre_tokenizers.Split(" ", "isolated")), "<|end-é|>"),
     "composed": (byte_level(normalizers.NFC()), "\u212a" * 4),  # 12 bytes, which become 4
+    "unigram": (unigram(), "abc"),
     "letters": (with_fallback(), " a"),
 }
 
