@@ -19,7 +19,7 @@ ENDPOINT = (
     (12, 'a look that failed counts as one that succeeded', 'endpoint/watch.py',
      (('            self._problem = problem\n', '            self._problem, self._looked = problem, began\n'),), (UNREACHED,)),
     (12, 'whether it may answer is not asked again when a turn comes', 'endpoint/batcher.py',
-     (('                self._check()\n', ''),), (UNREACHED,)),
+     (('            self._check()\n', ''),), (UNREACHED,)),
     (12, 'the bare base answers where nothing of the store is live', 'endpoint/watch.py',
      (('        if not self.model.members and not self.model.pending:', '        if False:'),), (FOLLOWING + 'the_bare_base_does_not_answer',)),
     (12, 'the store is never looked at again', 'endpoint/watch.py',

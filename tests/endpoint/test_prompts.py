@@ -91,7 +91,7 @@ def test_no_tokens_are_made_for_a_queue_that_is_full() -> None:
 def byte_level(normalizer: Any = None, first: Any = None) -> Tokenizer:
     """Bytes, and a few tokens of several: 4 bytes at most, or the 10 of a special one."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = [("a", "a"), ("aa", "aa")]
+    pairs = [("a", "a"), ("aa", "aa"), ("K", "K"), ("KK", "KK")]
     vocabulary = {text: i for i, text in enumerate([*letters, *("".join(pair) for pair in pairs)])}
     made = Tokenizer(models.BPE(vocabulary, pairs))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -110,6 +110,14 @@ def with_fallback() -> Tokenizer:
         models.BPE({text: i for i, text in enumerate(texts)}, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
     )
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return made
+
+
+def unigram() -> Tokenizer:
+    """Bytes, and one token of three."""
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "abc"]
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), *((text, -1.0) for text in letters)], unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return made
 
 
@@ -139,7 +147,8 @@ LONGEST = {
     "bytes": (byte_level(), "a" * 4),
     "a special token": (byte_level(), "<|end-é|>"),
     "split first": (byte_level(first=pre_tokenizers.Split(" ", "isolated")), "<|end-é|>"),
-    "composed": (byte_level(normalizers.NFC()), "\u212a"),  # 3 bytes, which become one
+    "composed": (byte_level(normalizers.NFC()), "\u212a" * 4),  # 12 bytes, which become 4
+    "unigram": (unigram(), "abc"),
     "letters": (with_fallback(), " a"),
 }
 

@@ -54,12 +54,13 @@ def _shrinks(steps: list[dict[str, Any]]) -> int | None:
 
 def _keeps(model: dict[str, Any], steps: list[dict[str, Any]]) -> bool:
     """Whether each byte that is left becomes a token, or a share of one."""
-    if model["type"] != "BPE" or any(
+    if model["type"] not in ("BPE", "Unigram") or any(
         step["type"] not in KEEPING or str(step.get("behavior")).lower() == "removed" for step in steps
     ):
         return False
     from tokenizers.pre_tokenizers import ByteLevel
 
+    known = {entry if isinstance(entry, str) else entry[0] for entry in model["vocab"]}  # Unigram: with scores
     if any(step["type"] == "ByteLevel" for step in steps):
-        return set(ByteLevel.alphabet()) <= set(model["vocab"])
-    return bool(model["byte_fallback"]) and {f"<0x{byte:02X}>" for byte in range(256)} <= set(model["vocab"])
+        return set(ByteLevel.alphabet()) <= known
+    return bool(model["byte_fallback"]) and {f"<0x{byte:02X}>" for byte in range(256)} <= known
