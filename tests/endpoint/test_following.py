@@ -207,7 +207,7 @@ def test_a_batch_is_as_large_as_may_be() -> None:
     batches: list[list[tuple[int, int]]] = []
 
     def answer(jobs: list[Job]) -> None:
-        batches.append([(job.rows, job.length) for job in jobs])
+        batches.append([(job.rows, job.prompt_tokens) for job in jobs])
 
     async def ask() -> None:
         batcher = Batcher(answer, lambda: None, 99, 4, 60, 0.0, lambda waits, rows: None)
@@ -218,6 +218,29 @@ def test_a_batch_is_as_large_as_may_be() -> None:
 
     asyncio.run(ask())
     assert batches == [sizes[:3], sizes[3:5], sizes[5:6], sizes[6:7], sizes[7:8], sizes[8:]]
+
+
+@pytest.mark.parametrize("room, tokens, sizes", [(64, 9999, [1, 3]), (200, 150, [1, 2, 1])])
+def test_a_long_prompt_and_a_long_answer_fit_together_or_wait(room: int, tokens: int, sizes: list[int]) -> None:
+    """Positions are learned: a row that went on beyond them would be an error, its mates' as well."""
+    model = served.load(served.trained("gpt2"), "gpt2")
+    jobs: list[Job] = []
+    batches: list[int] = []
+
+    async def ask() -> list[Any]:
+        answer = Generation(model, tokenizer())
+        answer.ends = frozenset()
+        batcher = Batcher(answer, lambda: None, 9, 16, tokens, 0.0, lambda _, rows: batches.append(rows), room)
+        for prompt, count in [(50, 14), (3, 40), (24, 2), (2, 20)]:
+            jobs.append(Job(Prompt((5,) * prompt, count, 0.0), 1, prompt, count))
+            batcher.submit(jobs[-1])
+        batcher.start()
+        await asyncio.to_thread(batcher.stop)
+        assert [await job.begun() for job in jobs] == [0] * 4
+        return [[event async for event in job.events()][-1].tokens for job in jobs]
+
+    assert asyncio.run(asyncio.wait_for(ask(), 20)) == [14, 40, 2, 20]
+    assert batches == sizes
 
 
 # ---- deletions over HTTP ----

@@ -79,7 +79,7 @@ class Endpoint:
         self.batcher = Batcher(
             (Classification if self.classifies else Generation)(model, tokenizer), self.watch.check,
             settings.max_queue, settings.max_batch, settings.max_batch_tokens, settings.mates_seconds,
-            metrics.note_batch,
+            metrics.note_batch, self.prompts.room,
         )  # fmt: skip
         metrics.gauge("s3t_generation", "Deletions of the store that new answers obey", lambda: model.generation)
         metrics.gauge("s3t_members", "Served prefixes that answer", lambda: len(model.members))
@@ -194,7 +194,7 @@ def _add_completions(app: FastAPI, endpoint: Endpoint) -> None:
 async def _completed(endpoint: Endpoint, chat: bool, asked: Sampling, prompt: Prompt) -> Response:
     if asked.stream_options is not None and not asked.stream:
         raise Refusal(400, "`stream_options` are for a stream. Add `stream`: true.", "stream_options", "invalid_value")
-    job = Job(prompt, length=len(prompt.tokens) + prompt.max_tokens)
+    job = Job(prompt, 1, len(prompt.tokens), prompt.max_tokens)
     generation = await endpoint.begin(job)
     answer = Answer(chat, asked, job, generation, len(prompt.tokens))
     headers = {GENERATION_HEADER: str(generation)}

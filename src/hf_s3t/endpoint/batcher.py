@@ -65,11 +65,13 @@ class Job:
     Args:
         asked: for the one who answers.
         rows (`int`, *optional*, defaults to 1): of the batch that it takes.
-        length (`int`, *optional*, defaults to 1): of its longest row, in tokens.
+        prompt_tokens (`int`, *optional*, defaults to 1): of its longest row.
+        answer_tokens (`int`, *optional*, defaults to 0): that each row may be continued by.
     """
 
-    def __init__(self, asked: Any, rows: int = 1, length: int = 1):
-        self.asked, self.rows, self.length = asked, rows, length
+    def __init__(self, asked: Any, rows: int = 1, prompt_tokens: int = 1, answer_tokens: int = 0):
+        self.asked, self.rows = asked, rows
+        self.prompt_tokens, self.answer_tokens = prompt_tokens, answer_tokens
         self.since = time.monotonic()
         self.cancelled = False
         self._loop = asyncio.get_running_loop()
@@ -118,6 +120,7 @@ class Batcher:
         check: raises [`NotReadyError`] where nothing may be answered now.
         max_queue, max_batch, max_batch_tokens, mates_seconds: see [`Settings`].
         note: told of each batch: seconds that its jobs waited, and how many rows it has.
+        room (`int`, *optional*): tokens that a row of a batch may have, its mates' padding included.
     """
 
     def __init__(
@@ -129,10 +132,12 @@ class Batcher:
         max_batch_tokens: int,
         mates_seconds: float,
         note: Callable[[list[float], int], None],
+        room: int | None = None,
     ):
         self._answer, self._check, self._note = answer, check, note
         self.max_queue, self.mates_seconds = max_queue, mates_seconds
         self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
+        self.room = math.inf if room is None else room
         self._waiting: deque[Job] = deque()
         self._condition = threading.Condition()
         self._stopped = False
@@ -194,16 +199,19 @@ class Batcher:
         return self._stopped or sum(job.rows for job in self._waiting) >= self.max_batch
 
     def _taken(self) -> list[Job]:
+        """The oldest jobs that fit together. A row goes on to the end of its batch, whoever's that is: all of them are
+        as long as the longest prompt and the longest answer, be they of different jobs."""
         jobs: list[Job] = []
-        rows = longest = 0
+        rows = prompt = answer = 0
         while self._waiting:
             job = self._waiting[0]
-            more, length = rows + job.rows, max(longest, job.length)
-            if jobs and (more > self.max_batch or more * length > self.max_batch_tokens):
+            more, longest = rows + job.rows, (max(prompt, job.prompt_tokens), max(answer, job.answer_tokens))
+            length = sum(longest)
+            if jobs and (more > self.max_batch or more * length > self.max_batch_tokens or length > self.room):
                 break
             self._waiting.popleft()
             if not job.cancelled:
                 jobs.append(job)
-                rows, longest = more, length
+                rows, (prompt, answer) = more, longest
         return jobs
 
