@@ -19,7 +19,8 @@ import models
 import served
 from endpoints import NAME, TOKEN, Endpoint, running, settings, tokenizer, wait_until, write_base
 from hf_s3t import S3TEnsemble, S3TStore
-from hf_s3t.endpoint.batcher import Batcher, Ended, Job
+from hf_s3t.endpoint.batcher import Batcher, Ended, Job, NotReadyError
+from hf_s3t.endpoint.classification import Classification
 from hf_s3t.endpoint.generation import Generation, Prompt
 from hf_s3t.store.receipts import read_receipts
 from trainers import logits
@@ -148,6 +149,27 @@ def test_the_bare_base_does_not_answer(start: Any, store: S3TStore) -> None:
     wait_until(lambda: endpoint.http.get("/health").status_code == 503)
     assert "No stage of the store is live" in endpoint.http.get("/health").json()["reason"]
     assert endpoint.http.post("/v1/completions", json={"model": NAME, "prompt": "a"}).status_code == 503
+
+
+@pytest.mark.parametrize("shape, kind", [("llama", Generation), ("bert", Classification)])
+def test_the_last_stage_goes_between_the_check_and_the_answer(shape: str, kind: Any, tmp_path: Path) -> None:
+    store = served.copy(shape, tmp_path)
+    model = served.load(store, shape)
+
+    def check() -> None:
+        """Nothing is wrong, and then all of it is deleted."""
+        store.delete(slices=[(shard, piece) for shard in range(3) for piece in range(3)])
+        model.refresh()
+
+    async def ask() -> int:
+        batcher = Batcher(kind(model, tokenizer()), check, 9, 1, 999, 0.0, lambda waits, rows: None)
+        batcher.submit(job := Job(Prompt((3, 4), 4, 0.0) if kind is Generation else [[3, 4]]))
+        batcher.start()
+        await asyncio.to_thread(batcher.stop)
+        return await job.begun()
+
+    with pytest.raises(NotReadyError, match="only the bare base model could answer"):
+        asyncio.run(asyncio.wait_for(ask(), 20))
 
 
 def test_more_than_may_wait_are_told_to_come_again(start: Any, model: S3TEnsemble) -> None:

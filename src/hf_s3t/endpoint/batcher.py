@@ -51,6 +51,10 @@ class NotReadyError(Exception):
     """Nothing is answered now; the message says why."""
 
 
+BARE = "No stage of the store is live, so that only the bare base model could answer. Repair it: train()."
+"""Why a model without members does not answer."""
+
+
 class QueueFullError(Exception):
     """As many requests wait as may."""
 

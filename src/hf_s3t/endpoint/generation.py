@@ -15,7 +15,7 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from ..serving.ensemble import S3TEnsemble
-from .batcher import Begun, Ended, Job, Piece
+from .batcher import BARE, Begun, Ended, Job, NotReadyError, Piece
 
 CONTEXT = 6
 """Tokens of the prompt that the first tokens of an answer are decoded with: a space may depend on them."""
@@ -197,8 +197,14 @@ class Generation:
         self.ends = frozenset(token for token in flat if token is not None)
 
     def __call__(self, jobs: list[Job]) -> None:
-        """Continues the prompts of some jobs, on one state from the first token to the last."""
+        """Continues the prompts of some jobs, on one state from the first token to the last.
+
+        Raises:
+            NotReadyError: that state has no member.
+        """
         with self.model.answering() as generation:
+            if not self.model.members:
+                raise NotReadyError(BARE)
             for job in jobs:
                 job.tell(Begun(generation))
             self._continue([Row(job, self._decode) for job in jobs])
