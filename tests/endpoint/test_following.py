@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import models
 import served
-from endpoints import NAME, TOKEN, Endpoint, running, settings, tokenizer, wait_until, write_base
+from endpoints import LETTERS, NAME, TOKEN, Endpoint, running, settings, tokenizer, wait_until, write_base
 from hf_s3t import S3TEnsemble, S3TStore
 from hf_s3t.endpoint.batcher import Batcher, Ended, Job, NotReadyError
 from hf_s3t.endpoint.classification import Classification
@@ -222,6 +222,25 @@ def test_what_waits_is_answered_before_the_thread_ends(model: S3TEnsemble) -> No
 
     ended = asyncio.run(asyncio.wait_for(ask_and_stop(), 20))
     assert all(isinstance(event, Ended) and event.tokens for event in ended)
+
+
+def test_what_the_base_was_saved_with_ends_no_answer(start: Any, model: S3TEnsemble) -> None:
+    model.generation_config.max_time, model.generation_config.stop_strings = 1e-9, list(LETTERS)
+    found = ask(start())
+    assert (found.choices[0].finish_reason, found.usage.completion_tokens) == ("length", 8)
+
+
+def test_nobody_waits_for_an_answer_that_was_cut(
+    start: Any, model: S3TEnsemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint, generate = start(), model.generate
+    text = ask(endpoint).choices[0].text
+    monkeypatch.setattr(model, "generate", lambda *given, **named: generate(*given, **named | {"max_new_tokens": 3}))
+    found = endpoint.openai.with_options(timeout=10).completions.create(
+        model=NAME, prompt="abc", max_tokens=8, temperature=0, stop=f"{text[2]}and more"
+    )
+    assert (found.choices[0].text, found.choices[0].finish_reason) == (text[:3], "length")
+    assert found.usage.completion_tokens == 3
 
 
 def test_a_batch_is_as_large_as_may_be() -> None:
