@@ -77,6 +77,10 @@ ENDPOINT = (
     (12, 'what is not supported is passed over in silence', 'endpoint/protocol.py',
      (('            if value is not None and not any(', '            if False and not any('),),
      (ROUTES + 'what_cannot_be_done_is_refused_by_name[given3-expected3]',)),
+    (12, 'an answer may be as long as anybody asks for', 'endpoint/prompts.py',
+     (('most is not None and most > self.max_tokens', 'False'),), (ROUTES + 'an_answer_is_not_longer_than_may_be',)),
+    (12, 'who does not say gets more than may be', 'endpoint/prompts.py',
+     (('        default = min(default, self.max_tokens)\n', ''),), (ROUTES + 'an_answer_is_not_longer_than_may_be',)),
     (12, 'a prompt may be longer than the model', 'endpoint/prompts.py',
      (('            if left < (most or 1):', '            if False:'),), (ROUTES + 'what_cannot_be_done_is_refused_by_name[given16-expected16]',)),
 )

@@ -29,6 +29,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
     max_batch: Annotated[int, typer.Option(help="Rows that are answered together.")] = 16,
     max_batch_tokens: Annotated[int, typer.Option(help="Those rows times the longest one, with its answer.")] = 65_536,
+    max_tokens: Annotated[int, typer.Option(help="Of one answer; who asks for more is refused.")] = 4096,
     dtype: Annotated[str | None, typer.Option(help="Of the base, e.g. bfloat16. Default: as it was saved.")] = None,
     allow_delete: Annotated[
         bool, typer.Option("--allow-delete", help="Answer DELETE /v1/examples, with the token in HF_S3T_DELETE_TOKEN.")
@@ -56,7 +57,7 @@ def serve(
             raise ValueError("Give --allow-delete and --state together, or neither: answering needs no state.")
         settings = Settings(
             name or model_name(store), refresh_seconds, max_staleness, max_queue, max_batch, max_batch_tokens,
-            delete_token=delete_token_of(os.environ, allow_delete),
+            max_tokens, delete_token=delete_token_of(os.environ, allow_delete),
         )  # fmt: skip
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         listener = bound(host, port)

@@ -72,7 +72,7 @@ class Endpoint:
     def __init__(self, model: S3TEnsemble, tokenizer: Any, settings: Settings):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.classifies = _classifies(model)
-        self.prompts = Prompts(tokenizer, model.config)
+        self.prompts = Prompts(tokenizer, model.config, settings.max_tokens)
         self.created = int(time.time())
         self.metrics = metrics = Metrics()
         self.watch = Watch(model, settings.refresh_seconds, settings.max_staleness, metrics.deletions.inc)

@@ -28,6 +28,7 @@ class Settings:
         max_batch (`int`, *optional*, defaults to 16): rows that are answered together.
         max_batch_tokens (`int`, *optional*, defaults to 65,536): rows of a batch times its longest row, prompt and
             answer: what its memory depends on. A request that is larger is answered alone.
+        max_tokens (`int`, *optional*, defaults to 4,096): of one answer; who asks for more is refused.
         mates_seconds (`float`, *optional*, defaults to 0.005): how long the first request of a batch waits for others.
         delete_token (`str`, *optional*): who has it may delete examples; `None`: there is no such route.
 
@@ -41,6 +42,7 @@ class Settings:
     max_queue: int = 256
     max_batch: int = 16
     max_batch_tokens: int = 65_536
+    max_tokens: int = 4096
     mates_seconds: float = 0.005
     delete_token: str | None = field(default=None, repr=False)
 
@@ -52,7 +54,7 @@ class Settings:
                 f"--max-staleness is {self.max_staleness:g} seconds and --refresh-seconds {self.refresh_seconds:g}: "
                 "the state would be too old between two looks. Make the first larger, several times if you can."
             )
-        for name in ("max_queue", "max_batch", "max_batch_tokens"):
+        for name in ("max_queue", "max_batch", "max_batch_tokens", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
         if self.delete_token is not None and len(self.delete_token) < LEAST_TOKEN:
