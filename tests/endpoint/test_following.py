@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -188,6 +190,40 @@ def test_more_than_may_wait_are_told_to_come_again(start: Any, model: S3TEnsembl
         assert [one.result().status_code for one in waiting] == [200, 200]
     assert len(passes) < 3000
     assert endpoint.metrics()['s3t_answers_total{route="/v1/completions",status="429"}'] == 1
+
+
+def _whole(endpoint: Endpoint, count: int) -> socket.socket:
+    """Asks for a whole answer; closing the connection hangs up."""
+    host, port = endpoint.url.removeprefix("http://").split(":")
+    body = json.dumps({"model": NAME, "prompt": "abc", "max_tokens": count, "temperature": 0}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    return connection
+
+
+def test_who_hangs_up_a_whole_answer_is_not_computed(start: Any, model: S3TEnsemble) -> None:
+    passes: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda *_: passes.append(1))
+    endpoint = start(max_batch=1)
+    connection = _whole(endpoint, 1500)
+    wait_until(lambda: len(passes) > 5)
+    connection.close()
+    assert ask(endpoint, 1).choices[0].text and len(passes) < 1500
+
+
+def test_who_hangs_up_while_waiting_has_no_place(start: Any) -> None:
+    endpoint = start(max_queue=1, max_batch=1)
+    stream = long_stream(endpoint)
+    connection = _whole(endpoint, 5)
+    wait_until(lambda: endpoint.metrics()["s3t_queue_length"] == 1)
+    connection.close()
+    wait_until(lambda: endpoint.metrics()["s3t_queue_length"] == 0, 5)
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(ask, endpoint, 1)
+        wait_until(lambda: late.done() or endpoint.metrics()["s3t_queue_length"] == 1)
+        stream.close()
+        assert late.result().choices[0].text
 
 
 def test_a_batch_that_fails_fails_alone(start: Any, model: S3TEnsemble, caplog: pytest.LogCaptureFixture) -> None:

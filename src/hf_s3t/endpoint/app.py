@@ -9,10 +9,11 @@ store ────────────────────────�
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -30,6 +31,10 @@ from .protocol import ChatRequest, ClassifyRequest, CompletionRequest, Refusal, 
 from .responses import GENERATION_HEADER, Answer, as_refusal, fingerprint
 from .settings import Settings
 from .watch import Watch
+
+T = TypeVar("T")
+GONE = 499
+"""Status of an answer that nobody waits for any more: no one reads it, and `/metrics` counts it."""
 
 
 def make_app(model: S3TEnsemble, tokenizer: Any, settings: Settings) -> FastAPI:
@@ -93,16 +98,40 @@ class Endpoint:
             message = f"There is no model {name!r} here. The model is {self.settings.name!r}."
             raise Refusal(404, message, "model", "model_not_found")
 
-    async def begin(self, job: Job) -> int:
+    async def begin(self, job: Job, request: Request) -> int:
         """Waits until a job's answer begins; returns the generation that it begins on."""
         self.watch.check()
         self.batcher.submit(job)
         try:
-            return await job.begun()
+            return await unless_gone(request, job, job.begun())
         except NotReadyError:
             raise
         except Exception as error:
             raise as_refusal(error) from error
+
+
+async def unless_gone(request: Request, job: Job, awaited: Coroutine[Any, Any, T]) -> T:
+    """Awaits something of a job; where the client hangs up meanwhile, the job is cancelled.
+
+    Raises:
+        Refusal: the client hung up.
+    """
+    asked, gone = asyncio.ensure_future(awaited), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((asked, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not asked.done():
+            raise Refusal(GONE, "The client hung up.", None, "client_gone")
+        return asked.result()
+    finally:
+        gone.cancel()
+        if not asked.done():
+            asked.cancel()
+            job.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _classifies(model: S3TEnsemble) -> bool:
@@ -181,27 +210,29 @@ def _add_completions(app: FastAPI, endpoint: Endpoint) -> None:
     """Routes of a causal language model."""
 
     @app.post("/v1/completions")
-    async def completions(asked: CompletionRequest) -> Response:
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
         endpoint.check_name(asked.model)
-        return await _completed(endpoint, False, asked, endpoint.prompts.of_completion(asked))
+        return await _completed(endpoint, request, False, asked, endpoint.prompts.of_completion(asked))
 
     @app.post("/v1/chat/completions")
-    async def chat(asked: ChatRequest) -> Response:
+    async def chat(asked: ChatRequest, request: Request) -> Response:
         endpoint.check_name(asked.model)
-        return await _completed(endpoint, True, asked, endpoint.prompts.of_chat(asked))
+        return await _completed(endpoint, request, True, asked, endpoint.prompts.of_chat(asked))
 
 
-async def _completed(endpoint: Endpoint, chat: bool, asked: Sampling, prompt: Prompt) -> Response:
+async def _completed(
+    endpoint: Endpoint, request: Request, chat: bool, asked: Sampling, prompt: Prompt
+) -> Response:
     if asked.stream_options is not None and not asked.stream:
         raise Refusal(400, "`stream_options` are for a stream. Add `stream`: true.", "stream_options", "invalid_value")
     job = Job(prompt, 1, len(prompt.tokens), prompt.max_tokens)
-    generation = await endpoint.begin(job)
+    generation = await endpoint.begin(job, request)
     answer = Answer(chat, asked, job, generation, len(prompt.tokens))
     headers = {GENERATION_HEADER: str(generation)}
     if asked.stream:
         return StreamingResponse(answer.stream(), headers=headers, media_type="text/event-stream")
     try:
-        return JSONResponse(await answer.whole(), headers=headers)
+        return JSONResponse(await unless_gone(request, job, answer.whole()), headers=headers)
     except Exception as error:
         raise as_refusal(error) from error
 
@@ -211,7 +242,7 @@ def _add_classification(app: FastAPI, endpoint: Endpoint) -> None:
     room, most = endpoint.prompts.room, endpoint.settings.max_batch
 
     @app.post("/classify")
-    async def classify(asked: ClassifyRequest) -> Response:
+    async def classify(asked: ClassifyRequest, request: Request) -> Response:
         endpoint.check_name(asked.model)
         if len(asked.texts) > most:
             message = f"{len(asked.texts)} texts in one request; at most {most} are taken (--max-batch). Ask twice."
@@ -222,7 +253,7 @@ def _add_classification(app: FastAPI, endpoint: Endpoint) -> None:
                 message = f"Text {place} has {len(own)} tokens, and the model has room for {room}. Shorten it."
                 raise Refusal(400, message, f"texts.{place}", "context_length_exceeded")
         job = Job(tokens, len(tokens), max(map(len, tokens)))
-        generation = await endpoint.begin(job)
+        generation = await endpoint.begin(job, request)
         try:
             ended = [event async for event in job.events()][-1]
         except Exception as error:

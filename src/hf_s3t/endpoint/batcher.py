@@ -160,15 +160,17 @@ class Batcher:
         self._thread.join()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        with self._condition:
+            return sum(not job.cancelled for job in self._waiting)
 
     def submit(self, job: Job) -> None:
-        """Lets a job wait for its turn.
+        """Lets a job wait for its turn. Those that nobody waits for any more have no place in the queue.
 
         Raises:
             QueueFullError: as many wait as may.
         """
         with self._condition:
+            self._waiting = deque(one for one in self._waiting if not one.cancelled)
             if len(self._waiting) >= self.max_queue:
                 raise QueueFullError(self.max_queue, max(1, math.ceil(self._seconds)))
             self._waiting.append(job)
