@@ -266,17 +266,22 @@ def test_what_the_base_was_saved_with_ends_no_answer(start: Any, model: S3TEnsem
     assert (found.choices[0].finish_reason, found.usage.completion_tokens) == ("length", 8)
 
 
-def test_nobody_waits_for_an_answer_that_was_cut(
-    start: Any, model: S3TEnsemble, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    endpoint, generate = start(), model.generate
-    text = ask(endpoint).choices[0].text
+def test_nobody_waits_for_an_answer_that_was_cut(model: S3TEnsemble, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(stop: tuple[str, ...] = ()) -> tuple[str, Any]:
+        batcher = Batcher(Generation(model, tokenizer()), lambda: None, 9, 1, 999, 0.0, lambda waits, rows: None)
+        batcher.submit(job := Job(Prompt((3, 4), 8, 0.0, stop=stop)))
+        batcher.start()
+        await asyncio.to_thread(batcher.stop)
+        await job.begun()
+        *pieces, ended = [event async for event in job.events()]
+        return "".join(piece.text for piece in pieces), ended
+
+    generate = model.generate
     monkeypatch.setattr(model, "generate", lambda *given, **named: generate(*given, **named | {"max_new_tokens": 3}))
-    found = endpoint.openai.with_options(timeout=10).completions.create(
-        model=NAME, prompt="abc", max_tokens=8, temperature=0, stop=f"{text[2]}and more"
-    )
-    assert (found.choices[0].text, found.choices[0].finish_reason) == (text[:3], "length")
-    assert found.usage.completion_tokens == 3
+    text, _ = asyncio.run(asyncio.wait_for(ask(), 10))
+    assert len(text) == 3
+    # The last letter is held back, as a stop text begins with it.
+    assert asyncio.run(asyncio.wait_for(ask((f"{text[2]}and more",)), 10)) == (text, Ended("length", 3))
 
 
 def test_a_batch_is_as_large_as_may_be() -> None:
