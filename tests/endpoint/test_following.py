@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +19,10 @@ from transformers import AutoTokenizer
 
 import models
 import served
-from endpoints import NAME, TOKEN, Endpoint, running, settings, tokenizer, wait_until, write_base
+from endpoints import LETTERS, NAME, TOKEN, Endpoint, running, settings, tokenizer, wait_until, write_base
 from hf_s3t import S3TEnsemble, S3TStore
-from hf_s3t.endpoint.batcher import Batcher, Ended, Job
+from hf_s3t.endpoint.batcher import Batcher, Ended, Job, NotReadyError
+from hf_s3t.endpoint.classification import Classification
 from hf_s3t.endpoint.generation import Generation, Prompt
 from hf_s3t.store.receipts import read_receipts
 from trainers import logits
@@ -150,6 +153,27 @@ def test_the_bare_base_does_not_answer(start: Any, store: S3TStore) -> None:
     assert endpoint.http.post("/v1/completions", json={"model": NAME, "prompt": "a"}).status_code == 503
 
 
+@pytest.mark.parametrize("shape, kind", [("llama", Generation), ("bert", Classification)])
+def test_the_last_stage_goes_between_the_check_and_the_answer(shape: str, kind: Any, tmp_path: Path) -> None:
+    store = served.copy(shape, tmp_path)
+    model = served.load(store, shape)
+
+    def check() -> None:
+        """Nothing is wrong, and then all of it is deleted."""
+        store.delete(slices=[(shard, piece) for shard in range(3) for piece in range(3)])
+        model.refresh()
+
+    async def ask() -> int:
+        batcher = Batcher(kind(model, tokenizer()), check, 9, 1, 999, 0.0, lambda waits, rows: None)
+        batcher.submit(job := Job(Prompt((3, 4), 4, 0.0) if kind is Generation else [[3, 4]]))
+        batcher.start()
+        await asyncio.to_thread(batcher.stop)
+        return await job.begun()
+
+    with pytest.raises(NotReadyError, match="only the bare base model could answer"):
+        asyncio.run(asyncio.wait_for(ask(), 20))
+
+
 def test_more_than_may_wait_are_told_to_come_again(start: Any, model: S3TEnsemble) -> None:
     passes: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(lambda *_: passes.append(1))
@@ -166,6 +190,40 @@ def test_more_than_may_wait_are_told_to_come_again(start: Any, model: S3TEnsembl
         assert [one.result().status_code for one in waiting] == [200, 200]
     assert len(passes) < 3000
     assert endpoint.metrics()['s3t_answers_total{route="/v1/completions",status="429"}'] == 1
+
+
+def _whole(endpoint: Endpoint, count: int) -> socket.socket:
+    """Asks for a whole answer; closing the connection hangs up."""
+    host, port = endpoint.url.removeprefix("http://").split(":")
+    body = json.dumps({"model": NAME, "prompt": "abc", "max_tokens": count, "temperature": 0}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    return connection
+
+
+def test_who_hangs_up_a_whole_answer_is_not_computed(start: Any, model: S3TEnsemble) -> None:
+    passes: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda *_: passes.append(1))
+    endpoint = start(max_batch=1)
+    connection = _whole(endpoint, 1500)
+    wait_until(lambda: len(passes) > 5)
+    connection.close()
+    assert ask(endpoint, 1).choices[0].text and len(passes) < 1500
+
+
+def test_who_hangs_up_while_waiting_has_no_place(start: Any) -> None:
+    endpoint = start(max_queue=1, max_batch=1)
+    stream = long_stream(endpoint)
+    connection = _whole(endpoint, 5)
+    wait_until(lambda: endpoint.metrics()["s3t_queue_length"] == 1)
+    connection.close()
+    wait_until(lambda: endpoint.metrics()["s3t_queue_length"] == 0, 5)
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(ask, endpoint, 1)
+        wait_until(lambda: late.done() or endpoint.metrics()["s3t_queue_length"] == 1)
+        stream.close()
+        assert late.result().choices[0].text
 
 
 def test_a_batch_that_fails_fails_alone(start: Any, model: S3TEnsemble, caplog: pytest.LogCaptureFixture) -> None:
@@ -202,12 +260,36 @@ def test_what_waits_is_answered_before_the_thread_ends(model: S3TEnsemble) -> No
     assert all(isinstance(event, Ended) and event.tokens for event in ended)
 
 
+def test_what_the_base_was_saved_with_ends_no_answer(start: Any, model: S3TEnsemble) -> None:
+    model.generation_config.max_time, model.generation_config.stop_strings = 1e-9, list(LETTERS)
+    found = ask(start())
+    assert (found.choices[0].finish_reason, found.usage.completion_tokens) == ("length", 8)
+
+
+def test_nobody_waits_for_an_answer_that_was_cut(model: S3TEnsemble, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(stop: tuple[str, ...] = ()) -> tuple[str, Any]:
+        batcher = Batcher(Generation(model, tokenizer()), lambda: None, 9, 1, 999, 0.0, lambda waits, rows: None)
+        batcher.submit(job := Job(Prompt((3, 4), 8, 0.0, stop=stop)))
+        batcher.start()
+        await asyncio.to_thread(batcher.stop)
+        await job.begun()
+        *pieces, ended = [event async for event in job.events()]
+        return "".join(piece.text for piece in pieces), ended
+
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda *given, **named: generate(*given, **named | {"max_new_tokens": 3}))
+    text, _ = asyncio.run(asyncio.wait_for(ask(), 10))
+    assert len(text) == 3
+    # The last letter is held back, as a stop text begins with it.
+    assert asyncio.run(asyncio.wait_for(ask((f"{text[2]}and more",)), 10)) == (text, Ended("length", 3))
+
+
 def test_a_batch_is_as_large_as_may_be() -> None:
     sizes = [(1, 10), (1, 10), (2, 10), (1, 30), (1, 10), (1, 10), (1, 999), (9, 1), (1, 1)]
     batches: list[list[tuple[int, int]]] = []
 
     def answer(jobs: list[Job]) -> None:
-        batches.append([(job.rows, job.length) for job in jobs])
+        batches.append([(job.rows, job.prompt_tokens) for job in jobs])
 
     async def ask() -> None:
         batcher = Batcher(answer, lambda: None, 99, 4, 60, 0.0, lambda waits, rows: None)
@@ -218,6 +300,29 @@ def test_a_batch_is_as_large_as_may_be() -> None:
 
     asyncio.run(ask())
     assert batches == [sizes[:3], sizes[3:5], sizes[5:6], sizes[6:7], sizes[7:8], sizes[8:]]
+
+
+@pytest.mark.parametrize("room, tokens, sizes", [(64, 9999, [1, 3]), (200, 150, [1, 2, 1])])
+def test_a_long_prompt_and_a_long_answer_fit_together_or_wait(room: int, tokens: int, sizes: list[int]) -> None:
+    """Positions are learned: a row that went on beyond them would be an error, its mates' as well."""
+    model = served.load(served.trained("gpt2"), "gpt2")
+    jobs: list[Job] = []
+    batches: list[int] = []
+
+    async def ask() -> list[Any]:
+        answer = Generation(model, tokenizer())
+        answer.ends = frozenset()
+        batcher = Batcher(answer, lambda: None, 9, 16, tokens, 0.0, lambda _, rows: batches.append(rows), room)
+        for prompt, count in [(50, 14), (3, 40), (24, 2), (2, 20)]:
+            jobs.append(Job(Prompt((5,) * prompt, count, 0.0), 1, prompt, count))
+            batcher.submit(jobs[-1])
+        batcher.start()
+        await asyncio.to_thread(batcher.stop)
+        assert [await job.begun() for job in jobs] == [0] * 4
+        return [[event async for event in job.events()][-1].tokens for job in jobs]
+
+    assert asyncio.run(asyncio.wait_for(ask(), 20)) == [14, 40, 2, 20]
+    assert batches == sizes
 
 
 # ---- deletions over HTTP ----

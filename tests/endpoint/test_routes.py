@@ -201,6 +201,17 @@ def test_a_chat_is_refused_by_name(endpoint: Endpoint, model: S3TEnsemble) -> No
             assert error["code"] == code and text in error["message"]
 
 
+def test_an_answer_is_not_longer_than_may_be(model: S3TEnsemble) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    chat = {"route": "/v1/chat/completions", "prompt": "ABSENT", "messages": messages}
+    with running(model, max_tokens=3) as endpoint:
+        assert complete(endpoint, max_tokens=3).usage.completion_tokens == 3
+        assert complete(endpoint).usage.completion_tokens == 3
+        expected = "4 tokens are asked for, and an answer has at most 3 (--max-tokens). Ask for fewer."
+        for name, route in (("max_tokens", {}), ("max_tokens", chat), ("max_completion_tokens", chat)):
+            assert refused(endpoint, **route, **{name: 4}) == (400, "invalid_value", name, expected)
+
+
 def test_other_models_routes_and_bodies_are_refused_in_the_same_form(endpoint: Endpoint) -> None:
     assert refused(endpoint, model="gpt")[:3] == (404, "model_not_found", "model")
     assert refused(endpoint, "/v1/embeddings")[:2] == (404, "unknown_url")
@@ -285,6 +296,7 @@ def test_other_models_are_refused() -> None:
         ({"refresh_seconds": 0}, "must be more than 0"),
         ({"refresh_seconds": 5, "max_staleness": 5}, "would be too old between two looks"),
         ({"max_queue": 0}, "--max-queue must be at least 1"),
+        ({"max_tokens": 0}, "--max-tokens must be at least 1"),
         ({"delete_token": "short"}, "HF_S3T_DELETE_TOKEN has 5 characters"),
         ({"drain_seconds": float("inf")}, "--drain-seconds must be more than 0 and finite"),
     ],

@@ -32,6 +32,7 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(help="After SIGTERM, for the answers that were asked for; then they are cut.")
     ] = 300.0,
+    max_tokens: Annotated[int, typer.Option(help="Of one answer; who asks for more is refused.")] = 4096,
     dtype: Annotated[str | None, typer.Option(help="Of the base, e.g. bfloat16. Default: as it was saved.")] = None,
     allow_delete: Annotated[
         bool, typer.Option("--allow-delete", help="Answer DELETE /v1/examples, with the token in HF_S3T_DELETE_TOKEN.")
@@ -59,7 +60,7 @@ def serve(
             raise ValueError("Give --allow-delete and --state together, or neither: answering needs no state.")
         settings = Settings(
             name or model_name(store), refresh_seconds, max_staleness, max_queue, max_batch, max_batch_tokens,
-            drain_seconds=drain_seconds, delete_token=delete_token_of(os.environ, allow_delete),
+            max_tokens, drain_seconds=drain_seconds, delete_token=delete_token_of(os.environ, allow_delete),
         )  # fmt: skip
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         listener = bound(host, port)

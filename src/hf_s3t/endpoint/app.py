@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -38,6 +38,9 @@ Found = TypeVar("Found")
 
 READERS = 2
 """Threads that make tokens of requests."""
+T = TypeVar("T")
+GONE = 499
+"""Status of an answer that nobody waits for any more: no one reads it, and `/metrics` counts it."""
 
 
 def make_app(model: S3TEnsemble, tokenizer: Any, settings: Settings) -> FastAPI:
@@ -82,7 +85,7 @@ class Endpoint:
     def __init__(self, model: S3TEnsemble, tokenizer: Any, settings: Settings):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.classifies = _classifies(model)
-        self.prompts = Prompts(tokenizer, model.config)
+        self.prompts = Prompts(tokenizer, model.config, settings.max_tokens)
         self._readers = ThreadPoolExecutor(READERS, "hf_s3t reads")
         self.created = int(time.time())
         self.metrics = metrics = Metrics()
@@ -90,7 +93,7 @@ class Endpoint:
         self.batcher = Batcher(
             (Classification if self.classifies else Generation)(model, tokenizer), self.watch.check_before_answers,
             settings.max_queue, settings.max_batch, settings.max_batch_tokens, settings.mates_seconds,
-            metrics.note_batch,
+            metrics.note_batch, self.prompts.room,
         )  # fmt: skip
         metrics.gauge("s3t_generation", "Deletions of the store that new answers obey", lambda: model.generation)
         metrics.gauge("s3t_members", "Served prefixes that answer", lambda: len(model.members))
@@ -114,16 +117,40 @@ class Endpoint:
         self.batcher.check_room()
         return await asyncio.get_running_loop().run_in_executor(self._readers, make, asked)
 
-    async def begin(self, job: Job) -> int:
+    async def begin(self, job: Job, request: Request) -> int:
         """Waits until a job's answer begins; returns the generation that it begins on."""
         self.watch.check()
         self.batcher.submit(job)
         try:
-            return await job.begun()
+            return await unless_gone(request, job, job.begun())
         except NotReadyError:
             raise
         except Exception as error:
             raise as_refusal(error) from error
+
+
+async def unless_gone(request: Request, job: Job, awaited: Coroutine[Any, Any, T]) -> T:
+    """Awaits something of a job; where the client hangs up meanwhile, the job is cancelled.
+
+    Raises:
+        Refusal: the client hung up.
+    """
+    asked, gone = asyncio.ensure_future(awaited), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((asked, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not asked.done():
+            raise Refusal(GONE, "The client hung up.", None, "client_gone")
+        return asked.result()
+    finally:
+        gone.cancel()
+        if not asked.done():
+            asked.cancel()
+            job.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _classifies(model: S3TEnsemble) -> bool:
@@ -202,27 +229,31 @@ def _add_completions(app: FastAPI, endpoint: Endpoint) -> None:
     """Routes of a causal language model."""
 
     @app.post("/v1/completions")
-    async def completions(asked: CompletionRequest) -> Response:
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
         endpoint.check_name(asked.model)
-        return await _completed(endpoint, False, asked, await endpoint.read(endpoint.prompts.of_completion, asked))
+        prompt = await endpoint.read(endpoint.prompts.of_completion, asked)
+        return await _completed(endpoint, request, False, asked, prompt)
 
     @app.post("/v1/chat/completions")
-    async def chat(asked: ChatRequest) -> Response:
+    async def chat(asked: ChatRequest, request: Request) -> Response:
         endpoint.check_name(asked.model)
-        return await _completed(endpoint, True, asked, await endpoint.read(endpoint.prompts.of_chat, asked))
+        prompt = await endpoint.read(endpoint.prompts.of_chat, asked)
+        return await _completed(endpoint, request, True, asked, prompt)
 
 
-async def _completed(endpoint: Endpoint, chat: bool, asked: Sampling, prompt: Prompt) -> Response:
+async def _completed(
+    endpoint: Endpoint, request: Request, chat: bool, asked: Sampling, prompt: Prompt
+) -> Response:
     if asked.stream_options is not None and not asked.stream:
         raise Refusal(400, "`stream_options` are for a stream. Add `stream`: true.", "stream_options", "invalid_value")
-    job = Job(prompt, length=len(prompt.tokens) + prompt.max_tokens)
-    generation = await endpoint.begin(job)
+    job = Job(prompt, 1, len(prompt.tokens), prompt.max_tokens)
+    generation = await endpoint.begin(job, request)
     answer = Answer(chat, asked, job, generation, len(prompt.tokens))
     headers = {GENERATION_HEADER: str(generation)}
     if asked.stream:
         return StreamingResponse(answer.stream(), headers=headers, media_type="text/event-stream")
     try:
-        return JSONResponse(await answer.whole(), headers=headers)
+        return JSONResponse(await unless_gone(request, job, answer.whole()), headers=headers)
     except Exception as error:
         raise as_refusal(error) from error
 
@@ -232,14 +263,14 @@ def _add_classification(app: FastAPI, endpoint: Endpoint) -> None:
     most = endpoint.settings.max_batch
 
     @app.post("/classify")
-    async def classify(asked: ClassifyRequest) -> Response:
+    async def classify(asked: ClassifyRequest, request: Request) -> Response:
         endpoint.check_name(asked.model)
         if len(asked.texts) > most:
             message = f"{len(asked.texts)} texts in one request; at most {most} are taken (--max-batch). Ask twice."
             raise Refusal(400, message, "texts", "too_many_texts")
         tokens = await endpoint.read(endpoint.prompts.of_texts, asked.texts)
         job = Job(tokens, len(tokens), max(map(len, tokens)))
-        generation = await endpoint.begin(job)
+        generation = await endpoint.begin(job, request)
         try:
             ended = [event async for event in job.events()][-1]
         except Exception as error:

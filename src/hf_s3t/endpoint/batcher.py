@@ -54,6 +54,10 @@ class NotReadyError(Exception):
     """Nothing is answered now; the message says why."""
 
 
+BARE = "No stage of the store is live, so that only the bare base model could answer. Repair it: train()."
+"""Why a model without members does not answer."""
+
+
 class QueueFullError(Exception):
     """As many requests wait as may."""
 
@@ -68,11 +72,13 @@ class Job:
     Args:
         asked: for the one who answers.
         rows (`int`, *optional*, defaults to 1): of the batch that it takes.
-        length (`int`, *optional*, defaults to 1): of its longest row, in tokens.
+        prompt_tokens (`int`, *optional*, defaults to 1): of its longest row.
+        answer_tokens (`int`, *optional*, defaults to 0): that each row may be continued by.
     """
 
-    def __init__(self, asked: Any, rows: int = 1, length: int = 1):
-        self.asked, self.rows, self.length = asked, rows, length
+    def __init__(self, asked: Any, rows: int = 1, prompt_tokens: int = 1, answer_tokens: int = 0):
+        self.asked, self.rows = asked, rows
+        self.prompt_tokens, self.answer_tokens = prompt_tokens, answer_tokens
         self.since = time.monotonic()
         self.cancelled = False
         self._loop = asyncio.get_running_loop()
@@ -124,6 +130,7 @@ class Batcher:
         check: raises [`NotReadyError`] where nothing may be answered now.
         max_queue, max_batch, max_batch_tokens, mates_seconds: see [`Settings`].
         note: told of each batch: seconds that its jobs waited, and how many rows it has.
+        room (`int`, *optional*): tokens that a row of a batch may have, its mates' padding included.
     """
 
     def __init__(
@@ -135,10 +142,12 @@ class Batcher:
         max_batch_tokens: int,
         mates_seconds: float,
         note: Callable[[list[float], int], None],
+        room: int | None = None,
     ):
         self._answer, self._check, self._note = answer, check, note
         self.max_queue, self.mates_seconds = max_queue, mates_seconds
         self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
+        self.room = math.inf if room is None else room
         self._waiting: deque[Job] = deque()
         self._condition = threading.Condition()
         self._stopped = self._gone = False
@@ -158,7 +167,8 @@ class Batcher:
         self._thread.join()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        with self._condition:
+            return sum(not job.cancelled for job in self._waiting)
 
     @property
     def reason(self) -> str | None:
@@ -174,11 +184,11 @@ class Batcher:
 
     def check_room(self) -> None:
         """Raises [`QueueFullError`] where as many wait as may."""
-        if len(self._waiting) >= self.max_queue:
+        if len(self) >= self.max_queue:
             raise QueueFullError(self.max_queue, max(1, math.ceil(self._seconds)))
 
     def submit(self, job: Job) -> None:
-        """Lets a job wait for its turn.
+        """Lets a job wait for its turn. Those that nobody waits for any more have no place in the queue.
 
         Raises:
             NotReadyError: nobody answers any more.
@@ -187,6 +197,7 @@ class Batcher:
         with self._condition:
             if self._gone:
                 raise NotReadyError(self.reason)
+            self._waiting = deque(one for one in self._waiting if not one.cancelled)
             self.check_room()
             self._waiting.append(job)
             self._condition.notify_all()
@@ -238,16 +249,19 @@ class Batcher:
         return self._stopped or sum(job.rows for job in self._waiting) >= self.max_batch
 
     def _taken(self) -> list[Job]:
+        """The oldest jobs that fit together. A row goes on to the end of its batch, whoever's that is: all of them are
+        as long as the longest prompt and the longest answer, be they of different jobs."""
         jobs: list[Job] = []
-        rows = longest = 0
+        rows = prompt = answer = 0
         while self._waiting:
             job = self._waiting[0]
-            more, length = rows + job.rows, max(longest, job.length)
-            if jobs and (more > self.max_batch or more * length > self.max_batch_tokens):
+            more, longest = rows + job.rows, (max(prompt, job.prompt_tokens), max(answer, job.answer_tokens))
+            length = sum(longest)
+            if jobs and (more > self.max_batch or more * length > self.max_batch_tokens or length > self.room):
                 break
             self._waiting.popleft()
             if not job.cancelled:
                 jobs.append(job)
-                rows, longest = more, length
+                rows, (prompt, answer) = more, longest
         return jobs
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..serving.ensemble import S3TEnsemble
-from .batcher import Begun, Ended, Job
+from .batcher import BARE, Begun, Ended, Job, NotReadyError
 
 
 class Classification:
@@ -22,9 +22,15 @@ class Classification:
         self.model, self.tokenizer = model, tokenizer
 
     def __call__(self, jobs: list[Job]) -> None:
-        """Answers the texts of some jobs, whose tokens each job has, in one forward pass on one state."""
+        """Answers the texts of some jobs, whose tokens each job has, in one forward pass on one state.
+
+        Raises:
+            NotReadyError: that state has no member.
+        """
         rows = [{"input_ids": list(tokens)} for job in jobs for tokens in job.asked]
         with self.model.answering() as generation, torch.no_grad():
+            if not self.model.members:
+                raise NotReadyError(BARE)
             for job in jobs:
                 job.tell(Begun(generation))
             batch = self.tokenizer.pad(rows, padding=True, return_tensors="pt").to(self.model.device)

@@ -15,7 +15,7 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from ..serving.ensemble import S3TEnsemble
-from .batcher import Begun, Ended, Job, Piece
+from .batcher import BARE, Begun, Ended, Job, NotReadyError, Piece
 
 CONTEXT = 6
 """Tokens of the prompt that the first tokens of an answer are decoded with: a space may depend on them."""
@@ -109,16 +109,26 @@ class Row:
         reason = "stop" if token in ends or self.text.stopped else None
         if reason is None and self.count == self.prompt.max_tokens:
             reason = "length"
-        if reason and not self.text.stopped:
-            piece += self.text.rest()
-            reason = "stop" if self.text.stopped else reason
+        if reason:
+            self._end(piece, reason)
+            return
         if piece:
             self.job.tell(Piece(piece))
-        if reason:
+        if self.job.cancelled:
             self.ended = True
-            self.job.tell(Ended(reason, self.count))
-        elif self.job.cancelled:
-            self.ended = True
+
+    def cut(self) -> None:
+        """Ends an answer that nothing will be added to."""
+        if not self.ended:
+            self._end("", "length")
+
+    def _end(self, piece: str, reason: str) -> None:
+        if not self.text.stopped:
+            piece += self.text.rest()
+        self.ended = True
+        if piece:
+            self.job.tell(Piece(piece))
+        self.job.tell(Ended("stop" if self.text.stopped else reason, self.count))
 
 
 def choose(
@@ -197,8 +207,14 @@ class Generation:
         self.ends = frozenset(token for token in flat if token is not None)
 
     def __call__(self, jobs: list[Job]) -> None:
-        """Continues the prompts of some jobs, on one state from the first token to the last."""
+        """Continues the prompts of some jobs, on one state from the first token to the last.
+
+        Raises:
+            NotReadyError: that state has no member.
+        """
         with self.model.answering() as generation:
+            if not self.model.members:
+                raise NotReadyError(BARE)
             for job in jobs:
                 job.tell(Begun(generation))
             self._continue([Row(job, self._decode) for job in jobs])
@@ -221,6 +237,10 @@ class Generation:
                 num_beams=1,
                 pad_token_id=self.padding,
                 eos_token_id=sorted(self.ends) or None,
+                max_time=None,  # what ends all rows at once: the base may have been saved with it
+                stop_strings=None,
                 logits_processor=[Choice(rows, self.ends, self.padding, device)],
                 stopping_criteria=[Over(rows)],
             )
+        for row in rows:  # whatever ended `generate`, everybody is told
+            row.cut()

@@ -21,10 +21,11 @@ class Prompts:
     Args:
         tokenizer: the model's.
         config: the model's.
+        max_tokens (`int`): of one answer.
     """
 
-    def __init__(self, tokenizer: Any, config: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, config: Any, max_tokens: int):
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
         text = config.get_text_config()
         room = getattr(text, "max_position_embeddings", None)
         self.room: int | None = room if isinstance(room, int) and room > 0 else None
@@ -112,6 +113,11 @@ class Prompts:
         count = len(tokens)
         if not count:
             raise Refusal(400, f"`{param}` has no token: there is nothing to continue.", param, "invalid_value")
+        if most is not None and most > self.max_tokens:
+            message = f"{most} tokens are asked for, and an answer has at most {self.max_tokens} (--max-tokens)."
+            name = "max_tokens" if asked.max_tokens is not None else "max_completion_tokens"
+            raise Refusal(400, f"{message} Ask for fewer.", name, "invalid_value")
+        default = min(default, self.max_tokens)
         if self.room is not None:
             left = self.room - count
             if left < (most or 1):

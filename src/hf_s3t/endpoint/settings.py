@@ -29,6 +29,7 @@ class Settings:
         max_batch (`int`, *optional*, defaults to 16): rows that are answered together.
         max_batch_tokens (`int`, *optional*, defaults to 65,536): rows of a batch times its longest row, prompt and
             answer: what its memory depends on. A request that is larger is answered alone.
+        max_tokens (`int`, *optional*, defaults to 4,096): of one answer; who asks for more is refused.
         mates_seconds (`float`, *optional*, defaults to 0.005): how long the first request of a batch waits for others.
         drain_seconds (`float`, *optional*, defaults to 300): how long an endpoint that is to end may go on with the
             answers that it has begun.
@@ -44,6 +45,7 @@ class Settings:
     max_queue: int = 256
     max_batch: int = 16
     max_batch_tokens: int = 65_536
+    max_tokens: int = 4096
     mates_seconds: float = 0.005
     drain_seconds: float = 300.0
     delete_token: str | None = field(default=None, repr=False)
@@ -58,7 +60,7 @@ class Settings:
             )
         if not 0 < self.drain_seconds < math.inf:
             raise ValueError(f"--drain-seconds must be more than 0 and finite, got {self.drain_seconds:g}.")
-        for name in ("max_queue", "max_batch", "max_batch_tokens"):
+        for name in ("max_queue", "max_batch", "max_batch_tokens", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
         if self.delete_token is not None and len(self.delete_token) < LEAST_TOKEN:

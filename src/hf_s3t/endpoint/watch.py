@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .batcher import NotReadyError
+from .batcher import BARE, NotReadyError
 
 if TYPE_CHECKING:
     from ..serving.ensemble import S3TEnsemble
@@ -64,7 +64,7 @@ class Watch:
                 f"{self.max_staleness:g}: deletions may be unknown here. {problem}"
             )
         if not self.model.members and not self.model.pending:
-            return "No stage of the store is live, so that only the bare base model could answer. Repair it: train()."
+            return BARE
         return None
 
     def check(self) -> None:
