@@ -28,7 +28,10 @@ PINNED = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] fo
 EXTRAS_OF = {"src": ("plots", "quantization", "ray", "serve"), "recipes": ("quantization", "eval", "recipes")}
 """Folders of the repository, and the extras that what lies there may import from."""
 
-BROUGHT = {"recipes": {"tokenizers": "transformers"}, "src": {"jinja2": "torch", "pydantic": "fastapi"}}
+BROUGHT = {
+    "recipes": {"tokenizers": "transformers"},
+    "src": {"jinja2": "torch", "pydantic": "fastapi", "tokenizers": "transformers"},
+}
 """What is imported there that another package cannot do without."""
 
 

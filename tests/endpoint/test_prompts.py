@@ -124,7 +124,7 @@ def unigram() -> Tokenizer:
 def prompts(tokens: Any, room: int = 64) -> Prompts:
     config = served.SHAPES["llama"].build().config
     config.max_position_embeddings, config.vocab_size = room, 10_000
-    return Prompts(tokens, config)
+    return Prompts(tokens, config, 4096)
 
 
 def test_a_text_that_cannot_fit_is_refused_without_its_tokens() -> None:
