@@ -97,6 +97,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Two cores of Ray on this machine; the address at which Ray Serve answers."""
     monkeypatch.delenv("HF_S3T_KEY", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # as in test_ray.py: one process has one way for all its clusters
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     path = os.pathsep.join([str(Path(served.__file__).parent), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
     with socket.socket() as free:
