@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,15 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import models
-from hf_s3t import AnswerCutOffError, S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError
+from hf_s3t import (
+    AnswerCutOffError,
+    S3TEnsemble,
+    S3TError,
+    S3TStore,
+    StoreError,
+    UnfinishedDeletionError,
+    UnknownExampleError,
+)
 from hf_s3t.errors import UnfinishedDeletionError
 from hf_s3t.lora.adapter import Adapter
 from hf_s3t.seams.answering import caches_in
@@ -771,6 +780,26 @@ def test_no_lock_is_held_while_a_deletion_waits_for_slots(
     second.result(LONG)
     assert not ensemble.pending
     assert_served(ensemble, store)
+
+
+def test_a_deletion_that_fails_while_slots_lack_leaves_nobody_waiting(
+    store: S3TStore, threads: Callable[..., Future[Any]], fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensemble, pause = load(store, "llama", spare_slots=1), Pause()
+    running = threads(ensemble.generate, **prompts(), logits_processor=[pause], **GENERATION)
+    assert pause.reached.wait(LONG)
+
+    def full(*args: Any) -> None:
+        pause.go.set()  # the answer ends, and slots are spare again
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(S3TStore, "write_root", full)
+        with pytest.raises(UnfinishedDeletionError):
+            ensemble.delete(slices=SLICES)
+    running.result(LONG)
+    assert not ensemble.pending and ensemble.generation == 1
+    assert torch.equal(threads(ensemble.generate, **prompts(), **GENERATION).result(LONG), fresh[0])
 
 
 def test_an_old_answer_is_cut_off_if_somebody_said_so(

@@ -280,7 +280,12 @@ class S3TEnsemble(nn.Module):
         """
         asked = {"ids": ids, "groups": groups, "rows": rows, "slices": slices}
         self._answers.check_outside()
-        receipt = self._followed().store._delete(asked, when_durable=self._follow_deletion, **kwargs)
+        try:
+            receipt = self._followed().store._delete(asked, when_durable=self._follow_deletion, **kwargs)
+        except BaseException:
+            if self.pending:  # it was on record, and failed later: new answers may be waiting for the rest
+                self._followed().follow(strict=False)
+            raise
         if not kwargs.get("dry_run"):
             self._followed().follow(strict=False)  # what the deletion itself did not wait for
         return receipt
