@@ -140,7 +140,7 @@ SERVING = (
      (('lambda: not self._old and not self._clearing, timeout', 'lambda: True, timeout'),),
      (ANSWERS + 'neither_waits_while_a_slot_is_spare',)),
     (9, 'a deletion within an answer is not refused before the store changes', 'serving/ensemble.py',
-     (('        self._answers.check_outside()\n        receipt', '        receipt'),),
+     (('        self._answers.check_outside()\n        try:\n            receipt', '        try:\n            receipt'),),
      (LIVE + 'a_change_within_an_answer_is_refused[delete-streamer]',)),
     (9, 'answers that follow one another keep a change out', 'serving/answers.py',
      (('            self._condition.wait_for(lambda: not (self._closed or self._unfinished))\n', ''),),

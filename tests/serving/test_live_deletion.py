@@ -21,15 +21,7 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import models
-from hf_s3t import (
-    AnswerCutOffError,
-    S3TEnsemble,
-    S3TError,
-    S3TStore,
-    StoreError,
-    UnfinishedDeletionError,
-    UnknownExampleError,
-)
+from hf_s3t import AnswerCutOffError, S3TEnsemble, S3TError, S3TStore, StoreError, UnknownExampleError
 from hf_s3t.errors import UnfinishedDeletionError
 from hf_s3t.lora.adapter import Adapter
 from hf_s3t.seams.answering import caches_in
