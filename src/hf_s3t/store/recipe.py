@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
+from ..data_derived import DATA_DERIVED
 from ..lora.config import LORA_FIELDS, S3TConfig
 from ..lora.heads import tensor_digest
 from ..lora.layout import Layout
@@ -74,6 +75,8 @@ def make_recipe(
     }
     if cached_trunk:
         recipe["cached_trunk"] = cached_trunk
+    if config.data_derived:
+        recipe[DATA_DERIVED] = dict(config.data_derived)
     plain: dict[str, Any] = json.loads(json.dumps(recipe, default=str, sort_keys=True))
     _check_texts(plain, "recipe")
     return plain
