@@ -23,7 +23,7 @@ import models
 from hf_s3t import S3TStore, S3TTrainer
 from hf_s3t.data_derived import TRAIN_SET
 from hf_s3t.store.receipts import LIMITS
-from hf_s3t.training.carried_along import holds_numbers, questions
+from hf_s3t.training.carried_along import ask, holds_numbers, questions
 from trainers import ROWS, artefacts, make_trainer
 
 BASE = Path(__file__).parents[2] / "recipes/demo/base"
@@ -173,6 +173,14 @@ def test_statistics_of_images_that_are_not_the_bases_are_asked_about(tmp_path: P
     ):  # fmt: skip
         trainer.processing_class = processor
         assert questions(trainer) == found
+
+
+def test_a_word_answers_its_own_question_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(tmp_path, trainer_class=Weighted, data_collator=Scaling(0.5))
+    for named, left in (("loss", "collator"), ("class_weights", "collator"), ("collator", "loss"), ("other", "loss")):
+        caplog.clear()
+        ask(trainer, SimpleNamespace(recipe={"data_derived": {named: "no data"}}))  # type: ignore[arg-type]
+        assert f"{ASKED}{left} (" in caplog.text
 
 
 def test_one_warning_names_all_and_a_config_that_names_them_is_not_asked(

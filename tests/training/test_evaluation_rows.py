@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from datasets import concatenate_datasets
-from transformers import EarlyStoppingCallback, default_data_collator
+from transformers import EarlyStoppingCallback, Trainer, default_data_collator
 
 import models
-from hf_s3t import DatasetError, RecipeError, S3TStore, S3TTrainer
+from hf_s3t import DatasetError, RecipeError, S3TMixin, S3TStore, S3TTrainer
 from hf_s3t.data_derived import TRAIN_SET
 from trainers import ROWS, make_trainer
 
@@ -84,6 +84,31 @@ def test_rows_that_are_named_by_their_content_are_known_by_it(tmp_path: Path) ->
     steered(tmp_path, unnamed(HELD_OUT), train_dataset=unnamed(ALL), **given).train()
 
 
+class Preparing(Trainer):
+    """Takes off what no batch has, as subclasses do."""
+
+    def __init__(self, *args: Any, eval_dataset: Any = None, **kwargs: Any):
+        super().__init__(*args, eval_dataset=eval_dataset.remove_columns("id"), **kwargs)
+
+
+class S3TPreparing(S3TMixin, Preparing):
+    pass
+
+
+def test_rows_are_known_by_what_they_were_when_they_were_given(tmp_path: Path) -> None:
+    trainer = steered(tmp_path, with_one_of(ALL), trainer_class=S3TPreparing)  # type: ignore[arg-type]
+    assert "id" not in trainer.eval_dataset.column_names
+    with pytest.raises(DatasetError, match="holds 1 examples of the train set"):
+        trainer.train()
+
+
+def test_an_evaluation_set_that_was_set_later_is_looked_at(tmp_path: Path) -> None:
+    trainer = steered(tmp_path, HELD_OUT)
+    trainer.eval_dataset = with_one_of(ALL)
+    with pytest.raises(DatasetError, match="holds 1 examples of the train set"):
+        trainer.train()
+
+
 def test_what_only_looks_may_look_at_anything(tmp_path: Path) -> None:
     looking = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
     steered(tmp_path, with_one_of(ALL), args=looking).train()
@@ -110,6 +135,7 @@ def test_deleted_examples_are_refused_whatever_the_config_says(tmp_path: Path) -
         steered(path, HELD_OUT).train()
     steered(path, HELD_OUT, accept_recipe=["steering.evaluation."]).train()
     assert not store.status().missing and store.manifest().accepted
+    assert store.manifest().recipe["data_derived"] == {"evaluation": TRAIN_SET}
 
 
 def test_a_word_of_an_earlier_run_counts(tmp_path: Path) -> None:
