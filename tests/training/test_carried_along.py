@@ -141,6 +141,9 @@ def test_a_tokenizer_that_is_not_the_bases_is_asked_about(tmp_path: Path) -> Non
     grown = AutoTokenizer.from_pretrained(BASE)
     grown.add_tokens(["somebody", "nobody"])
     assert with_tokenizer(tmp_path / "out", grown) == {"tokenizer": "it has 2 tokens that the base's has not"}
+    collator = DataCollatorForLanguageModeling(grown, mlm=False)
+    found = asked(tmp_path / "out", model=AutoModelForCausalLM.from_pretrained(BASE), data_collator=collator)
+    assert found.keys() == {"tokenizer"}
     assert with_tokenizer(tmp_path / "out", SimpleNamespace(tokenizer=grown, to_dict=dict)).keys() == {"tokenizer"}
     for file in BASE.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())

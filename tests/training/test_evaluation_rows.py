@@ -115,6 +115,17 @@ def test_what_only_looks_may_look_at_anything(tmp_path: Path) -> None:
     assert S3TStore(tmp_path).manifest().stages
 
 
+def correct(found: Any) -> dict[str, float]:
+    return {"right": 1.0}
+
+
+def test_what_computes_the_metric_that_decides_is_in_the_recipe(tmp_path: Path) -> None:
+    args = PLATEAU | {"metric_for_best_model": "right"}
+    recipe = steered(tmp_path, HELD_OUT, args=args, compute_metrics=correct).recipe()
+    assert recipe["metrics"]["code"] == ["correct", None]
+    assert steered(tmp_path, HELD_OUT, compute_metrics=correct).recipe()["metrics"] is None
+
+
 def test_rows_without_a_name_are_nobodys(tmp_path: Path) -> None:
     steered(tmp_path, with_one_of(ALL).remove_columns("id")).train()
     assert S3TStore(tmp_path).manifest().stages

@@ -133,7 +133,7 @@ def _way_out(differences: Iterable[Difference]) -> str:
 
 def _comparable(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Recipes without what one of them does not name, as it was written before there was such a part."""
-    late = [name for name in ("user_values", "steering") if not all(name in recipe for recipe in recipes)]
+    late = [name for name in ("user_values", "steering", "metrics") if not all(name in recipe for recipe in recipes)]
     kept = [{name: value for name, value in recipe.items() if name not in (UNSET, *late)} for recipe in recipes]
     kept = [_with_names_of_both(recipe, recipes) for recipe in kept]
     if not all("config" in recipe.get("base", ()) for recipe in kept):

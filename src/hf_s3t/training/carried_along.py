@@ -64,7 +64,8 @@ def _answers(name: str) -> tuple[str, ...]:
 
 def questions(trainer: Any) -> dict[str, str]:
     """What there is to ask about, by the name that answers it, and where it was seen."""
-    processors = _parts(trainer.processing_class)
+    inside = getattr(trainer.data_collator, "__dict__", {}).values()
+    processors = [part for given in (trainer.processing_class, *inside) for part in _parts(given)]
     found = {
         "loss": _loss(trainer),
         "collator": _collator(trainer.data_collator),
@@ -113,13 +114,21 @@ def _transform(rows: Any) -> str | None:
 
 
 def _parts(processing_class: Any) -> list[Any]:
-    """A tokenizer or an image processor; of something that joins both, its parts."""
-    inside = [getattr(processing_class, name, None) for name in ("tokenizer", "image_processor")]
-    return [part for part in (processing_class, *inside) if part is not None]
+    """A tokenizer or an image processor; of something that joins both, its parts; of anything else nothing."""
+    joined = [getattr(processing_class, name, None) for name in ("tokenizer", "image_processor")]
+    return [part for part in (processing_class, *joined) if _is_tokenizer(part) or _is_image_processor(part)]
+
+
+def _is_tokenizer(thing: Any) -> bool:
+    return isinstance(thing, PreTrainedTokenizerBase)
+
+
+def _is_image_processor(thing: Any) -> bool:
+    return hasattr(thing, "get_image_processor_dict")
 
 
 def _tokenizer(model: Any, tokenizer: Any) -> str | None:
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+    if not _is_tokenizer(tokenizer):
         return None
     base = base_tokenizer(bare(model))
     if base is None:
@@ -134,7 +143,7 @@ def _tokenizer(model: Any, tokenizer: Any) -> str | None:
 
 
 def _image_processor(model: Any, processor: Any) -> str | None:
-    if not hasattr(processor, "get_image_processor_dict"):
+    if not _is_image_processor(processor):
         return None
     base, own = base_image_settings(bare(model), processor), processor.to_dict()
     other = [name for name in STATISTICS if name in base and list(own.get(name) or ()) != list(base[name] or ())]

@@ -59,7 +59,7 @@ def check_evaluation(store: S3TStore, rows: TrainRows, recipe: Mapping[str, Any]
 
 def _digests(rows: TrainRows, group_column: str | None, sets: Iterable[Any]) -> Iterable[list[tuple[str, str]]]:
     """For each row what it is known by: kind and keyed digest."""
-    for given in sets:
+    for given in {id(given): given for given in sets}.values():
         for one in given.values() if isinstance(given, Mapping) else (given,):
             for row in () if one is None else raw_rows(one) if hasattr(one, "__len__") else one:
                 name = row.get(rows.id_column) if rows.id_column else row_digest(row)

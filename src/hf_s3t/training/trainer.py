@@ -156,8 +156,6 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
 
-    # ---- training ----
-
     def train(
         self,
         resume_from_checkpoint: Any = None,
@@ -227,6 +225,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             self.data_collator, self.base_model_id, self._drawn_heads,
             user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.way(),
             steering=steering_by(self.args, with_state(self.callback_handler.callbacks), self.eval_dataset),
+            metrics=(self.compute_metrics, self.preprocess_logits_for_metrics),
         )  # fmt: skip
         return {**recipe, "processes": self.stage_processes or self.args.world_size}
 
