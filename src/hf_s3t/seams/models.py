@@ -71,8 +71,8 @@ def base_tokenizer(model: Any) -> Any:
         return None
     logging.set_verbosity_error()
     try:
-        found = AutoTokenizer.from_pretrained(name, **_where_it_lies(model.config))
-    except Exception:  # whatever a folder without one, or with one of another kind, raises
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_where_it_lies(model.config))
+    except Exception:  # whatever a folder without one, or with one that needs code of its own, raises
         return None
     finally:
         logging.set_verbosity(level)
