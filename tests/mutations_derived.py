@@ -42,7 +42,7 @@ DERIVED = (
      (('    if shared and not named:', '    if False:'),),
      (CHOOSES + 'an_evaluation_that_steers_holds_no_row_of_the_train_set',)),
     (3, 'another row of a person may choose weights', 'training/evaluation_rows.py',
-     (('row.get(group_column) if group_column else None', 'None'),),
+     (('columns.get(group_column) if group_column else None', 'None'),),
      (CHOOSES + 'a_person_counts_whatever_the_row',)),
     (3, 'the evaluation set is looked at after its ids were taken off', 'training/trainer.py',
      (('(self._given_evaluation, self.eval_dataset)', '(self.eval_dataset,)'),),

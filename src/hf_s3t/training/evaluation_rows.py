@@ -62,8 +62,9 @@ def _digests(rows: TrainRows, group_column: str | None, sets: Iterable[Any]) -> 
     for given in {id(given): given for given in sets}.values():
         for one in given.values() if isinstance(given, Mapping) else (given,):
             for row in () if one is None else raw_rows(one) if hasattr(one, "__len__") else one:
-                name = row.get(rows.id_column) if rows.id_column else row_digest(row)
-                known = {"id": name, "group": row.get(group_column) if group_column else None}
+                columns = row if isinstance(row, Mapping) else {}  # of a stream, which may give anything
+                name = columns.get(rows.id_column) if rows.id_column else row_digest(row)
+                known = {"id": name, "group": columns.get(group_column) if group_column else None}
                 yield [(kind, _digest(rows.key, kind, value)) for kind, value in known.items() if _is_name(value)]
 
 
