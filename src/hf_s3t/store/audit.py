@@ -1,7 +1,7 @@
 """Audits of a store: what of its promises holds as the files stand, what is broken, and what cannot be checked.
 
 Whatever an audit lacks, the state or the key, it names; nothing passes in silence. Hashes tell damage and mix-ups. A
-manifest that was rewritten together with its files is found only by training a stage again (`training/retrain.py`).
+manifest that was rewritten together with its files is found only by training a stage again (`retraining.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .partition import examples_digest, stage_examples
 from .public_audit import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
 from .requests import places_check
 from .schema import DATABASE
+from .stage_comparison import Outcome, Retrained
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,41 @@ class VerifyReport:
     generation: int
     stages: tuple[str, ...]
     checks: tuple[Check, ...]
+    retrained: tuple[Retrained, ...] | None = None  # `None`: no stage was trained again
+    seed: int | None = None  # by which these stages were drawn, if they were
 
     @property
     def ok(self) -> bool:
         """Whether nothing is broken. What was not checked is in [`complete`]."""
-        return not any(check.broken for check in self.checks)
+        return self.influence_free != "broken" and self.bit_equal != "different"
 
     @property
     def complete(self) -> bool:
-        """Whether everything could be checked."""
-        return not any(check.not_checked for check in self.checks)
+        """Whether everything that was asked for could be checked."""
+        retrained = self.retrained or ()
+        return not any(check.not_checked for check in self.checks) and all(
+            stage.outcome != "not comparable" for stage in retrained
+        )
+
+    @property
+    def influence_free(self) -> Literal["holds", "broken", "not checked"]:
+        """The claim that holds by construction, on any hardware: what the checks say of it together."""
+        outcomes = {check.outcome for check in self.checks}
+        return "broken" if "broken" in outcomes else "not checked" if "not checked" in outcomes else "holds"
+
+    @property
+    def bit_equal(self) -> Outcome | Literal["not checked"]:
+        """The claim that holds on one stack: the gravest outcome of the stages that were trained again."""
+        outcomes = {stage.outcome for stage in self.retrained or ()}
+        order: tuple[Outcome, ...] = ("different", "not comparable", "equal")
+        return next((outcome for outcome in order if outcome in outcomes), "not checked")
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Everything that is broken, and every stage that differs."""
+        different = [stage for stage in self.retrained or () if stage.outcome == "different"]
+        checks = [finding for check in self.checks for finding in check.broken]
+        return (*checks, *(finding for stage in different for finding in stage.findings))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -77,7 +103,11 @@ class VerifyReport:
             "stages": list(self.stages),
             "ok": self.ok,
             "complete": self.complete,
+            "influence_free_by_construction": self.influence_free,
+            "bit_equal_on_this_stack": self.bit_equal,
             "checks": [check.to_json() for check in self.checks],
+            "retrained": None if self.retrained is None else [stage.to_json() for stage in self.retrained],
+            "seed": self.seed,
         }
 
 
@@ -92,7 +122,7 @@ def verify(store: StoreFolder | str | os.PathLike[str]) -> VerifyReport:
 
         ```py
         report = verify("out")
-        assert report.ok, [finding for check in report.checks for finding in check.broken]
+        assert report.ok, report.findings
         ```
     """
     folder = store if isinstance(store, StoreFolder) else StoreFolder(store)
@@ -213,7 +243,7 @@ def _check_examples(folder: StoreFolder, manifest: Manifest) -> Findings:
 
 
 def differing_examples(stage: str, seen: int, known: int) -> str | NotChecked:
-    """What it means that a stage was trained on other examples than those of its slices now.
+    """What it means that a `stage` was trained on other examples than those of its slices now.
 
     Rows that are added later, or dropped in the dataset's preparation, make it fewer. Equal numbers or more can only
     come from an example that left the index while the stage stayed.
