@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from ..store.ids import shortened
 from .options import WIDTH
@@ -176,9 +175,12 @@ def show_loss(path: str, loss: Loss) -> RenderableType:
 def show_report(report: VerifyReport) -> RenderableType:
     """What an audit found, the two grades of claim apart, as wide as the terminal is."""
     width = min(shutil.get_terminal_size((80, 24)).columns, WIDTH)
-    parts: list[RenderableType] = [Text(f"{report.path}, generation {report.generation}", overflow="fold")]
     outcomes = {check.name: check.outcome for check in report.checks}
-    parts.append(_outcomes("influence-free by construction, on any hardware", outcomes, width))
+    parts: list[RenderableType] = [
+        _folded(f"{report.path}, generation {report.generation}", width),
+        _folded("Influence-free by construction, on any hardware:", width),
+        _outcomes("what should hold", outcomes, width),
+    ]
     details = Table.grid(padding=(0, 1))
     details.width = width
     details.add_column(no_wrap=True)
@@ -194,15 +196,25 @@ def show_report(report: VerifyReport) -> RenderableType:
     if report.retrained is not None:
         of = f"{len(report.retrained)} of {len(report.stages)} stages trained again"
         drawn = "" if report.seed is None else f", drawn with --seed {report.seed}"
+        parts.append(_folded(f"Bit-equal on this stack, {of}{drawn}:", width))
         equal = {stage.stage: stage.outcome for stage in report.retrained}
-        parts.append(_outcomes(f"bit-equal on this stack: {of}{drawn}", equal, width))
-    return Group(*parts, details, Text(_verdict(report), overflow="fold"))
+        parts.append(_outcomes("stage, as it is and trained again", equal, width))
+    return Group(*parts, details, _folded(_verdict(report), width))
 
 
-def _outcomes(claim: str, outcomes: Mapping[str, str], width: int) -> Table:
+def _folded(text: str, width: int) -> Table:
+    """A line that is folded where it is too long, and never cut."""
+    table = Table.grid()
+    table.width = width
+    table.add_column(overflow="fold")
+    table.add_row(text)
+    return table
+
+
+def _outcomes(header: str, outcomes: Mapping[str, str], width: int) -> Table:
     """What was looked at and what came of it; a long name is folded, the outcome never cut."""
     table = Table(width=width)
-    table.add_column(claim, overflow="fold", ratio=1)
+    table.add_column(header, overflow="fold", ratio=1)
     table.add_column("outcome", no_wrap=True)
     for name, outcome in outcomes.items():
         table.add_row(name, outcome)

@@ -6,8 +6,8 @@ machine, settings that were accepted since, rows that came later. Then nothing f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +52,13 @@ class Retrained:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
+
+    def below(self, parents: Iterable[Retrained]) -> Retrained:
+        """The same, with a word of those stages that it begins on and that differ themselves."""
+        wrong = [parent.stage for parent in parents if parent.outcome == "different"]
+        if self.outcome != "different" or not wrong:
+            return self
+        return replace(self, reasons=(*self.reasons, f"it begins on {', '.join(wrong)}, as stored, which differs itself"))
 
     @property
     def findings(self) -> tuple[str, ...]:

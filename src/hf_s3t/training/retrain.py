@@ -1,8 +1,9 @@
 """Trains stages of a store again, from what remains, so that their bytes can be compared: what `verify` asks for.
 
 Each stage begins on the parent that the *store* has, not on the one that was trained again: so each is checked on its
-own, and one that was changed does not make those above it differ as well, unless they were trained on the changed one.
-One trainer trains them all: the base is loaded once, and rows are hashed once.
+own, also where only some are. Who keeps a wrong stage and trains honestly on it is found out at that stage alone. A
+stage that was changed after its children had been trained shows at these, too; they are told as such. One trainer trains
+them all: the base is loaded once, and rows are hashed once.
 """
 
 from __future__ import annotations
@@ -97,13 +98,16 @@ class RetrainingMixin(TrainerSeam):
         differences = RowDifferences(store, self.rows.entries)
         try:
             self._begin_again(wanted)
-            found = tuple(self._trained_again(store, manifest, stage, differences, apart) for stage in wanted)
+            found: dict[Stage, Retrained] = {}
+            for stage in wanted:
+                again = self._trained_again(store, manifest, stage, differences, apart)
+                found[stage] = again.below([found[above] for above in stage.path[:-1] if above in found])
         finally:
             self.trunk_cache.close()
             self.end_workers()
         self.callback_handler.end_run(self.args, self.state, self.control)
         self.progress.close()
-        return differences.check(manifest.stages), found
+        return differences.check(manifest.stages), tuple(found.values())
 
     def _begin_again(self: Any, stages: Iterable[Stage]) -> None:
         self.progress.total = round(sum(stage.passes(self.s3t_config.replay) for stage in stages), 2)
