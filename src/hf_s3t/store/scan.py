@@ -34,7 +34,7 @@ PACKED_RATIO, PACKED_AT_LEAST = 200, 1 << 30
 """What is inside of something packed is read up to so many times its size, or so many bytes."""
 MOST_SHOWN = 1000
 PACKED: tuple[tuple[bytes, Any], ...] = (
-    (b"\x1f\x8b", lambda stream: gzip.GzipFile(fileobj=stream)),
+    (b"\x1f\x8b", lambda stream: gzip.GzipFile(fileobj=stream, mode="rb")),
     (b"BZh", bz2.BZ2File),
     (b"\xfd7zXZ\0", lzma.LZMAFile),
 )
