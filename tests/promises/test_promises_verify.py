@@ -33,7 +33,7 @@ def changed(world: World):
         if row["id"] != name:
             return row
         if "pixel_values" in row:
-            return row | {"pixel_values": [[[1.0 - value for value in line] for line in part] for part in row["pixel_values"]]}
+            return row | {"pixel_values": row["pixel_values"][::-1]}
         return row | {"input_ids": row["input_ids"][::-1]}
 
     return name, without(world.rows, {world.victim}).map(change, keep_in_memory=True, load_from_cache_file=False)

@@ -80,7 +80,7 @@ def test_changed_stage_is_found_by_training_it_again(store: Path) -> None:
 
 
 INNOCENT = [
-    ("""json_set(record, '$.versions', json('{"torch": "1.0"}'))""", "it was trained with torch 1.0, and is now with "),
+    ("""json_set(record, '$.versions', json('{"torch": "1.0"}'))""", "it was trained with torch 1.0, and is now "),
     ("json_set(record, '$.machine.threads', '99')", "it was trained with threads 99, and is now with threads "),
     ("json_remove(record, '$.machine')", "it is not on record on what it was trained"),
     ("json_set(record, '$.machine.processes', '2')", "it was trained with processes 2, and is now with processes 1"),

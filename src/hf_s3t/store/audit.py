@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from .agreement import disagreements
 from .database import StateDatabase
 from .folder import StoreFolder
 from .manifest import Manifest
-from .partition import examples_digest, stage_examples
+from .partition import entries_digest, examples_digest, stage_examples
 from .public_audit import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
-from .requests import places_check
+from .recipe_differences import recipe_digest
+from .requests import Place, places_check
 from .schema import DATABASE
 from .stage_comparison import Outcome, Retrained
 
@@ -179,14 +181,26 @@ def _check_database(folder: StoreFolder, manifest: Manifest) -> Findings:
         if unknown:
             yield f"receipts tell of deletions that the state does not know: {', '.join(unknown[:3])}"
         fits = places_check(folder, manifest, state)
-        misplaced = sum(1 for digest, entry in state.examples() if not fits(digest, entry))
+        misplaced, counted = 0, Counter[Place]()
+        for digest, entry in state.examples():
+            counted[entry[:2]] += 1
+            misplaced += not fits(digest, entry)
         if misplaced:
             yield f"{misplaced} examples lie in other slices than they belong in: a deletion would not find them"
+        if counted != state.counts():
+            yield "the numbers of examples that it keeps for each slice are not those of its index"
 
 
 def _check_agreement(folder: StoreFolder, manifest: Manifest) -> Findings:
+    recipe = recipe_digest(manifest.recipe)
     with _state(folder) as state:
         yield from disagreements(manifest, state)
+        records = state.records()
+    for stage in sorted(manifest.stages):
+        record = records.get(stage.name, {})
+        latest = record.get("accepted", 0) == len(manifest.accepted)  # since then no setting was changed
+        if latest and record.get("recipe", recipe) != recipe:
+            yield f"{stage.name} was trained by another recipe than the manifest has now, and no change was accepted"
 
 
 def _check_generation(folder: StoreFolder, manifest: Manifest) -> Findings:
@@ -197,6 +211,9 @@ def _check_generation(folder: StoreFolder, manifest: Manifest) -> Findings:
                 f"the state is of generation {len(log)}, the manifest of {manifest.generation}: one of them is an "
                 "older copy, and lacks deletions"
             )
+        for name in sorted(log.keys() & manifest.log.keys()):
+            if {*log[name].places} != {*manifest.log[name].places}:
+                yield f"state and manifest have other slices for {name}: one of them was changed"
 
 
 def _check_tombstones(folder: StoreFolder, manifest: Manifest) -> Findings:
@@ -231,15 +248,18 @@ def _check_examples(folder: StoreFolder, manifest: Manifest) -> Findings:
         for shard, of_shard in groupby(sorted(manifest.stages), key=lambda stage: stage.shard):
             stages = list(of_shard)
             slices = {slice_id for stage in stages for slice_id in stage.prefix}
-            by_slice = {slice_id: state.examples_of((shard, slice_id)) for slice_id in slices}
+            entries = {slice_id: dict(state.entries_of((shard, slice_id))) for slice_id in slices}
+            known = {digest: entry for of_slice in entries.values() for digest, entry in of_slice.items()}
             for stage in stages:
                 record = records.get(stage.name)
                 if record is None:
                     yield NotChecked(f"{stage.name}: the state has no record of its examples")
                     continue
-                examples = stage_examples(stage, by_slice, manifest.replay)
+                examples = stage_examples(stage, entries, manifest.replay)
                 if record["data"] != examples_digest(examples):
                     yield differing_examples(stage.name, record["examples"], len(examples))
+                elif record.get("index", "") not in ("", entries_digest(examples, known)):  # old records lack it
+                    yield f"{stage.name} saw its examples with other groups or contents than the index has now"
 
 
 def differing_examples(stage: str, seen: int, known: int) -> str | NotChecked:

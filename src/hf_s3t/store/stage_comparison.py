@@ -58,7 +58,8 @@ class Retrained:
         wrong = [parent.stage for parent in parents if parent.outcome == "different"]
         if self.outcome != "different" or not wrong:
             return self
-        return replace(self, reasons=(*self.reasons, f"it begins on {', '.join(wrong)}, as stored, which differs itself"))
+        told = f"it begins on {', '.join(wrong)}, as stored, which differs itself"
+        return replace(self, reasons=(*self.reasons, told))
 
     @property
     def findings(self) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 Each stage begins on the parent that the *store* has, not on the one that was trained again: so each is checked on its
 own, also where only some are. Who keeps a wrong stage and trains honestly on it is found out at that stage alone. A
-stage that was changed after its children had been trained shows at these, too; they are told as such. One trainer trains
-them all: the base is loaded once, and rows are hashed once.
+stage that was changed after its children had been trained shows at these, too; they are told as such. One trainer
+trains them all: the base is loaded once, and rows are hashed once.
 """
 
 from __future__ import annotations

@@ -315,8 +315,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
         return TrainedStage(adapter, output.global_step, output.training_loss, round(seconds, 3), machine(self.args))
 
     def _store_stage(self, order: StageOrder, trained: TrainedStage, where: str = "") -> None:
-        about = {"generation": order.generation, "examples": len(order.examples), "data": order.mark["data"]}
-        commit(self.store, order, trained.adapter, about | trained.about)
+        commit(self.store, order, trained.adapter, order.about | trained.about)
         logger.info("%s%s", trained.line(order.stage, len(order.examples)), where)
 
     def _auto_mapping(self, stage: Stage) -> dict[str, Any]:
