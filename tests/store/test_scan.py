@@ -122,7 +122,8 @@ def test_no_place_in_a_stream_is_missed(tmp_path: Path, monkeypatch: pytest.Monk
     for start in range(68):
         (tmp_path / "store" / f"notes-{start}").write_bytes(b"." * start + text.encode() + b"." * 70)
     expected = {(1, f"notes-{start} at byte {start}") for start in range(68)}
-    assert hits(looked_for(StoreFolder(tmp_path / "store"), text)) == expected
+    check = looked_for(StoreFolder(tmp_path / "store"), text)
+    assert hits(check) == expected and len(check.broken) == len(expected)
 
 
 def test_each_of_thousands_is_found_and_no_other() -> None:
