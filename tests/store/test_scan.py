@@ -146,7 +146,7 @@ def test_forms_are_told() -> None:
     found = forms("row-17 of Zoë")
     assert found["row-17 of Zoë".encode()] == "as it is written"
     assert found[hashlib.md5("row-17 of Zoë".encode()).digest()] == "its md5"
-    assert found["row-17 of Zo\\u00eb".encode()] == found[b"row-17 of Zo\\u00EB"] == "escaped as in JSON"
+    assert found[b"row-17 of Zo\\u00eb"] == found[b"row-17 of Zo\\u00EB"] == "escaped as in JSON"
 
 
 # ---- what is inside ----
