@@ -32,6 +32,7 @@ from mutations_serving import SERVING
 from mutations_speed import SPEED
 from mutations_state import STATE
 from mutations_systems import SYSTEMS
+from mutations_verify import VERIFY
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = Path("src/hf_s3t")
@@ -232,6 +233,7 @@ MUTATIONS = (
 MORE = (
     SERVING, ENDPOINT, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS,
     DERIVED,
+    VERIFY,
 )  # fmt: skip
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 

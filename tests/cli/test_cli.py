@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -338,7 +339,12 @@ def test_exports_that_carry_the_influence_are_pending(store: Path, tmp_path: Pat
         ("delete", "--slices", "9:9"),
         ("delete", "--ids-file", "absent.txt"),
         ("delete", "--ids", "x", "--key-file", "absent.key"),
-        ("verify", "--retrain", "shard-00/0"),
+        ("verify", "--retrain", "--all"),
+        ("verify", "--retrain", "--trainer", "a:b", "--data", "rows.csv"),
+        ("verify", "--retrain", "--all", "--sample", "2", "--trainer", "a:b", "--data", "rows.csv"),
+        ("verify", "--all"),
+        ("verify", "--retrain", "--all", "--seed", "2", "--trainer", "a:b", "--data", "rows.csv"),
+        ("verify", "--scan-for", "absent.txt"),
     ],
 )
 def test_bad_input(store: Path, arguments: tuple[str, ...]) -> None:
@@ -434,19 +440,49 @@ def test_verify(store: Path) -> None:
     assert result.exit_code == 0 and "not everything could be checked" in result.stdout
 
 
-def test_verify_trains_a_stage_again(store: Path, tmp_path: Path) -> None:
+def test_verify_trains_stages_again(store: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.parquet"
     models.llama_rows(trained_stores.ROWS).to_parquet(str(rows))
-    arguments = ("verify", store, "--data", rows, "--retrain", "shard-01/2")
-    (outcome,) = outcomes(*arguments, "--trainer", FACTORY)
-    assert outcome["result"]["checks"][-1] == {
-        "name": "shard-01/2 trained again is the same", "outcome": "holds", "broken": [], "not_checked": [],
-    }  # fmt: skip
+    arguments = ("verify", store, "--retrain", "--data", rows)
+    (outcome,) = outcomes(*arguments, "--stage", "shard-01/2", "--trainer", FACTORY)
+    assert outcome["result"]["retrained"] == [
+        {"stage": "shard-01/2", "outcome": "equal", "reasons": [], "tensors": []}
+    ]
+    assert outcome["result"]["bit_equal_on_this_stack"] == "equal"
     trained_stores.edit_tensors(store, "shard-01/2", lambda tensors: next(iter(tensors.values())).mul_(2))
-    result = run(*arguments, "--trainer", "trained_stores:make_trainer")
-    assert result.exit_code == 5 and "expected the same bytes" in plain(result.stdout)
+    result = run(*arguments, "--all", "--trainer", "trained_stores:make_trainer")
+    assert result.exit_code == 5 and "shard-01/2: expected the same bytes" in plain(result.stdout)
+    drawn = run(*arguments, "--sample", "2", "--seed", "7", "--trainer", FACTORY)
+    assert "2 of 14 stages trained again, drawn with --seed 7" in plain(drawn.stdout)
     for factory in ("nothing", "trained_stores:nothing", "shard"):
-        assert run(*arguments, "--trainer", factory).exit_code == 2
+        assert run(*arguments, "--all", "--trainer", factory).exit_code == 2
+
+
+def test_verify_looks_for_texts_and_never_shows_them(store: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("nobody here\nFetamir Medresson\n")
+    assert run("verify", store, "--scan-for", texts).exit_code == 0
+    (store / "notes.txt").write_text("about Fetamir Medresson.")
+    result = run("verify", store, "--scan-for", texts)
+    assert result.exit_code == 5 and "line 2 of texts.txt: in notes.txt at byte 6" in plain(result.stdout)
+    assert "Fetamir" not in result.stdout and "Medresson" not in result.stdout
+    texts.write_text("abc\n")
+    result = run("verify", store, "--scan-for", texts)
+    assert result.exit_code == 2 and "Line 1 of" in result.stderr and "3 characters" in plain(result.stderr)
+
+
+@pytest.mark.parametrize("columns", ["80", "60"])
+def test_report_keeps_its_outcomes_in_a_narrow_terminal(
+    store: Path, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    log = {"receipt-1": {"places": [], "named": True}}
+    edit_json(store / "s3t.json", lambda manifest: manifest.update(generation=1, log=log))
+    shutil.rmtree(store / ".s3t")
+    text = run("verify", store).stdout
+    assert max(map(len, text.splitlines())) <= int(columns)
+    rows = [line for line in text.splitlines() if re.search(r"│ (holds|broken|not checked) +│$", line)]
+    assert len(rows) >= 13 and "…" not in text
 
 
 def test_export_of_a_prefix(store: Path, tmp_path: Path) -> None:

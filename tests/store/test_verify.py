@@ -12,11 +12,10 @@ import torch
 
 import models
 import trained_stores
-from hf_s3t import S3TStore, StateError, StoreError
+from hf_s3t import S3TStore, StoreError
 from hf_s3t.store import deletion
 from hf_s3t.store.audit import VerifyReport, verify
 from hf_s3t.store.partition import Entry, assign, keyed_digest
-from hf_s3t.training.retrain import retrain_and_compare
 from stores import edit_database, index_of, records_of
 from trained_stores import CONTENTS, WEIGHTS, broken, edit_json, edit_tensors, forge, tree
 
@@ -351,68 +350,3 @@ def test_lost_and_foreign_key(store: Path) -> None:
     assert report.ok and set(not_checked(report)) == {TOMBSTONES}
     assert verify(S3TStore(store, trained_stores.KEY)).complete
     assert "not the one" in broken(verify(S3TStore(store, "another key of 16 bytes")))[TOMBSTONES]
-
-
-# ---- training again ----
-
-
-def make_trainer(output_dir: str) -> object:
-    return trained_stores.make_trainer(output_dir, models.llama_rows(trained_stores.ROWS))
-
-
-@pytest.mark.parametrize("stage", ["shard-00/0-1-2", "shard-01/2"])
-def test_stage_trained_again_is_the_same(store: Path, stage: str) -> None:
-    before = tree(store)
-    check = retrain_and_compare(S3TStore(store), stage, make_trainer)
-    assert check.outcome == "holds", check
-    assert tree(store) == before
-
-
-def test_changed_stage_is_found_by_training_it_again(store: Path) -> None:
-    def nudge(tensors: dict) -> None:
-        next(iter(tensors.values()))[0, 0] += 0.5
-
-    edit_tensors(store, "shard-01/2", nudge)
-    assert set(broken(verify(store))) == {AGREEMENT}  # hashes say nothing: the manifest was rewritten, too
-    check = retrain_and_compare(S3TStore(store), "shard-01/2", make_trainer)
-    assert check.outcome == "broken" and "adapter_model.safetensors differ by up to 0.5" in check.broken[0]
-
-
-def test_stage_trained_with_other_versions_is_not_judged(store: Path) -> None:
-    edit_tensors(store, "shard-01/2", lambda tensors: next(iter(tensors.values())).mul_(1.001))
-    edit_database(store, """UPDATE records SET record = json_set(record, '$.versions', json('{"torch": "1.0"}'))""")
-    check = retrain_and_compare(S3TStore(store), "shard-01/2", make_trainer)
-    assert check.outcome == "not checked" and "torch 1.0" in check.not_checked[0]
-
-
-def test_retraining_after_a_deletion_leaves_the_example_out(store: Path) -> None:
-    stage = stage_of_victim(store)
-    S3TStore(store).delete(ids=[victim()])
-    with pytest.raises(ValueError, match="not a live stage"):
-        retrain_and_compare(S3TStore(store), stage, make_trainer)
-    for live in verify(store).stages[:2]:
-        assert retrain_and_compare(S3TStore(store), live, make_trainer).outcome == "holds"
-
-
-def test_stage_that_saw_a_vanished_example_is_found(store: Path, trained: Path) -> None:
-    stage = stage_of_victim(store)
-    record = json.dumps(records_of(S3TStore(store))[stage])
-    entry = json.loads((store / "s3t.json").read_text())["stages"][stage]
-    S3TStore(store).delete(ids=[victim()])
-    shutil.copytree(trained / stage, store / stage)
-    edit_json(store / "s3t.json", lambda manifest: manifest["stages"].update({stage: entry}))
-    edit_database(store, "INSERT INTO records VALUES (?, ?)", stage, record)
-    check = retrain_and_compare(S3TStore(store), stage, make_trainer)
-    assert check.outcome == "broken" and "one that it saw is gone" in check.broken[0]
-
-
-def test_retraining_refuses_what_it_can_not_compare(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="output_dir"):
-        retrain_and_compare(S3TStore(store), "shard-01/2", lambda folder: make_trainer(str(tmp_path / "elsewhere")))
-    rows = models.llama_rows(trained_stores.ROWS)
-    with pytest.raises(ValueError, match="no stage"):
-        other = {"sequence_selection": [[0, 1, 2]]}
-        retrain_and_compare(S3TStore(store), "shard-01/2", lambda out: trained_stores.make_trainer(out, rows, **other))
-    shutil.rmtree(store / ".s3t")
-    with pytest.raises(StateError):
-        retrain_and_compare(S3TStore(store), "shard-01/2", make_trainer)

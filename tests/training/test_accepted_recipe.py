@@ -19,7 +19,6 @@ from hf_s3t.store.manifest import Manifest
 from hf_s3t.store.receipts import LIMITS, read_receipts
 from hf_s3t.store.recipe_differences import NOT_BIT_EQUAL, Accepted
 from hf_s3t.store.sync import check_same_store
-from hf_s3t.training.retrain import retrain_and_compare
 from stores import edit_database, make_store, records_of
 from trainings import CASES, World, place, published
 
@@ -148,11 +147,10 @@ def test_a_stage_of_other_settings_is_not_comparable_and_one_of_these_is(world, 
     def make(folder):
         return world.trainer(Path(folder), kept, **PLAN | OTHER)
 
-    later = retrain_and_compare(from_store, "shard-00/1", make)
-    assert later.outcome == "holds", later
-    earlier = retrain_and_compare(from_store, "shard-00/0", make)
-    assert earlier.outcome == "not checked" and not earlier.broken
-    assert f"not comparable: {DECAY}: 0.0, since generation 1 0.5" in earlier.not_checked[0]
+    earlier, later = from_store.verify(["shard-00/0", "shard-00/1"], make_trainer=make).retrained
+    assert later.outcome == "equal", later
+    assert earlier.outcome == "not comparable"
+    assert f"or may have been: {DECAY}: 0.0, since generation 1 0.5" in earlier.reasons[0]
 
 
 def test_a_stage_that_differs_without_such_a_reason_is_still_broken(world, repaired, tmp_path):
@@ -160,15 +158,17 @@ def test_a_stage_that_differs_without_such_a_reason_is_still_broken(world, repai
     change = "UPDATE records SET record = json_set(record, '$.accepted', 1) WHERE stage = 'shard-00/0'"
     edit_database(path, change)
     rows = world.rows.filter(lambda row: row["id"] != victim(world, 1), keep_in_memory=True)
-    check = retrain_and_compare(S3TStore(path), "shard-00/0", lambda to: world.trainer(Path(to), rows, **PLAN | OTHER))
-    assert check.outcome == "broken" and "expected the same bytes" in check.broken[0]
+    report = S3TStore(path).verify(
+        ["shard-00/0"], make_trainer=lambda to: world.trainer(Path(to), rows, **PLAN | OTHER)
+    )
+    assert report.bit_equal == "different" and report.retrained[0].reasons == ("expected the same bytes",)
 
 
 def test_without_the_state_no_stage_is_trained_again_and_none_is_made(world, repaired, tmp_path):
     store = S3TStore(shutil.copytree(repaired, tmp_path / "out"))
     store.database.unlink()
     with pytest.raises(StateError, match="has no state"):
-        retrain_and_compare(store, "shard-00/0", lambda to: world.trainer(Path(to), **PLAN | OTHER))
+        store.verify(["shard-00/0"], make_trainer=lambda to: world.trainer(Path(to), **PLAN | OTHER))
     assert not store.database.exists()
 
 

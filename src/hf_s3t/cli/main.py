@@ -1,4 +1,4 @@
-"""`hf-s3t`: the verbs of an eraser on the command line, thin over `S3TStore` and `verify`.
+"""`hf-s3t`: the verbs of an eraser on the command line, thin over `S3TStore`.
 
 Verbs for a repository are in `hub.py`, those for a private state in `state.py`, the planner's in `plan.py`, the
 endpoint's in `serve.py`.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
@@ -53,7 +54,6 @@ from .options import (
 from .outcomes import BROKEN, DONE, LOW, PENDING, UNKNOWN, Outcome, Verb, run
 
 if TYPE_CHECKING:  # each verb imports what it needs
-    from ..store.audit import Check
     from ..store.store import S3TStore
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,13 @@ def readmit(
 def verify_command(
     stores: Stores,
     retrain: Annotated[
-        list[str] | None, typer.Option(help="A stage to train again and compare, e.g. shard-00/2-0. Repeatable.")
+        bool, typer.Option("--retrain", help="Train stages again, and compare bytes: --all, --sample or --stage.")
+    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="With --retrain: every live stage.")] = False,
+    sample: Annotated[int | None, typer.Option(min=1, help="With --retrain: so many stages, drawn.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draw; without it a new one, which is told.")] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="With --retrain: this stage, e.g. shard-00/2-0. Repeatable.")
     ] = None,
     trainer: Annotated[
         str | None,
@@ -216,23 +222,28 @@ def verify_command(
     data: Annotated[
         Path | None, typer.Option(help="Dataset file or folder with the train set, for --retrain.")
     ] = None,
+    scan_for: Annotated[
+        Path | None,
+        typer.Option(help="File of texts and ids, one a line (.jsonl: as JSON), to look for in every byte."),
+    ] = None,
     key_file: KeyFile = None,
+    state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check hashes, contents, tombstones and the root adapter; with --retrain train stages again, too."""
-
-    from ..store.audit import verify
+    """Check hashes, contents, tombstones and the root adapter; train stages again; look for texts in every byte."""
+    if retrain != bool(trainer and data) or bool(trainer) != bool(data):
+        raise typer.BadParameter("Give --retrain, --trainer and --data together, or none of them.")
+    if retrain != (every + (sample is not None) + bool(stage) == 1) or (seed is not None and sample is None):
+        raise typer.BadParameter("Give one of --all, --sample and --stage with --retrain, and --seed with --sample.")
 
     def verb(store: S3TStore) -> Outcome:
-        if bool(retrain) != bool(trainer and data):
-            raise ValueError("Give --retrain, --trainer and --data together, or none of them.")
-        report = verify(store)
-        if retrain:
-            report = replace(report, checks=report.checks + _retrain(store, retrain, str(trainer), Path(str(data))))
+        make = _retrainer(str(trainer), Path(str(data))) if retrain else None
+        wanted = "all" if every else stage
+        report = store.verify(wanted, sample=sample, seed=seed, make_trainer=make, scan_for=scan_for)
         code = DONE if report.ok else BROKEN
         return Outcome(report.path, code, report.to_json(), display.show_report(report))
 
-    run(stores, key_file, as_json, verb)
+    run(stores, key_file, as_json, verb, state)
 
 
 @app.command()
@@ -281,8 +292,6 @@ def _asking(wanted: dict[str, list[str]], verb: Verb) -> Verb:
     return verb
 
 
-def _retrain(store: S3TStore, stages: list[str], factory: str, data: Path) -> tuple[Check, ...]:
-    from ..training.retrain import retrain_and_compare
-
+def _retrainer(factory: str, data: Path) -> Callable[[str], Any]:
     make_trainer, rows = load_factory(factory), read_dataset(data)
-    return tuple(retrain_and_compare(store, name, lambda folder: make_trainer(folder, rows)) for name in stages)
+    return lambda folder: make_trainer(folder, rows)

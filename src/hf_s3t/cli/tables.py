@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -172,17 +173,59 @@ def show_loss(path: str, loss: Loss) -> RenderableType:
 
 
 def show_report(report: VerifyReport) -> RenderableType:
-    """What an audit found."""
-    table = Table("what should hold", "outcome", width=WIDTH, title=f"{report.path}, generation {report.generation}")
-    table.title_justify = "left"
-    details = []
+    """What an audit found, the two grades of claim apart, as wide as the terminal is."""
+    width = min(shutil.get_terminal_size((80, 24)).columns, WIDTH)
+    outcomes = {check.name: check.outcome for check in report.checks}
+    parts: list[RenderableType] = [
+        _folded(f"{report.path}, generation {report.generation}", width),
+        _folded("Influence-free by construction, on any hardware:", width),
+        _outcomes("what should hold", outcomes, width),
+    ]
+    details = Table.grid(padding=(0, 1))
+    details.width = width
+    details.add_column(no_wrap=True)
+    details.add_column(overflow="fold")
     for check in report.checks:
-        table.add_row(check.name, check.outcome)
-        details += [f"broken: {finding}" for finding in check.broken]
-        details += [f"not checked: {finding}" for finding in check.not_checked]
+        for finding in check.broken:
+            details.add_row("broken:", finding)
+        for finding in check.not_checked:
+            details.add_row("not checked:", finding)
+    for stage in report.retrained or ():
+        for finding in stage.findings:
+            details.add_row(f"{stage.outcome}:", finding)
+    if report.retrained is not None:
+        of = f"{len(report.retrained)} of {len(report.stages)} stages trained again"
+        drawn = "" if report.seed is None else f", drawn with --seed {report.seed}"
+        parts.append(_folded(f"Bit-equal on this stack, {of}{drawn}:", width))
+        equal = {stage.stage: stage.outcome for stage in report.retrained}
+        parts.append(_outcomes("stage, as it is and trained again", equal, width))
+    return Group(*parts, details, _folded(_verdict(report), width))
+
+
+def _folded(text: str, width: int) -> Table:
+    """A line that is folded where it is too long, and never cut."""
+    table = Table.grid()
+    table.width = width
+    table.add_column(overflow="fold")
+    table.add_row(text)
+    return table
+
+
+def _outcomes(header: str, outcomes: Mapping[str, str], width: int) -> Table:
+    """What was looked at and what came of it; a long name is folded, the outcome never cut."""
+    table = Table(width=width)
+    table.add_column(header, overflow="fold", ratio=1)
+    table.add_column("outcome", no_wrap=True)
+    for name, outcome in outcomes.items():
+        table.add_row(name, outcome)
+    return table
+
+
+def _verdict(report: VerifyReport) -> str:
     verdict = "Nothing is broken" if report.ok else "Something is broken"
-    rest = "" if report.complete else ", but not everything could be checked"
-    return Group(table, *details, f"{verdict}{rest}.")
+    if report.influence_free != "broken" and report.bit_equal == "different":
+        verdict = "Stages are not what training them again gives"
+    return f"{verdict}{'' if report.complete else ', but not everything could be checked'}."
 
 
 def _sentence(path: str, receipt: Receipt) -> str:

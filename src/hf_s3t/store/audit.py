@@ -1,7 +1,7 @@
 """Audits of a store: what of its promises holds as the files stand, what is broken, and what cannot be checked.
 
 Whatever an audit lacks, the state or the key, it names; nothing passes in silence. Hashes tell damage and mix-ups. A
-manifest that was rewritten together with its files is found only by training a stage again (`training/retrain.py`).
+manifest that was rewritten together with its files is found only by training a stage again (`retraining.py`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ from .agreement import disagreements
 from .database import StateDatabase
 from .folder import StoreFolder
 from .manifest import Manifest
-from .partition import examples_digest, stage_examples
+from .partition import entries_digest, examples_digest, stage_examples
 from .public_audit import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
-from .requests import places_check
+from .recipe_differences import recipe_digest
+from .requests import Place, places_check
 from .schema import DATABASE
+from .stage_comparison import Outcome, Retrained
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,41 @@ class VerifyReport:
     generation: int
     stages: tuple[str, ...]
     checks: tuple[Check, ...]
+    retrained: tuple[Retrained, ...] | None = None  # `None`: no stage was trained again
+    seed: int | None = None  # by which these stages were drawn, if they were
 
     @property
     def ok(self) -> bool:
         """Whether nothing is broken. What was not checked is in [`complete`]."""
-        return not any(check.broken for check in self.checks)
+        return self.influence_free != "broken" and self.bit_equal != "different"
 
     @property
     def complete(self) -> bool:
-        """Whether everything could be checked."""
-        return not any(check.not_checked for check in self.checks)
+        """Whether everything that was asked for could be checked."""
+        retrained = self.retrained or ()
+        return not any(check.not_checked for check in self.checks) and all(
+            stage.outcome != "not comparable" for stage in retrained
+        )
+
+    @property
+    def influence_free(self) -> Literal["holds", "broken", "not checked"]:
+        """The claim that holds by construction, on any hardware: what the checks say of it together."""
+        outcomes = {check.outcome for check in self.checks}
+        return "broken" if "broken" in outcomes else "not checked" if "not checked" in outcomes else "holds"
+
+    @property
+    def bit_equal(self) -> Outcome | Literal["not checked"]:
+        """The claim that holds on one stack: the gravest outcome of the stages that were trained again."""
+        outcomes = {stage.outcome for stage in self.retrained or ()}
+        order: tuple[Outcome, ...] = ("different", "not comparable", "equal")
+        return next((outcome for outcome in order if outcome in outcomes), "not checked")
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Everything that is broken, and every stage that differs."""
+        different = [stage for stage in self.retrained or () if stage.outcome == "different"]
+        checks = [finding for check in self.checks for finding in check.broken]
+        return (*checks, *(finding for stage in different for finding in stage.findings))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -77,7 +105,11 @@ class VerifyReport:
             "stages": list(self.stages),
             "ok": self.ok,
             "complete": self.complete,
+            "influence_free_by_construction": self.influence_free,
+            "bit_equal_on_this_stack": self.bit_equal,
             "checks": [check.to_json() for check in self.checks],
+            "retrained": None if self.retrained is None else [stage.to_json() for stage in self.retrained],
+            "seed": self.seed,
         }
 
 
@@ -92,7 +124,7 @@ def verify(store: StoreFolder | str | os.PathLike[str]) -> VerifyReport:
 
         ```py
         report = verify("out")
-        assert report.ok, [finding for check in report.checks for finding in check.broken]
+        assert report.ok, report.findings
         ```
     """
     folder = store if isinstance(store, StoreFolder) else StoreFolder(store)
@@ -149,14 +181,26 @@ def _check_database(folder: StoreFolder, manifest: Manifest) -> Findings:
         if unknown:
             yield f"receipts tell of deletions that the state does not know: {', '.join(unknown[:3])}"
         fits = places_check(folder, manifest, state)
-        misplaced = sum(1 for digest, entry in state.examples() if not fits(digest, entry))
+        misplaced, counted = 0, Counter[Place]()
+        for digest, entry in state.examples():
+            counted[entry[:2]] += 1
+            misplaced += not fits(digest, entry)
         if misplaced:
             yield f"{misplaced} examples lie in other slices than they belong in: a deletion would not find them"
+        if counted != state.counts():
+            yield "the numbers of examples that it keeps for each slice are not those of its index"
 
 
 def _check_agreement(folder: StoreFolder, manifest: Manifest) -> Findings:
+    recipe = recipe_digest(manifest.recipe)
     with _state(folder) as state:
         yield from disagreements(manifest, state)
+        records = state.records()
+    for stage in sorted(manifest.stages):
+        record = records.get(stage.name, {})
+        latest = record.get("accepted", 0) == len(manifest.accepted)  # since then no setting was changed
+        if latest and record.get("recipe", recipe) != recipe:
+            yield f"{stage.name} was trained by another recipe than the manifest has now, and no change was accepted"
 
 
 def _check_generation(folder: StoreFolder, manifest: Manifest) -> Findings:
@@ -167,6 +211,9 @@ def _check_generation(folder: StoreFolder, manifest: Manifest) -> Findings:
                 f"the state is of generation {len(log)}, the manifest of {manifest.generation}: one of them is an "
                 "older copy, and lacks deletions"
             )
+        for name in sorted(log.keys() & manifest.log.keys()):
+            if {*log[name].places} != {*manifest.log[name].places}:
+                yield f"state and manifest have other slices for {name}: one of them was changed"
 
 
 def _check_tombstones(folder: StoreFolder, manifest: Manifest) -> Findings:
@@ -201,19 +248,22 @@ def _check_examples(folder: StoreFolder, manifest: Manifest) -> Findings:
         for shard, of_shard in groupby(sorted(manifest.stages), key=lambda stage: stage.shard):
             stages = list(of_shard)
             slices = {slice_id for stage in stages for slice_id in stage.prefix}
-            by_slice = {slice_id: state.examples_of((shard, slice_id)) for slice_id in slices}
+            entries = {slice_id: dict(state.entries_of((shard, slice_id))) for slice_id in slices}
+            known = {digest: entry for of_slice in entries.values() for digest, entry in of_slice.items()}
             for stage in stages:
                 record = records.get(stage.name)
                 if record is None:
                     yield NotChecked(f"{stage.name}: the state has no record of its examples")
                     continue
-                examples = stage_examples(stage, by_slice, manifest.replay)
+                examples = stage_examples(stage, entries, manifest.replay)
                 if record["data"] != examples_digest(examples):
                     yield differing_examples(stage.name, record["examples"], len(examples))
+                elif record.get("index", "") not in ("", entries_digest(examples, known)):  # old records lack it
+                    yield f"{stage.name} saw its examples with other groups or contents than the index has now"
 
 
 def differing_examples(stage: str, seen: int, known: int) -> str | NotChecked:
-    """What it means that a stage was trained on other examples than those of its slices now.
+    """What it means that a `stage` was trained on other examples than those of its slices now.
 
     Rows that are added later, or dropped in the dataset's preparation, make it fewer. Equal numbers or more can only
     come from an example that left the index while the stage stayed.

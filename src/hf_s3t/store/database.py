@@ -137,6 +137,12 @@ class StateDatabase(RecordTables):
         rows = self._sql.execute("SELECT digest FROM examples WHERE shard = ? AND slice = ? ORDER BY digest", place)
         return [digest.hex() for (digest,) in rows.fetchall()]
 
+    def entries_of(self, place: Place) -> list[tuple[str, Entry]]:
+        """The same with what is known of them."""
+        statement = f"SELECT e.digest, {ENTRY} WHERE e.shard = ? AND e.slice = ? ORDER BY e.digest"
+        rows = self._sql.execute(statement, place)
+        return [(digest.hex(), _entry(*entry)) for digest, *entry in rows.fetchall()]
+
     def add_examples(self, entries: Mapping[str, Entry]) -> None:
         """Puts examples into the index. What is there already stays as it is."""
         if not entries:
@@ -174,13 +180,12 @@ class StateDatabase(RecordTables):
 
     def buried_in_index(self) -> int:
         """Number of deleted examples that are still in the index."""
-        return int(
-            self._one(
-                "SELECT count(*) FROM examples AS e LEFT JOIN people AS p ON p.number = e.person "
-                "WHERE e.digest IN (SELECT digest FROM tombstones WHERE kind = 'id') "
-                "OR p.digest IN (SELECT digest FROM tombstones WHERE kind = 'group')"
-            )
+        statement = (
+            "SELECT count(*) FROM examples AS e LEFT JOIN people AS p ON p.number = e.person "
+            "WHERE e.digest IN (SELECT digest FROM tombstones WHERE kind = 'id') "
+            "OR p.digest IN (SELECT digest FROM tombstones WHERE kind = 'group')"
         )
+        return int(self._one(statement))
 
     # ---- what was deleted ----
 
@@ -330,13 +335,9 @@ class StateDatabase(RecordTables):
 
     def tombstones_json(self, key: bytes) -> dict[str, Any]:
         """What may travel in a private repository: events and tombstones, nothing of what is live, and their HMAC."""
-        return {
-            "format": 2,
-            "store": self.store,
-            "log": log_json(self.log()),
-            "tombstones": [list(row) for row in self.tombstones()],
-            "hmac": self.tombstones_hmac(key),
-        }
+        stones = [list(row) for row in self.tombstones()]
+        about = {"format": 2, "store": self.store, "log": log_json(self.log())}
+        return {**about, "tombstones": stones, "hmac": self.tombstones_hmac(key)}
 
 
 def _entry(shard: int, slice_id: int, person: bytes | None, content: bytes) -> Entry:

@@ -240,3 +240,8 @@ def _chance(stage: Stage, digest: str) -> float:
 def examples_digest(digests: Sequence[str]) -> str:
     """One digest for the examples of a stage, in order. Made of keyed digests, it tells nothing without the key."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def entries_digest(digests: Sequence[str], entries: Mapping[str, Entry]) -> str:
+    """One digest for what the index knows of some examples: who they are, their groups and their contents."""
+    return examples_digest([f"{digest} {entries[digest].group} {entries[digest].content}" for digest in digests])

@@ -7,12 +7,14 @@ manifest keeps what was accepted, for good.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..data_derived import DATA_DERIVED, named_in
 from ..errors import RecipeError
+from .partition import canonical
 
 STRUCTURE = {
     "base": "live stages were trained on that base, so their prefixes would be another model than on their day",
@@ -117,6 +119,11 @@ def compare_recipes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tup
 
 UNSET = "unset"
 """The part of a recipe that names the arguments which had their defaults. It is no setting itself."""
+
+
+def recipe_digest(recipe: Mapping[str, Any]) -> str:
+    """sha256 over a recipe: by it the record of a stage knows the one that the stage was trained with."""
+    return hashlib.sha256(canonical(recipe)).hexdigest()
 
 
 def _way_out(differences: Iterable[Difference]) -> str:

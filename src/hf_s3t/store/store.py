@@ -30,13 +30,14 @@ from .requests import LookAlikes, check_lists, check_reference, resolve
 from .sources import RepoSource
 from .state_care import StateCare
 from .status import Location, Status, location_of, seen_by, status_of
+from .verification import Verifiable
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel
 
 
-class S3TStore(StateCare):
+class S3TStore(Verifiable, StateCare):
     """A store of stages, in a folder or in a repository on the Hub.
 
     Args:

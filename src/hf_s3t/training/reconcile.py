@@ -199,6 +199,7 @@ def _write(
             state.clear_examples()
             state.add_examples(rows)
         state.add_caches(wanted.rows.cache_files)
+    wanted.rows.changed = comparison.changed if manifest.stages else frozenset()
     store.write_manifest(manifest)
     sweep(store, manifest)
     return manifest

@@ -1,121 +1,173 @@
-"""Trains one stage again, from what remains, and compares it with the store's byte for byte.
+"""Trains stages of a store again, from what remains, so that their bytes can be compared: what `verify` asks for.
 
-It happens in a scratch store with the same key, state and recipe, which lists every other stage as trained: `train()`
-then has one stage to do. The real store is only read.
+Each stage begins on the parent that the *store* has, not on the one that was trained again: so each is checked on its
+own, also where only some are. Who keeps a wrong stage and trains honestly on it is found out at that stage alone. A
+stage that was changed after its children had been trained shows at these, too; they are told as such. One trainer
+trains them all: the base is loaded once, and rows are hashed once.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
+
 from ..errors import StoreError
-from ..files import read_safetensors
-from ..lora.adapter import WEIGHTS_FILE
+from ..files import remove
 from ..plan.tree import Stage
-from ..store.audit import Check, Findings, NotChecked, differing_examples, run_check
-from ..store.folder import StoreFolder
+from ..seams.trainer import TrainerSeam
+from ..store.audit import Check, VerifyReport, differing_examples
+from ..store.folder import StoreFolder, stage_files
 from ..store.manifest import Manifest
-from ..store.schema import write_in_order
-from ..store.state import stack_line
-from ..store.store import as_stage
-from .trainer import S3TMixin
+from ..store.partition import examples_digest
+from ..store.public_audit import NotChecked
+from ..store.receipts import versions
+from ..store.recipe_differences import Difference, check_same
+from ..store.retraining import Retrain, RowDifferences
+from ..store.stage_comparison import MACHINE, Retrained, compare_stage, innocent_reasons
+from ..store.store import S3TStore
+from .apart import Apart
+from .stage_orders import StageOrder, StoreWatch, running_folder
+from .trained_stage import machine
 
-MakeTrainer = Callable[[str], S3TMixin]
-"""Makes the trainer that trained the store, with another `output_dir`."""
+logger = get_logger(__name__)
 
-
-def retrain_and_compare(store: StoreFolder, stage: str | Stage, make_trainer: MakeTrainer) -> Check:
-    """Trains one live stage of a store again and compares the bytes. Needs the state and the key.
-
-    `make_trainer` is given an `output_dir` and returns a trainer with the store's model, arguments, config and train
-    set. The check is broken if the bytes differ without an innocent reason, such as other versions, rows that were
-    added later, or settings that were accepted since.
-
-    Example:
-
-        ```py
-        def make_trainer(output_dir):
-            return S3TTrainer(model, TrainingArguments(output_dir), train_dataset=dataset, peft_config=config)
-
-        check = retrain_and_compare(S3TStore("out"), "shard-00/2-0", make_trainer)
-        assert check.outcome == "holds", check
-        ```
-    """
-    stage, manifest = as_stage(stage), store.live()
-    if stage not in manifest.stages:
-        raise ValueError(f"{stage.name} is not a live stage of {store.path}. Name one that the model card lists.")
-    with tempfile.TemporaryDirectory(prefix="hf_s3t-") as folder:
-        scratch = _scratch_store(store, manifest, stage, Path(folder) / "store")
-        trainer = make_trainer(str(scratch.path))
-        if trainer.store.path.resolve() != scratch.path.resolve():
-            raise ValueError(f"The trainer would train into {trainer.store.path}; it must use the given `output_dir`.")
-        _train(trainer, scratch, stage)
-        return run_check(f"{stage.name} trained again is the same", _differences(store, scratch, stage))
+OF_THE_LAUNCH = ("processes",)
+"""Settings of a recipe that are another launch's, and no other training's: stages of it cannot be compared."""
 
 
-def _scratch_store(store: StoreFolder, manifest: Manifest, stage: Stage, path: Path) -> StoreFolder:
-    scratch = StoreFolder(path)
-    scratch.write_private("partition.key", store.key.hex().encode() + b"\n")
-    with store.reading():  # a state that is not there is told of
-        write_in_order(store.database, scratch.database)
-    for above in stage.path[:-1]:
-        shutil.copytree(store.path / above.name, path / above.name)
-    trained = {**dict.fromkeys(manifest.plan.stages, manifest.stages[stage]), **manifest.stages}
-    del trained[stage]
-    scratch.write_manifest(replace(manifest, stages=trained))
-    return scratch
+class RetrainingMixin(TrainerSeam):
+    """The part of [`S3TMixin`] that trains stages again and changes nothing of the store."""
+
+    watch: StoreWatch | Apart
+    _order: StageOrder | None
+
+    def verify(
+        self: Any,
+        retrain: Retrain | None = "all",
+        *,
+        sample: int | None = None,
+        seed: int | None = None,
+        scan_for: str | Path | None = None,
+    ) -> VerifyReport:
+        """Audits the store and trains its stages again with this very trainer; see [`S3TStore.verify`].
+
+        Example:
+
+            ```py
+            report = trainer.verify(sample=3)
+            assert report.ok, report.findings
+            ```
+
+        Raises:
+            ValueError: a stage is being trained.
+        """
+        if self._order is not None:
+            raise ValueError("A stage is being trained. Verify the store before or after `train()`.")
+        store, watch = self.store, self.watch
+
+        def moved(folder: str) -> Any:
+            self.store, self.watch = S3TStore(Path(folder)), Apart(Path(folder), lambda: False)
+            return self
+
+        with self._training_lock():
+            try:
+                report: VerifyReport = store.verify(
+                    retrain, sample=sample, seed=seed, make_trainer=moved, scan_for=scan_for
+                )
+            finally:
+                self.store, self.watch = store, watch
+        self._serve()
+        return report
+
+    def train_again(self: Any, store: StoreFolder, stages: Iterable[Stage]) -> tuple[Check, tuple[Retrained, ...]]:
+        """Trains live stages of another store again, in this trainer's own folder, and compares the bytes.
+
+        Raises:
+            RecipeError: the settings are not those of the store.
+            StateError: the state or the key is not there.
+        """
+        manifest, wanted = store.live(), sorted(stages)
+        accepted = {*self.accept_recipe, *OF_THE_LAUNCH}
+        apart = check_same(manifest.recipe, self.recipe(), accepted)
+        if self.rows.key != store.key:
+            raise ValueError("The trainer has another partition key than the store. Give it none, or the store's.")
+        self.watch = Apart(self.store.path, lambda: False)
+        differences = RowDifferences(store, self.rows.entries)
+        try:
+            self._begin_again(wanted)
+            found: dict[Stage, Retrained] = {}
+            for stage in wanted:
+                again = self._trained_again(store, manifest, stage, differences, apart)
+                found[stage] = again.below([found[above] for above in stage.path[:-1] if above in found])
+        finally:
+            self.trunk_cache.close()
+            self.end_workers()
+        self.callback_handler.end_run(self.args, self.state, self.control)
+        self.progress.close()
+        return differences.check(manifest.stages), tuple(found.values())
+
+    def _begin_again(self: Any, stages: Iterable[Stage]) -> None:
+        self.progress.total = round(sum(stage.passes(self.s3t_config.replay) for stage in stages), 2)
+        self._base_fingerprints: dict[str, str] = {}
+        self.try_evaluation()
+
+    def _trained_again(
+        self: Any,
+        store: StoreFolder,
+        manifest: Manifest,
+        stage: Stage,
+        differences: RowDifferences,
+        apart: tuple[Difference, ...],
+    ) -> Retrained:
+        with store.reading() as state:
+            record, examples = state.record(stage.name), self.rows.examples(stage, state)
+        told = differences.told(stage.slices)
+        if (skipped := _not_trained(stage, record, examples, told, apart)) is not None:
+            return skipped
+        try:
+            parent = store.assemble(stage.shard, stage.parent.prefix, manifest) if stage.parent else None
+        except StoreError as error:
+            return Retrained(stage.name, "not comparable", (f"the store's own parent of it cannot be used: {error}",))
+        order = StageOrder(stage, examples, "", parent, manifest.generation, 0)
+        trained = self._train_stage(order, False, None)
+        remove(running_folder(self.store, stage))
+        again = stage_files(stage, trained.adapter)
+        stored = {name: _read(store, f"{stage.name}/{name}") for name in manifest.stages[stage]}
+        made = {"versions": versions(), MACHINE: machine(self.args)}
+        changed = "; ".join(map(str, manifest.accepted[record.get("accepted", 0) if record else 0 :]))
+        if record is not None and not told and record["data"] != examples_digest(examples):
+            told = [str(differing_examples("it", record["examples"], len(examples)))]
+        found = compare_stage(
+            stage.name, {name: data for name, data in stored.items() if data is not None}, again,
+            iter(told), innocent_reasons(record, made, changed),
+        )  # fmt: skip
+        if found.outcome != "equal" and stage not in store.live().stages:
+            return Retrained(stage.name, "not comparable", ("a deletion removed it meanwhile",))
+        logger.info("stage %s trained again: %s", stage.name, found.outcome)
+        return found
 
 
-def _train(trainer: Any, scratch: StoreFolder, stage: Stage) -> None:
+def _not_trained(
+    stage: Stage,
+    record: Mapping[str, Any] | None,
+    examples: tuple[str, ...],
+    told: list[str],
+    apart: tuple[Difference, ...],
+) -> Retrained | None:
+    """What is known of a stage whose retraining would tell nothing; `None`: it is to be trained."""
+    if apart:
+        return Retrained(stage.name, "not comparable", tuple(map(str, apart)))
+    if record is None or told or record["data"] == examples_digest(examples):
+        return None
+    later = differing_examples("it", record["examples"], len(examples))
+    return Retrained(stage.name, "not comparable", (str(later),)) if isinstance(later, NotChecked) else None
+
+
+def _read(store: StoreFolder, name: str) -> bytes | None:
     try:
-        trainer.train()
-    except StoreError:
-        # Stages are listed that are not there, so that no root adapter can be made once this one is trained.
-        if stage in scratch.manifest().plan.stages and not (scratch.path / stage.name).is_dir():
-            raise
-    if not (scratch.path / stage.name).is_dir():
-        raise ValueError(f"The trainer's config has no stage {stage.name}. Give it the config that trained the stage.")
-
-
-def _differences(store: StoreFolder, scratch: StoreFolder, stage: Stage) -> Findings:
-    files = {name: (store.path / stage.name / name).read_bytes() for name in store.manifest().stages[stage]}
-    again = {path.name: path.read_bytes() for path in (scratch.path / stage.name).iterdir()}
-    differing = sorted(name for name in files.keys() | again.keys() if files.get(name) != again.get(name))
-    if not differing:
-        return
-    with store.reading() as state:
-        old = state.record(stage.name)
-    with scratch.reading() as state:
-        new = state.record(stage.name)
-    assert new is not None  # it was trained just now
-    if old is not None and old["data"] != new["data"]:
-        yield differing_examples(stage.name, old["examples"], new["examples"])
-    elif old is not None and old["versions"] != new["versions"]:
-        there, here = stack_line(old["versions"]), stack_line(new["versions"])
-        yield NotChecked(f"{stage.name} differs, but it was trained with {there}, and is now with {here}")
-    elif changed := _changed_settings(store.manifest(), old):
-        yield NotChecked(
-            f"{stage.name} differs, but settings were changed after it was trained, or may have been, so that the two "
-            f"are not comparable: {changed}"
-        )
-    else:
-        yield f"{stage.name}: {', '.join(differing)} differ{_largest(store, scratch, stage)}; expected the same bytes"
-
-
-def _changed_settings(manifest: Manifest, record: Mapping[str, Any] | None) -> str:
-    """Settings that were accepted after a stage had been trained; all, where it is not on record when that was."""
-    since = manifest.accepted[record.get("accepted", 0) if record else 0 :]
-    return "; ".join(map(str, since))
-
-
-def _largest(store: StoreFolder, scratch: StoreFolder, stage: Stage) -> str:
-    """By how much the weights differ, where they can be compared."""
-    old, new = (read_safetensors(folder.path / stage.name / WEIGHTS_FILE) for folder in (store, scratch))
-    if {name: value.shape for name, value in old.items()} != {name: value.shape for name, value in new.items()}:
-        return " in which tensors they hold"
-    return f" by up to {max(float(abs(old[name] - new[name]).max()) for name in old):.3g}"
+        return store.source.file(name).read_bytes()
+    except FileNotFoundError:
+        return None

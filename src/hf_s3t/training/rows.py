@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 class TrainRows:
     """Which raw row of the train set is which example."""
 
+    changed: frozenset[str] = frozenset()
+    """Examples whose rows are not what the index knows, and are trained on all the same (`missing="ignore"`)."""
+
     def __init__(self, dataset: Any, key: bytes, config: S3TConfig, progress: bool = False, workers: int = 0):
         digests, index = read_rows(dataset, key, config, progress, workers)
         self._begin(digests, index, dataset, key, config)

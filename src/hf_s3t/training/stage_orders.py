@@ -14,7 +14,8 @@ from typing import Any
 from ..files import remove
 from ..lora.adapter import Adapter
 from ..plan.tree import Stage
-from ..store.partition import examples_digest
+from ..store.partition import entries_digest, examples_digest
+from ..store.recipe_differences import recipe_digest
 from ..store.store import S3TStore
 from .reconcile import check_generation
 from .rows import TrainRows
@@ -34,6 +35,13 @@ class StageOrder:
     parent: Adapter | None  # the assembled parent prefix
     generation: int  # of the store when the order was given out
     steps_before: int  # optimizer steps of all stages that the store holds: where the run's step count stands
+    index: str | None = None  # one digest for what the index knows of them; `None`: its rows are other ones by now
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the store's record of the stage says of its examples."""
+        known = {} if self.index is None else {"index": self.index}
+        return {"generation": self.generation, "examples": len(self.examples), "data": self.mark["data"], **known}
 
     @property
     def mark(self) -> dict[str, str]:
@@ -61,7 +69,8 @@ def next_order(
         if stage.parent is not None:
             parent = store.assemble(stage.shard, stage.parent.prefix, manifest)
         content = examples_digest([rows.entries[digest].content for digest in examples])
-        return StageOrder(stage, examples, content, parent, generation, steps)
+        index = entries_digest(examples, rows.entries) if rows.changed.isdisjoint(examples) else None
+        return StageOrder(stage, examples, content, parent, generation, steps, index)
 
 
 def is_hit(store: S3TStore, order: StageOrder) -> bool:
@@ -118,8 +127,9 @@ def commit(store: S3TStore, order: StageOrder, adapter: Adapter, record: dict[st
             raise StageDropped
         files = store.write_stage(order.stage, adapter)
         manifest = store.manifest()
+        record = {**record, "recipe": recipe_digest(manifest.recipe)}
         if manifest.accepted:  # which settings it was trained with
-            record = {**record, "accepted": len(manifest.accepted)}
+            record["accepted"] = len(manifest.accepted)
         with store.changing() as state:
             state.write_record(order.stage.name, {**record, "files": files})
         store.write_manifest(replace(manifest, stages={**manifest.stages, order.stage: files}))

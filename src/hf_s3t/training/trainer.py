@@ -42,18 +42,19 @@ from .marked_rows import MarkedRowsMixin, drawn_beyond
 from .processes import check_processes, check_ranks, is_bar_shown, on_main_process
 from .reconcile import Missing, Wanted, plan_repair, reconcile, warn_of_other_stacks
 from .refusals import Repair, check_repair, refuse_arguments, set_stage_defaults
+from .retrain import RetrainingMixin
 from .rows import TrainRows
 from .rows_apart import RowsApart
 from .served_model import ServedModelMixin
 from .stage_orders import StageDropped, StageOrder, StoreWatch, commit, next_order, running_folder
 from .stage_plan import make_plan, stage_seed
-from .trained_stage import TrainedStage, summary
+from .trained_stage import TrainedStage, machine, summary
 from .trunk_cache import TrunkCache
 
 logger = get_logger(__name__)
 
 
-class S3TMixin(MarkedRowsMixin, ServedModelMixin):
+class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
     """Makes a subclass of [`~transformers.Trainer`] train slice by slice. Put it first among the base classes.
 
     Args:
@@ -313,11 +314,10 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         config = plain_lora_config(self.s3t_config, self.tuner.layout, layers)
         config["auto_mapping"] = self._auto_mapping(stage)
         adapter = Adapter.from_tensors(config, tensors)
-        return TrainedStage(adapter, output.global_step, output.training_loss, round(seconds, 3))
+        return TrainedStage(adapter, output.global_step, output.training_loss, round(seconds, 3), machine(self.args))
 
     def _store_stage(self, order: StageOrder, trained: TrainedStage, where: str = "") -> None:
-        about = {"generation": order.generation, "examples": len(order.examples), "data": order.mark["data"]}
-        commit(self.store, order, trained.adapter, about | trained.about)
+        commit(self.store, order, trained.adapter, order.about | trained.about)
         logger.info("%s%s", trained.line(order.stage, len(order.examples)), where)
 
     def _auto_mapping(self, stage: Stage) -> dict[str, Any]:
