@@ -276,11 +276,10 @@ class Lock:
 
     def release(self) -> None:
         """Gives the lock back."""
-        try:
-            if self._lock.lock_counter == 1:
+        if self._lock.lock_counter == 1:
+            with suppress(OSError):  # a disk that fails: what was done, and what failed before, is what counts
                 self.path.with_suffix(".holder").unlink(missing_ok=True)
-        finally:
-            self._lock.release()
+        self._lock.release()
 
     @contextmanager
     def hold(self, timeout: float) -> Iterator[None]:
