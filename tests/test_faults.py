@@ -1,0 +1,113 @@
+"""Faults at every numbered step of a store's life: a kill, a full disk, one that fails, one that may only be read.
+
+After each the store opens and is as before or as after, nothing deleted is served, nothing else is lost, and what was
+interrupted, run again, ends as if it had never been. What is looked at is `lifecycle.check`'s; training is in
+`promises/test_promises_crash.py`, push, pull and purge in `hub/test_hub_faults.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+from lifecycle import OPERATIONS, Operation, check, make_root, named, open_store, picture
+from seam import DISKS, KILLS, strikes, struck
+from stores import Known
+
+
+@dataclass
+class Life:
+    """The stores of one operation: as it begins, and as it ends when nothing befalls it."""
+
+    operation: Operation
+    made: Path
+    known: Known
+    folder: Path
+    root: Path
+
+    @cached_property
+    def steps(self) -> list[str]:
+        """The steps of the operation; they are the same every time."""
+        self.begin(self.made)
+        named("receipt-2")
+        self.operation.ready(self.root, self.known)
+        named("receipt-3")
+        self.before = picture(self.root)
+        shutil.copytree(self.root, self.folder / "ready")
+        for log in ("first", "second"):
+            self.begin(self.folder / "ready")
+            outcome = struck(lambda: self.operation.act(self.root, self.known), self.folder / log, self.root)
+            assert not outcome.kind, outcome.trace
+        with open_store(self.root).writing():
+            pass
+        self.after = picture(self.root)
+        steps = (self.folder / "first").read_text().splitlines()
+        assert steps == (self.folder / "second").read_text().splitlines()
+        return steps
+
+    def begin(self, made: Path) -> None:
+        """Puts a store where it is known to be: exports are on record by their paths."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        shutil.copytree(made, self.root)
+
+    def strike(self, at: int, fault: str) -> bool:
+        """Strikes once and looks; returns whether the operation was done all the same."""
+        self.begin(self.folder / "ready")
+        log = self.folder / "struck"
+        outcome = struck(lambda: self.operation.act(self.root, self.known), log, self.root, at, fault)
+        assert outcome.killed == (fault in KILLS)
+        assert log.read_text().splitlines()[: at + 1] == self.steps[: at + 1]
+        return check(self.operation, self.root, self.known, self.before, self.after, outcome)
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Life]:
+    folder = tmp_path_factory.mktemp("lives")
+    named("receipt-1")
+    known = make_root(folder / "root")
+    shutil.copytree(folder / "root", folder / "made")
+    return {
+        name: Life(operation, folder / "made", known, tmp_path_factory.mktemp("life"), folder / "root")
+        for name, operation in OPERATIONS.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `named` sets is taken back."""
+    from hf_s3t.store import deletion, lost_state, tombstones
+
+    for module in (deletion, lost_state, tombstones):
+        monkeypatch.setattr(module, "receipt_name", module.receipt_name)
+    named("receipt-3")
+
+
+def every(step: int, life: Life, faults: tuple[str, ...]) -> list[tuple[int, str]]:
+    found = [strike for strike in strikes(life.steps) if strike[1] in faults]
+    return found[step // 2 :: step]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_killed_at_every_tenth_step_it_is_as_before_or_as_after(lives: dict[str, Life], name: str) -> None:
+    outcomes = [lives[name].strike(*strike) for strike in every(10, lives[name], KILLS)]
+    assert outcomes
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_disk_that_fails_at_some_steps(lives: dict[str, Life], name: str) -> None:
+    assert [lives[name].strike(*strike) for strike in every(60, lives[name], DISKS)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("faults", [KILLS, *((fault,) for fault in DISKS)], ids=["kills", *DISKS])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_whatever_befalls_it_at_any_step(lives: dict[str, Life], name: str, faults: tuple[str, ...]) -> None:
+    life = lives[name]
+    outcomes = [life.strike(*strike) for strike in every(1, life, faults)]
+    assert len(outcomes) >= len(life.steps) // 3
+    assert faults != KILLS or set(outcomes) == {True, False} or life.before == life.after
