@@ -7,14 +7,17 @@ interrupted, run again, ends as if it had never been. What is looked at is `life
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from lifecycle import OPERATIONS, Operation, check, make_root, named, open_store, picture
+from lifecycle import OPERATIONS, Operation, check, make_root, named, open_store, picture, without
 from seam import DISKS, KILLS, strikes, struck
 from stores import Known
 
@@ -64,16 +67,21 @@ class Life:
         return check(self.operation, self.root, self.known, self.before, self.after, outcome)
 
 
+MEMORY = Path("/dev/shm")
+"""Where SQLite need not wait for a disk, which no test takes the power from."""
+
+
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Life]:
-    folder = tmp_path_factory.mktemp("lives")
-    named("receipt-1")
-    known = make_root(folder / "root")
-    shutil.copytree(folder / "root", folder / "made")
-    return {
-        name: Life(operation, folder / "made", known, tmp_path_factory.mktemp("life"), folder / "root")
-        for name, operation in OPERATIONS.items()
-    }
+def lives() -> Iterator[dict[str, Life]]:
+    with TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as place:
+        folder = Path(place)
+        named("receipt-1")
+        known = make_root(folder / "root")
+        shutil.copytree(folder / "root", folder / "made")
+        yield {
+            name: Life(operation, folder / "made", known, folder / f"life-{number}", folder / "root")
+            for number, (name, operation) in enumerate(OPERATIONS.items())
+        }
 
 
 @pytest.fixture(autouse=True)
@@ -110,4 +118,5 @@ def test_whatever_befalls_it_at_any_step(lives: dict[str, Life], name: str, faul
     life = lives[name]
     outcomes = [life.strike(*strike) for strike in every(1, life, faults)]
     assert len(outcomes) >= len(life.steps) // 3
-    assert faults != KILLS or set(outcomes) == {True, False} or life.before == life.after
+    same = without(life.operation.loose, life.before) == without(life.operation.loose, life.after)
+    assert faults != KILLS or same or set(outcomes) == {True, False}

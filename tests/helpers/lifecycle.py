@@ -260,8 +260,9 @@ def assert_nothing_deleted_is_served(store: S3TStore) -> None:
     gone = {place for intent in store.intents() for place in intent["places"]}
     gone |= {place for event in store.manifest().log.values() for place in event.places}
     try:
-        with store.reading() as state:
-            gone |= {place for event in state.log().values() for place in event.places}
+        with store.reading() as state:  # what is not pushed yet the repository serves
+            known = {} if store.source.repo_id else state.log()
+            gone |= {place for event in known.values() for place in event.places}
     except StoreError:
         pass  # the state is lost or damaged
     live = store.live().stages
@@ -273,8 +274,8 @@ def assert_nothing_deleted_is_served(store: S3TStore) -> None:
     assert {name for name in status.served if not name.startswith("shard")} == set()
 
 
-def check(operation: Operation, root: Path, known: Known, before: dict, after: dict, outcome: Outcome) -> str:
-    """What holds after a fault; returns whether the operation was `"done"` once the next writer had run."""
+def check(operation: Operation, root: Path, known: Known, before: dict, after: dict, outcome: Outcome) -> bool:
+    """What holds after a fault; returns whether the operation was done once the next writer had run."""
     assert outcome.killed or outcome.kind in ("", *TYPED), outcome
     store = open_store(root)
     assert_nothing_deleted_is_served(store)
@@ -294,7 +295,7 @@ def check(operation: Operation, root: Path, known: Known, before: dict, after: d
         found, expected = (without(operation.untold, one) for one in (picture(root), after))
         assert found == expected, difference(found, expected)
         assert_whole(store)
-    return "done" if done else "undone"
+    return done
 
 
 def assert_whole(store: S3TStore) -> None:

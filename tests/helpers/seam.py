@@ -234,7 +234,7 @@ class Seam:
             call()
 
         if kind == "COMMIT" and self.at == self.count and self.fault == "EIO":
-            self._begin(kind, "")
+            self._begin(kind, sql)
             _limit_files(0)  # the kernel refuses what SQLite writes
             try:
                 return call()
