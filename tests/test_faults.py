@@ -106,6 +106,49 @@ def test_struck_at_some_steps_it_is_as_before_or_as_after(lives: dict[str, Life]
         life.strike(*strike)
 
 
+def begun(life: Life, kind: str, part: str) -> int:
+    """Number of the first step of a kind that is about some file."""
+    return next(at for at, line in enumerate(life.steps) if line.startswith(f"{kind} ") and part in line)
+
+
+def test_what_failed_is_told_where_the_disk_cannot_be_written_any_more(lives: dict[str, Life]) -> None:
+    """Nor can the name of the lock's holder be removed then, which is nothing."""
+    life = lives["delete"]
+    at = begun(life, "create", ".s3t.json.tmp")
+    life.begin(life.folder / "ready")
+    outcome = struck(lambda: life.operation.act(life.root, life.known), life.folder / "struck", life.root, at, "EROFS")
+    assert outcome.kind == "UnfinishedDeletionError" and "Read-only file system" in outcome.message
+
+
+@pytest.mark.parametrize("kind", ["write", "fsync", "unlink"])
+def test_a_move_of_the_key_that_was_interrupted_is_ended_and_never_loses_it(lives: dict[str, Life], kind: str) -> None:
+    life = lives["move the key"]
+    at = begun(life, kind, "key") if kind != "unlink" else begun(life, kind, "partition.key") + 1
+    life.begin(life.folder / "ready")
+    struck(lambda: life.operation.act(life.root, life.known), life.folder / "struck", life.root, at, "before")
+    key = (life.folder / "ready/out/.s3t/partition.key").read_text()
+    there = [file for file in (life.root / "key", life.root / "out/.s3t/partition.key") if file.exists()]
+    assert key in [file.read_text() for file in there]
+    if kind == "write":  # half a key is none: it is no end of a move
+        with pytest.raises(ValueError, match="exists already, and is not this store's key. Nothing was changed"):
+            open_store(life.root).move_key(life.root / "key")
+        return
+    open_store(life.root).move_key(life.root / "key")
+    assert (life.root / "key").read_text() == key and not (life.root / "out/.s3t/partition.key").exists()
+    assert (life.root / "key").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_export_is_whole_or_absent(lives: dict[str, Life]) -> None:
+    life = lives["export"]
+    number = sum("new" in line for line in life.steps)
+    assert number > 5
+    for at in [at for at, line in enumerate(life.steps) if "new" in line]:
+        life.begin(life.folder / "ready")
+        struck(lambda: life.operation.act(life.root, life.known), life.folder / "struck", life.root, at, "before")
+        names = {file.name for file in (life.root / "new").glob("*")}
+        assert names in (set(), {"adapter_config.json", "adapter_model.safetensors"})
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("faults", [KILLS, *((fault,) for fault in DISKS)], ids=["kills", *DISKS])

@@ -136,8 +136,8 @@ def _unwritable(folder: Path, error: OSError) -> StateError:
     except PermissionError:
         return denied(folder)
     return StateError(
-        f"{folder} may not be written ({error.strerror}). Nothing was changed. Make it writable for this user, or copy "
-        "the store and change the copy. To look (`status`, `locate`, `verify`) it can stay as it is."
+        f"{folder} may not be written ({error.strerror}). Nothing was changed. Make it writable for this user, or "
+        "copy the store and change the copy. To look (`status`, `locate`, `verify`) it can stay as it is."
     )
 
 

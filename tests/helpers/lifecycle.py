@@ -26,7 +26,6 @@ from hf_s3t import Plan, S3TStore, StoreError
 from hf_s3t.serving.loading import read_members
 from hf_s3t.store import deletion, lost_state, tombstones
 from hf_s3t.store.audit import verify
-from hf_s3t.store.receipts import read_receipts
 from hf_s3t.store.schema import DATABASE
 from seam import Outcome
 from stores import KEY, PASSING, Known, edit_database, make_store, people
@@ -171,7 +170,8 @@ def _move_key(root: Path, known: Known) -> None:
 
 RECEIPTS = r"out/\.s3t/state\.sqlite: receipts"
 STATE = r"out/\.s3t/"
-NEW, OVER = r"(new|\.new\.hf_s3t)/|out/\.s3t/state\.sqlite: exports", r"(copy|prefix)/|out/\.s3t/state\.sqlite: exports"
+ON_RECORD = r"|out/\.s3t/state\.sqlite: exports"
+NEW, OVER = rf"\.new\.hf_s3t/{ON_RECORD}", rf"(copy|prefix)/{ON_RECORD}"
 OPERATIONS = {
     "delete": Operation(_delete),
     "delete and refresh exports": Operation(
@@ -191,11 +191,15 @@ OPERATIONS = {
         lambda root, known: open_store(root).export(root / "copy"),
         lambda root, known: open_store(root).delete(ids=known.at(0, 1)[:1]), loose=OVER,
     ),
-    "export state": Operation(lambda root, known: open_store(root).export_state(root / "backup"), loose=r"\.backup\.tmp"),
+    "export state": Operation(
+        lambda root, known: open_store(root).export_state(root / "backup"), loose=r"\.backup\.tmp"
+    ),
     "export state over another": Operation(
         lambda root, known: open_store(root).export_state(root / "earlier"), loose=r"\.earlier\.tmp"
     ),
-    "import state": Operation(lambda root, known: open_store(root).import_state(root / "latest"), _older_state, sound=False),
+    "import state": Operation(
+        lambda root, known: open_store(root).import_state(root / "latest"), _older_state, sound=False
+    ),
     "import an older state": Operation(lambda root, known: open_store(root).import_state(root / "earlier")),
     "import a lost state": Operation(
         lambda root, known: open_store(root).import_state(root / "latest"), _lose_state, loose=STATE, sound=False

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
-from hf_s3t import Plan, S3TStore, Stage
+from hf_s3t import Plan, S3TStore
 from hub_server import Server
 from hub_server.repository import Repository
 from lifecycle import assert_nothing_deleted_is_served, assert_whole, difference, named, picture, without
@@ -202,7 +202,8 @@ class Life:
         self.begin()
         assert len(self.run("struck", at, fault)) > at
         loose = f"{self.operation.loose}|history/|.*-journal$"
-        heads = [{k: v for k, v in one.items() if k.startswith("hub/")} for one in (self.picture(), self.before, self.after)]
+        pictures = (self.picture(), self.before, self.after)
+        heads = [{path: sha for path, sha in one.items() if path.startswith("hub/")} for one in pictures]
         assert heads[0] in heads[1:] or not heads[1], difference(*heads)
         self.machine(look, root=self.root, name=self.name)
         found, *expected = (without(loose, one) for one in (self.picture(), self.before, self.after))

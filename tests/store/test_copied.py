@@ -26,6 +26,8 @@ from seam import Seam, struck
 from stores import KEY, Known, make_store
 
 NOBODY = 65534
+TOLD = ("records", "receipts", "about")
+"""Tables that only tell what was done: no promise on who is served or trained depends on them."""
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +120,11 @@ def test_a_state_that_was_copied_while_it_was_written_is_whole_or_damaged(
             assert set(read_members(opened)) == {f"shard-{shard:02d}" for shard in opened.served()}
             assert not any({made[1].places[name] for name in names} & stage.slices for stage in opened.live().stages)
             whole = verify(opened).ok
-            found = tables_of(opened.database)
-            assert not whole or found == tables_of(new), {k for k in found if found[k] != tables_of(new).get(k)}
+            found, expected = (
+                {name: rows for name, rows in tables_of(file).items() if name not in TOLD}
+                for file in (opened.database, new)
+            )
+            assert not whole or found == expected, {k for k in expected if found.get(k) != expected[k]}
             told += not whole
     assert torn > told > 3
 
@@ -144,9 +149,9 @@ def test_one_that_is_killed_with_the_lock_lets_the_other_in_which_ends_it(
         os._exit(0)
     try:
         assert os.read(told, 1) == b"."
-        with pytest.raises(StoreLockedError, match=f"held by process {child} on .* stopped process gives the lock back"):
-            with S3TStore(store.path).writing(timeout=0.2):
-                pass
+        held = pytest.raises(StoreLockedError, match=f"held by process {child} on .* stopped process gives the lock")
+        with held, S3TStore(store.path).writing(timeout=0.2):
+            pass
         assert_nothing_deleted_is_served(store)  # readers wait for nobody
     finally:
         os.kill(child, signal.SIGKILL)

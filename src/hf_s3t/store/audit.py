@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,6 +153,8 @@ def _check_database(folder: StoreFolder, manifest: Manifest) -> Findings:
         misplaced = sum(1 for digest, entry in state.examples() if not fits(digest, entry))
         if misplaced:
             yield f"{misplaced} examples lie in other slices than they belong in: a deletion would not find them"
+        if +Counter(entry[:2] for _, entry in state.examples()) != +state.counts():
+            yield "the index does not count the examples of each slice as they are: it was copied while it was written"
 
 
 def _check_agreement(folder: StoreFolder, manifest: Manifest) -> Findings:
