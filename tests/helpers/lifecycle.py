@@ -304,6 +304,8 @@ def check(operation: Operation, root: Path, known: Known, before: dict, after: d
 
 def assert_whole(store: S3TStore) -> None:
     if store.has_state and store.has_key:
+        with store.reading() as state:
+            assert state.records().keys() <= store.manifest().names, "a record of a stage that is gone"
         report = verify(store)
         assert report.ok, [check.broken for check in report.checks if check.broken]
 

@@ -231,6 +231,14 @@ def test_struck_at_some_steps(server: Server, machine: Machine, folder: Path, na
         life.strike(*strike)
 
 
+def test_a_pull_that_is_killed_leaves_no_record_of_what_others_trained(
+    server: Server, machine: Machine, folder: Path
+) -> None:
+    life = Life("pull", server, machine, folder)
+    (written,) = [at for at, line in enumerate(life.steps) if line == "replace there/.s3t.json.tmp"]
+    life.strike(written, "after")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("faults", [KILLS, DISKS], ids=["kills", "failures"])

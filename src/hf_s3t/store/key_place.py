@@ -32,8 +32,12 @@ def move_key(store: StoreFolder, file: Path) -> None:
         raise ValueError(f"{file} lies inside the store or its state: the key would stay there. Name another file.")
     if _holds_key(store, file):  # an interrupted move left it, and it may be the only one
         _make_durable(file)
-        remove(store.private / KEY_FILE)
-        return
+    else:
+        _copy_key(store, file)
+    remove(store.private / KEY_FILE)
+
+
+def _copy_key(store: StoreFolder, file: Path) -> None:
     if os.path.lexists(file):
         raise ValueError(f"{file} exists already, and is not this store's key. Nothing was changed. Name a new file.")
     if store.key_file is None:
@@ -48,7 +52,6 @@ def move_key(store: StoreFolder, file: Path) -> None:
             "right key from the backup of the state."
         )
     _write_new(file, text.encode() + b"\n")
-    remove(store.private / KEY_FILE)
 
 
 def _holds_key(store: StoreFolder, file: Path) -> bool:
