@@ -15,7 +15,40 @@ NOTHING_WRITTEN = NAMES + "nothing_is_written_for_it"
 KEY_ELSEWHERE = "store/test_state_folder.py::test_a_key_that_is_given_from_the_start_is_never_written"
 FULL = "store/test_independence.py::test_a_disk_that_stays_full_keeps_nobody_else_from_being_out_of_service"
 
+STRUCK = "test_faults.py::test_struck_at_some_steps_it_is_as_before_or_as_after"
+ODD = "store/test_copied.py::test_"
+
 FAULTS = (
+    # a fault at any step
+    (5, "the name of a lock's holder hides what failed", "files.py",
+     (("            with suppress(OSError):  # a disk that fails: what",
+       "            with suppress():  # a disk that fails: what"),),
+     ("test_faults.py::test_what_failed_is_told_where_the_disk_cannot_be_written_any_more",)),
+    (5, "a move of the key that was interrupted cannot be ended", "store/key_place.py",
+     (("    if _holds_key(store, file):", "    if False:"),),
+     ("test_faults.py::test_a_move_of_the_key_that_was_interrupted_is_ended_and_never_loses_it",)),
+    (5, "a new export is there before it is whole", "store/exports.py",
+     (("    if not target.exists():\n        scratch.mkdir", "    if False:\n        scratch.mkdir"),),
+     ("test_faults.py::test_an_export_is_whole_or_absent",)),
+    (5, "a backup's records of stages that are gone stay after a kill", "store/state_backup.py",
+     (("                    state.keep_records(store.manifest().names)", "                    pass"),),
+     (STRUCK + "[import an older state]",)),
+    (10, "a pull that is killed leaves records of other stages", "store/sync.py",
+     (("    if store.has_state:  # of what others trained there is no record; none", "    if False:  # none"),
+      ("    sweep(store, manifest)\n    return manifest\n", "    sweep(store, manifest)\n    if store.has_state:\n"
+       "        with store.changing() as state:\n            state.keep_records({stage.name for stage in stages if "
+       "ours.stages.get(stage) == stages[stage]})\n    return manifest\n")),
+     ("hub/test_hub_faults.py::test_a_pull_that_is_killed_leaves_no_record_of_what_others_trained",)),
+    # in odd hands
+    (5, "an older copy of the manifest serves what the state knows to be deleted", "store/folder.py",
+     (("places_beyond(self._newer_log(manifest), manifest.log)", "()"),),
+     (ODD + "a_copy_of_parts_of_different_times_never_serves_what_it_knows_to_be_deleted",)),
+    (3, "numbers of examples that are wrong are not seen", "store/audit.py",
+     (("        if +counted != +state.counts():", "        if False:"),),
+     (ODD + "a_state_that_was_copied_while_it_was_written_is_whole_or_damaged",)),
+    (5, "who may not write is told of another user", "files.py",
+     (("raise _unwritable(self.path.parent, error) from", "raise denied(self.path.parent) from"),),
+     (ODD + "where_nothing_may_be_written_a_store_is_read_and_a_writer_told[modes]",)),
     # an index that is wrong
     (3, "columns may say a slice that the plan does not have", "store/requests.py",
      (("entry.shard in shards and entry.slice in slices and state.lies_at", "state.lies_at"),), (COLUMNS,)),

@@ -25,7 +25,7 @@ KEEPING = (
      (("if key and as_key(key) != store.given_key:", "if key:"),),
      (FOLDER + "a_backup_that_has_the_key_does_not_put_it_back_where_it_is_given",)),
     (6, "the key leaves the state before it is durable elsewhere", "store/key_place.py",
-     (("    _write_new(file, text.encode() + b\"\\n\")\n    remove(store.private / KEY_FILE)\n",
+     (("    _write_new(file, text.encode() + b\"\\n\")\n",
        "    remove(store.private / KEY_FILE)\n    _write_new(file, text.encode() + b\"\\n\")\n"),),
      (FOLDER + "whatever_fails_the_key_is_somewhere",)),
     (7, "what had its term stays in the bytes of the database", "store/record_tables.py",

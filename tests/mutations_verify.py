@@ -107,7 +107,7 @@ VERIFY = (
      (('if latest and record.get("recipe", recipe) != recipe:', "if False:"),),
      (TAMPERED + "[a setting in the recipe]",)),
     (3, "numbers of examples are not counted", "store/audit.py",
-     (("        if counted != state.counts():", "        if False:"),), (TAMPERED + "[a number of examples]",)),
+     (("        if +counted != +state.counts():", "        if False:"),), (TAMPERED + "[a number of examples]",)),
     (3, "places of a deletion may be changed in the manifest", "store/audit.py",
      (("            if {*log[name].places} != {*manifest.log[name].places}:", "            if False:"),),
      (TAMPERED + "[the places of a deletion in the manifest]",)),

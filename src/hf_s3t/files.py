@@ -7,6 +7,7 @@ used here and nowhere else: elsewhere a store can be read, and the first change 
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import shutil
@@ -125,6 +126,18 @@ def denied(folder: Path) -> StateError:
         f"{folder} may be read by its owner alone, {owner}. Deletions that were begun are on record there: whoever "
         "cannot see them might serve what was deleted, so nothing goes on. Run this process as that user, or serve "
         "a copy without that folder, as docs/serving.md says."
+    )
+
+
+def _unwritable(folder: Path, error: OSError) -> StateError:
+    """What somebody is told who may look into the private folder, or its store, and not write there."""
+    try:
+        os.listdir(folder if folder.exists() else folder.parent)
+    except PermissionError:
+        return denied(folder)
+    return StateError(
+        f"{folder} may not be written ({error.strerror}). Nothing was changed. Make it writable for this user, or "
+        "copy the store and change the copy. To look (`status`, `locate`, `verify`) it can stay as it is."
     )
 
 
@@ -258,29 +271,30 @@ class Lock:
 
         Raises:
             StoreLockedError: another process still has it after `timeout` seconds; the message names it.
-            StateError: its folder is another user's.
+            StateError: its folder is another user's, or nothing may be written there.
         """
-        private_folder(self.path.parent)
         try:
+            private_folder(self.path.parent)
             self._lock.acquire(timeout=timeout)
         except Timeout:
             raise StoreLockedError(
                 f"{self.path.parent.parent} is held by {self._holder()} ({self.purpose}). Wait for it to finish, or "
                 "stop that process: a stopped process gives the lock back at once."
             ) from None
-        except PermissionError:
-            raise denied(self.path.parent) from None
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise _unwritable(self.path.parent, error) from None
         with suppress(OSError):  # a disk that is full: the name is for a message, and a deletion makes room
             self.path.with_suffix(".holder").touch(PRIVATE)
             self.path.with_suffix(".holder").write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
     def release(self) -> None:
         """Gives the lock back."""
-        try:
-            if self._lock.lock_counter == 1:
+        if self._lock.lock_counter == 1:
+            with suppress(OSError):  # a disk that fails: what was done, and what failed before, is what counts
                 self.path.with_suffix(".holder").unlink(missing_ok=True)
-        finally:
-            self._lock.release()
+        self._lock.release()
 
     @contextmanager
     def hold(self, timeout: float) -> Iterator[None]:

@@ -16,8 +16,10 @@ from transformers import TrainerCallback, default_data_collator
 
 from hf_s3t import S3TStore
 from killed_runs import Run, check_kill, check_leftovers, check_readers
-from killing import CATEGORIES, fill_disk, in_child, kill, train_struck
+from killing import CATEGORIES, MODES, fill_disk, in_child, kill, train_struck
+from lifecycle import TYPED
 from scanner import find
+from seam import strikes, struck
 from trainings import CASES, KINDS, place, published, tensor_bytes, without
 
 DRAWN = {"step": 4, "checkpoint": 4, "rename": 3, "manifest": 4, "deletion": 5, "state": 4}
@@ -63,6 +65,35 @@ def test_a_full_disk_leaves_nothing_half_written(runs, tmp_path, number):
     instant, _ = run.draw(category, 50 + number)
     log = tmp_path / "struck"
     assert train_struck(log, lambda: run.scenario(path), instant, "before", fill_disk) == errno.ENOSPC
+    check_readers(path, run)
+    run.scenario(path)
+    assert published(path) == run.never_killed()
+    check_leftovers(path)
+
+
+# ---- whatever befalls a training, at any step ----
+
+
+@pytest.fixture(scope="module")
+def steps(runs):
+    """The numbered steps of a run that deletes while it trains."""
+    run = runs["llama", "layer_group"]
+    log, path = run.folder / "steps", run.folder / "counted"
+    run.never_killed()
+    assert not struck(lambda: run.scenario(path), log, path).kind
+    assert published(path) == run.never_killed()
+    return log.read_text().splitlines()
+
+
+@pytest.mark.brief("3", "14")
+@pytest.mark.parametrize("number", range(80))
+def test_struck_at_a_step_and_run_again_is_never_struck(runs, steps, tmp_path, number):
+    run, path = runs["llama", "layer_group"], tmp_path / "out"
+    assert len(steps) > 400
+    possible = strikes(steps)
+    at, fault = possible[(2 * number + 1) * len(possible) // 160]
+    outcome = struck(lambda: run.scenario(path), tmp_path / "struck", path, at, fault)
+    assert outcome.killed == (fault in MODES) and outcome.kind in ("", "OSError", *TYPED), outcome
     check_readers(path, run)
     run.scenario(path)
     assert published(path) == run.never_killed()

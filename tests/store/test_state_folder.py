@@ -158,4 +158,6 @@ def test_the_command_line_moves_the_key(tmp_path):
     assert outcomes("state", "move-key", store.path, tmp_path / "key")[0]["result"] == {"file": str(tmp_path / "key")}
     assert run("locate", store.path, "--ids", "row-1").exit_code == 2
     assert outcomes("locate", store.path, "--ids", "row-1", "--key-file", tmp_path / "key")
-    assert run("state", "move-key", store.path, tmp_path / "key").exit_code == 2
+    assert run("state", "move-key", store.path, tmp_path / "key").exit_code == 0  # it is done
+    (tmp_path / "mine").write_text("mine")
+    assert run("state", "move-key", store.path, tmp_path / "mine").exit_code == 2

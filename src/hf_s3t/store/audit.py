@@ -187,7 +187,7 @@ def _check_database(folder: StoreFolder, manifest: Manifest) -> Findings:
             misplaced += not fits(digest, entry)
         if misplaced:
             yield f"{misplaced} examples lie in other slices than they belong in: a deletion would not find them"
-        if counted != state.counts():
+        if +counted != +state.counts():
             yield "the numbers of examples that it keeps for each slice are not those of its index"
 
 

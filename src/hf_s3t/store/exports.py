@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreError
-from ..files import install_folder, remove, sync_folder, write_atomic
+from ..files import install_folder, remove, sync_folder, write_atomic, write_durable
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from ..plan.tree import Stage
 from .base_model import HAND_IN, check_base, check_unquantised, load_base
@@ -144,8 +144,17 @@ def _replace(
 
 def _write_adapter(target: Path, ends: list[Stage], adapter: Adapter) -> Export:
     files = adapter.files({"export": [end.name for end in ends]})
-    for name in (WEIGHTS_FILE, CONFIG_FILE):  # as in the store: an older config beside new weights misses layers only
-        write_atomic(target / name, files[name])
+    scratch = scratch_of(target)
+    remove(scratch)
+    if not target.exists():
+        scratch.mkdir(parents=True)
+        for name, data in files.items():
+            write_durable(scratch / name, data)
+        sync_folder(scratch)
+        install_folder(scratch, target)
+    else:
+        for name in (WEIGHTS_FILE, CONFIG_FILE):  # an older config beside new weights misses layers only
+            write_atomic(target / name, files[name])
     parameters = sum(value.size for value in adapter.arrays.values())
     return _done(target, ends, adapter, parameters, sum(map(len, files.values())))
 

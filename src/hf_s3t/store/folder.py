@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import StateError, StoreError
+from ..errors import StateError, StoreError, StoreLockedError
 from ..files import (
     Lock,
     denied,
@@ -41,11 +42,14 @@ from ..files import (
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, join
 from ..plan.tree import Order, Stage
 from .card import render_card
-from .manifest import DAMAGED, Manifest
+from .manifest import DAMAGED, Log, Manifest, places_beyond
+from .schema import DATABASE
 from .sources import MANIFEST, FolderSource, RepoSource, default_state, is_repo_id
 from .stage_contents import read_header, stage_findings
 from .state import key_check_value
 from .state_files import KEY_FILE, STATE_VARIABLE, StateFiles
+
+logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "HF_S3T_KEY"
 MAX_MANIFEST_BYTES = 64 << 20
@@ -127,14 +131,28 @@ class StoreFolder(StateFiles):
         """The manifest less every stage that an open intent covers: the stages that may be served.
 
         Its generation counts those intents: what serves it is as new as the deletions that it obeys. Where `intents`
-        are given, others that cannot be read are not an error: nothing is to be served by it.
+        are given, others that cannot be read are not an error: nothing is to be served by it. Beside a newer state a
+        folder's manifest is an older copy, and loses what the state knows to be deleted.
         """
         intents = self.intents() if intents is None else intents
-        manifest = manifest or self.manifest()  # after the intents: one that ended in between is in the manifest
+        if manifest is None:
+            manifest = self.manifest()  # after the intents: one that ended in between is in the manifest
+            manifest = manifest.untouched_by(places_beyond(self._newer_log(manifest), manifest.log))
         intents = [intent for intent in intents if intent["receipt"]["receipt"] not in manifest.log]
         hit = {place for intent in intents for place in intent["places"]}
         manifest = manifest.untouched_by(hit)
         return replace(manifest, generation=max([manifest.generation, *(intent["generation"] for intent in intents)]))
+
+    def _newer_log(self, manifest: Manifest) -> Log:
+        """The log of the state beside a folder, if it is there and this store's."""
+        if not isinstance(self.source, FolderSource) or self._private_file(DATABASE) is None:
+            return {}
+        try:
+            with self.reading(lost=True) as state:
+                return state.log() if state.store == manifest.key_check else {}
+        except (OSError, StateError, StoreLockedError) as error:  # the manifest names what it has obeyed itself
+            logger.warning("whether the state knows of newer deletions is not known: %s", error)
+            return {}
 
     def served(self, manifest: Manifest | None = None) -> dict[int, Order]:
         """The served prefix of each live shard."""

@@ -6,11 +6,12 @@ Who has both can confirm a deleted person's name from a list of candidates. Who 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Literal
 
 from ..errors import StateError
-from ..files import PRIVATE, remove, sync_folder
+from ..files import PRIVATE, remove, sync_folder, tighten
 from .folder import KEY_VARIABLE, StoreFolder, as_key
 from .state import key_check_value
 from .state_files import KEY_FILE
@@ -29,11 +30,16 @@ def move_key(store: StoreFolder, file: Path) -> None:
     """Moves the key out of the state; see [`S3TStore.move_key`]. Runs under the locks of the store."""
     if any(file.resolve().is_relative_to(folder.resolve()) for folder in (store.path, store.private)):
         raise ValueError(f"{file} lies inside the store or its state: the key would stay there. Name another file.")
+    if _holds_key(store, file):  # an interrupted move left it, and it may be the only one
+        _make_durable(file)
+    else:
+        _copy_key(store, file)
+    remove(store.private / KEY_FILE)
+
+
+def _copy_key(store: StoreFolder, file: Path) -> None:
     if os.path.lexists(file):
-        raise ValueError(
-            f"{file} exists already. Nothing was changed. Name a new file; if an interrupted move left this one, "
-            "remove it and run this again."
-        )
+        raise ValueError(f"{file} exists already, and is not this store's key. Nothing was changed. Name a new file.")
     if store.key_file is None:
         raise StateError(
             f"There is no {KEY_FILE} in {store.private}: the key is kept elsewhere already ({KEY_VARIABLE}, `key=`, "
@@ -46,7 +52,22 @@ def move_key(store: StoreFolder, file: Path) -> None:
             "right key from the backup of the state."
         )
     _write_new(file, text.encode() + b"\n")
-    remove(store.private / KEY_FILE)
+
+
+def _holds_key(store: StoreFolder, file: Path) -> bool:
+    """Whether a file is the store's key, whole."""
+    try:
+        text = file.read_text() if stat.S_ISREG(file.lstat().st_mode) else ""
+        return key_check_value(as_key(text.strip())) == store.manifest().key_check
+    except (OSError, ValueError):
+        return False
+
+
+def _make_durable(file: Path) -> None:
+    tighten(file)
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+    sync_folder(file.parent)
 
 
 def _write_new(file: Path, data: bytes) -> None:

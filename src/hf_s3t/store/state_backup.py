@@ -59,13 +59,12 @@ def restore(store: StoreFolder, file: Path) -> None:
                     raise StateError(f"{file} belongs to another store than the state in {store.private}.")
                 state.mend_records(theirs, [field.name for field in fields(Record)])
                 _join(state, theirs)
+                if store.exists:  # in the same step: a backup has records of stages that are gone
+                    state.keep_records(store.manifest().names)
             take_in_loose_receipts(store)
             if key and as_key(key) != store.given_key:  # one that is kept elsewhere stays there
                 store.write_private(KEY_FILE, key.encode() + b"\n")
             recover(store)
-            if store.exists:
-                with store.changing() as state:
-                    state.keep_records(store.manifest().names)
 
 
 def _join(state: StateDatabase, theirs: StateDatabase) -> None:

@@ -53,10 +53,11 @@ class StateCare(StoreFolder):
     def move_key(self, file: str | os.PathLike[str]) -> None:
         """Moves the partition key out of the state, into a new private file: who has one of them finds nobody.
 
-        From then on `HF_S3T_KEY`, `key=` or `--key-file` bring it. Backups from before hold both.
+        From then on `HF_S3T_KEY`, `key=` or `--key-file` bring it. Backups from before hold both. A move that was
+        interrupted is ended by the same call.
 
         Raises:
-            ValueError: the file exists, or lies in the store; nothing was changed.
+            ValueError: the file exists and is not this store's key, or lies in the store; nothing was changed.
             StoreLockedError: a training is running, which needs the key.
         """
         with self.writing(), self.train_lock.hold(0):

@@ -157,6 +157,9 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
     for stage, files in new.items():  # refused before anything is written here
         if digests(stage_files(stage, target.read_stage(stage))) != files:
             raise StoreError(f"{stage.name} of {target.path} was not written by hf_s3t. Nothing was pulled.")
+    if store.has_state:  # of what others trained there is no record; none is better than another stage's
+        with store.changing() as state:
+            state.keep_records({stage.name for stage, files in stages.items() if ours.stages.get(stage) == files})
     replaced = [stage for stage in new if stage in ours.stages]
     if replaced:  # whatever interrupts this, the manifest names no file that is another one
         store.write_manifest(ours.without(replaced))
@@ -167,9 +170,6 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
     manifest = store.write_root(manifest)
     store.write_manifest(manifest)
     sweep(store, manifest)
-    if store.has_state:  # of what others trained there is no record
-        with store.changing() as state:
-            state.keep_records({stage.name for stage, files in stages.items() if ours.stages.get(stage) == files})
     return manifest
 
 
