@@ -11,22 +11,19 @@ import pytest
 from hypothesis import strategies as st
 
 from hf_s3t import Plan, S3TStore
-from hf_s3t.errors import S3TError
 from hf_s3t.store.audit import verify
 from hostile import (
     KINDS,
-    ODD,
     Original,
     Outside,
     as_json,
-    bounded,
     changed,
     damaged,
     fuzz,
     json_texts,
-    nested,
     only_typed,
     put_kind,
+    quick_folder,
     run_cases,
 )
 from stores import make_store, people
@@ -37,12 +34,12 @@ FIRST, KEPT = "shard-00/0", "shard-01/1-0"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module", params=[False], ids=["plain"])
-def hostile(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def hostile():
     """A store that is put back before every case, and a folder beside it that nothing may touch."""
-    root = tmp_path_factory.mktemp("hostile")
-    make_store(root / "out", people(8), plan=PLAN, head=request.param)
-    return Original(root / "out"), Outside(root / "canary")
+    with quick_folder() as root:
+        make_store(root / "out", people(8), plan=PLAN)
+        yield Original(root / "out"), Outside(root / "canary")
 
 
 WAYS = {
@@ -64,8 +61,7 @@ ways = st.sampled_from(sorted(WAYS))
 def looked_at(hostile, way):
     """One way of using a store, whose outcome nobody knows."""
     original, outside = hostile
-    with bounded():
-        error = only_typed(lambda: WAYS[way](S3TStore(original.path)))
+    error = only_typed(lambda: WAYS[way](S3TStore(original.path)))
     outside.check()
     return error
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..files import plain_json
+
 if TYPE_CHECKING:
     from ..store.store import S3TStore
 
@@ -113,7 +115,7 @@ def read_curve(file: Path) -> tuple[str, list[float]]:
     """The metric, and the scores by prefix length: `{"metric": "accuracy", "score_by_prefix_length": [0.5, 0.7]}`."""
     form = '{"metric": "accuracy", "score_by_prefix_length": [0.5, 0.7, ...]}, with the score of no slice first'
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = plain_json(file.read_bytes())
         scores = [number for number in data["score_by_prefix_length"] if type(number) in (int, float)]
         if len(scores) == len(data["score_by_prefix_length"]) and type(metric := data["metric"]) is str:
             return metric, scores

@@ -7,12 +7,12 @@ deleted and not what, so nothing is served or trained until a version reads it t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import StateError
+from ..files import plain_json
 from .manifest import DAMAGED, read_count
 
 INTENT_FORMAT = 1
@@ -48,7 +48,7 @@ def read_intent(text: bytes, path: Path) -> dict[str, Any]:
         StateError: it is of a newer format, or damaged.
     """
     try:
-        data = json.loads(text)
+        data = plain_json(text)
         check_format(data, INTENT_FORMAT, f"The begun deletion {path}")
         check_format(data["receipt"], RECEIPT_FORMAT, f"The receipt in the begun deletion {path}")
         check_fields(data, REQUIRED, (*REQUIRED, *OPTIONAL))
@@ -59,7 +59,7 @@ def read_intent(text: bytes, path: Path) -> dict[str, Any]:
             "receipt": {**data["receipt"], "receipt": str(data["receipt"]["receipt"])},
             "places": {(read_count(shard), read_count(slice_id)) for shard, slice_id in data["places"]},
         }  # fmt: skip
-    except (*DAMAGED, RecursionError) as error:
+    except DAMAGED as error:
         raise StateError(
             f"{path} is a deletion that was begun, and cannot be read ({type(error).__name__} {error}). It is not "
             "known what is deleted, so nothing is served or trained. Run the request that it was about again, which "

@@ -26,6 +26,7 @@ from typing import Any
 from ..errors import StateError, StoreError
 from ..files import (
     Lock,
+    check_plain,
     denied,
     inside,
     install_folder,
@@ -230,8 +231,9 @@ class StoreFolder(StateFiles):
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             path = self.path / name
             try:
+                check_plain(path)
                 found = path.stat()
-            except FileNotFoundError:
+            except (FileNotFoundError, StoreError):
                 digest = None
             else:
                 mark = (found.st_ino, found.st_mtime_ns, found.st_size)
@@ -269,16 +271,23 @@ class StoreFolder(StateFiles):
                 raise StateError(
                     f"{self.path} has no partition key. Give `key=`, set {KEY_VARIABLE}, or {self._way_out}"
                 )
-            try:
-                key = as_key(path.read_text().strip())
-            except PermissionError:
-                raise denied(path) from None
+            key = as_key(self.key_text(path))
         if self.exists and key_check_value(key) != self.manifest().key_check:
             raise StateError(
                 f"The partition key is not the one that {self.path} was trained with: ids would be looked for in the "
                 "wrong slices. Restore the right key from the backup of .s3t/."
             )
         return key
+
+    def key_text(self, path: Path) -> str:
+        """What the file of a partition key holds."""
+        try:
+            check_plain(path)
+            return path.read_bytes().decode().strip()
+        except PermissionError:
+            raise denied(path) from None
+        except UnicodeDecodeError:
+            raise StateError(f"{path} holds no partition key, but bytes. Restore it from the backup of .s3t/.") from None
 
     @property
     def has_key(self) -> bool:

@@ -39,7 +39,7 @@ def move_key(store: StoreFolder, file: Path) -> None:
             f"There is no {KEY_FILE} in {store.private}: the key is kept elsewhere already ({KEY_VARIABLE}, `key=`, "
             "`--key-file`), or it is lost. Nothing was changed."
         )
-    text = store.key_file.read_text().strip()
+    text = store.key_text(store.key_file)
     if key_check_value(as_key(text)) != store.manifest().key_check:
         raise StateError(
             f"{store.key_file} is not the key that {store.path} was trained with. Nothing was changed. Restore the "

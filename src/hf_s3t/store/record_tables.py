@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from ..files import plain_json
 from .state import stack_line
 
 
@@ -148,7 +149,7 @@ def chained(last: str, receipt: str) -> str:
 
 def _readable(text: bytes, fields: Collection[str] | None) -> bool:
     try:
-        found = json.loads(text)
+        found = plain_json(text)
     except ValueError:
         return False
     return isinstance(found, dict) and (fields is None or found.keys() == {*fields})
@@ -156,6 +157,6 @@ def _readable(text: bytes, fields: Collection[str] | None) -> bool:
 
 def _read(text: str) -> Any:
     try:
-        return json.loads(text)
+        return plain_json(text)
     except ValueError as error:
         raise sqlite3.DatabaseError(f"a record is no JSON: {error}") from None

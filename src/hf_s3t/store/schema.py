@@ -33,8 +33,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from ..errors import CompatibilityError, StateError, StoreLockedError
-from ..files import PRIVATE, sync_folder
+from ..errors import CompatibilityError, StateError, StoreError, StoreLockedError
+from ..files import PRIVATE, check_plain, sync_folder
 
 DATABASE = "state.sqlite"
 FORMAT = 1
@@ -184,6 +184,12 @@ def in_memory() -> sqlite3.Connection:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        check_plain(path)
+    except StoreError as error:
+        raise StateError(str(error)) from None
+    except FileNotFoundError:  # SQLite says it better
+        pass
     mode = "rw" if os.access(path, os.W_OK) else "ro"
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=SECONDS
