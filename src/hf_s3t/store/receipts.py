@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import StateError
 from ..files import json_bytes, read_json, remove
+from ..plain_data import read_as
 from .deletion_records import RECEIPT_FORMAT, check_fields, check_format
 from .folder import StoreFolder
 from .manifest import DAMAGED, Manifest
@@ -103,9 +104,9 @@ class Receipt:
             check_format(data, RECEIPT_FORMAT, f"Receipt {data.get('receipt')}")
             required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
             check_fields(data, required, [f.name for f in fields(cls)])
+            return read_as(cls, data)
         except DAMAGED as error:
             raise StateError(f"A receipt cannot be read ({error}). Restore the state from a backup.") from None
-        return cls(**data)
 
 
 def append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
