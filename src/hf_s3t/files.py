@@ -127,7 +127,12 @@ def private_folder(path: Path) -> None:
             "hf_s3t needs a POSIX file system to change a store: modes that keep the state private, and locks in the "
             "kernel. Nothing was changed. Here a store can only be read; use Linux or macOS (or WSL) to change it."
         )
-    path.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+    try:
+        path.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, *NO_FILE):
+            raise
+        raise StoreError(f"{path} is needed as a folder, and something else is there. Remove it by hand.") from None
     tighten(path)
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import StoreError
 from ..files import PRIVATE, check_plain, plain_json, private_folder, remove, sync_folder
 from .database import Place
+from .manifest import DAMAGED as MALFORMED
 
 if TYPE_CHECKING:  # a deletion removes blocks without it
     import torch
@@ -45,7 +46,7 @@ PART = ".part"
 Examples = Sequence[tuple[str, str]]
 """Of each row the keyed digest of its example, and the keyed digest of what stands in the example."""
 
-DAMAGED = (OSError, StoreError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, struct.error)
+DAMAGED = (OSError, StoreError, RuntimeError, struct.error, *MALFORMED)
 
 
 class BlockName(NamedTuple):
