@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from .errors import StateError, StoreError, StoreLockedError
+from .plain_data import plain_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,24 +83,6 @@ def check_plain(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or the like"
         raise StoreError(f"{path} is {kind}, and a file is expected. Remove it and restore the file from a backup.")
-
-
-def plain_json(data: str | bytes) -> Any:
-    """What a JSON text holds. A `ValueError` if it is none, is nested too deep, or holds what no file can hold again.
-
-    Half a character (a lone surrogate) can be written in JSON as an escape, and nowhere else.
-    """
-    try:
-        value = json.loads(data)
-        if (b"\\ud" if isinstance(data, bytes) else "\\ud") in data.lower():  # type: ignore[operator]
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half a character (a lone surrogate)") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is no text in UTF-8: {error}") from None
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    return value
 
 
 def parse_json(data: bytes, path: Path) -> Any:
@@ -228,6 +211,14 @@ def remove(path: Path) -> None:
     else:
         return
     sync_folder(path.parent)
+
+
+def resolved(path: Path) -> Path:
+    """Where a path that a user gave leads. A `ValueError` if it leads round in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        raise ValueError(f"{path} leads to itself, by links. Name another path.") from None
 
 
 def inside(root: Path, relative: str) -> Path:

@@ -1,4 +1,4 @@
-"""Plain data, as JSON gives it, into a dataclass: its fields, of the types that it names, and nothing else.
+"""From JSON to plain data, and from plain data into a dataclass: its fields, of the types that it names, nothing else.
 
 Whatever is read from a file may have been changed by a disk, or by somebody else. So each of its values is looked at
 once, here, and not where it is used.
@@ -6,6 +6,7 @@ once, here, and not where it is used.
 
 from __future__ import annotations
 
+import json
 import math
 import types
 from collections.abc import Mapping
@@ -14,6 +15,24 @@ from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Read = TypeVar("Read")
+
+
+def plain_json(data: str | bytes) -> Any:
+    """What a JSON text holds. A `ValueError` if it is none, is nested too deep, or holds what no file can hold again.
+
+    Half a character (a lone surrogate) can be written in JSON as an escape, and nowhere else.
+    """
+    try:
+        value = json.loads(data)
+        if (b"\\ud" if isinstance(data, bytes) else "\\ud") in data.lower():  # type: ignore[operator]
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character (a lone surrogate)") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no text in UTF-8: {error}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return value
 
 
 def read_as(cls: type[Read], data: Any) -> Read:

@@ -163,7 +163,9 @@ def test_weights_whose_hash_agrees(amount, hostile):
     run_cases(amount, case, weights(data), st.sampled_from(["verify", "root", "export"]))
 
 
-FILES = [MANIFEST, "README.md", CONFIG, f"{KEPT}/{CONFIG}", f"{KEPT}/{WEIGHTS}", KEPT, "shard-01", f"{FIRST}/{WEIGHTS}"]
+FILES = [
+    MANIFEST, "README.md", CONFIG, f"{KEPT}/{CONFIG}", f"{KEPT}/{WEIGHTS}", KEPT, "shard-01", f"{FIRST}/{WEIGHTS}",
+]  # fmt: skip
 
 
 @fuzz(60)

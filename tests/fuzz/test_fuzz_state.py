@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
+import struct
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import strategies as st
 from torch import nn
 
@@ -197,10 +200,14 @@ def test_records_with_odd_values_stop_no_deletion(amount, hostile):
         looked_at(hostile, way)
         deletes(hostile)
 
-    first = [(("exports", as_json(found["exports"] | {name: value})), way)
-             for name in found["exports"] for value in (None, {}, "x") for way in ("status", "delete a slice")]  # fmt: skip
-    texts = st.one_of([json_texts(value).map(lambda text, table=table: (table, text)) for table, value in found.items()])
-    run_cases(amount, case, texts, ways, first=first)
+    first = [
+        (("exports", as_json(found["exports"] | {name: value})), way)
+        for name in found["exports"]
+        for value in (None, {}, "x")
+        for way in ("status", "delete a slice")
+    ]
+    texts = [json_texts(value).map(lambda text, table=table: (table, text)) for table, value in found.items()]
+    run_cases(amount, case, st.one_of(texts), ways, first=first)
 
 
 @fuzz(200)
@@ -310,8 +317,9 @@ def test_a_kept_purge_report(amount, hostile):
     run_cases(amount, case, json_texts(purge_report().to_json()), st.sampled_from(["expire", "status", "verify"]))
 
 
-FILES = [STATE, ".s3t/partition.key", ".s3t/intents", ".s3t/intents/a.json", ".s3t/receipt-0.json", ".s3t/activations",
-         ".s3t/purge-0.json", ".s3t/running", ".s3t/scratch", ".s3t/activations/shard-00_slice-0_layer-1.states"]  # fmt: skip
+FILES = [STATE, ".s3t/partition.key", ".s3t/intents", ".s3t/intents/a.json", ".s3t/receipt-0.json",
+         ".s3t/activations", ".s3t/purge-0.json", ".s3t/running", ".s3t/scratch",
+         ".s3t/activations/shard-00_slice-0_layer-1.states"]  # fmt: skip
 
 
 @fuzz(60)
@@ -331,13 +339,14 @@ def test_something_in_the_place_of_a_file_that_is_none(amount, hostile):
 
 @fuzz(60)
 def test_a_block_of_activations(amount, hostile):
-    import torch
-
     original, outside, _ = hostile
     original.put_back()
     blocks, name = FileBlocks(original.path / ".s3t", "tie"), BlockName(1, 1, 3)
-    with blocks_of(blocks, name, torch):
-        data = (blocks.folder / name.file).read_bytes()
+    writer = blocks.writer(name, [("a" * 32, "b" * 32)])
+    writer.add("c", torch.zeros(2, 4))
+    writer.end()
+    blocks.install(writer)
+    data = (blocks.folder / name.file).read_bytes()
 
     def case(text):
         original.put_back()
@@ -348,36 +357,18 @@ def test_a_block_of_activations(amount, hostile):
         (blocks.folder / name.file).write_bytes(text)
         deletes(hostile)
 
-    head, tail = {"tie": "tie", "examples": [["a" * 32, "b" * 32]]}, {"rows": [["c", 2]], "dtype": "torch.float32", "hidden": 4}
+    head = {"tie": "tie", "examples": [["a" * 32, "b" * 32]]}
+    tail = {"rows": [["c", 2]], "dtype": "torch.float32", "hidden": 4}
     run_cases(amount, case, damaged(data) | st.tuples(changed(head), changed(tail)).map(block_of))
 
 
 def block_of(parts):
     """A block whose checksum agrees."""
-    import hashlib
-    import struct
-
     head, tail = map(as_json, parts)
     head += b" " * (-(8 + len(head)) % 8)
     whole = struct.pack("<Q", len(head)) + head + b"\0" * 32 + tail
     length = struct.pack("<Q", len(tail))
     return whole + length + hashlib.sha256(whole).digest()
-
-
-class blocks_of:
-    """Writes one block."""
-
-    def __init__(self, blocks, name, torch):
-        writer = blocks.writer(name, [("a" * 32, "b" * 32)])
-        writer.add("c", torch.zeros(2, 4))
-        writer.end()
-        blocks.install(writer)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
 
 
 @fuzz(40)

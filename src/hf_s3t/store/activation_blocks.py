@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import StoreError
-from ..files import PRIVATE, check_plain, plain_json, private_folder, remove, sync_folder
+from ..files import PRIVATE, check_plain, private_folder, remove, sync_folder
+from ..plain_data import plain_json
 from .database import Place
 from .manifest import DAMAGED as MALFORMED
 

@@ -29,9 +29,10 @@ from huggingface_hub import constants
 from torch import nn
 
 from ..errors import StoreError
-from ..files import PRIVATE, plain_json, read_limited, write_atomic
+from ..files import PRIVATE, read_limited, write_atomic
 from ..lora.fingerprints import fingerprints
 from ..lora.heads import tensor_digest
+from ..plain_data import plain_json
 from ..seams.tuners import base_name
 from .manifest import DAMAGED
 from .partition import canonical

@@ -130,7 +130,7 @@ def render_card(manifest: Manifest) -> str:
         base_line=_told("its task", lambda: _base_line(base, task), _base_line(base, None)),
         root_text=_root_text(manifest, len(served)),
         example=f"`{example.name}`" if example else "of a store that has live stages",
-        prefix_lines=_told("its prefixes", lambda: _example_lines(example, manifest), "# not told: ask `export --prefix`\n"),
+        prefix_lines=_told("its prefixes", lambda: _example_lines(example, manifest), "# see `hf-s3t export`\n"),
         table=_table(manifest, served) or "| none | | |",
         accepted=_told("settings that were changed", lambda: _accepted(manifest)),
         requests=life_left(manifest.plan).until_all_dead.mean,

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StateError
-from ..files import plain_json
-from ..plain_data import read_as
+from ..plain_data import plain_json, read_as
 from .manifest import DAMAGED, read_count
 
 INTENT_FORMAT = 1

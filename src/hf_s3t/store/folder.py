@@ -42,6 +42,7 @@ from ..files import (
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, join
 from ..plan.tree import Order, Stage
 from .card import render_card
+from .ids import encoded
 from .manifest import DAMAGED, Manifest
 from .sources import MANIFEST, FolderSource, RepoSource, default_state, is_repo_id
 from .stage_contents import read_header, stage_findings
@@ -63,7 +64,7 @@ def as_key(key: str | bytes) -> bytes:
         try:
             key = bytes.fromhex(text)
         except ValueError:
-            key = text.encode()
+            key = encoded(text, "The partition key")
     if len(key) < 16:
         raise ValueError(f"The partition key has {len(key)} bytes; it needs 16 or more, or ids could be guessed.")
     return key
@@ -287,7 +288,7 @@ class StoreFolder(StateFiles):
         except PermissionError:
             raise denied(path) from None
         except UnicodeDecodeError:
-            raise StateError(f"{path} holds no partition key, but bytes. Restore it from the backup of .s3t/.") from None
+            raise StateError(f"{path} holds no text, so no key. Restore it from the backup of .s3t/.") from None
 
     @property
     def has_key(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import StateError
-from ..files import PRIVATE, remove, sync_folder
+from ..files import PRIVATE, remove, resolved, sync_folder
 from .folder import KEY_VARIABLE, StoreFolder, as_key
 from .state import key_check_value
 from .state_files import KEY_FILE
@@ -27,7 +27,7 @@ def key_place(store: StoreFolder) -> KeyPlace:
 
 def move_key(store: StoreFolder, file: Path) -> None:
     """Moves the key out of the state; see [`S3TStore.move_key`]. Runs under the locks of the store."""
-    if any(file.resolve().is_relative_to(folder.resolve()) for folder in (store.path, store.private)):
+    if any(resolved(file).is_relative_to(folder.resolve()) for folder in (store.path, store.private)):
         raise ValueError(f"{file} lies inside the store or its state: the key would stay there. Name another file.")
     if os.path.lexists(file):
         raise ValueError(

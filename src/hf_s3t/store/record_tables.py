@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ..files import plain_json
+from ..plain_data import plain_json
 from .state import stack_line
 
 

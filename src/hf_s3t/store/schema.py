@@ -246,8 +246,8 @@ def _tables_of(connection: sqlite3.Connection) -> dict[str, str]:
 
 
 KINDS: dict[str, type] = {
-    **dict.fromkeys(("disturbed", "shard", "slice", "examples", "number", "named", "event", "generation", "format"), int),
-    **dict.fromkeys(("store", "name", "kind", "deletion", "stage", "record", "receipt", "chain", "path", "key"), str),
+    **dict.fromkeys("disturbed shard slice examples number named event generation format".split(), int),
+    **dict.fromkeys("store name kind deletion stage record receipt chain path key".split(), str),
     **dict.fromkeys(("digest", "content", "owner"), bytes),
 }
 """What a column holds. SQLite looks at it when a value is written, and not when it is read."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from ..files import check_plain, plain_json
+from ..files import check_plain
 from ..lora.adapter import is_lora, split_layer_path
+from ..plain_data import plain_json
 from ..plan.tree import Stage
 
 

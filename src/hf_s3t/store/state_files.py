@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StateError, StoreError
-from ..files import MAX_JSON_BYTES, NO_FILE, PRIVATE, denied, loose, private_folder, read_limited, tighten, write_atomic
+from ..files import (
+    MAX_JSON_BYTES,
+    NO_FILE,
+    PRIVATE,
+    denied,
+    loose,
+    private_folder,
+    read_limited,
+    tighten,
+    write_atomic,
+)
 from . import schema
 from .database import StateDatabase
 from .deletion_records import read_intent
