@@ -119,6 +119,7 @@ def columns(path):
         ]
 
 
+HOW = ("checked", "unchecked", "restored")
 SQL_VALUES = [
     None, 0, 1, -1, 2**62, -(2**62), 1.5, float("inf"), "", "x", "\0", "a" * 32, "0" * 64, "null", "{}", "[]", "[[0]]",
     '{"stages": null}', '{"receipt": 1}', '{"steps": "x"}', '{"versions": 3}', '{"a": "\\ud800"}', "[" * 100_000, b"",
@@ -126,12 +127,13 @@ SQL_VALUES = [
 ]  # fmt: skip
 
 
-def edit(path, table, column, value, unchecked):
+def edit(path, table, column, value, how):
     """A change that the tables' own checks would not let pass: as that of somebody who has the file."""
     with closing(sqlite3.connect(path)) as connection:
         connection.text_factory = bytes
         connection.execute("PRAGMA ignore_check_constraints = ON")
-        if unchecked:
+        tables = connection.execute("SELECT sql, rowid FROM sqlite_schema").fetchall()
+        if how != "checked":
             connection.execute("PRAGMA writable_schema = ON")
             connection.execute(
                 "UPDATE sqlite_schema SET sql = replace(replace(sql, ' STRICT, WITHOUT', ' WITHOUT'), ' STRICT', '')"
@@ -146,6 +148,13 @@ def edit(path, table, column, value, unchecked):
         except sqlite3.Error:
             return
         connection.commit()
+        if how == "restored":  # the tables say again that there can be no such value
+            connection.execute("PRAGMA writable_schema = ON")
+            connection.executemany(
+                "UPDATE sqlite_schema SET sql = ? WHERE rowid = ?",
+                [(text and text.decode(), number) for text, number in tables],
+            )
+            connection.commit()
 
 
 @fuzz(200)
@@ -155,12 +164,14 @@ def test_a_database_with_odd_values(amount, hostile):
     places = columns(original.path / STATE)
     places += [(table, "*") for table in {table for table, _ in places}]
 
-    def case(place, value, unchecked, way):
+    def case(place, value, how, way):
         original.put_back()
-        edit(original.path / STATE, *place, value, unchecked)
+        edit(original.path / STATE, *place, value, how)
         looked_at(hostile, way)
 
-    run_cases(amount, case, st.sampled_from(sorted(places)), st.sampled_from(SQL_VALUES), st.booleans(), ways)
+    first = [(("slices", "examples"), "x", how, way) for how in HOW for way in ("delete", "locate", "status")]
+    drawn = (st.sampled_from(sorted(places)), st.sampled_from(SQL_VALUES), st.sampled_from(HOW), ways)
+    run_cases(amount, case, *drawn, first=first)
 
 
 @fuzz(80)
@@ -196,7 +207,7 @@ def test_records_with_odd_values_stop_no_deletion(amount, hostile):
     def case(drawn, way):
         table, text = drawn
         original.put_back()
-        edit(original.path / STATE, table, RECORDS[table], text.decode(errors="replace"), False)
+        edit(original.path / STATE, table, RECORDS[table], text.decode(errors="replace"), "checked")
         looked_at(hostile, way)
         deletes(hostile)
 
@@ -215,10 +226,15 @@ def test_a_receipt(amount, hostile):
     receipt = texts_of(hostile[0], "receipts")
     assert json.loads(json.dumps(Receipt.from_json(receipt).to_json())) == receipt
 
-    def case(value):
-        only_typed(lambda: json.dumps(Receipt.from_json(value).to_json()).encode())
+    kinds = {name: {type(value), type(None)} for name, value in receipt.items()} | {"limits": {tuple}}
 
-    run_cases(amount, case, changed(receipt))
+    def read(value):
+        found = Receipt.from_json(value).to_json()
+        json.dumps(found).encode()
+        assert not [name for name, value in found.items() if value is not None and type(value) not in kinds[name]]
+
+    odd = [(receipt | {name: value},) for name in receipt for value in ([1], {"a": 1}, 1.5) if name != "limits"]
+    run_cases(amount, lambda value: only_typed(lambda: read(value)), changed(receipt), first=odd)
 
 
 @fuzz(60)
@@ -230,6 +246,10 @@ def test_a_receipt_beside_the_state(amount, hostile):
         original.put_back()
         (original.path / ".s3t/receipt-0123.json").write_bytes(text)
         looked_at(hostile, way)
+        original.put_back()
+        (original.path / ".s3t/receipt-0123.json").write_bytes(text)
+        error = only_typed(lambda: WAYS["delete a slice"](S3TStore(original.path)))
+        assert error is None or "a newer version wrote it" in str(error), error
 
     run_cases(amount, case, json_texts(receipt), ways)
 
@@ -248,7 +268,8 @@ def test_a_begun_deletion(amount, hostile):
         looked_at(hostile, way)
         deletes(hostile)
 
-    run_cases(amount, case, json_texts(intent), ways)
+    first = [({**intent, "places": [[0, 2**63]]},), ({**intent, "renewed": None},), ({**intent, "ids": {"x": []}},)]
+    run_cases(amount, case, json_texts(intent), ways, first=[(as_json(value), "delete") for (value,) in first])
 
 
 # ---- backups, keys, reports ----
@@ -266,13 +287,13 @@ def test_a_backup(amount, hostile):
         original.put_back()
         file.write_bytes(text if kind == "bytes" else data)
         if kind != "bytes":
-            edit(file, *place, value, kind == "unchecked")
+            edit(file, *place, value, kind)
         if lost:
             (original.path / STATE).unlink()
         only_typed(lambda: S3TStore(original.path).import_state(file))
         outside.check()
 
-    kinds = st.sampled_from(("bytes", "values", "values", "unchecked"))
+    kinds = st.sampled_from(("bytes", *HOW))
     drawn = (kinds, damaged(data), st.sampled_from(places), st.sampled_from(SQL_VALUES), st.booleans())
     run_cases(amount, case, *drawn)
 

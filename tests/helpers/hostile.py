@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -132,7 +133,7 @@ def json_texts(value: Any) -> st.SearchStrategy[bytes]:
     return st.one_of(changed(value).map(as_json), changed(value).map(as_json), st.sampled_from(TEXTS), damaged(text))
 
 
-KINDS = ("folder", "fifo", "link out", "dangling link", "link to itself", "full folder", "device")
+KINDS = ("folder", "fifo", "link out", "dangling link", "link to itself", "full folder", "socket")
 
 
 def put_kind(path: Path, kind: str, outside: Path) -> None:
@@ -147,9 +148,12 @@ def put_kind(path: Path, kind: str, outside: Path) -> None:
         (path / "inner").mkdir(parents=True)
     elif kind == "fifo":
         os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(path))
     else:
         leads = {"link out": outside / "file", "dangling link": outside / "no", "link to itself": path}
-        path.symlink_to(leads.get(kind, Path("/dev/zero")))
+        path.symlink_to(leads[kind])
 
 
 # ---- what must be so ----
