@@ -54,7 +54,8 @@ def read_as(cls: type[Read], data: Any) -> Read:
     """
     if not isinstance(data, dict):
         raise ValueError(f"{data!r:.80} is no record of named fields")
-    hints, required = _fields(cls)
+    known: Any = cls
+    hints, required = _fields(known)
     absent, unknown = sorted(required - data.keys()), sorted(map(str, data.keys() - hints.keys()))
     if absent or unknown:
         raise ValueError(f"it lacks {absent}" if absent else f"it has unknown fields {unknown}")

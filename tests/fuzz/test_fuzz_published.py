@@ -111,6 +111,13 @@ def test_a_manifest_that_can_be_read_can_be_deleted_from(amount, hostile):
     run_cases(amount, case, changed(loose), first=[of_task(value) for value in ({"a": 1}, [], "\ud800", 1)])
 
 
+def test_a_plan_that_would_fill_the_memory_is_refused():
+    """200 KB of numbers whose prefixes have a hundred million."""
+    orders = [[(first + step) % 1000 for step in range(1000)] for first in range(200)]
+    with pytest.raises(ValueError, match="The prefixes of the plan have 100000000 slices, more than 67108864"):
+        Plan.from_json({"num_shards": 1, "num_slices": 1000, "sequences": [orders]})
+
+
 def put_stage(original, name, file, data):
     """Other bytes for a stage, with a manifest that agrees."""
     manifest = original.read(MANIFEST)
