@@ -271,7 +271,8 @@ def run_cases(
     """Runs `case` with each tuple of `first`, then with what is drawn, `amount` times."""
     ran = 0
     for known in first:
-        case(*known)
+        with bounded():
+            case(*known)
 
     @settings(
         max_examples=amount, derandomize=not RANDOM, database=None, deadline=None, print_blob=RANDOM,
