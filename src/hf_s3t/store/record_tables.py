@@ -131,7 +131,7 @@ class RecordTables:
     def exports(self) -> dict[str, dict[str, Any]]:
         """What is known of each copy that left the store, by its path."""
         rows = self._sql.execute("SELECT path, record FROM exports ORDER BY path")
-        return {path: _read(record) for path, record in rows}
+        return {path: _json(record) for path, record in rows}
 
     def write_export(self, path: str, record: Mapping[str, Any]) -> None:
         """Replaces what is known of a copy."""
@@ -155,11 +155,15 @@ def _readable(text: bytes, fields: Collection[str] | None) -> bool:
     return isinstance(found, dict) and (fields is None or found.keys() == {*fields})
 
 
-def _read(text: str) -> dict[str, Any]:
+def _json(text: str) -> Any:
     try:
-        found = plain_json(text)
+        return plain_json(text)
     except ValueError as error:
         raise sqlite3.DatabaseError(f"a record is no JSON: {error}") from None
+
+
+def _read(text: str) -> dict[str, Any]:
+    found = _json(text)
     if not isinstance(found, dict):
         raise sqlite3.DatabaseError(f"a record is {found!r:.80}")
     return found
