@@ -174,6 +174,15 @@ def test_a_database_with_odd_values(amount, hostile):
     run_cases(amount, case, *drawn, first=first)
 
 
+def test_a_statement_that_somebody_hid_in_the_tables_is_told(hostile):
+    original, _, _ = hostile
+    original.put_back()
+    with closing(sqlite3.connect(original.path / STATE)) as connection:
+        connection.execute("CREATE TRIGGER kept BEFORE DELETE ON examples BEGIN SELECT RAISE(IGNORE); END")
+    assert "other tables" in str(only_typed(lambda: S3TStore(original.path).locate(ids=["row-2"])))
+    deletes(hostile)
+
+
 @fuzz(40)
 def test_a_database_with_damaged_bytes(amount, hostile):
     original, _, _ = hostile
@@ -217,6 +226,7 @@ def test_records_with_odd_values_stop_no_deletion(amount, hostile):
         for value in (None, {}, "x")
         for way in ("status", "delete a slice")
     ]
+    first += [(("records", as_json(found["records"] | {"examples": {}})), "locate")]
     texts = [json_texts(value).map(lambda text, table=table: (table, text)) for table, value in found.items()]
     run_cases(amount, case, st.one_of(texts), ways, first=first)
 
