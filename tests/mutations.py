@@ -23,6 +23,7 @@ from mutations_database import DATABASE
 from mutations_derived import DERIVED
 from mutations_endpoint import ENDPOINT
 from mutations_faults import FAULTS
+from mutations_fuzz import FUZZ
 from mutations_hub import ON_THE_HUB
 from mutations_isolation import ISOLATION
 from mutations_keeping import KEEPING
@@ -234,6 +235,7 @@ MORE = (
     SERVING, ENDPOINT, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS,
     DERIVED,
     VERIFY,
+    SERVING, ENDPOINT, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS, FUZZ,
 )  # fmt: skip
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 

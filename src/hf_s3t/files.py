@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from .errors import StateError, StoreError, StoreLockedError
+from .plain_data import plain_json
 
 if TYPE_CHECKING:
     import numpy as np
 
 MAX_JSON_BYTES = 1 << 30
+MAX_TENSOR_BYTES = 1 << 40
 POSIX = find_spec("fcntl") is not None
 """Whether this system has modes, locks in the kernel and folders that can be synced."""
 
@@ -51,9 +53,10 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
         raise StoreError(f"{path} does not exist.") from None
 
 
-def read_limited(path: Path, limit: int) -> bytes:
-    """Reads a file. A [`StoreError`] if it is larger than `limit` bytes, or another user's."""
+def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Reads a file. A [`StoreError`] if it is no plain file, larger than `limit` bytes, or another user's."""
     try:
+        check_plain(path)
         size = path.stat().st_size
         if size > limit:
             raise StoreError(f"{path} has {size} bytes, more than the {limit} that it may have.")
@@ -62,11 +65,31 @@ def read_limited(path: Path, limit: int) -> bytes:
         raise StoreError(f"{path} may not be read by this user. Run this as its owner.") from None
 
 
+NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+"""Errors of a path that leads to no file, as others than those of a disk."""
+
+
+def check_plain(path: Path) -> None:
+    """Raises [`StoreError`] if something is in a file's place that is none: a pipe keeps its reader waiting for ever.
+
+    One that is absent is a `FileNotFoundError`.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        raise StoreError(f"{path} leads to no file ({os.strerror(error.errno)}). Restore it from a backup.") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or the like"
+        raise StoreError(f"{path} is {kind}, and a file is expected. Remove it and restore the file from a backup.")
+
+
 def parse_json(data: bytes, path: Path) -> Any:
     """What was read from `path`. A [`StoreError`] if it is no JSON."""
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return plain_json(data)
+    except ValueError as error:
         raise StoreError(f"{path} is not valid JSON ({error}). Restore it from a backup.") from None
 
 
@@ -87,7 +110,12 @@ def private_folder(path: Path) -> None:
             "hf_s3t needs a POSIX file system to change a store: modes that keep the state private, and locks in the "
             "kernel. Nothing was changed. Here a store can only be read; use Linux or macOS (or WSL) to change it."
         )
-    path.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+    try:
+        path.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, *NO_FILE):
+            raise
+        raise StoreError(f"{path} is needed as a folder, and something else is there. Remove it by hand.") from None
     tighten(path)
 
 
@@ -197,10 +225,22 @@ def remove(path: Path) -> None:
     sync_folder(path.parent)
 
 
+def resolved(path: Path) -> Path:
+    """Where a path that a user gave leads. A `ValueError` if it leads round in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        raise ValueError(f"{path} leads to itself, by links. Name another path.") from None
+
+
 def inside(root: Path, relative: str) -> Path:
     """`root / relative`. A [`StoreError`] if the path leaves `root`, by itself or through a link."""
     path = root / relative
-    if os.path.isabs(relative) or not path.resolve().is_relative_to(root.resolve()):
+    try:
+        leaves = os.path.isabs(relative) or not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # links that lead to one another
+        leaves = True
+    if leaves:
         raise StoreError(f"Path {relative!r} leaves the store {root}. The manifest is damaged or hostile.")
     return path
 
@@ -234,7 +274,7 @@ def safetensors_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Tensors of a safetensors file, as arrays. A [`StoreError`] if it is absent, damaged, or not of numpy's types."""
     try:
-        return parse_safetensors(path.read_bytes(), path)
+        return parse_safetensors(read_limited(path, MAX_TENSOR_BYTES), path)
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist, but the manifest lists it. Restore it from a backup.") from None
 
@@ -307,6 +347,6 @@ class Lock:
 
     def _holder(self) -> str:
         try:
-            return self.path.with_suffix(".holder").read_text()
-        except OSError:
+            return read_limited(self.path.with_suffix(".holder"), 1 << 10).decode(errors="replace")
+        except (OSError, StoreError):
             return "another process"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Group
 
+from ..files import resolved
 from . import hub as cli_hub
 from . import plan as cli_plan
 from . import serve as cli_serve
@@ -279,7 +280,7 @@ def _check_export(store: S3TStore, target: Path, prefix: str | None) -> None:
         raise ValueError(f"{prefix} is not a live stage of {store.path}. Live stages: {known}.")
     if prefix is None and live.root is None:
         raise ValueError(f"{store.path} has no root adapter; its README.md says why. Name a stage with --prefix.")
-    if target.resolve().is_relative_to(store.path.resolve()):
+    if resolved(target).is_relative_to(store.path.resolve()):
         raise ValueError(f"{target} lies inside the store, which holds its own files only. Export to another folder.")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 import importlib.util
-import json
 import re
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..plain_data import plain_json
 
 if TYPE_CHECKING:
     from ..store.store import S3TStore
@@ -113,7 +114,7 @@ def read_curve(file: Path) -> tuple[str, list[float]]:
     """The metric, and the scores by prefix length: `{"metric": "accuracy", "score_by_prefix_length": [0.5, 0.7]}`."""
     form = '{"metric": "accuracy", "score_by_prefix_length": [0.5, 0.7, ...]}, with the score of no slice first'
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = plain_json(file.read_bytes())
         scores = [number for number in data["score_by_prefix_length"] if type(number) in (int, float)]
         if len(scores) == len(data["score_by_prefix_length"]) and type(metric := data["metric"]) is str:
             return metric, scores
@@ -181,7 +182,7 @@ def ids_in(file: Path, column: str) -> Iterator[Any]:
         with open(file, encoding="utf-8-sig") as lines:
             is_list = lines.read(1 << 16).lstrip().startswith("[")
             lines.seek(0)
-            rows = json.load(lines) if is_list else (json.loads(line) for line in lines if line.strip())
+            rows = plain_json(lines.read()) if is_list else (plain_json(line) for line in lines if line.strip())
             yield from _column(rows, file, column)
     else:
         dataset = read_dataset(file)
@@ -195,7 +196,7 @@ _NO_COLUMN = "{file} has no column {column!r}, which names the examples of the s
 
 def _column(rows: Iterable[Mapping[str, Any]], file: Path, column: str) -> Iterator[Any]:
     for number, row in enumerate(rows):
-        value = row.get(column)
+        value = row.get(column) if isinstance(row, Mapping) else None
         if value is None:
             raise ValueError(_NO_COLUMN.format(file=file, column=column) + f" Row {number} lacks it.")
         yield value

@@ -187,6 +187,11 @@ def _add_refusals(app: FastAPI, settings: Settings) -> None:
     async def not_understood(request: Request, error: RequestValidationError) -> JSONResponse:
         return respond(refusal_of(error.errors()))
 
+    @app.exception_handler(400)
+    async def unreadable(request: Request, error: Exception) -> JSONResponse:
+        message = "The body cannot be read: it is no JSON in UTF-8, or nested too deep."
+        return respond(Refusal(400, message, None, "invalid_json"))
+
     @app.exception_handler(404)
     async def no_such_route(request: Request, error: Exception) -> JSONResponse:
         return respond(Refusal(404, f"There is no {request.url.path} here.", None, "unknown_url"))

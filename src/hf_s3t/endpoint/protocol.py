@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -75,6 +76,17 @@ class Strict(BaseModel):
     """Takes what it knows, in the type that it knows."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_whole(cls, given: Any) -> Any:
+        """Refuses half a character, which JSON can hold, and no tokenizer and no file."""
+        try:
+            json.dumps(given, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            message = "The body holds half a character (a lone surrogate). Send whole ones."
+            raise Refusal(400, message, None, "invalid_value") from None
+        return given
 
 
 class StreamOptions(Strict):

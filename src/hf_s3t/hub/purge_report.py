@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import StoreError
 from ..files import PRIVATE, json_bytes, read_json, write_atomic
+from ..plain_data import read_as
 
 SECONDS = 180.0
 """How long a purge is waited for before what it did not reach counts as pending."""
@@ -143,9 +144,9 @@ class PurgeReport:
     def from_json(cls, data: Mapping[str, Any]) -> PurgeReport:
         """Reads a report that [`to_json`] gave."""
         try:
-            report = cls(**{**data, "probes": [Probe(**probe) for probe in data["probes"]]})
+            report = read_as(cls, data)
             datetime.datetime.fromisoformat(report.began_at)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise StoreError(f"This is no purge report: {error!r}. Give the JSON file that a purge wrote.") from None
         return report
 

@@ -20,6 +20,7 @@ from typing import Any
 from .sequences import Order, explicit, prune_orders, training_cost
 
 MAX_SHARDS = 100_000  # bounds the work that an untrusted plan can ask for
+MAX_PREFIXES = 1 << 26  # and its memory: so many slices in all prefixes together
 
 STAGE_PARAMETERS = ("layer_group", "rank_group", "all")
 """What a stage may own."""
@@ -305,4 +306,7 @@ class Plan:
         sequences = data["sequences"]
         if not isinstance(sequences, list) or not all(isinstance(orders, list) for orders in sequences):
             raise ValueError(f"sequences must be lists of orders, not {sequences!r:.50}. Restore the manifest.")
+        size = sum(len(order) ** 2 for orders in sequences for order in orders if isinstance(order, list)) // 2
+        if size > MAX_PREFIXES:
+            raise ValueError(f"The prefixes of the plan have {size} slices, more than {MAX_PREFIXES}. It is hostile.")
         return cls(data["num_shards"], data["num_slices"], _as_tuples(sequences))

@@ -25,8 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..files import PRIVATE, private_folder, remove, sync_folder
+from ..errors import StoreError
+from ..files import PRIVATE, check_plain, private_folder, remove, sync_folder
+from ..plain_data import plain_json
 from .database import Place
+from .manifest import DAMAGED as MALFORMED
 
 if TYPE_CHECKING:  # a deletion removes blocks without it
     import torch
@@ -44,7 +47,7 @@ PART = ".part"
 Examples = Sequence[tuple[str, str]]
 """Of each row the keyed digest of its example, and the keyed digest of what stands in the example."""
 
-DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError, struct.error)
+DAMAGED = (OSError, StoreError, RuntimeError, struct.error, *MALFORMED)
 
 
 class BlockName(NamedTuple):
@@ -210,6 +213,7 @@ class FileBlocks:
             return None
         mark = (found.st_ino, found.st_mtime_ns, found.st_size)
         try:
+            check_plain(path)
             data = torch.from_file(str(path), shared=False, size=found.st_size, dtype=torch.uint8)
             if self._checked.get(name) != mark:
                 _check_whole(data)
@@ -257,11 +261,12 @@ Blocks = MemoryBlocks | FileBlocks
 
 def _head(path: Path) -> dict[str, Any]:
     """What the beginning of a file says: whose states follow, and what they depend on."""
+    check_plain(path)
     with open(path, "rb") as file:
         (length,) = HEAD.unpack(file.read(HEAD.size))
         if length > path.stat().st_size:
             raise ValueError("its beginning is not that of a block")
-        return dict(json.loads(file.read(length)))
+        return dict(plain_json(file.read(length)))
 
 
 def _check_whole(data: torch.Tensor) -> None:
@@ -275,7 +280,7 @@ def _check_whole(data: torch.Tensor) -> None:
 def _block(data: torch.Tensor, examples: list[Any]) -> Block:
     (position,) = HEAD.unpack(data[: HEAD.size].numpy().tobytes())
     length, _ = TAIL.unpack(data[-TAIL.size :].numpy().tobytes())
-    about = json.loads(data[len(data) - TAIL.size - length : -TAIL.size].numpy().tobytes())
+    about = plain_json(data[len(data) - TAIL.size - length : -TAIL.size].numpy().tobytes())
     dtype, hidden = _dtype(about["dtype"]), about["hidden"]
     inputs, states, position = [], [], position + HEAD.size
     for digest, rows in about["rows"]:

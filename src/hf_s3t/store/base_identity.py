@@ -28,10 +28,13 @@ from filelock import FileLock
 from huggingface_hub import constants
 from torch import nn
 
-from ..files import PRIVATE, write_atomic
+from ..errors import StoreError
+from ..files import PRIVATE, read_limited, write_atomic
 from ..lora.fingerprints import fingerprints
 from ..lora.heads import tensor_digest
+from ..plain_data import plain_json
 from ..seams.tuners import base_name
+from .manifest import DAMAGED
 from .partition import canonical
 
 logger = logging.getLogger(__name__)
@@ -92,14 +95,14 @@ def memory_path() -> Path:
 
 def _read(path: Path) -> Memory | None:
     try:
-        stored = json.loads(path.read_bytes())
+        stored = plain_json(read_limited(path))
         version, seed, digests = stored["version"], stored["seed"], dict(stored["digests"])
         if version != VERSION or not isinstance(seed, int) or not all(map(_is_sha256, digests.values())):
             raise ValueError(f"it is of version {version!r}, not {VERSION}, or damaged")
         return Memory(seed, digests)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, StoreError, *DAMAGED) as error:
         _tell(path, error)
         return None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import json
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from ..data_derived import limits_of_data
@@ -12,6 +14,8 @@ from ..plan.life import life_left
 from ..plan.tree import Stage
 from .manifest import Manifest
 from .recipe_differences import NOT_BIT_EQUAL
+
+logger = logging.getLogger(__name__)
 
 AUTO_CLASSES = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
@@ -115,27 +119,44 @@ While stages were live, these settings became others. {claim}.
 
 
 def render_card(manifest: Manifest) -> str:
-    """The `README.md` of a store."""
-    base, task = manifest.recipe.get("base", {}).get("id"), manifest.recipe.get("config", {}).get("task_type")
-    auto_class, _ = AUTO_CLASSES.get(task, ("AutoModel", None))
-    name = base or "the base model that this was trained on"
+    """The `README.md` of a store. What cannot be told of it is left out, with an error in the log."""
+    base, task = manifest.recipe["base"].get("id"), manifest.recipe["config"].get("task_type")
     served = manifest.served_ends
     example = served[0] if served else None
     plan = manifest.plan
     return CARD.format(
-        metadata=_metadata(base, task),
+        metadata=_told("its task", lambda: _metadata(base, task), _metadata(base, None)),
         shards=plan.num_shards,
         slices=plan.num_slices,
         generation=manifest.generation,
-        base_line=f"base = transformers.{auto_class}.from_pretrained({json.dumps(name)})",
+        base_line=_told("its task", lambda: _base_line(base, task), _base_line(base, None)),
         root_text=_root_text(manifest, len(served)),
         example=f"`{example.name}`" if example else "of a store that has live stages",
-        prefix_lines=prefix_lines(example, manifest) if example else PREFIX_LINES.format(folders=""),
+        prefix_lines=_told("its prefixes", lambda: _example_lines(example, manifest), "# see `hf-s3t export`\n"),
         table=_table(manifest, served) or "| none | | |",
-        accepted=_accepted(manifest),
-        derived=_derived(manifest),
+        accepted=_told("settings that were changed", lambda: _accepted(manifest)),
+        derived=_told("what was computed from data", lambda: _derived(manifest)),
         requests=life_left(manifest.plan).until_all_dead.mean,
     )
+
+
+def _told(what: str, make: Callable[[], str], otherwise: str = "") -> str:
+    """A part of the card. A recipe may hold anything, and no deletion waits for a text."""
+    try:
+        return make()
+    except Exception as error:
+        logger.error("the model card says nothing of %s, which cannot be told: %r", what, error)
+        return otherwise
+
+
+def _base_line(base: str | None, task: str | None) -> str:
+    auto_class, _ = AUTO_CLASSES.get(task or "", ("AutoModel", None))
+    name = base or "the base model that this was trained on"
+    return f"base = transformers.{auto_class}.from_pretrained({json.dumps(name)})"
+
+
+def _example_lines(example: Stage | None, manifest: Manifest) -> str:
+    return prefix_lines(example, manifest) if example else PREFIX_LINES.format(folders="")
 
 
 def prefix_lines(stage: Stage, manifest: Manifest) -> str:

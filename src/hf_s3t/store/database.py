@@ -28,7 +28,7 @@ PAGE = 10_000
 """So many rows are read at a time: no reader keeps a writer waiting for longer."""
 VALUES = 500
 """So many values are asked for in one statement; old builds of SQLite take 999."""
-ENTRY = "e.shard, e.slice, p.digest, e.content FROM examples AS e LEFT JOIN people AS p ON p.number = e.person"
+ENTRY = "e.shard, e.slice, p.digest AS owner, e.content FROM examples e LEFT JOIN people p ON p.number = e.person"
 
 
 class StateDatabase(RecordTables):

@@ -130,7 +130,8 @@ def _earlier(folder: StoreFolder, names: Sequence[str]) -> list[dict[str, Any]]:
         return []
     try:
         with folder.reading() as state:
-            return [receipt for name in names if (receipt := state.receipt(name)) is not None]
+            found = [receipt for name in names if (receipt := state.receipt(name)) is not None]
+        return [Receipt.from_json(receipt).to_json() for receipt in found]
     except StateError as error:  # it was deleted, whatever became of the record
         logger.error("since when it is not served any more is not known: %s", error)
         return []

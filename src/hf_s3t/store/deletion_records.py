@@ -7,12 +7,14 @@ deleted and not what, so nothing is served or trained until a version reads it t
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import StateError
+from ..plain_data import plain_json, read_as
 from .manifest import DAMAGED, read_count
 
 INTENT_FORMAT = 1
@@ -22,6 +24,26 @@ OPTIONAL: dict[str, Any] = {
     "format": 1, "ids": {}, "groups": {}, "repo": None, "refresh_exports": False, "renewed": [], "file": "",
 }  # fmt: skip
 """Fields of an intent that need not be there. Its file has the name that it has."""
+
+
+DIGEST = re.compile("[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What the file of an intent holds."""
+
+    kind: str
+    receipt: dict[str, Any]
+    places: list[Any]
+    generation: int
+    format: int = 1
+    ids: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    groups: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    repo: str | None = None
+    refresh_exports: bool = False
+    renewed: list[str] = field(default_factory=list)
+    file: str = ""
 
 
 def check_format(record: Mapping[str, Any], newest: int, what: str) -> None:
@@ -41,6 +63,10 @@ def check_fields(record: Mapping[str, Any], required: Iterable[str], known: Iter
         raise ValueError(f"it lacks {absent}" if absent else f"it has unknown fields {unknown}")
 
 
+def _pairs(places: Any) -> set[tuple[int, int]]:
+    return {(read_count(shard), read_count(slice_id)) for shard, slice_id in places}
+
+
 def read_intent(text: bytes, path: Path) -> dict[str, Any]:
     """What the file of an intent says, with all its fields, its places as a set of `(shard, slice)`.
 
@@ -48,18 +74,21 @@ def read_intent(text: bytes, path: Path) -> dict[str, Any]:
         StateError: it is of a newer format, or damaged.
     """
     try:
-        data = json.loads(text)
+        data = plain_json(text)
         check_format(data, INTENT_FORMAT, f"The begun deletion {path}")
         check_format(data["receipt"], RECEIPT_FORMAT, f"The receipt in the begun deletion {path}")
-        check_fields(data, REQUIRED, (*REQUIRED, *OPTIONAL))
+        read_as(Intent, data)
+        if not all(map(DIGEST.fullmatch, (*data.get("ids", ()), *data.get("groups", ()), *data.get("renewed", ())))):
+            raise ValueError("it names an example by what is no keyed digest")
         if data["kind"] not in ("delete", "readmit"):
             raise ValueError(f"its kind is {data['kind']!r:.80}")
         return {
             **OPTIONAL, **data, "file": path.name, "generation": read_count(data["generation"]),
             "receipt": {**data["receipt"], "receipt": str(data["receipt"]["receipt"])},
-            "places": {(read_count(shard), read_count(slice_id)) for shard, slice_id in data["places"]},
+            "places": _pairs(data["places"]),
+            **{name: {d: sorted(_pairs(at)) for d, at in data.get(name, {}).items()} for name in ("ids", "groups")},
         }  # fmt: skip
-    except (*DAMAGED, RecursionError) as error:
+    except DAMAGED as error:
         raise StateError(
             f"{path} is a deletion that was begun, and cannot be read ({type(error).__name__} {error}). It is not "
             "known what is deleted, so nothing is served or trained. Run the request that it was about again, which "

@@ -7,8 +7,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import StateError
+from ..plain_data import read_as
 from ..plan.tree import Stage
 from .database import Place
 from .folder import StoreFolder
@@ -26,6 +28,14 @@ class Record:
     base: str | None  # where a merged one's base model came from; `None`: it was handed in as a module
     generation: int  # the store's when it was made; what was deleted later, it may carry
 
+    @classmethod
+    def from_json(cls, data: Any) -> Record:
+        """Reads what is on record. A `ValueError` for anything else."""
+        record = read_as(cls, data)
+        for name in (*record.stages, *([record.prefix] if record.prefix is not None else [])):
+            Stage.from_name(name)
+        return record
+
     def carries(self, newest: Mapping[Place, int]) -> bool:
         """Whether it was made of what something deleted depends on, before that was deleted."""
         places = {place for name in self.stages for place in Stage.from_name(name).slices}
@@ -39,8 +49,8 @@ def read_exports(folder: StoreFolder) -> dict[str, Record]:
     with folder.reading(lost=True) as state:
         found = state.exports()
     try:
-        return {path: Record(**{**fields, "stages": tuple(fields["stages"])}) for path, fields in found.items()}
-    except (AttributeError, KeyError, TypeError) as error:
+        return {path: Record.from_json(fields) for path, fields in found.items()}
+    except ValueError as error:
         raise StateError(
             f"The record of exports is damaged ({error}). Restore it from a backup of the state."
         ) from None

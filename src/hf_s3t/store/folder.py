@@ -27,6 +27,7 @@ from typing import Any
 from ..errors import StateError, StoreError, StoreLockedError
 from ..files import (
     Lock,
+    check_plain,
     denied,
     inside,
     install_folder,
@@ -42,6 +43,7 @@ from ..files import (
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, average, join
 from ..plan.tree import Order, Stage
 from .card import render_card
+from .ids import encoded
 from .manifest import DAMAGED, Log, Manifest, places_beyond
 from .schema import DATABASE
 from .sources import MANIFEST, FolderSource, RepoSource, default_state, is_repo_id
@@ -66,7 +68,7 @@ def as_key(key: str | bytes) -> bytes:
         try:
             key = bytes.fromhex(text)
         except ValueError:
-            key = text.encode()
+            key = encoded(text, "The partition key")
     if len(key) < 16:
         raise ValueError(f"The partition key has {len(key)} bytes; it needs 16 or more, or ids could be guessed.")
     return key
@@ -248,8 +250,9 @@ class StoreFolder(StateFiles):
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             path = self.path / name
             try:
+                check_plain(path)
                 found = path.stat()
-            except FileNotFoundError:
+            except (FileNotFoundError, StoreError):
                 digest = None
             else:
                 mark = (found.st_ino, found.st_mtime_ns, found.st_size)
@@ -287,16 +290,23 @@ class StoreFolder(StateFiles):
                 raise StateError(
                     f"{self.path} has no partition key. Give `key=`, set {KEY_VARIABLE}, or {self._way_out}"
                 )
-            try:
-                key = as_key(path.read_text().strip())
-            except PermissionError:
-                raise denied(path) from None
+            key = as_key(self.key_text(path))
         if self.exists and key_check_value(key) != self.manifest().key_check:
             raise StateError(
                 f"The partition key is not the one that {self.path} was trained with: ids would be looked for in the "
                 "wrong slices. Restore the right key from the backup of .s3t/."
             )
         return key
+
+    def key_text(self, path: Path) -> str:
+        """What the file of a partition key holds."""
+        try:
+            check_plain(path)
+            return path.read_bytes().decode().strip()
+        except PermissionError:
+            raise denied(path) from None
+        except UnicodeDecodeError:
+            raise StateError(f"{path} holds no text, so no key. Restore it from the backup of .s3t/.") from None
 
     @property
     def has_key(self) -> bool:

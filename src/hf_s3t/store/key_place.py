@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import StateError
-from ..files import PRIVATE, remove, sync_folder, tighten
+from ..files import PRIVATE, remove, resolved, sync_folder, tighten
 from .folder import KEY_VARIABLE, StoreFolder, as_key
 from .state import key_check_value
 from .state_files import KEY_FILE
@@ -28,7 +28,7 @@ def key_place(store: StoreFolder) -> KeyPlace:
 
 def move_key(store: StoreFolder, file: Path) -> None:
     """Moves the key out of the state; see [`S3TStore.move_key`]. Runs under the locks of the store."""
-    if any(file.resolve().is_relative_to(folder.resolve()) for folder in (store.path, store.private)):
+    if any(resolved(file).is_relative_to(folder.resolve()) for folder in (store.path, store.private)):
         raise ValueError(f"{file} lies inside the store or its state: the key would stay there. Name another file.")
     if _holds_key(store, file):  # an interrupted move left it, and it may be the only one
         _make_durable(file)
@@ -45,7 +45,7 @@ def _copy_key(store: StoreFolder, file: Path) -> None:
             f"There is no {KEY_FILE} in {store.private}: the key is kept elsewhere already ({KEY_VARIABLE}, `key=`, "
             "`--key-file`), or it is lost. Nothing was changed."
         )
-    text = store.key_file.read_text().strip()
+    text = store.key_text(store.key_file)
     if key_check_value(as_key(text)) != store.manifest().key_check:
         raise StateError(
             f"{store.key_file} is not the key that {store.path} was trained with. Nothing was changed. Restore the "

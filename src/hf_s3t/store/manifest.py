@@ -172,8 +172,8 @@ class Manifest:
 
 
 def read_count(value: Any) -> int:
-    """A number from 0 on; a `ValueError` for anything else."""
-    if type(value) is not int or value < 0:
+    """A number from 0 on that a database can hold; a `ValueError` for anything else."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError(f"{value!r:.80} is no number from 0 on")
     return value
 

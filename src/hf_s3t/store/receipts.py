@@ -7,14 +7,16 @@ import secrets
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from ..data_derived import limits_of_data
-from ..errors import StateError
+from ..errors import StateError, StoreError
 from ..files import json_bytes, read_json, remove
+from ..plain_data import read_as
 from .deletion_records import RECEIPT_FORMAT, check_fields, check_format
 from .folder import StoreFolder
-from .manifest import DAMAGED, Manifest
+from .manifest import DAMAGED, Manifest, read_count
 from .recipe_differences import NOT_BIT_EQUAL
 
 logger = logging.getLogger(__name__)
@@ -107,9 +109,9 @@ class Receipt:
             check_format(data, RECEIPT_FORMAT, f"Receipt {data.get('receipt')}")
             required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
             check_fields(data, required, [f.name for f in fields(cls)])
+            return read_as(cls, data)
         except DAMAGED as error:
             raise StateError(f"A receipt cannot be read ({error}). Restore the state from a backup.") from None
-        return cls(**data)
 
 
 def append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
@@ -130,7 +132,11 @@ def append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
 def take_in_loose_receipts(folder: StoreFolder) -> None:
     """Puts receipts that are files of their own where the others are."""
     for path in folder.loose_receipts():
-        receipt = read_json(path)
+        try:
+            receipt = Receipt.from_json(read_json(path)).to_json()
+        except StoreError as error:  # it stays where it is, and keeps nobody from deleting
+            logger.error("%s: %s", path, error)
+            continue
         with folder.changing(create=True) as state:
             state.add_receipt(receipt["receipt"], receipt)
         remove(path)
@@ -142,14 +148,15 @@ def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
     if folder.database.exists():
         with folder.reading(lost=True) as state:
             found = state.receipts()
-    names = {receipt["receipt"] for receipt in found}
-    found += [r for path in folder.loose_receipts() if (r := read_json(path)).get("receipt") not in names]
+    names = {receipt.get("receipt") for receipt in found}
+    loose = [Receipt.from_json(read_json(path)) for path in folder.loose_receipts()]
+    found += [receipt.to_json() for receipt in loose if receipt.receipt not in names]
     return [Receipt.from_json(receipt).to_json() for receipt in found]
 
 
 def check_receipts(folder: StoreFolder) -> None:
     """Raises [`StateError`] if a newer version of hf_s3t wrote a receipt here. Receipts that are lost pass."""
-    newest = [read_json(path).get("format", 1) for path in folder.loose_receipts()]
+    newest = [format_of(path) for path in folder.loose_receipts()]
     try:
         if folder.database.exists():
             with folder.reading(lost=True) as state:
@@ -157,6 +164,15 @@ def check_receipts(folder: StoreFolder) -> None:
     except StateError as error:
         logger.warning("earlier receipts cannot be read: %s", error)
     check_format({"format": max(newest, default=1)}, RECEIPT_FORMAT, f"A receipt in {folder.private}")
+
+
+def format_of(path: Path) -> int:
+    """The format of a receipt that is a file of its own; of one that cannot be read, the first."""
+    try:
+        return read_count(read_json(path).get("format", 1))
+    except (StoreError, *DAMAGED) as error:
+        logger.warning("%s cannot be read: %s", path, error)
+        return 1
 
 
 @cache

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from ..plain_data import plain_json
 from .state import stack_line
 
 
@@ -30,12 +31,12 @@ class RecordTables:
     def record(self, stage: str) -> dict[str, Any] | None:
         """What a stage was trained on and with: generation, examples, data, steps, versions and the like."""
         found = self._one("SELECT record FROM records WHERE stage = ?", stage)
-        return None if found is None else dict(_read(found))
+        return None if found is None else _of_stage(found)
 
     def records(self) -> dict[str, dict[str, Any]]:
         """The record of every stage."""
         rows = self._sql.execute("SELECT stage, record FROM records ORDER BY stage")
-        return {stage: _read(record) for stage, record in rows}
+        return {stage: _of_stage(record) for stage, record in rows}
 
     def write_record(self, stage: str, record: Mapping[str, Any]) -> None:
         """Replaces a stage's record."""
@@ -56,7 +57,7 @@ class RecordTables:
         counted: Counter[str] = Counter()
         for stage, versions in self._sql.execute("SELECT stage, json_extract(record, '$.versions') FROM records"):
             if versions is not None and stage in stages:
-                counted[versions] += 1
+                counted[str(versions)] += 1
         return {stack_line(_read(versions)): number for versions, number in counted.items()}
 
     def caches(self) -> list[str]:
@@ -111,7 +112,7 @@ class RecordTables:
     def receipt(self, name: str) -> dict[str, Any] | None:
         """One receipt."""
         text = self._one("SELECT receipt FROM receipts WHERE name = ?", name)
-        return None if text is None else dict(_read(text))
+        return None if text is None else _read(text)
 
     @property
     def receipt_format(self) -> int:
@@ -130,7 +131,7 @@ class RecordTables:
     def exports(self) -> dict[str, dict[str, Any]]:
         """What is known of each copy that left the store, by its path."""
         rows = self._sql.execute("SELECT path, record FROM exports ORDER BY path")
-        return {path: _read(record) for path, record in rows}
+        return {path: _json(record) for path, record in rows}
 
     def write_export(self, path: str, record: Mapping[str, Any]) -> None:
         """Replaces what is known of a copy."""
@@ -148,14 +149,34 @@ def chained(last: str, receipt: str) -> str:
 
 def _readable(text: bytes, fields: Collection[str] | None) -> bool:
     try:
-        found = json.loads(text)
+        found = plain_json(text)
     except ValueError:
         return False
     return isinstance(found, dict) and (fields is None or found.keys() == {*fields})
 
 
-def _read(text: str) -> Any:
+def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return plain_json(text)
     except ValueError as error:
         raise sqlite3.DatabaseError(f"a record is no JSON: {error}") from None
+
+
+def _read(text: str) -> dict[str, Any]:
+    found = _json(text)
+    if not isinstance(found, dict):
+        raise sqlite3.DatabaseError(f"a record is {found!r:.80}")
+    return found
+
+
+OF_STAGE = {"generation": int, "examples": int, "data": str, "steps": int, "versions": dict, "files": dict}
+"""What is used of a stage's record."""
+
+
+def _of_stage(text: str) -> dict[str, Any]:
+    found = _read(text)
+    odd = [name for name, kind in OF_STAGE.items() if name in found and type(found[name]) is not kind]
+    absent = [name for name in ("generation", "examples", "data") if name not in found]
+    if odd or absent:
+        raise sqlite3.DatabaseError(f"what a stage was trained on cannot be read: {', '.join(odd + absent)}")
+    return found

@@ -49,7 +49,7 @@ class LookAlikes:
 def check_lists(**given: Any) -> None:
     """Raises `ValueError` where one thing was given instead of a list of such things."""
     for name, value in given.items():
-        if isinstance(value, str | bytes | Mapping):
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
             raise ValueError(f"`{name}` must be a list, got {value!r:.80}. For a single one write `{name}=[...]`.")
 
 

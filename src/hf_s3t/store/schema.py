@@ -28,13 +28,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from ..errors import CompatibilityError, StateError, StoreLockedError
-from ..files import PRIVATE, sync_folder
+from ..errors import CompatibilityError, StateError, StoreError, StoreLockedError
+from ..files import PRIVATE, check_plain, sync_folder
 
 DATABASE = "state.sqlite"
 FORMAT = 1
@@ -147,6 +150,8 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
     """
     with told(path), closing(_connect(path)) as connection:
         _check_kind(connection, path)
+        _check_tables(connection, path)
+        connection.row_factory = _checked
         yield connection
 
 
@@ -184,6 +189,12 @@ def in_memory() -> sqlite3.Connection:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        check_plain(path)
+    except StoreError as error:
+        raise StateError(str(error)) from None
+    except FileNotFoundError:  # SQLite says it better
+        pass
     mode = "rw" if os.access(path, os.W_OK) else "ro"
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=SECONDS
@@ -208,6 +219,48 @@ def _check_kind(connection: sqlite3.Connection, path: Path) -> None:
             f"{path} is of format {version}, and this version of hf_s3t reads format {FORMAT}. Use the version that "
             "wrote it, or a newer one."
         )
+
+
+def _check_tables(connection: sqlite3.Connection, path: Path) -> None:
+    """What a file says of its own tables decides what its values may be, and which statements run by themselves."""
+    known = _told_tables()
+    found = {name: text for name, text in _tables_of(connection).items() if name != "backup"}
+    if found != known:
+        odd = sorted(name for name in known.keys() | found.keys() if known.get(name) != found.get(name))
+        raise StateError(
+            f"{path} has other tables than a state of format {FORMAT}: {', '.join(odd[:3])!r:.100}. It is damaged, or "
+            "somebody changed it. Restore the state from a backup. `delete(slices=...)` works without it."
+        )
+
+
+@cache
+def _told_tables() -> dict[str, str]:
+    with closing(in_memory()) as connection:
+        return _tables_of(connection)
+
+
+def _tables_of(connection: sqlite3.Connection) -> dict[str, str]:
+    """How each table, index and trigger was made, without remarks and line breaks."""
+    rows = connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL").fetchall()
+    return {str(name): " ".join(re.sub("--.*", "", str(text)).split()) for name, text in rows}
+
+
+KINDS: dict[str, type] = {
+    **dict.fromkeys("disturbed shard slice examples number named event generation format".split(), int),
+    **dict.fromkeys("store name kind deletion stage record receipt chain path key".split(), str),
+    **dict.fromkeys(("digest", "content", "owner"), bytes),
+}
+"""What a column holds. SQLite looks at it when a value is written, and not when it is read."""
+MAY_BE_NULL = ("store", "key", "owner")
+
+
+def _checked(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A row as it is, once each of its values is of its column's kind."""
+    for (name, *_), value in zip(cursor.description, row, strict=True):
+        kind = KINDS.get(name)
+        if kind is not None and type(value) is not kind and not (value is None and name in MAY_BE_NULL):
+            raise sqlite3.DatabaseError(f"{name} is {type(value).__name__}, and has to be {kind.__name__}")
+    return row
 
 
 @contextmanager

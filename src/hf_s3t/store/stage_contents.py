@@ -6,30 +6,25 @@ repository's stage by it, `public_audit.py` reports.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
+from ..files import check_plain
 from ..lora.adapter import is_lora, split_layer_path
+from ..plain_data import plain_json
 from ..plan.tree import Stage
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """Names, types and shapes of a safetensors file, and its metadata, without its tensors."""
+    check_plain(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length < path.stat().st_size:
             raise StoreError("the file is truncated")
-        return _parsed(file.read(length))
-
-
-def _parsed(text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("the header of its weights is nested too deep") from None
+        return plain_json(file.read(length))
 
 
 def stage_findings(stage: Stage, recipe: Any, config: Any, header: dict[str, Any]) -> Iterator[str]:
@@ -38,7 +33,7 @@ def stage_findings(stage: Stage, recipe: Any, config: Any, header: dict[str, Any
     One of `manifest.DAMAGED` if they are not even of the right form.
     """
     parents = [above.name for above in stage.path[:-1]]
-    about = _parsed(header.pop("__metadata__")["hf_s3t"])
+    about = plain_json(header.pop("__metadata__")["hf_s3t"])
     if about != {"stage": stage.name, "parents": parents}:
         yield f"{stage.name}: its weights say that they are those of {about.get('stage')!r}"
     kind, groups = recipe["stage_parameters"], recipe["groups"]

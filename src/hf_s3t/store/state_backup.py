@@ -32,7 +32,7 @@ def back_up(store: StoreFolder, file: Path) -> None:
     """Writes a backup; see [`S3TStore.export_state`]. Runs under the write lock."""
     with store.reading():  # refused before anything is written
         pass
-    key = None if store.key_file is None else store.key_file.read_text().strip()
+    key = None if store.key_file is None else store.key_text(store.key_file)
     schema.write_in_order(store.database, file, key=(key,))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
+from ..files import resolved
 from . import deletion
 from .folder import LOCK_SECONDS, StoreFolder
 from .key_place import move_key
@@ -37,7 +38,7 @@ class StateCare(StoreFolder):
     def export_state(self, file: str | os.PathLike[str]) -> None:
         """Writes key and database into one private file (mode 600), itself a database: the backup of `.s3t/`."""
         path = Path(file)
-        if path.resolve().is_relative_to(self.path.resolve()):
+        if resolved(path).is_relative_to(self.path.resolve()):
             raise StoreError(f"{path} lies inside the store: the key would be published, or lost with it.")
         with self.writing():
             back_up(self, path)

@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StateError, StoreError
-from ..files import MAX_JSON_BYTES, PRIVATE, denied, loose, private_folder, read_limited, tighten, write_atomic
+from ..files import (
+    MAX_JSON_BYTES,
+    NO_FILE,
+    PRIVATE,
+    denied,
+    loose,
+    private_folder,
+    read_limited,
+    tighten,
+    write_atomic,
+)
 from . import schema
 from .database import StateDatabase
 from .deletion_records import read_intent
@@ -78,6 +88,9 @@ class StateFiles:
             return None
         except PermissionError:
             raise denied(self.private) from None
+        except OSError as error:  # what is there is no file: whoever reads it says so
+            if error.errno not in NO_FILE:
+                raise
         return self.private / name
 
     @property
@@ -196,3 +209,10 @@ class StateFiles:
             return []
         except PermissionError:  # not to see them is not that there are none
             raise denied(self.private) from None
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+            raise StateError(
+                f"{self.private / INTENTS} is no folder ({os.strerror(error.errno)}), so it is not known what is "
+                "deleted. Remove it by hand, or restore it from a backup."
+            ) from None

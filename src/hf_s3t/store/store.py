@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import S3TError, StoreError, UnknownExampleError
+from ..files import resolved
 from ..hub.purge_report import SECONDS, PurgeReport
 from ..plan.tree import Order, Stage
 from . import deletion
@@ -288,7 +289,7 @@ class S3TStore(Verifiable, StateCare):
             StoreError: there is no such adapter, or `path` lies in the store.
             ValueError: `path` holds something else, the base is not named, quantised, or not the adapter's.
         """
-        target, stage = Path(path).resolve(), None if prefix is None else as_stage(prefix)
+        target, stage = resolved(Path(path)), None if prefix is None else as_stage(prefix)
         encoded(str(target), "The path of an export")
         if target.is_relative_to(self.path.resolve()):
             raise StoreError(f"{path} lies inside the store, which holds only its own files. Name another folder.")
