@@ -27,8 +27,9 @@ from ..lora.config import S3TConfig
 from ..lora.tuner import StageTuner, owned_layers, plain_lora_config
 from ..lora.wrapping import wrap_model
 from ..plan.tree import Stage
+from ..seams.overrides import classes_behind
 from ..seams.preparation import watched_preparation
-from ..seams.trainer import with_state
+from ..seams.trainer import TrainerSeam, by_name, with_state
 from ..store.base_model import public_id
 from ..store.recipe import make_recipe, steering_by
 from ..store.recipe_differences import check_accept
@@ -58,7 +59,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         model (`PreTrainedModel`): the base model, or a [`~peft.PeftModel`] made with an [`S3TConfig`].
         args ([`~transformers.TrainingArguments`]): `output_dir` is the store; epochs, steps, learning rate, scheduler,
             evaluation and saving are per stage.
-        data_collator, train_dataset: as for the Trainer; the train set is partitioned before anything else touches it.
+        train_dataset: as for the Trainer; it is partitioned before anything else touches it.
         peft_config ([`S3TConfig`], *optional*): what a stage trains.
         partition_key (`str` or `bytes`, *optional*): decides which slice an example lies in; written to `.s3t/` only.
             `None`: `HF_S3T_KEY`, else a new random key.
@@ -75,7 +76,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             differ in their last bits from those in a step's batch.
         activation_cache_gb (`float`, *optional*): how much to keep, in 10^9 bytes. `None`: all that is of use.
         eval_trunk (`bool`): with a cache, whether layers that drop out in training may run without, below a stage.
-        kwargs: everything else that the Trainer takes.
+        given, kwargs: everything else that the Trainer takes, by position or by name, in its own order.
 
     Example:
 
@@ -91,11 +92,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
 
     def __init__(
         self,
-        model: Any = None,
-        args: Any = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        *,
+        *given: Any,
         peft_config: S3TConfig | None = None,
         partition_key: str | bytes | None = None,
         missing: Missing = "error",
@@ -107,6 +104,9 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         eval_trunk: bool = False,
         **kwargs: Any,
     ):
+        kwargs = by_name(classes_behind(type(self), TrainerSeam), given, kwargs)
+        model, args, train_dataset = (kwargs.pop(name, None) for name in ("model", "args", "train_dataset"))
+        peft_config = peft_config or kwargs.pop("peft_config", None)  # by position
         refuse_arguments(model, args, kwargs, missing)
         if base_model_id is not None:
             validate_repo_id(base_model_id)
@@ -134,9 +134,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
                 self._rows = RowsApart(train_dataset, key, self.s3t_config)
             train_dataset = self._rows.marked(train_dataset)
         with watched_preparation():
-            super().__init__(
-                model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs
-            )
+            super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.tuner = StageTuner(self.model)
         if self._rows is not None:
             self.train_dataset = self._rows.adopt(self.train_dataset)
