@@ -289,6 +289,7 @@ class S3TEnsemble(nn.Module):
             raise
         if not kwargs.get("dry_run"):
             self._followed().follow(strict=False)  # what the deletion itself did not wait for
+            self._followed().tell()
         return receipt
 
     def refresh(self, wait: bool = True) -> bool:
@@ -307,7 +308,10 @@ class S3TEnsemble(nn.Module):
                 is older than what it was loaded from, as it knows fewer deletions, and nothing was changed.
         """
         self._answers.check_outside()
-        return self._followed().follow(strict=True, settle=not self._members.compiled, wait=wait)
+        try:
+            return self._followed().follow(strict=True, settle=not self._members.compiled, wait=wait)
+        finally:
+            self._followed().tell()
 
     @property
     def pending(self) -> bool:

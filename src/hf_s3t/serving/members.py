@@ -189,7 +189,7 @@ class Members(MemberRows):
         for name, cache in given.items():
             self.check_cache(serving, name, cache)
         rest = {name: value for name, value in kwargs.items() if name not in (*CACHE_ARGUMENTS, *given)}
-        if len(set(map(id, given.values()))) > 1:
+        if len(given) > 1:
             raise ValueError(f"{' and '.join(map(repr, given))} are two caches. Give one of them.")
         own = {self.cache_name or name: cache for name, cache in given.items()}
         return {**rest, **own}, bool(own)

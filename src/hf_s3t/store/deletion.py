@@ -25,6 +25,7 @@ from .exports import settle
 from .folder import StoreFolder
 from .ids import shortened
 from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
+from .outlook import outlook_of
 from .receipts import Receipt, append_receipt, check_receipts, limits_of, receipt_name, versions
 from .requests import Request
 from .sources import TOMBSTONES, FolderSource, on_top
@@ -66,7 +67,8 @@ def delete(
         logger.warning("Not deleted, as nobody asked for it:%s", _alike(request))
     receipt = _preview(folder, request, reference)
     if dry_run:
-        return replace(receipt, status="dry run")
+        left = folder.live(intents=folder.readable_intents()).untouched_by(request.places)
+        return replace(receipt, status="dry run", **outlook_of(left)._asdict())
     if not request.places:
         return _unchanged(folder, request, receipt, refresh_exports)
     intent = {
@@ -227,9 +229,10 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
     reached = folder.source.reached(places, manifest.weights)
     at_head = folder.source.repo_id is not None and receipt.kind == "delete"
+    outlook = outlook_of(manifest)._asdict() if receipt.kind == "delete" else {}
     receipt = replace(
         receipt, status="inactive_at_head" if at_head else receipt.status, generation=manifest.generation,
-        inactive_since=utc_now(), still_served_at=reached, **copies,
+        inactive_since=utc_now(), still_served_at=reached, **copies, **outlook,
     )  # fmt: skip
     receipt = append_receipt(folder, receipt)
     _end(folder.private / INTENTS / intent["file"])
