@@ -1,4 +1,4 @@
-"""A deletion says what it costs those who stay: what answers less, what is dark, what a repair costs, where the end is."""
+"""A deletion says what it costs those who stay: what answers less, what is dark, what a repair costs, what is left."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a store still gives: which prefixes got shorter, what a repair costs, how near the end of a shard is.
 
-A row is *dark* while its slice is in no served prefix: nothing that answers has seen it. A deletion makes the other rows
-of its slices dark until a repair.
+A row is *dark* while its slice is in no served prefix: nothing that answers has seen it. A deletion makes the other
+rows of its slices dark until a repair.
 """
 
 from __future__ import annotations

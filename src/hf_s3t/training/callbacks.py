@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..seams.trainer import (
     send_tensorboard,
     tracker_classes,
 )
+from .cost import Meter
 
 logger = get_logger(__name__)
 
@@ -127,13 +128,21 @@ class StageGuard(TrainerCallback):
         )  # fmt: skip
 
 
-class PlanProgressCallback(ProgressCallback):
-    """One progress bar over the whole plan, in slice passes."""
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}, {remaining} left{postfix}]"
+"""How the bar looks; the last time is what is expected."""
 
-    def __init__(self, replay: float = 1.0):
+
+class PlanProgressCallback(ProgressCallback):
+    """One progress bar over the whole plan, in slice passes of all epochs; see [`Meter`]."""
+
+    def __init__(self) -> None:
         super().__init__()
         self.training_bar: Any = None
-        self.replay, self.total, self.done = replay, 0.0, 0.0
+        self.meter, self.total, self.done = Meter(), 0.0, 0.0
+
+    def begin(self, meter: Meter, stages: Iterable[Stage]) -> None:
+        """What there is to do in this run."""
+        self.meter, self.total = meter, _plain(meter.total(stages))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -143,17 +152,18 @@ class PlanProgressCallback(ProgressCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and stage is not None:
-            self.show(self.done + stage.passes(self.replay) * state.global_step / max(state.max_steps, 1))
+            self.show(self.done + self.meter.cost(stage) * state.global_step / max(state.max_steps, 1))
 
     def on_train_end(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
         if stage is not None:
-            self.done += stage.passes(self.replay)
+            self.done += self.meter.cost(stage)
             self.show(self.done)
 
     def open(self) -> None:
         """Begins the bar, if there is none yet."""
         if self.training_bar is None:
-            self.training_bar = tqdm(total=self.total, unit=" slice passes", dynamic_ncols=True)
+            unit = f" {self.meter.unit}"
+            self.training_bar = tqdm(total=self.total, unit=unit, dynamic_ncols=True, bar_format=BAR)
 
     def close(self) -> None:
         """Ends the bar with the run."""
@@ -165,5 +175,11 @@ class PlanProgressCallback(ProgressCallback):
     def show(self, position: float) -> None:
         """Moves the bar, if there is one, to so many slice passes."""
         if self.training_bar is not None:
-            self.training_bar.n = round(position, 2)
+            self.training_bar.n = _plain(position)
             self.training_bar.refresh()
+
+
+def _plain(number: float) -> float:
+    """A number as a person writes it: 3 and not 3.0."""
+    rounded = round(number, 2)
+    return int(rounded) if rounded == int(rounded) else rounded

@@ -33,10 +33,12 @@ from ..seams.trainer import TrainerSeam, by_name, with_state
 from ..store.base_model import public_id
 from ..store.recipe import make_recipe, steering_by
 from ..store.recipe_differences import check_accept
+from ..store.slice_sizes import SliceSizes
 from ..store.store import S3TStore
 from ..trunk.row_states import ActivationCache, check_cache
 from .apart import apart_here
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
+from .cost import Meter, cost_line, tell
 from .marked_rows import MarkedRowsMixin, drawn_beyond
 from .processes import check_processes, check_ranks, is_bar_shown, on_main_process
 from .reconcile import Missing, Wanted, plan_repair, reconcile, warn_of_other_stacks
@@ -148,7 +150,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         self.callback_handler.keep_outside(self.args.output_dir)
         self.guard = StageGuard(self.tuner, self._drop_if_hit, self._check_rows)
         self.add_callback(self.guard)
-        self.progress = PlanProgressCallback(self.s3t_config.replay)
+        self.progress = PlanProgressCallback()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
 
@@ -191,7 +193,10 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         if self._rows is None:
             raise ValueError("`train()` needs a `train_dataset`.")
         with self._training_lock():
-            logger.info("%s", self._on_main(partial(self._open_store, cost_budget)))
+            lines = self._on_main(partial(self._open_store, cost_budget))
+            logger.info("%s", lines)
+            if self.is_world_process_zero() and self.progress.total:
+                tell(lines)
             try:
                 elsewhere, resume = self.stages_by, resume_from_checkpoint is not False
                 outputs = elsewhere() if elsewhere else self._train_missing(resume, ignore_keys_for_eval)
@@ -227,7 +232,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         return {**recipe, "processes": self.stage_processes or self.args.world_size}
 
     def _open_store(self, cost_budget: int | None = None) -> str:
-        """Brings store, settings and rows into agreement; returns what is about to be trained, in one line."""
+        """Brings store, settings and rows into agreement; tells what is about to be trained, and on how many rows."""
         recipe = self.recipe()
         prior = self.s3t_config.deletion_prior
         wanted_plan = make_plan(self.s3t_config, self.args.seed) if cost_budget is None else None
@@ -240,15 +245,15 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         missing = plan.missing(manifest.stages)
         if missing:
             warn_of_other_stacks(self.store, manifest)
-        cost = round(sum(stage.passes(self.s3t_config.replay) for stage in missing), 2)
+        self.progress.begin(Meter.of(self.args, self.s3t_config.replay), missing)
         layout = self.tuner.layout
         numel = sum(self.tuner.stage_numel(owned_layers(self.s3t_config, layout, stage.depth)) for stage in missing)
-        self.progress.total = cost
-        return (
-            f"{len(missing)} of {len(plan.stages)} stages to train, {cost} slice passes = "
-            f"{cost / (plan.num_shards * plan.num_slices):.1f} x one plain fine-tuning, "
-            f"{4 * numel / 1e6:.1f} MB of stages"
-        )
+        line = cost_line(missing, plan, self.progress.meter, 4 * numel / 1e6)
+        if not missing:
+            return line
+        with self.store.reading() as state:
+            sizes = SliceSizes.of(self.rows.trained_on(state), self.s3t_config)
+        return "\n".join([line, *sizes.lines(None if manifest.stages else self.store.key)])
 
     def _train_missing(self, resume: bool, ignore_keys_for_eval: list[str] | None) -> dict[Stage, TrainOutput]:
         outputs: dict[Stage, TrainOutput] = {}
