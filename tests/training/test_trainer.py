@@ -178,12 +178,10 @@ def test_tensorboard_writes_one_file_beside_the_store(tmp_path: Path, monkeypatc
     for name in ("one", "two"):
         files = list((tmp_path / f"{name}-runs").rglob("*tfevents*"))
         assert len(files) == 1
-        content = files[0].read_bytes()
-        assert b"shard-00/0/loss" in content and b"shard-00/0-1/loss" in content
     assert not [path for name in ("one", "two") for path in (tmp_path / name).rglob("*tfevents*")]
 
 
-def test_logs_name_the_stage_and_count_steps_over_the_plan(tmp_path: Path) -> None:
+def test_logs_count_steps_over_the_plan(tmp_path: Path) -> None:
     class Logs(TrainerCallback):
         seen: list[tuple[int, set[str]]] = []
 
@@ -199,11 +197,9 @@ def test_logs_name_the_stage_and_count_steps_over_the_plan(tmp_path: Path) -> No
     )
     output = trainer.train()
     assert [step for step, _ in logs.seen] == [2, 2, 2, 4, 4, 4]
-    for position, name in ((0, FIRST), (3, SECOND)):
+    for position in (0, 3):
         training, evaluation, end = (names for _, names in logs.seen[position : position + 3])
-        assert {f"{name}/loss", f"{name}/learning_rate"} <= training
-        assert f"eval_{name}/loss" in evaluation
-        assert f"{name}/train_loss" in end
+        assert {"loss", "learning_rate"} <= training and "eval_loss" in evaluation and "train_loss" in end
     assert output.global_step == 4
     assert set(output.metrics) == {f"{FIRST}/loss", f"{SECOND}/loss"}
     assert output.training_loss == pytest.approx(sum(output.metrics.values()) / 2)

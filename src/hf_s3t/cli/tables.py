@@ -132,7 +132,7 @@ def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[st
 
 
 def _outlook_rows(receipt: Receipt) -> list[tuple[str, str]]:
-    """What a repair costs afterwards, and how near the end of a shard is; a receipt of an older version knows neither."""
+    """What a repair costs afterwards, and how near the end of a shard is. An older version's receipt knows neither."""
     if receipt.repair_stages is None:
         return []
     left = "any number" if receipt.requests_left is None else f"about {receipt.requests_left:.1f}"

@@ -284,3 +284,10 @@ def send_tensorboard(callback: Any, folder: str) -> None:
         lost("trackers", f"{type(callback).__name__} has no `logging_dir`")
     elif callback.logging_dir is None:
         callback.logging_dir = folder
+
+
+def note_text(callback: Any, name: str, text: str, step: int) -> None:
+    """Writes a text into tensorboard, once it has begun; other trackers are left alone."""
+    writer = getattr(callback, "tb_writer", None)
+    if writer is not None:
+        writer.add_text(name, text, step)

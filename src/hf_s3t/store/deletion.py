@@ -65,10 +65,9 @@ def delete(
             raise _unknown(folder, request)
     if request.look_alikes:
         logger.warning("Not deleted, as nobody asked for it:%s", _alike(request))
-    receipt = _preview(folder, request, reference)
+    receipt = _preview(folder, request, reference, dry_run)
     if dry_run:
-        left = folder.live(intents=folder.readable_intents()).untouched_by(request.places)
-        return replace(receipt, status="dry run", **outlook_of(left)._asdict())
+        return replace(receipt, status="dry run")
     if not request.places:
         return _unchanged(folder, request, receipt, refresh_exports)
     intent = {
@@ -157,11 +156,12 @@ def readmit(folder: StoreFolder, request_digests: Mapping[str, Kind], reference:
     return _to_its_end(folder, _write_intent(folder, intent))
 
 
-def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Receipt:
+def _preview(folder: StoreFolder, request: Request, reference: str | None, dry_run: bool) -> Receipt:
     manifest = folder.live(intents=folder.readable_intents())
     gone = [stage for stage in sorted(manifest.stages) if stage.slices & request.places]
     before = manifest.plan.served(manifest.stages)
-    after = manifest.plan.served(manifest.without(gone).stages)
+    left = manifest.without(gone)
+    after = manifest.plan.served(left.stages)
     counts: Counter[Place] | None = None
     caches: list[str] = []
     if folder.has_state:
@@ -184,6 +184,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         served_before=served_json(before), served_after=served_json(after),
         exports=carrying(folder, _newest(request, generation)), caches=caches, versions=versions(),
         repository=folder.source.repo_id, limits=limits_of(manifest),
+        **(outlook_of(left)._asdict() if dry_run else {}),  # else it follows when nothing waits for it any more
     )  # fmt: skip
 
 

@@ -56,8 +56,8 @@ def cost_line(missing: Iterable[Stage], plan: Plan, meter: Meter, megabytes: flo
     stages = [*missing]
     cost = meter.total(stages)
     line = (
-        f"{len(stages)} of {len(plan.stages)} stages to train, {cost:g} {meter.unit} = {cost / meter.plain(plan):.1f} x "
-        f"one plain fine-tuning, {megabytes:.1f} MB of stages."
+        f"{len(stages)} of {len(plan.stages)} stages to train, {cost:g} {meter.unit} = "
+        f"{cost / meter.plain(plan):.1f} x one plain fine-tuning, {megabytes:.1f} MB of stages."
     )
     return f"{line} {meter.meaning}" if stages else line
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from huggingface_hub.utils import validate_repo_id
 from transformers import Trainer, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from ..files import remove
@@ -37,7 +36,7 @@ from ..store.slice_sizes import SliceSizes
 from ..store.store import S3TStore
 from ..trunk.row_states import ActivationCache, check_cache
 from .apart import apart_here
-from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
+from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard, StagePrinter
 from .cost import Meter, cost_line, tell
 from .marked_rows import MarkedRowsMixin, drawn_beyond
 from .processes import check_processes, check_ranks, is_bar_shown, on_main_process
@@ -78,6 +77,8 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             differ in their last bits from those in a step's batch.
         activation_cache_gb (`float`, *optional*): how much to keep, in 10^9 bytes. `None`: all that is of use.
         eval_trunk (`bool`): with a cache, whether layers that drop out in training may run without, below a stage.
+        charts_per_stage (`bool`): whether logged metrics carry the stage's name (`shard-00/0-1/loss`), so that
+            trackers draw a chart for each stage. By default all stages share their names, on one count of steps.
         given, kwargs: everything else that the Trainer takes, by position or by name, in its own order.
 
     Example:
@@ -104,6 +105,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         activation_cache: ActivationCache = "off",
         activation_cache_gb: float | None = None,
         eval_trunk: bool = False,
+        charts_per_stage: bool = False,
         **kwargs: Any,
     ):
         kwargs = by_name(classes_behind(type(self), TrainerSeam), given, kwargs)
@@ -119,6 +121,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             apart.settle(args)
         self.trunk_cache = TrunkCache(self, activation_cache, activation_cache_gb, eval_trunk)
         self.missing, self.extend, self.accept_recipe = missing, extend, tuple(accept_recipe)
+        self.charts_per_stage = charts_per_stage
         self.store = S3TStore(Path(args.output_dir), partition_key)  # a `str` might be the id of a repository
         self.watch = apart or StoreWatch(self.store)
         model, self.s3t_config, self._drawn_heads = wrap_model(model, peft_config, args.seed)
@@ -153,6 +156,8 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         self.progress = PlanProgressCallback()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
+        if self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(StagePrinter())
 
     # ---- training ----
 
@@ -210,16 +215,6 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
             self.push_to_hub()
         return summary(outputs)
-
-    @contextmanager
-    def _training_lock(self) -> Iterator[None]:
-        """One training per store; a deletion needs another lock and never waits for this one."""
-        self._on_main(partial(self.store.train_lock.acquire, 0))
-        try:
-            yield
-        finally:
-            if self.is_world_process_zero():
-                self.store.train_lock.release()
 
     def recipe(self) -> dict[str, Any]:
         """Every setting of this trainer that changes bits; see [`make_recipe`]."""
