@@ -24,10 +24,9 @@ def folder_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(folder: Path, slices: int, **options: Any) -> S3TTrainer:
-    trainer = make_trainer(
-        folder, config={"num_slices": slices, "budget": min(slices, 2)}, args=LOGGED, eval_dataset=models.llama_rows(4, seed=1),
-        train_dataset=models.llama_rows(12 * slices), **options,
-    )  # fmt: skip
+    rows, others = models.llama_rows(12 * slices), models.llama_rows(4, seed=1)
+    config = {"num_slices": slices, "budget": min(slices, 2)}
+    trainer = make_trainer(folder, config=config, args=LOGGED, train_dataset=rows, eval_dataset=others, **options)
     trainer.train()
     return trainer
 
