@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +125,13 @@ def test_without_the_state_it_says_that_the_rows_are_not_known(store: S3TStore, 
 
 
 def test_the_outlook_is_that_of_the_status_under_the_prior_that_leaves_fewer(store: S3TStore) -> None:
-    from dataclasses import replace
-
     manifest = store.manifest()
-    for prior in (None, (0.8, 0.1, 0.1), (0.0, 0.0, 1.0)):
-        changed = replace(manifest, deletion_prior=prior)
-        means = [life_left(PLAN, None, manifest.stages).until_first_dead.mean]
-        if prior is not None:
-            means.append(life_left(PLAN, prior, manifest.stages).until_first_dead.mean)
-        assert outlook_of(changed).requests_left == min(means)
+    uniform = life_left(PLAN, None, manifest.stages).until_first_dead.mean
+    assert outlook_of(manifest).requests_left == uniform
+    for prior, fewer in (((0.5, 0.5, 0.0), True), ((0.0, 0.0, 1.0), False)):
+        given = life_left(PLAN, prior, manifest.stages).until_first_dead.mean
+        assert (given < uniform) is fewer
+        assert outlook_of(replace(manifest, deletion_prior=prior)).requests_left == min(given, uniform)
     assert outlook_of(manifest)[:2] == (0, 0)
 
 
