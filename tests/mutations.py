@@ -33,6 +33,7 @@ from mutations_serving import SERVING
 from mutations_speed import SPEED
 from mutations_state import STATE
 from mutations_systems import SYSTEMS
+from mutations_users import USERS
 from mutations_verify import VERIFY
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ class Mutation:
 
     Args:
         promise (`int`): what it breaks; 9: what docs/serving.md says of answers; 10: docs/hub.md; 12:
-            docs/endpoint.md.
+            docs/endpoint.md; 13: what README and docs/training.md say of what users are told.
         about (`str`): what is wrong then.
         file (`str`): below `src/hf_s3t`.
         edits (`tuple[tuple[str, str], ...]`): old text, which occurs once, and the new one.
@@ -236,6 +237,7 @@ MORE = (
     DERIVED,
     VERIFY,
     SERVING, ENDPOINT, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS, FUZZ,
+    USERS,
 )  # fmt: skip
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 
@@ -310,7 +312,8 @@ HEADER = """\
 Each row is a small wrong change to the library and the test that turned red with it, as `python tests/mutations.py`
 found it. The changes themselves are in `tests/mutations.py` and beside it. Number 9 is what `docs/serving.md` says of
 answers: they are the served members' average, wholly before or wholly after a change. Number 10 is what `docs/hub.md`
-says, number 11 what `docs/planning.md` says, number 12 what `docs/endpoint.md` says.
+says, number 11 what `docs/planning.md` says, number 12 what `docs/endpoint.md` says, number 13 what README and
+`docs/training.md` say of what users are told.
 
 | promise | what is wrong | file | caught by |
 |---|---|---|---|

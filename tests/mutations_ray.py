@@ -56,7 +56,7 @@ ON_RAY = (
     (5, "a stage does not wait for its parent", "ray/driver.py",
      (("return ready(missing, lambda stage: stage.passes(self.trainer.s3t_config.replay), begun)",
        "return [stage for stage in missing if stage not in begun]"),), WHOLE),
-    (5, "a training does not take the lock of its store", "training/trainer.py",
+    (5, "a training does not take the lock of its store", "training/running_stage.py",
      (("        self._on_main(partial(self.store.train_lock.acquire, 0))\n", ""),), WHOLE),
     (5, "the stage of a lost worker is lost", "ray/driver.py",
      (("        self.hands.remove(hand)\n", "        hand.order = None\n"),), WHOLE),

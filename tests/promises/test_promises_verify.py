@@ -46,7 +46,7 @@ def test_after_deletion_and_repair_every_stage_is_equal(world, tmp_path):
     trainer = world.trainer(store.path)  # the deleted row is handed in again
     trainer.train()
     before, answers = tree(store.path), logits_of(trainer.model, world.case)
-    report = trainer.verify()
+    report = trainer.verify("all")
     assert report.ok and report.complete and (report.influence_free, report.bit_equal) == ("holds", "equal")
     assert [stage.stage for stage in report.retrained] == sorted(stage.name for stage in store.manifest().plan.stages)
     assert tree(store.path) == before and trainer.store.path == store.path

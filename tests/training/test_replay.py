@@ -164,7 +164,7 @@ def test_the_cost_is_told(world, tmp_path, caplog):
     assert S3TStore(tmp_path / "out").status().repair_slice_passes == passes
     trainer = world.trainer(tmp_path / "more")
     line = trainer._open_store()
-    assert f"5 of 5 stages to train, {passes} slice passes = {passes / 3:.1f} x one plain" in line
+    assert f"5 of 5 stages to train, {passes:g} slice passes = {passes / 3:.1f} x one plain" in line
     assert trainer.progress.total == passes
 
 

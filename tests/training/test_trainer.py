@@ -137,13 +137,17 @@ def test_one_progress_bar_counts_slice_passes(tmp_path: Path, monkeypatch: pytes
             self.closed = True
 
     monkeypatch.setattr("hf_s3t.training.callbacks.tqdm", Bar)
-    config = {"num_shards": 2, "budget": None}
-    make_trainer(tmp_path, config=config, args={"disable_tqdm": False, "max_steps": 2}).train()
+    places = [(shard, at) for shard in range(2) for at in range(2) for _ in range(8)]
+    rows = models.llama_rows(32).add_column("shard", [shard for shard, _ in places])
+    rows = rows.add_column("at", [at for _, at in places])
+    config = {"num_shards": 2, "budget": None, "slice_columns": ("shard", "at")}
+    args = {"disable_tqdm": False, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+    make_trainer(tmp_path, config=config, args=args, train_dataset=rows).train()
     (bar,) = bars
-    # Stages 0, 0-1 and 1 of two shards: 1 + 2 + 1 slice passes each, half of a stage's after one of two steps.
-    per_shard = [0.5, 1, 1, 2, 3, 3, 3.5, 4, 4]
-    assert bar.total == 8 and bar.closed
-    assert bar.positions == per_shard + [4 + position for position in per_shard]
+    # Stages 0, 0-1 and 1 of two shards: 1 + 2 + 1 slice passes in each of two epochs; a step is one of them.
+    per_shard = [1, 2, 2, 3, 4, 5, 6, 6, 7, 8, 8]
+    assert bar.total == 16 and bar.closed
+    assert bar.positions == per_shard + [8 + position for position in per_shard]
     assert bar.descriptions == [f"shard-0{shard}/{prefix}" for shard in range(2) for prefix in ("0", "0-1", "1")]
 
 
@@ -174,12 +178,10 @@ def test_tensorboard_writes_one_file_beside_the_store(tmp_path: Path, monkeypatc
     for name in ("one", "two"):
         files = list((tmp_path / f"{name}-runs").rglob("*tfevents*"))
         assert len(files) == 1
-        content = files[0].read_bytes()
-        assert b"shard-00/0/loss" in content and b"shard-00/0-1/loss" in content
     assert not [path for name in ("one", "two") for path in (tmp_path / name).rglob("*tfevents*")]
 
 
-def test_logs_name_the_stage_and_count_steps_over_the_plan(tmp_path: Path) -> None:
+def test_logs_count_steps_over_the_plan(tmp_path: Path) -> None:
     class Logs(TrainerCallback):
         seen: list[tuple[int, set[str]]] = []
 
@@ -195,11 +197,9 @@ def test_logs_name_the_stage_and_count_steps_over_the_plan(tmp_path: Path) -> No
     )
     output = trainer.train()
     assert [step for step, _ in logs.seen] == [2, 2, 2, 4, 4, 4]
-    for position, name in ((0, FIRST), (3, SECOND)):
+    for position in (0, 3):
         training, evaluation, end = (names for _, names in logs.seen[position : position + 3])
-        assert {f"{name}/loss", f"{name}/learning_rate"} <= training
-        assert f"eval_{name}/loss" in evaluation
-        assert f"{name}/train_loss" in end
+        assert {"loss", "learning_rate"} <= training and "eval_loss" in evaluation and "train_loss" in end
     assert output.global_step == 4
     assert set(output.metrics) == {f"{FIRST}/loss", f"{SECOND}/loss"}
     assert output.training_loss == pytest.approx(sum(output.metrics.values()) / 2)
@@ -220,13 +220,13 @@ def test_every_callback_is_told_the_stage(tmp_path: Path) -> None:
 
 def test_the_plan_is_announced_and_every_stage_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="hf_s3t.training.trainer")
-    trainer = make_trainer(tmp_path, config={"num_slices": 4, "budget": 4}, args={"max_steps": 1})
+    trainer = make_trainer(tmp_path, config={"num_slices": 4, "budget": 4})
     trainer.train()
     lines = info_lines(caplog)
     # Four rotations, pruned: 10 + 3 * (1 + 2 + 3) slice passes over 4 slices.
     assert lines[0].startswith("13 of 13 stages to train, 28 slice passes = 7.0 x one plain fine-tuning, ")
     stored = sum(file.stat().st_size for file in tmp_path.glob("shard-*/*/*.safetensors"))
-    assert float(lines[0].split(", ")[-1].split(" MB")[0]) == pytest.approx(stored / 1e6, abs=0.06)
+    assert float(lines[0].split(" MB")[0].split(", ")[-1]) == pytest.approx(stored / 1e6, abs=0.06)
     assert len(lines) == 14
     parameters = sum(value.numel() for value in tensors_of(trainer).values())
     examples = sizes(trainer)[SECOND]

@@ -109,6 +109,7 @@ def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[st
             ("served prefixes", _served_lines(receipt)),
             ("stages removed", ", ".join(receipt.stages_removed) or "none"),
             ("dark until repair", UNKNOWN if receipt.dark_examples is None else dark),
+            *_outlook_rows(receipt),
         ]
     elif receipt.deleted_by:
         rows += [("deleted by", ", ".join(receipt.deleted_by)), ("since", receipt.inactive_since or "not known here")]
@@ -129,6 +130,17 @@ def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[st
     rows.append(("receipt", "none, as nothing was changed" if receipt.status == "dry run" else receipt.receipt))
     limits = Group(*(f"- {limit}" for limit in receipt.limits))
     return Group(_sentence(path, receipt), _pairs(rows), "Not covered:", limits)
+
+
+def _outlook_rows(receipt: Receipt) -> list[tuple[str, str]]:
+    """What a repair costs afterwards, and how near the end of a shard is. An older version's receipt knows neither."""
+    if receipt.repair_stages is None:
+        return []
+    left = "any number" if receipt.requests_left is None else f"about {receipt.requests_left:.1f}"
+    cliff = "0: a shard is dead" if receipt.requests_left == 0 else f"{left} until a shard is dead, without a repair"
+    stages = f"{receipt.repair_stages} stage{'' if receipt.repair_stages == 1 else 's'}"
+    repair = f"{receipt.repair_slice_passes:g} slice passes per epoch, {stages}"
+    return [("repair", repair), ("requests left", cliff)]
 
 
 def show_export(path: str, done: Export) -> RenderableType:

@@ -241,7 +241,7 @@ class Driver:
             logger.warning("stage %s was hit by a deletion: dropped", order.stage.name)
             return
         self.outputs[order.stage] = result.output
-        self.trainer.progress.done += order.stage.passes(self.trainer.s3t_config.replay)
+        self.trainer.progress.done += self.trainer.progress.meter.cost(order.stage)
 
     def _replace(self, hand: Hand, error: RayError) -> None:
         """A worker was lost: its stage is missing, as it was before."""
@@ -266,10 +266,11 @@ class Driver:
             return
         for hand in filter(Hand.is_training, self.hands):
             hand.show_share()
-        progress, replay = self.trainer.progress, self.trainer.s3t_config.replay
-        running = [(hand.order.stage.passes(replay), hand.share) for hand in self.hands if hand.order is not None]
+        progress = self.trainer.progress
+        cost = progress.meter.cost
         progress.open()
-        progress.show(progress.done + sum(passes * share for passes, share in running))
+        running = (cost(hand.order.stage) * hand.share for hand in self.hands if hand.order is not None)
+        progress.show(progress.done + sum(running))
 
     def _warn_if_lonely(self) -> None:
         if time.monotonic() - self._started > LONELY_SECONDS:

@@ -37,6 +37,17 @@ def check_one_dimension(name: str, count: int) -> bool:
     )
 
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What a forward pass and `generate` call a cache, since transformers 5.24 and before. Under any other name a cache is
+known by its type alone."""
+
+
+def caches_given(values: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    """What stands for a cache among arguments: all of that type, and whatever has a `name` that a cache goes by."""
+    named = {key: values[key] for key in (*CACHE_ARGUMENTS, name) if key is not None and values.get(key) is not None}
+    return {**caches_in(values), **named}
+
+
 def caches_in(values: Mapping[str, Any]) -> dict[str, Any]:
     """The key-value caches among arguments or outputs, whatever they are called."""
     return {name: value for name, value in values.items() if isinstance(value, Cache)}

@@ -47,6 +47,7 @@ class TrainerSeam(TrainerBase):
             check_overrides("trainer", theirs, METHODS, ATTRIBUTES)
             check_arguments(theirs)
             check_own_names(cls, theirs)
+            cls.__signature__ = shown_signature(cls, theirs)
 
     # ---- hooks ----
 
@@ -193,6 +194,41 @@ def check_arguments(theirs: Sequence[type]) -> None:
         raise broken("trainer", f"`{theirs[0].__qualname__}` cannot be made with {' or '.join(absent)}")
 
 
+def positional_names(theirs: Sequence[type]) -> list[str]:
+    """What a Trainer calls its arguments by position, in their order; the first of its classes that names any says."""
+    for cls in theirs:
+        parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+        named = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][1:]
+        if named:
+            return named
+    return []
+
+
+def by_name(theirs: Sequence[type], given: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a Trainer by name, those that were given by position too. A `TypeError` as Python's own."""
+    names, shown = positional_names(theirs), theirs[0].__qualname__
+    if len(given) > len(names):
+        raise TypeError(f"{shown} takes {len(names)} arguments by position ({', '.join(names)}), got {len(given)}.")
+    found = dict(zip(names, given, strict=False))
+    if twice := sorted(found.keys() & kwargs.keys()):
+        raise TypeError(f"{shown} got two values for {', '.join(twice)}: by position and by name.")
+    return found | kwargs
+
+
+def shown_signature(cls: Any, theirs: Sequence[type]) -> inspect.Signature:
+    """How a class of ours can be called: as the Trainer behind it, and with our own arguments by name."""
+    if "__init__" in vars(cls):
+        own = inspect.signature(cls.__init__)
+        return own.replace(parameters=[*own.parameters.values()][1:])
+    ours = [each for each in inspect.signature(cls.__init__).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    taken = {each.name for each in ours}
+    behind = {each.name: each for each in inspect.signature(theirs[0]).parameters.values()}
+    first = [each for each in behind.values() if each.kind is each.POSITIONAL_OR_KEYWORD and each.name not in taken]
+    rest = [each for each in behind.values() if each.kind in (each.KEYWORD_ONLY, each.VAR_KEYWORD)]
+    parameters = [*first, *ours, *(each for each in rest if each.name not in taken)]
+    return inspect.Signature(parameters, return_annotation=None)
+
+
 def check_own_names(cls: type, theirs: Sequence[type]) -> None:
     """Raises [`CompatibilityError`] if a Trainer has a method of its own that ours would replace by chance."""
     package = __name__.split(".")[0]
@@ -248,3 +284,10 @@ def send_tensorboard(callback: Any, folder: str) -> None:
         lost("trackers", f"{type(callback).__name__} has no `logging_dir`")
     elif callback.logging_dir is None:
         callback.logging_dir = folder
+
+
+def note_text(callback: Any, name: str, text: str, step: int) -> None:
+    """Writes a text into tensorboard, once it has begun; other trackers are left alone."""
+    writer = getattr(callback, "tb_writer", None)
+    if writer is not None:
+        writer.add_text(name, text, step)

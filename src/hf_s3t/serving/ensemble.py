@@ -224,12 +224,13 @@ class S3TEnsemble(nn.Module):
     def _with_cache(self, until_its_end: ExitStack, serving: Serving, args: Any, kwargs: Any) -> dict[str, Any]:
         """The arguments of `generate` with a cache for some members."""
         members, given = self._members, kwargs.get("generation_config") or self.generation_config
-        kind, caches = kwargs.get("cache_implementation", given.cache_implementation), caches_in(kwargs)
+        kind, caches = kwargs.get("cache_implementation", given.cache_implementation), bool(caches_in(kwargs))
         if serving.members > 1:
             members.refuse_encoder_decoder()
             members.look(serving)
-            for name, cache in caches.items():
-                members.check_cache(serving, name, cache)
+            kwargs, caches = members.with_own_cache(serving, kwargs)
+            if members.tried and members.cache_name is None:  # `generate` would make one for the base
+                return {**kwargs, "use_cache": False}
         if caches or kwargs.get("use_cache", given.use_cache) is False:
             return kwargs
         if serving.members > 1 and kind not in (None, "dynamic", "static"):
@@ -288,6 +289,7 @@ class S3TEnsemble(nn.Module):
             raise
         if not kwargs.get("dry_run"):
             self._followed().follow(strict=False)  # what the deletion itself did not wait for
+            self._followed().tell()
         return receipt
 
     def refresh(self, wait: bool = True) -> bool:
@@ -306,7 +308,10 @@ class S3TEnsemble(nn.Module):
                 is older than what it was loaded from, as it knows fewer deletions, and nothing was changed.
         """
         self._answers.check_outside()
-        return self._followed().follow(strict=True, settle=not self._members.compiled, wait=wait)
+        try:
+            return self._followed().follow(strict=True, settle=not self._members.compiled, wait=wait)
+        finally:
+            self._followed().tell()
 
     @property
     def pending(self) -> bool:

@@ -12,8 +12,9 @@ import torch
 
 from ..errors import StoreError
 from ..lora.adapter import WEIGHTS_FILE
-from ..plan.tree import Stage
+from ..plan.tree import Order, Stage
 from ..store.manifest import Manifest
+from ..store.outlook import tell_of_change
 from ..store.store import S3TStore
 from .answers import Answers
 from .loading import member_name
@@ -53,6 +54,8 @@ class Follower:
         self.empty = Slot(stack, 0, rank)  # is asked for the prefix of a shard that has none
         self.slots = {number: self.empty.beside(number) for number in range(stack.slots)}
         self.marks: Any = None
+        self.told: dict[int, Order] = {}  # what answered when the log was last told of it
+        self._manifest: Manifest | None = None  # that was followed last
         self.lacking = 0  # slots, for prefixes that the store serves and the model not yet
         self._waiting = threading.Lock()  # of whoever may wait for answers, one after the other
         self._following = threading.Lock()  # of whoever changes the slots, which waits for nobody
@@ -80,6 +83,18 @@ class Follower:
                 with self.answers.changing(lacking) as spare:
                     lacking = self._step(strict, settle, alone=not spare)[1]
         return changed
+
+    @property
+    def served(self) -> dict[int, Order]:
+        """The prefix that each member answers with, by shard."""
+        return {shard: slot.path[-1][0].prefix for shard, slot in self.answers.current.held.items() if slot.path}
+
+    def tell(self) -> None:
+        """One warning if less answers than when this was last asked. Nobody waits for it."""
+        if self.lacking or self._manifest is None:  # more will answer as soon as running answers end
+            return
+        before, self.told = self.told, self.served
+        tell_of_change(self.store, self._manifest, before, self.told)
 
     def _step(self, strict: bool, settle: bool, alone: bool = False) -> tuple[bool, int]:
         """Does what can be done without waiting; returns whether the store had changed, and how many slots lack.
@@ -109,12 +124,13 @@ class Follower:
             logger.error("%s", error)
             return False, 0
         self.lacking = lacking = self._take(manifest, changes, alone)
+        self._manifest = manifest
         if lacking:
             logger.warning(
                 "%d new prefixes of %s wait until running answers end; until then answer: %s", lacking,
                 self.store.path, ", ".join(self.answers.current.names) or "nobody",
             )  # fmt: skip
-        elif not self.answers.current.names and (self.marks is None or before):
+        elif not self.answers.current.names and self.marks is None and not before:
             logger.warning("no stage of %s is live: the bare base model answers", self.store.path)
         for problem in problems:
             logger.error("a member could not be brought up to date: %s", problem)

@@ -20,14 +20,23 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from transformers.modeling_outputs import ModelOutput
 
-from ..seams.answering import FUSED_HEAD, caches_in, check_logits, check_one_dimension, loss_of, taken_labels
+from ..seams.answering import (
+    CACHE_ARGUMENTS,
+    FUSED_HEAD,
+    caches_given,
+    caches_in,
+    check_logits,
+    check_one_dimension,
+    loss_of,
+    taken_labels,
+)
 from .averages import Combine, average_logits, by_token
 from .decoding import BLOCK, Decoding
 from .member_cache import MemberCache
@@ -136,6 +145,7 @@ class Members(MemberRows):
 
     def _answer(self, serving: Serving, args: Any, kwargs: dict[str, Any]) -> Any:
         if serving.members < 2:
+            self._refuse_other_members(serving, kwargs)
             with self.route.taking(self.pass_of(serving)):
                 return self._forward(*args, **kwargs)
         self.refuse_encoder_decoder()
@@ -162,15 +172,33 @@ class Members(MemberRows):
 
     def _with_members_cache(self, serving: Serving, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments with a cache that has rows for every member, where a cache is wanted."""
-        given = {name: cache for name, cache in caches_in(kwargs).items() if cache is not None}
-        for name, cache in given.items():
-            self.check_cache(serving, name, cache)
+        kwargs, given = self.with_own_cache(serving, kwargs)
         wanted = kwargs.get("use_cache")
         if wanted is None:
             wanted = getattr(self.base.config, "use_cache", False)
         if given or not wanted or self.cache_name is None:
             return kwargs
         return {**kwargs, **self.new_cache(serving)}
+
+    def with_own_cache(self, serving: Serving, kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """The arguments with a cache that was given under the model's own name for it, and whether there is one.
+
+        Raises `ValueError` for a cache of somebody else, whatever it is called, and for two of them.
+        """
+        given = caches_given(kwargs, self.cache_name)
+        for name, cache in given.items():
+            self.check_cache(serving, name, cache)
+        rest = {name: value for name, value in kwargs.items() if name not in (*CACHE_ARGUMENTS, *given)}
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(map(repr, given))} are two caches. Give one of them.")
+        own = {self.cache_name or name: cache for name, cache in given.items()}
+        return {**rest, **own}, bool(own)
+
+    def _refuse_other_members(self, serving: Serving, kwargs: Mapping[str, Any]) -> None:
+        """Raises `ValueError` for a cache of several members where one answers, or none."""
+        for name, cache in caches_in(kwargs).items():
+            if isinstance(cache, MemberCache):
+                self.check_cache(serving, name, cache)
 
     def check_cache(self, serving: Serving, name: str, cache: Any) -> None:
         """Raises `ValueError` for a cache that was not made for these members."""

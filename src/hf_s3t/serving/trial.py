@@ -46,7 +46,7 @@ class Trial:
         rows = self._tokens()
         if rows is not None:
             with in_eval_mode(self.base), torch.no_grad():
-                self.members.cache_name = next(iter(caches_in(self.members.in_turn(self.serving, rows))), None)
+                self.members.cache_name = next(iter(caches_in(self._in_turn(rows)[1])), None)
 
     def _is_conclusive(self, rows: dict[str, Any], given: bool) -> bool:
         """Tries with some rows. Those that were `given` the model has to take: they always tell."""
@@ -57,7 +57,7 @@ class Trial:
         members = self.members
         members.batched, members.shares_trunk, members.whole = False, None, set()
         try:
-            expected = members.in_turn(self.serving, dict(rows))
+            rows, expected = self._in_turn(rows)
         except Exception as error:  # what a model says of rows that it does not take is not ours to foresee
             if given:
                 self._settle(f"it does not take several rows ({error})")
@@ -76,6 +76,19 @@ class Trial:
                 logger.warning("the members share no trunk: it runs for each of them, as %s", reason)
         members.tried = True
         return True
+
+    def _in_turn(self, rows: dict[str, Any]) -> tuple[dict[str, Any], ModelOutput]:
+        """What the members answer in turn to some rows, with a cache where they take `use_cache`, and these arguments.
+
+        Not every model that takes it says so by name.
+        """
+        asking = {**rows, "use_cache": True}
+        try:
+            return asking, self.members.in_turn(self.serving, dict(asking))
+        except Exception:  # what a model says of an argument that it does not know is not ours to foresee
+            if "use_cache" in self.members.parameters:
+                raise
+        return rows, self.members.in_turn(self.serving, dict(rows))
 
     def _settle(self, reason: str) -> None:
         """Members answer in turn from now on."""
@@ -111,7 +124,7 @@ class Trial:
         rows = {"input_ids": tokens.to(self.base.device)}
         if "attention_mask" in self.members.parameters:
             rows["attention_mask"] = mask.long().to(self.base.device)
-        return self._with_cache(rows)
+        return rows
 
     def _some(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As many rows as it takes, of those that were given; a row that comes again is moved a little."""
@@ -124,7 +137,4 @@ class Trial:
                     for row in range(TRIED_ROWS)
                 ]
                 some[name] = torch.stack(rows)
-        return self._with_cache(some)
-
-    def _with_cache(self, rows: dict[str, Any]) -> dict[str, Any]:
-        return {**rows, "use_cache": True} if "use_cache" in self.members.parameters else rows
+        return some

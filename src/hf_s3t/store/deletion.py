@@ -25,6 +25,7 @@ from .exports import settle
 from .folder import StoreFolder
 from .ids import shortened
 from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
+from .outlook import outlook_of
 from .receipts import Receipt, append_receipt, check_receipts, limits_of, receipt_name, versions
 from .requests import Request
 from .sources import TOMBSTONES, FolderSource, on_top
@@ -64,7 +65,7 @@ def delete(
             raise _unknown(folder, request)
     if request.look_alikes:
         logger.warning("Not deleted, as nobody asked for it:%s", _alike(request))
-    receipt = _preview(folder, request, reference)
+    receipt = _preview(folder, request, reference, dry_run)
     if dry_run:
         return replace(receipt, status="dry run")
     if not request.places:
@@ -156,11 +157,12 @@ def readmit(folder: StoreFolder, request_digests: Mapping[str, Kind], reference:
     return _to_its_end(folder, _write_intent(folder, intent))
 
 
-def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Receipt:
+def _preview(folder: StoreFolder, request: Request, reference: str | None, dry_run: bool) -> Receipt:
     manifest = folder.live(intents=folder.readable_intents())
     gone = [stage for stage in sorted(manifest.stages) if stage.slices & request.places]
     before = manifest.plan.served(manifest.stages)
-    after = manifest.plan.served(manifest.without(gone).stages)
+    left = manifest.without(gone)
+    after = manifest.plan.served(left.stages)
     counts: Counter[Place] | None = None
     caches: list[str] = []
     if folder.has_state:
@@ -183,6 +185,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         served_before=served_json(before), served_after=served_json(after),
         exports=carrying(folder, _newest(request, generation)), caches=caches, versions=versions(),
         repository=folder.source.repo_id, limits=limits_of(manifest),
+        **(outlook_of(left)._asdict() if dry_run else {}),  # else it follows when nothing waits for it any more
     )  # fmt: skip
 
 
@@ -228,9 +231,10 @@ def _carry_out_once(folder: StoreFolder, intent: Mapping[str, Any]) -> Receipt:
     copies = settle(folder, receipt.exports, receipt.generation, intent.get("refresh_exports", False))
     reached = folder.source.reached(places, manifest.weights)
     at_head = folder.source.repo_id is not None and receipt.kind == "delete"
+    outlook = outlook_of(manifest)._asdict() if receipt.kind == "delete" else {}
     receipt = replace(
         receipt, status="inactive_at_head" if at_head else receipt.status, generation=manifest.generation,
-        inactive_since=utc_now(), still_served_at=reached, **copies,
+        inactive_since=utc_now(), still_served_at=reached, **copies, **outlook,
     )  # fmt: skip
     receipt = append_receipt(folder, receipt)
     _end(folder.private / INTENTS / intent["file"])

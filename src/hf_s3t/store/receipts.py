@@ -57,6 +57,10 @@ class Receipt:
         asked, found, already_deleted (`int`): numbers of ids, groups, rows or slices in the request.
         examples (`int`): examples that the request covers and that were in the index; `None`: the state is not here.
         dark_examples (`int`): other examples whose slices this took out of service until repair; `None` likewise.
+        repair_stages (`int`, *optional*), repair_slice_passes (`float`, *optional*): what a repair costs afterwards,
+            slice passes per epoch.
+        requests_left (`float`, *optional*): how many more requests are expected until a shard is dead, if nothing is
+            repaired; 0: one is. `None`: any number, where a prior says that some slices are never hit.
         deleted_by (`list[str]`): names of the deletions that were there before, of what was deleted already.
         stages_removed (`dict[str, dict[str, str]]`): sha256 per file of each removed stage.
         served_before, served_after (`dict[str, list[int]]`): served prefix per live shard.
@@ -78,6 +82,9 @@ class Receipt:
     already_deleted: int = 0
     examples: int | None = 0
     dark_examples: int | None = 0
+    repair_stages: int | None = None
+    repair_slice_passes: float | None = None
+    requests_left: float | None = None
     deleted_by: list[str] = field(default_factory=list)
     inactive_since: str | None = None
     reference: str | None = None

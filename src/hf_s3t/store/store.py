@@ -25,6 +25,7 @@ from .database import Kind, Place
 from .exports import Export, given_base, write_export
 from .folder import StoreFolder
 from .ids import encoded, id_text, shortened
+from .outlook import tell_of_change, tell_of_deletion
 from .partition import keyed_digest
 from .receipts import Receipt, read_receipts
 from .requests import LookAlikes, check_lists, check_reference, resolve
@@ -119,6 +120,8 @@ class S3TStore(Verifiable, StateCare):
     ) -> Receipt:
         """Removes everything that depends on some examples. No model, no dataset, no gradient step.
 
+        One warning says where less answers until a repair; the receipt, of a dry run too, has the numbers.
+
         Args:
             ids (`Iterable`): ids, as they stood in the id column.
             groups (`Iterable`): groups, all of whose examples go.
@@ -140,11 +143,14 @@ class S3TStore(Verifiable, StateCare):
             UnknownExampleError: something is not known; nothing was changed.
             StoreLockedError: another writer did not finish in time.
         """
-        return self._delete(
+        receipt = self._delete(
             {"ids": ids, "groups": groups, "rows": rows, "slices": slices},
             dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
             purge=purge, keep_refs=keep_refs,
         )  # fmt: skip
+        if not dry_run:
+            tell_of_deletion(self, receipt)
+        return receipt
 
     def _delete(
         self,
@@ -220,7 +226,9 @@ class S3TStore(Verifiable, StateCare):
             StoreError: the repository holds another store, or its files are damaged.
         """
         with self.writing():
-            publishing.pull(self, StoreFolder(repo_id, self._given_key, self.private, token=token))
+            before = self.served() if self.exists else {}
+            manifest = publishing.pull(self, StoreFolder(repo_id, self._given_key, self.private, token=token))
+            tell_of_change(self, manifest, before, self.served(manifest))
 
     def purge(self, keep_refs: Iterable[str] | None = None, seconds: float = SECONDS) -> PurgeReport:
         """Removes from a repository's history what its head does not serve; see [`hf_s3t.hub.purge.purge`].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import CallbackHandler, ProgressCallback
+from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
 from ..errors import IsolationError
 from ..lora.tuner import StageTuner
@@ -21,9 +21,11 @@ from ..seams.trainer import (
     check_handler,
     check_told,
     kept_generators,
+    note_text,
     send_tensorboard,
     tracker_classes,
 )
+from .cost import Meter
 
 logger = get_logger(__name__)
 
@@ -34,6 +36,9 @@ LOOKING = ("on_log", "on_save", "on_evaluate", "on_predict", "on_prediction_step
 
 class StageCallbackHandler(CallbackHandler):
     """Passes `stage` to every callback, and shows trackers one run: they begin with the first stage and end once.
+
+    What they are told of a stage has its shard and its depth (the length of its prefix) as numbers beside the metrics,
+    and tensorboard has the stage's name as text.
 
     It takes over the callbacks of the trainer's own handler. `report_to` names the trackers, as in the
     TrainingArguments.
@@ -46,6 +51,7 @@ class StageCallbackHandler(CallbackHandler):
         self.stage: Stage | None = None
         self.trackers: tuple[Any, ...] = tracker_classes(report_to)
         self._begun = False
+        self._named: Stage | None = None  # by text, in trackers that take it
 
     def keep_outside(self, output_dir: str) -> None:
         """Sends tensorboard to `OUTPUT_DIR-runs` unless told otherwise: its default lies in the store."""
@@ -61,9 +67,27 @@ class StageCallbackHandler(CallbackHandler):
         self._begun = self._begun or event == "on_train_begin"
         try:
             with kept_generators() if event in LOOKING else nullcontext():
+                if event == "on_log" and self.stage is not None and self.trackers:
+                    control = self._track(args, state, control, **kwargs)
                 return super().call_event(event, args, state, control, stage=self.stage, **kwargs)
         finally:
             self.callbacks = everyone
+
+    def _track(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
+        """Tells trackers of a log, with the stage as numbers; leaves everyone else to be told."""
+        assert self.stage is not None
+        everyone = self.callbacks
+        self.callbacks = [callback for callback in everyone if isinstance(callback, self.trackers)]
+        tags = {"shard": self.stage.shard, "depth": self.stage.depth}
+        if self._named != self.stage:
+            self._named = self.stage
+            for callback in self.callbacks:
+                note_text(callback, "stage", self.stage.name, state.global_step)
+        control = super().call_event(
+            "on_log", args, state, control, stage=self.stage, logs={**(logs or {}), **tags}, **kwargs
+        )
+        self.callbacks = [callback for callback in everyone if not isinstance(callback, self.trackers)]
+        return control
 
     def end_run(self, args: Any, state: Any, control: Any) -> None:
         """Tells the trackers, once, that the run is over."""
@@ -71,7 +95,7 @@ class StageCallbackHandler(CallbackHandler):
             for callback in self.callbacks:
                 if self.trackers and isinstance(callback, self.trackers):
                     callback.on_train_end(args, state, control, model=self.model)
-        self._begun = False
+        self._begun, self._named = False, None
 
 
 class StageGuard(TrainerCallback):
@@ -127,13 +151,21 @@ class StageGuard(TrainerCallback):
         )  # fmt: skip
 
 
-class PlanProgressCallback(ProgressCallback):
-    """One progress bar over the whole plan, in slice passes."""
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}, {remaining} left{postfix}]"
+"""How the bar looks; the last time is what is expected."""
 
-    def __init__(self, replay: float = 1.0):
+
+class PlanProgressCallback(ProgressCallback):
+    """One progress bar over the whole plan, in slice passes of all epochs; see [`Meter`]."""
+
+    def __init__(self) -> None:
         super().__init__()
         self.training_bar: Any = None
-        self.replay, self.total, self.done = replay, 0.0, 0.0
+        self.meter, self.total, self.done = Meter(), 0.0, 0.0
+
+    def begin(self, meter: Meter, stages: Iterable[Stage]) -> None:
+        """What there is to do in this run."""
+        self.meter, self.total = meter, _plain(meter.total(stages))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -143,17 +175,23 @@ class PlanProgressCallback(ProgressCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and stage is not None:
-            self.show(self.done + stage.passes(self.replay) * state.global_step / max(state.max_steps, 1))
+            self.show(self.done + self.meter.cost(stage) * state.global_step / max(state.max_steps, 1))
 
     def on_train_end(self, args: Any, state: Any, control: Any, stage: Stage | None = None, **kwargs: Any) -> None:
         if stage is not None:
-            self.done += stage.passes(self.replay)
+            self.done += self.meter.cost(stage)
             self.show(self.done)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, stage: Stage | None = None, **kwargs: Any
+    ) -> None:
+        super().on_log(args, state, control, logs=_with_stage(logs, stage), **kwargs)
 
     def open(self) -> None:
         """Begins the bar, if there is none yet."""
         if self.training_bar is None:
-            self.training_bar = tqdm(total=self.total, unit=" slice passes", dynamic_ncols=True)
+            unit = f" {self.meter.unit}"
+            self.training_bar = tqdm(total=self.total, unit=unit, dynamic_ncols=True, bar_format=BAR)
 
     def close(self) -> None:
         """Ends the bar with the run."""
@@ -165,5 +203,24 @@ class PlanProgressCallback(ProgressCallback):
     def show(self, position: float) -> None:
         """Moves the bar, if there is one, to so many slice passes."""
         if self.training_bar is not None:
-            self.training_bar.n = round(position, 2)
+            self.training_bar.n = _plain(position)
             self.training_bar.refresh()
+
+
+class StagePrinter(PrinterCallback):
+    """Prints metrics with the stage that they are of, where no bar is shown."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, stage: Stage | None = None, **kwargs: Any
+    ) -> None:
+        super().on_log(args, state, control, logs=_with_stage(logs, stage), **kwargs)
+
+
+def _with_stage(logs: Any, stage: Stage | None) -> dict[str, Any]:
+    return {**({} if stage is None else {"stage": stage.name}), **(logs or {})}
+
+
+def _plain(number: float) -> float:
+    """A number as a person writes it: 3 and not 3.0."""
+    rounded = round(number, 2)
+    return int(rounded) if rounded == int(rounded) else rounded

@@ -39,7 +39,7 @@ UNLEARNT = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 """Tokens that mark places in any text."""
 
 
-def tell(trainer: Any, manifest: Manifest) -> None:
+def warn_of_what_stays(trainer: Any, manifest: Manifest) -> None:
     """Warns, before anything trains, of what a deletion will not reach and has not reached."""
     ask(trainer, manifest)
     warn_of_empty_classes(trainer.store, trainer.rows, trainer.model)

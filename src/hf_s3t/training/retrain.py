@@ -46,13 +46,13 @@ class RetrainingMixin(TrainerSeam):
 
     def verify(
         self: Any,
-        retrain: Retrain | None = "all",
+        retrain: Retrain | None = None,
         *,
         sample: int | None = None,
         seed: int | None = None,
         scan_for: str | Path | None = None,
     ) -> VerifyReport:
-        """Audits the store and trains its stages again with this very trainer; see [`S3TStore.verify`].
+        """Audits the store; where asked, trains stages again with this very trainer. See [`S3TStore.verify`].
 
         Example:
 

@@ -91,6 +91,13 @@ class TrainRows:
         }
         return stage_examples(stage, by_slice, self.replay)
 
+    def trained_on(self, state: StateDatabase) -> Index:
+        """The rows that stages see if they are trained now: prepared, and not deleted."""
+        buried = state.buried()
+        ids, groups = buried["id"], buried["group"]
+        known = ((digest, self.entries[digest]) for digest in self._first)
+        return {digest: entry for digest, entry in known if digest not in ids and entry.group not in groups}
+
     def numbered(self, examples: Sequence[str]) -> list[tuple[str, int]]:
         """Some examples with the numbers of their prepared rows, which may be several, in their order."""
         return [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ class RunningStageMixin(TrainerSeam):
     callback_handler: Any
     store: S3TStore
     _order: StageOrder | None
+    _counted: StageOrder | None = None
+    _steps = _before = 0
+    """Optimizer steps of the whole plan: up to what was logged last, and before the stage that is counted."""
+    charts_per_stage: bool
     watch: StoreWatch | Apart
 
     # ---- deletions while a stage trains ----
@@ -107,24 +112,45 @@ class RunningStageMixin(TrainerSeam):
             self.store.write_lock.release()
             raise
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; metrics of a stage carry its name, and steps count over the whole plan."""
-        if self._order is None:
-            super().log(logs, *args, **kwargs)
-            return
-        name = self._order.stage.name
-        named = {
-            f"eval_{name}/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"{name}/{key}": value
-            for key, value in logs.items()
-        }
-        self.state.global_step += self._order.steps_before
+    @contextmanager
+    def _training_lock(self) -> Iterator[None]:
+        """One training per store; a deletion needs another lock and never waits for this one."""
+        self._on_main(partial(self.store.train_lock.acquire, 0))
         try:
-            with kept_generators():
-                super().log(named, *args, **kwargs)
+            yield
         finally:
-            self.state.global_step -= self._order.steps_before
+            if self.is_world_process_zero():
+                self.store.train_lock.release()
+
+    # ---- what is logged ----
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; steps count over the whole plan, and an entry of the history says of which stage it is."""
+        own, name = self.state.global_step, None if self._order is None else self._order.stage.name
+        if self._order is not None:
+            if self._counted is not self._order:  # a repair goes on counting where the run before it ended
+                self._counted, self._before = self._order, max(self._order.steps_before, self._steps)
+            self._steps = self._before + own
+        if name is not None and self.charts_per_stage:
+            logs = _named(logs, name)
+        self.state.global_step = max(self._steps, own)
+        try:
+            with nullcontext() if name is None else kept_generators():
+                super().log(logs, *args, **kwargs)
+            if name is not None and self.state.log_history:
+                self.state.log_history[-1]["stage"] = name
+        finally:
+            self.state.global_step = own
 
     # ---- processes ----
 
     def _on_main(self, function: Callable[[], Any]) -> Any:
         return on_main_process(self.args, function)
+
+
+def _named(logs: dict[str, float], name: str) -> dict[str, float]:
+    """Metrics by names that begin with a stage's."""
+    return {
+        f"eval_{name}/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"{name}/{key}": value
+        for key, value in logs.items()
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,7 +17,9 @@ from ..lora.tuner import StageTuner
 from ..seams.trainer import TrainerSeam, kept_generators
 from ..serving.ensemble import S3TEnsemble
 from ..serving.loading import read_members
+from ..store.exports import Export
 from ..store.receipts import Receipt
+from ..store.status import Location, Status
 from ..store.store import S3TStore
 from .processes import on_main_process
 from .stage_orders import StageOrder
@@ -153,6 +156,18 @@ class ServedModelMixin(TrainerSeam):
         if self._order is None and not kwargs.get("dry_run"):
             self._serve()
         return receipt
+
+    def export(self, path: str | os.PathLike[str], prefix: Any = None, merge: bool = False, **kwargs: Any) -> Export:
+        """Writes the served model, or any live prefix, for stock runtimes; see [`S3TStore.export`]."""
+        return on_main_process(self.args, lambda: self.store.export(path, prefix, merge, **kwargs))
+
+    def locate(self, ids: Any = (), groups: Any = ()) -> list[Location]:
+        """Tells where ids and groups are, and which live stages saw them; see [`S3TStore.locate`]."""
+        return on_main_process(self.args, lambda: self.store.locate(ids, groups))
+
+    def status(self, **kwargs: Any) -> Status:
+        """What is trained, served, missing and deleted; see [`S3TStore.status`]."""
+        return on_main_process(self.args, lambda: self.store.status(**kwargs))
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Writes the root adapter and the tokenizer; the store itself holds its root adapter already.

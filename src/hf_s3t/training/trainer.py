@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from huggingface_hub.utils import validate_repo_id
 from transformers import Trainer, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from ..files import remove
@@ -27,16 +26,19 @@ from ..lora.config import S3TConfig
 from ..lora.tuner import StageTuner, owned_layers, plain_lora_config
 from ..lora.wrapping import wrap_model
 from ..plan.tree import Stage
+from ..seams.overrides import classes_behind
 from ..seams.preparation import watched_preparation
-from ..seams.trainer import with_state
+from ..seams.trainer import TrainerSeam, by_name, with_state
 from ..store.base_model import public_id
 from ..store.recipe import make_recipe, steering_by
 from ..store.recipe_differences import check_accept
+from ..store.slice_sizes import SliceSizes
 from ..store.store import S3TStore
 from ..trunk.row_states import ActivationCache, check_cache
 from .apart import apart_here
-from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
-from .carried_along import tell
+from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard, StagePrinter
+from .carried_along import warn_of_what_stays
+from .cost import Meter, cost_line, tell
 from .evaluation_rows import check_evaluation
 from .marked_rows import MarkedRowsMixin, drawn_beyond
 from .processes import check_processes, check_ranks, is_bar_shown, on_main_process
@@ -61,7 +63,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
         model (`PreTrainedModel`): the base model, or a [`~peft.PeftModel`] made with an [`S3TConfig`].
         args ([`~transformers.TrainingArguments`]): `output_dir` is the store; epochs, steps, learning rate, scheduler,
             evaluation and saving are per stage.
-        data_collator, train_dataset: as for the Trainer; the train set is partitioned before anything else touches it.
+        train_dataset: as for the Trainer; it is partitioned before anything else touches it.
         peft_config ([`S3TConfig`], *optional*): what a stage trains.
         partition_key (`str` or `bytes`, *optional*): decides which slice an example lies in; written to `.s3t/` only.
             `None`: `HF_S3T_KEY`, else a new random key.
@@ -78,7 +80,9 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
             differ in their last bits from those in a step's batch.
         activation_cache_gb (`float`, *optional*): how much to keep, in 10^9 bytes. `None`: all that is of use.
         eval_trunk (`bool`): with a cache, whether layers that drop out in training may run without, below a stage.
-        kwargs: everything else that the Trainer takes.
+        charts_per_stage (`bool`): whether logged metrics carry the stage's name (`shard-00/0-1/loss`), so that
+            trackers draw a chart for each stage. By default all stages share their names, on one count of steps.
+        given, kwargs: everything else that the Trainer takes, by position or by name, in its own order.
 
     Example:
 
@@ -94,11 +98,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
 
     def __init__(
         self,
-        model: Any = None,
-        args: Any = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        *,
+        *given: Any,
         peft_config: S3TConfig | None = None,
         partition_key: str | bytes | None = None,
         missing: Missing = "error",
@@ -108,8 +108,12 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
         activation_cache: ActivationCache = "off",
         activation_cache_gb: float | None = None,
         eval_trunk: bool = False,
+        charts_per_stage: bool = False,
         **kwargs: Any,
     ):
+        kwargs = by_name(classes_behind(type(self), TrainerSeam), given, kwargs)
+        model, args, train_dataset = (kwargs.pop(name, None) for name in ("model", "args", "train_dataset"))
+        peft_config = peft_config or kwargs.pop("peft_config", None)  # by position
         refuse_arguments(model, args, kwargs, missing)
         if base_model_id is not None:
             validate_repo_id(base_model_id)
@@ -120,6 +124,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
             apart.settle(args)
         self.trunk_cache = TrunkCache(self, activation_cache, activation_cache_gb, eval_trunk)
         self.missing, self.extend, self.accept_recipe = missing, extend, tuple(accept_recipe)
+        self.charts_per_stage = charts_per_stage
         self.store = S3TStore(Path(args.output_dir), partition_key)  # a `str` might be the id of a repository
         self.watch = apart or StoreWatch(self.store)
         model, self.s3t_config, self._drawn_heads = wrap_model(model, peft_config, args.seed)
@@ -137,9 +142,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
                 self._rows = RowsApart(train_dataset, key, self.s3t_config)
             train_dataset = self._rows.marked(train_dataset)
         with watched_preparation():
-            super().__init__(
-                model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, **kwargs
-            )
+            super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.tuner = StageTuner(self.model)
         if self._rows is not None:
             self.train_dataset = self._rows.adopt(self.train_dataset)
@@ -153,9 +156,11 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
         self.callback_handler.keep_outside(self.args.output_dir)
         self.guard = StageGuard(self.tuner, self._drop_if_hit, self._check_rows)
         self.add_callback(self.guard)
-        self.progress = PlanProgressCallback(self.s3t_config.replay)
+        self.progress = PlanProgressCallback()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
+        if self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(StagePrinter())
 
     def train(
         self,
@@ -194,7 +199,10 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
         if self._rows is None:
             raise ValueError("`train()` needs a `train_dataset`.")
         with self._training_lock():
-            logger.info("%s", self._on_main(partial(self._open_store, cost_budget)))
+            lines = self._on_main(partial(self._open_store, cost_budget))
+            logger.info("%s", lines)
+            if self.is_world_process_zero() and self.progress.total:
+                tell(lines)
             try:
                 elsewhere, resume = self.stages_by, resume_from_checkpoint is not False
                 outputs = elsewhere() if elsewhere else self._train_missing(resume, ignore_keys_for_eval)
@@ -209,16 +217,6 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
             self.push_to_hub()
         return summary(outputs)
 
-    @contextmanager
-    def _training_lock(self) -> Iterator[None]:
-        """One training per store; a deletion needs another lock and never waits for this one."""
-        self._on_main(partial(self.store.train_lock.acquire, 0))
-        try:
-            yield
-        finally:
-            if self.is_world_process_zero():
-                self.store.train_lock.release()
-
     def recipe(self) -> dict[str, Any]:
         """Every setting of this trainer that changes bits; see [`make_recipe`]."""
         recipe = make_recipe(
@@ -231,7 +229,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
         return {**recipe, "processes": self.stage_processes or self.args.world_size}
 
     def _open_store(self, cost_budget: int | None = None) -> str:
-        """Brings store, settings and rows into agreement; returns what is about to be trained, in one line."""
+        """Brings store, settings and rows into agreement; tells what is about to be trained, and on how many rows."""
         recipe = self.recipe()
         prior = self.s3t_config.deletion_prior
         wanted_plan = make_plan(self.s3t_config, self.args.seed) if cost_budget is None else None
@@ -245,15 +243,16 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
         missing = plan.missing(manifest.stages)
         if missing:
             warn_of_other_stacks(self.store, manifest)
-            tell(self, manifest)
-        cost = self.progress.total = round(sum(stage.passes(self.s3t_config.replay) for stage in missing), 2)
+            warn_of_what_stays(self, manifest)
+        self.progress.begin(Meter.of(self.args, self.s3t_config.replay), missing)
         layout = self.tuner.layout
         numel = sum(self.tuner.stage_numel(owned_layers(self.s3t_config, layout, stage.depth)) for stage in missing)
-        return (
-            f"{len(missing)} of {len(plan.stages)} stages to train, {cost} slice passes = "
-            f"{cost / (plan.num_shards * plan.num_slices):.1f} x one plain fine-tuning, "
-            f"{4 * numel / 1e6:.1f} MB of stages"
-        )
+        line = cost_line(missing, plan, self.progress.meter, 4 * numel / 1e6)
+        if not missing:
+            return line
+        with self.store.reading() as state:
+            sizes = SliceSizes.of(self.rows.trained_on(state), self.s3t_config)
+        return "\n".join([line, *sizes.lines(None if manifest.stages else self.store.key)])
 
     def _train_missing(self, resume: bool, ignore_keys_for_eval: list[str] | None) -> dict[Stage, TrainOutput]:
         outputs: dict[Stage, TrainOutput] = {}
