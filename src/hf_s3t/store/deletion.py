@@ -18,6 +18,7 @@ from ..errors import StateError, StoreError, UnfinishedDeletionError, UnknownExa
 from ..files import json_bytes, remove, utc_now
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from .agreement import check_agreement
+from .commitments import commitments
 from .database import Kind, Place, StateDatabase
 from .deletion_records import INTENT_FORMAT, OPTIONAL
 from .export_records import carrying
@@ -25,7 +26,9 @@ from .exports import settle
 from .folder import StoreFolder
 from .ids import shortened
 from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
-from .receipts import Receipt, append_receipt, check_receipts, limits_of, receipt_name, versions
+from .obeyed import with_receipts
+from .receipt_signature import check_signer
+from .receipts import Receipt, append_receipt, check_receipts, limits_of, linked, receipt_name, versions
 from .requests import Request
 from .sources import TOMBSTONES, FolderSource, on_top
 from .state_files import INTENTS
@@ -67,8 +70,11 @@ def delete(
     receipt = _preview(folder, request, reference)
     if dry_run:
         return replace(receipt, status="dry run")
+    check_signer(folder)
     if not request.places:
         return _unchanged(folder, request, receipt, refresh_exports)
+    receipt = replace(receipt, commitments=commitments(folder, receipt.receipt, request))
+    receipt = linked(folder, receipt)
     intent = {
         "kind": "delete",
         "receipt": receipt.to_json(),
@@ -143,6 +149,8 @@ def readmit(folder: StoreFolder, request_digests: Mapping[str, Kind], reference:
         receipt_name(), "readmit", "readmitted", utc_now(), manifest.generation + 1, reference=reference,
         asked=len(request_digests), found=len(request_digests), versions=versions(), limits=(),
     )  # fmt: skip
+    check_signer(folder)
+    receipt = linked(folder, receipt)
     intent = {
         "kind": "readmit",
         "receipt": receipt.to_json(),
@@ -179,6 +187,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None) -> Re
         examples=None if counts is None else deleted, dark_examples=dark, reference=reference,
         deleted_by=sorted({name for stone in request.stones for name in stone.deletions}),
         stages_removed={stage.name: manifest.stages[stage] for stage in gone},
+        stages_after=weights_of(manifest.without(gone)), places=sorted(map(list, request.places)),
         served_before=served_json(before), served_after=served_json(after),
         exports=carrying(folder, _newest(request, generation)), caches=caches, versions=versions(),
         repository=folder.source.repo_id, limits=limits_of(manifest),
@@ -311,6 +320,7 @@ def _obey(folder: StoreFolder) -> None:
         hit: set[Place] = set()
         if state is not None:
             log = merged(manifest.log, state.log())
+            log = with_receipts(log, state)
             hit = places_beyond(log, manifest.log)
             untold = manifest.tombstones == NOT_KNOWN and state.knows(manifest) and folder.has_key
             if untold or log != manifest.log:
@@ -333,6 +343,11 @@ def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]
             raise _unfinished(intent, error) from error
         raise
     return intent
+
+
+def weights_of(manifest: Manifest) -> dict[str, str]:
+    """sha256 of the weights of every stage, by its name."""
+    return {stage.name: files[WEIGHTS_FILE] for stage, files in sorted(manifest.stages.items())}
 
 
 def served_json(served: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:

@@ -14,6 +14,9 @@ from typing import Any
 
 from .state import stack_line
 
+LAST_RECEIPTS = 64
+"""Among so many the newest link of the chain is looked for: a deletion that was interrupted is written later."""
+
 
 class RecordTables:
     """The part of a state that tells what was done."""
@@ -107,6 +110,24 @@ class RecordTables:
             text = json.dumps(changed[name], sort_keys=True) if name in changed else text
             last = chained(last, text)
             self._sql.execute("UPDATE receipts SET receipt = ?, chain = ? WHERE name = ?", (text, last, name))
+
+    def newest_links(self) -> list[tuple[int, str]]:
+        """Place in the chain and digest of the receipts that were written last; those of older formats have none."""
+        rows = self._sql.execute(
+            "SELECT json_extract(receipt, '$.number'), json_extract(receipt, '$.digest') FROM "
+            "(SELECT receipt FROM receipts WHERE format > 1 ORDER BY number DESC LIMIT ?) WHERE json_valid(receipt)",
+            (LAST_RECEIPTS,),
+        )
+        return [(number, digest) for number, digest in rows if type(number) is int and isinstance(digest, str)]
+
+    def links(self) -> list[tuple[int, str, list[str]]]:
+        """Place in the chain, digest, and digests of those before it, of every receipt that can be read."""
+        rows = self._sql.execute(
+            "SELECT json_extract(receipt, '$.number'), json_extract(receipt, '$.digest'), "
+            "json_extract(receipt, '$.previous'), json_extract(receipt, '$.joins') FROM receipts "
+            "WHERE format > 1 AND json_valid(receipt) ORDER BY number"
+        )
+        return [(number, digest, [previous, *json.loads(joins)]) for number, digest, previous, joins in rows]
 
     def receipt(self, name: str) -> dict[str, Any] | None:
         """One receipt."""
