@@ -14,9 +14,10 @@ from ..store.ids import shortened
 from .options import WIDTH
 
 if TYPE_CHECKING:
-    from ..store.audit import VerifyReport
+    from ..store.audit import Check, VerifyReport
     from ..store.exports import Export
     from ..store.lost_state import Loss
+    from ..store.receipt_since import Since
     from ..store.receipts import Receipt
     from ..store.status import Location, Status
 
@@ -125,6 +126,9 @@ def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[st
         rows.append(("history", still_serves(unpurged)))
     if receipt.reference:
         rows.append(("reference", receipt.reference))
+    from ..store.receipt_since import status_words
+
+    rows.append(("status", status_words(receipt)))
     rows.append(("receipt", "none, as nothing was changed" if receipt.status == "dry run" else receipt.receipt))
     limits = Group(*(f"- {limit}" for limit in receipt.limits))
     return Group(_sentence(path, receipt), _pairs(rows), "Not covered:", limits)
@@ -171,17 +175,50 @@ def show_loss(path: str, loss: Loss) -> RenderableType:
     return Group(f"Lost deletions of {path}:", _pairs(rows), verdict, WARNING)
 
 
+def show_receipts(path: str, told: Sequence[tuple[Receipt, str]]) -> RenderableType:
+    """Receipts with where each stands."""
+    table = Table("receipt", "requested at", "reference", "status", width=WIDTH, title=path)
+    table.title_justify = "left"
+    for receipt, words in told:
+        reference = shortened(ascii(receipt.reference)[1:-1]) if receipt.reference else ""
+        table.add_row(receipt.receipt, receipt.requested_at[:19], reference, words)
+    return table
+
+
+def show_kept(path: str, receipt: Receipt, since: Since) -> RenderableType:
+    """A receipt that was kept, with what became of it since."""
+    from ..store.receipt_since import status_words
+
+    rows = [
+        ("status", status_words(receipt, since)),
+        ("requested at", receipt.requested_at),
+        ("inactive since", receipt.inactive_since or "not known here"),
+        ("trained again since", f"{len(since.repaired)} of {len(receipt.stages_removed)} removed stages"),
+        ("still carries it", "\n".join((*since.history, *since.exports)) or "nothing that is known"),
+        ("digest", receipt.digest or "none: of an earlier version, not chained by digest"),
+        ("signed", "yes" if receipt.signature else "no"),
+    ]
+    if receipt.obeys:
+        rows.append(("taken over", ", ".join(receipt.obeys)))
+    return Group(show_receipt(path, receipt), "", _pairs(rows))
+
+
 def show_report(report: VerifyReport) -> RenderableType:
     """What an audit found."""
-    table = Table("what should hold", "outcome", width=WIDTH, title=f"{report.path}, generation {report.generation}")
+    return show_checks(f"{report.path}, generation {report.generation}", report.checks)
+
+
+def show_checks(title: str, checks: Sequence[Check]) -> RenderableType:
+    """What was looked at, and what was found."""
+    table = Table("what should hold", "outcome", width=WIDTH, title=title)
     table.title_justify = "left"
     details = []
-    for check in report.checks:
+    for check in checks:
         table.add_row(check.name, check.outcome)
         details += [f"broken: {finding}" for finding in check.broken]
         details += [f"not checked: {finding}" for finding in check.not_checked]
-    verdict = "Nothing is broken" if report.ok else "Something is broken"
-    rest = "" if report.complete else ", but not everything could be checked"
+    verdict = "Something is broken" if any(check.broken for check in checks) else "Nothing is broken"
+    rest = ", but not everything could be checked" if any(check.not_checked for check in checks) else ""
     return Group(table, *details, f"{verdict}{rest}.")
 
 

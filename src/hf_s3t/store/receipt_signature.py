@@ -33,7 +33,12 @@ def signing_key_file(folder: StoreFolder) -> str | None:
 def check_signer(folder: StoreFolder) -> None:
     """Raises `ValueError` if receipts are to be signed and cannot be: before anything is changed."""
     if file := signing_key_file(folder):
-        _private_key(file)
+        check_key(file)
+
+
+def check_key(file: str) -> None:
+    """Raises `ValueError` if no receipt can be signed with the private key in a PEM file."""
+    _private_key(file)
 
 
 def signed(folder: StoreFolder, receipt: Mapping[str, Any]) -> dict[str, str] | None:

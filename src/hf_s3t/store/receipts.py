@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import version
@@ -138,7 +139,7 @@ class Receipt:
 
 
 def linked(folder: StoreFolder, receipt: Receipt, state: StateDatabase | None = None) -> Receipt:
-    """A receipt whose evidence is complete: by its digest it follows the newest one, also of a deletion that was begun.
+    """A receipt whose evidence is complete: it names the newest one by its digest, also of a deletion that was begun.
 
     Runs under the write lock; a `state` that is being changed is handed in.
     """
@@ -211,6 +212,17 @@ def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
     names = {receipt["receipt"] for receipt in found}
     found += [r for path in folder.loose_receipts() if (r := read_json(path)).get("receipt") not in names]
     return [Receipt.from_json(receipt).to_json() for receipt in found]
+
+
+def one_receipt(receipts: Sequence[Receipt], name: str, where: Any) -> Receipt:
+    """The receipt that has a name, or alone begins with it. A `ValueError` if there is none."""
+    found = [receipt for receipt in receipts if receipt.receipt == name]
+    found = found or [receipt for receipt in receipts if name and receipt.receipt.startswith(name)]
+    if len(found) != 1:
+        known = ", ".join(receipt.receipt for receipt in (found or receipts)[-5:]) or "none"
+        what = "is the beginning of several receipts" if found else "is no receipt"
+        raise ValueError(f"{name!r:.80} {what} of {where}. The newest: {known}.")
+    return found[0]
 
 
 def check_receipts(folder: StoreFolder) -> None:

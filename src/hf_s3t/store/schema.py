@@ -165,8 +165,8 @@ def write_in_order(
 ) -> None:
     """Writes a database anew, in one step and without a trace of what was deleted: in its own place, or a copy.
 
-    A copy that is a backup has two tables more: for the partition key, which may be kept elsewhere (`(None,)`), and for
-    the `names` that its owner set.
+    A copy that is a backup has two tables more: for the partition key, which may be kept elsewhere (`(None,)`), and
+    for the `names` that its owner set.
     """
     with told(path), _written_anew(target or path) as connection:
         connection.execute("ATTACH ? AS old", (str(path),))
