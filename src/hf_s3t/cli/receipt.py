@@ -42,7 +42,7 @@ def show_one(
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML page, which prints to PDF.")] = None,
     file: Annotated[Path | None, typer.Option(help="Write it as JSON: what `receipt verify` checks.")] = None,
     sign_key: Annotated[
-        Path | None, typer.Option(help="Private key (Ed25519, PEM): sign what is handed over, if it is not signed yet.")
+        Path | None, typer.Option(help="Private key (Ed25519, PEM): sign it, unless it is signed already.")
     ] = None,
     state: StateFolder = None,
     as_json: AsJson = False,

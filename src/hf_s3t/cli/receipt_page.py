@@ -18,7 +18,8 @@ STYLE = """
 body { font: 11pt/1.45 Georgia, serif; color: #111; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 1.6rem 0 .3rem }
 .status { font-size: 1.15rem; border: 2px solid #111; padding: .5rem .8rem; margin: 1rem 0 }
-table { border-collapse: collapse; width: 100% } td, th { text-align: left; vertical-align: top; padding: .2rem .6rem .2rem 0 }
+table { border-collapse: collapse; width: 100% }
+td, th { text-align: left; vertical-align: top; padding: .2rem .6rem .2rem 0 }
 th { font-weight: normal; color: #555; width: 13rem } td { overflow-wrap: anywhere }
 code, .digest { font: 9pt/1.4 monospace; overflow-wrap: anywhere } li { margin: .15rem 0; overflow-wrap: anywhere }
 @page { size: A4; margin: 18mm }
@@ -90,7 +91,7 @@ def _done(receipt: Receipt) -> str:
     return _table([
         ("Inactive since (UTC)", receipt.inactive_since or "not known here: it was deleted elsewhere"),
         ("No longer served by", where),
-        ("Parts of the model removed", f"{count} trained stages, listed at the end" if count else "none: none was left"),
+        ("Parts of the model removed", f"{count} trained stages, listed at the end" if count else "none was left"),
         ("Generation of the store", receipt.generation),
     ])  # fmt: skip
 
@@ -121,8 +122,8 @@ def _dark(receipt: Receipt, since: Since) -> str:
         return "<p>Nobody.</p>"
     now = "They are, until the parts that were removed are trained again." if since.missing else "They were."
     return (
-        f"<p>{receipt.dark_examples} other examples. They shared a slice with what was deleted, or lay in a slice that "
-        f"is not used without it, so the model answers without them, too. {now} Nothing of theirs was deleted.</p>"
+        f"<p>{receipt.dark_examples} other examples. They shared a slice with what was deleted, or lay in a slice "
+        f"that is not used without it, so the model answers without them, too. {now} They themselves are not deleted.</p>"
     )
 
 

@@ -73,12 +73,6 @@ class StateDatabase(RecordTables):
             return None
         return (self._one("SELECT key FROM backup"),)
 
-    def backed_up_names(self) -> dict[str, str]:
-        """Names that the owner had set, in a backup; none in one of a version that knew none."""
-        if self._one("SELECT 1 FROM sqlite_schema WHERE name = 'names'") is None:
-            return {}
-        return dict(self._sql.execute("SELECT name, value FROM names").fetchall())
-
     def check_whole(self) -> None:
         """Raises `sqlite3.DatabaseError` if a page is damaged, or a row refers to nothing."""
         found = self._one("PRAGMA quick_check(1)")

@@ -21,6 +21,7 @@ from .agreement import check_agreement
 from .commitments import commitments
 from .database import Kind, Place, StateDatabase
 from .deletion_records import INTENT_FORMAT, OPTIONAL
+from .evidence import served_json, weights_of
 from .export_records import carrying
 from .exports import settle
 from .folder import StoreFolder
@@ -343,13 +344,3 @@ def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]
             raise _unfinished(intent, error) from error
         raise
     return intent
-
-
-def weights_of(manifest: Manifest) -> dict[str, str]:
-    """sha256 of the weights of every stage, by its name."""
-    return {stage.name: files[WEIGHTS_FILE] for stage, files in sorted(manifest.stages.items())}
-
-
-def served_json(served: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
-    """Served prefixes as a receipt has them."""
-    return {str(shard): list(prefix) for shard, prefix in sorted(served.items())}

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..lora.adapter import WEIGHTS_FILE
 from ..plan.tree import Stage
-from .manifest import DAMAGED
+from .manifest import DAMAGED, Manifest
 from .partition import canonical
 
 EVIDENCE = (
@@ -41,6 +42,16 @@ def sealed(salt: str, value: Any) -> str:
 def new_salt() -> str:
     """128 random bits, in hexadecimal."""
     return secrets.token_hex(16)
+
+
+def weights_of(manifest: Manifest) -> dict[str, str]:
+    """sha256 of the weights of every stage, by its name."""
+    return {stage.name: files[WEIGHTS_FILE] for stage, files in sorted(manifest.stages.items())}
+
+
+def served_json(served: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
+    """Served prefixes as a receipt has them."""
+    return {str(shard): list(prefix) for shard, prefix in sorted(served.items())}
 
 
 def copies_of(receipt: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 from ..errors import StateError
 from ..files import utc_now
 from .database import Place, StateDatabase
-from .deletion import recover, served_json, weights_of
+from .deletion import recover
+from .evidence import served_json, weights_of
 from .export_records import carrying
 from .folder import StoreFolder
 from .manifest import Event, Log, Manifest

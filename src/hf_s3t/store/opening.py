@@ -72,9 +72,9 @@ def _reconstructed(state: StateDatabase, receipt: Receipt, place: Place, key: by
     told = receipt.commitments[name_of(place)]
     if any(commitment(key, place, digests) != told[when] for when, digests in found.items()):
         raise StateError(
-            f"{receipt.receipt} can no longer be opened: in slice {name_of(place)} rows were added, renewed or readmitted "
-            "since, or its deletions were lost, so what was there then is not known any more. A backup of the state "
-            "from soon after the deletion opens it."
+            f"{receipt.receipt} can no longer be opened: in slice {name_of(place)} rows were added, renewed or "
+            "readmitted since, or deletions were lost, so what was there then is not known any more. A backup of the "
+            "state from soon after the deletion opens it."
         )
     return found
 

@@ -47,7 +47,7 @@ def chain_findings(receipts: list[dict[str, Any]]) -> Iterator[str]:
     """What is not right with receipts as a chain; those of deletions that were begun are links of it, too."""
     linked = {receipt["digest"]: receipt for receipt in receipts if receipt.get("digest")}
     followed: set[str] = set()
-    for digest, receipt in linked.items():
+    for receipt in linked.values():
         before = [name for name in (receipt["previous"], *receipt["joins"]) if name]
         followed |= {*before}
         gone = [name for name in before if name not in linked]

@@ -70,6 +70,12 @@ class RecordTables:
         """Names such files."""
         self._sql.executemany("INSERT OR IGNORE INTO caches VALUES (?)", [(path,) for path in paths])
 
+    def backed_up_names(self) -> dict[str, str]:
+        """Names that the owner had set, in a backup; none in one of a version that knew none."""
+        if self._one("SELECT 1 FROM sqlite_schema WHERE name = 'names'") is None:
+            return {}
+        return dict(self._sql.execute("SELECT name, value FROM names").fetchall())
+
     # ---- records that no promise depends on ----
 
     def mend_records(self, theirs: RecordTables, export_fields: Collection[str]) -> None:
