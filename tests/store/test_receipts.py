@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import sys
@@ -146,7 +147,7 @@ def test_a_receipt_that_stands_elsewhere_in_the_chain_than_it_says_is_found(stor
 def test_a_receipt_follows_a_deletion_that_was_begun_and_is_not_done(store, monkeypatch):
     first = store.delete(ids=["row-1"])
     with monkeypatch.context() as patch, pytest.raises(UnfinishedDeletionError):
-        patch.setattr(deletion, "sweep", lambda *args: (_ for _ in ()).throw(OSError("the disk failed")))
+        patch.setattr(deletion, "carry_out", lambda *args: (_ for _ in ()).throw(OSError("the disk failed")))
         store.delete(ids=["row-2"])
     (begun,) = store.intents()
     assert begun["receipt"]["previous"] == first.digest
@@ -165,9 +166,6 @@ def test_terms_end_and_the_digests_stay(store, tmp_path):
     receipt = store.delete(ids=["row-1"], reference="Fetamir Medresson")
     other = store.delete(ids=["row-2"], reference="DSR-2")
     assert "Fetamir" not in json.dumps({name: receipt.to_json()[name] for name in EVIDENCE})
-    edit_database(store, "UPDATE receipts SET receipt = replace(receipt, '\"requested_at\": \"20', '\"requested_at\": \"20')")
-    import datetime
-
     store.expire(datetime.timedelta(0))
     left = store.receipts()
     assert [(r.digest, r.reference, "reference" in r.salts) for r in left] == [
@@ -225,8 +223,9 @@ def test_what_is_taken_over_from_elsewhere_gets_a_receipt_here(store, tmp_path):
 def test_a_store_of_before_receipts_were_chained_is_read_as_what_it_is(store):
     store.delete(ids=["row-1"])
     (old,) = store.receipts()
-    text = {name: value for name, value in old.to_json().items() if name not in {*EVIDENCE[-7:], "digest", "salts"}}
-    text |= {"format": 1, "limits": list(text["limits"])}
+    new = {"stages_after", "places", "commitments", "obeys", "joins", "number", "previous", "salt", "salts", "sealed"}
+    new |= {"digest", "copies", "signature"}
+    text = {name: value for name, value in old.to_json().items() if name not in new} | {"format": 1}
     edit_database(store, "UPDATE receipts SET receipt = ?, format = 1", json.dumps(text))
     edit_json(store.path / "s3t.json", lambda manifest: manifest["log"][old.receipt].pop("receipts"))
     edit_database(store, "UPDATE receipts SET chain = ?", chained("", json.dumps(text)))
@@ -346,8 +345,9 @@ def test_an_opening_shows_which_examples_went_and_to_nobody_else(store):
     with store.reading() as state:
         before = state.examples_of(tuple(store.locate(ids=["row-1"])[0].places[0]))
     receipt = store.delete(ids=["row-1"])
-    (name,) = receipt.commitments
-    later = [row["id"] for row in people() if store.locate(ids=[row["id"]])[0].places == tuple(map(tuple, receipt.places))]
+    (name,), place = receipt.commitments, tuple(receipt.places[0])
+    found = store.locate(ids=[row["id"] for row in people()])
+    later = [location.asked for location in found if location.found == "live" and location.places == (place,)]
     store.delete(ids=later[:2])  # deleted since: it can still be opened
     opening = json.loads(json.dumps(store.open_receipt(receipt.receipt, ["row-1"])))
     assert opening["places"][name]["before"] == before
@@ -423,14 +423,13 @@ def test_receipts_are_signed_by_a_key_that_is_named_once(store, keys, monkeypatc
         assert "changed after it was signed" in wrong(replace(signed, **changes))
     monkeypatch.setenv("HF_S3T_SIGNING_KEY", keys["other private"])
     assert not wrong(store.readmit(ids=["row-2"]), public_key=keys["other public"])
-    import datetime
-
     store.expire(datetime.timedelta(0))
     assert not wrong(store.receipt(signed.receipt), public_key=keys["mine public"]), "also when its terms have ended"
 
 
 def test_a_key_that_can_not_sign_is_told_before_anything_is_changed(store, keys, monkeypatch):
-    for file, told in (("curve private", "of another kind"), ("mine public", "holds no private key"), ("x", "cannot be read")):
+    useless = {"curve private": "of another kind", "mine public": "holds no private key", "x": "cannot be read"}
+    for file, told in useless.items():
         with pytest.raises(ValueError, match=told):
             store.set_names(signing_key=keys.get(file, file))
     with pytest.raises(ValueError, match="'owner' cannot be set. These can: organisation, model"):
@@ -440,9 +439,8 @@ def test_a_key_that_can_not_sign_is_told_before_anything_is_changed(store, keys,
     with pytest.raises(ValueError, match="cannot be read .* openssl genpkey"):
         store.delete(ids=["row-1"])
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    for act in (lambda: store.delete(ids=["row-1"]), lambda: store.readmit(ids=["row-1"])):
-        with pytest.raises((ValueError, StateError, Exception), match="hf-s3t\\[signing\\]|No tombstone"):
-            act()
+    with pytest.raises(ValueError, match="hf-s3t\\[signing\\]"):
+        store.delete(ids=["row-1"])
     assert store.locate(ids=["row-1"])[0].found == "live" and not store.receipts() and not store.intents()
 
 
@@ -497,7 +495,7 @@ def test_a_receipt_is_read_from_what_a_verb_printed(store, tmp_path):
     file = tmp_path / "receipt.json"
     for data in (receipt, [{"store": "out", "result": receipt}], [{"result": {"receipt": receipt}}]):
         file.write_text(json.dumps(data))
-        assert read_receipt_file(file).to_json() == json.loads(json.dumps(receipt)) | {"limits": list(receipt["limits"])}
+        assert read_receipt_file(file).to_json() == receipt
     for data in ("[]", "3", "{", '{"receipt": 3}', '{"receipt": "x"}', '[{"result": null}]', '{"receipt": {}}'):
         file.write_text(data)
         with pytest.raises(Exception, match="receipt"), suppress(KeyError):

@@ -123,7 +123,7 @@ def _dark(receipt: Receipt, since: Since) -> str:
     now = "They are, until the parts that were removed are trained again." if since.missing else "They were."
     return (
         f"<p>{receipt.dark_examples} other examples. They shared a slice with what was deleted, or lay in a slice "
-        f"that is not used without it, so the model answers without them, too. {now} They themselves are not deleted.</p>"
+        f"that is not used without it, so the model answers without them, too. {now} Their data was not deleted.</p>"
     )
 
 

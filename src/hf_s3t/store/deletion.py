@@ -29,7 +29,7 @@ from .ids import shortened
 from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
 from .obeyed import with_receipts
 from .receipt_signature import check_signer
-from .receipts import Receipt, append_receipt, check_receipts, limits_of, linked, receipt_name, versions
+from .receipts import NO_COMMITMENT, Receipt, append_receipt, check_receipts, limits_of, linked, receipt_name, versions
 from .requests import Request
 from .sources import TOMBSTONES, FolderSource, on_top
 from .state_files import INTENTS
@@ -74,8 +74,9 @@ def delete(
     check_signer(folder)
     if not request.places:
         return _unchanged(folder, request, receipt, refresh_exports)
-    receipt = replace(receipt, commitments=commitments(folder, receipt.receipt, request))
-    receipt = linked(folder, receipt)
+    committed = commitments(folder, receipt.receipt, request)
+    limits = receipt.limits if committed else (*receipt.limits, NO_COMMITMENT)
+    receipt = linked(folder, replace(receipt, commitments=committed, limits=limits))
     intent = {
         "kind": "delete",
         "receipt": receipt.to_json(),

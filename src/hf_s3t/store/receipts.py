@@ -30,6 +30,8 @@ LIMITS = (
     "Until repair the model misses whole slices; only after repair is it what training without the examples gives.",
 )
 
+NO_COMMITMENT = "It has no commitment to who was in its slices: the key or the state was not at hand."
+
 
 def limits_of(manifest: Manifest) -> tuple[str, ...]:
     """What a receipt of a store does not say; where settings were changed, a repair is of the lower grade of claim."""
@@ -135,7 +137,8 @@ class Receipt:
             check_fields(data, required, [f.name for f in fields(cls)])
         except DAMAGED as error:
             raise StateError(f"A receipt cannot be read ({error}). Restore the state from a backup.") from None
-        return cls(**{"format": 1, **data})
+        data = {"format": 1, **data}
+        return cls(**data | {"limits": tuple(data.get("limits", LIMITS))})
 
 
 def linked(folder: StoreFolder, receipt: Receipt, state: StateDatabase | None = None) -> Receipt:
