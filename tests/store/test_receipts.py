@@ -423,6 +423,11 @@ def test_receipts_are_signed_by_a_key_that_is_named_once(store, keys, monkeypatc
         assert "changed after it was signed" in wrong(replace(signed, **changes))
     monkeypatch.setenv("HF_S3T_SIGNING_KEY", keys["other private"])
     assert not wrong(store.readmit(ids=["row-2"]), public_key=keys["other public"])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cryptography", None)
+        assert not wrong(signed) and not broken(store)
+        (_, unchecked) = check_receipt(signed)
+        assert "hf-s3t[signing]" in unchecked.not_checked[0]
     store.expire(datetime.timedelta(0))
     assert not wrong(store.receipt(signed.receipt), public_key=keys["mine public"]), "also when its terms have ended"
 

@@ -22,7 +22,7 @@ def account_for(folder: StoreFolder, state: StateDatabase, known: Log, log: Log)
     """
     known = known if state.newest_links() else {}  # of a version before receipts were chained: all that has none
     begun = {intent["receipt"]["receipt"] for intent in folder.readable_intents()}
-    new = [name for name in state.log() if name not in known and name not in begun and state.receipt(name) is None]
+    new = [name for name in state.log() if name not in known and name not in begun and state.receipt_digest(name) is None]
     if new:
         add_obeyed(folder, state, {name: list(log[name].receipts if name in log else ()) for name in new}, [])
 
@@ -52,11 +52,15 @@ def chain_ends(state: StateDatabase) -> list[tuple[int, str]]:
 
 
 def with_receipts(log: Log, state: StateDatabase) -> Log:
-    """A log in which events that name no receipt name the one that the state has."""
+    """A log in which events that name no receipt name the one that the state has, or was told of."""
+    if all(event.receipts for event in log.values()):
+        return log
+    told = {name: digests for obeys in state.obeyed() for name, digests in obeys.items()}
     found = dict(log)
     for name, event in log.items():
-        if not event.receipts and (receipt := state.receipt(name)) and receipt.get("digest"):
-            found[name] = replace(event, receipts=(receipt["digest"],))
+        if not event.receipts:
+            own = state.receipt_digest(name)
+            found[name] = replace(event, receipts=(own,) if own else tuple(told.get(name, ())))
     return found
 
 

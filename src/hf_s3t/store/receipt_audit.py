@@ -31,16 +31,22 @@ def check_receipts_of(folder: StoreFolder, manifest: Manifest) -> Findings:
         for finding in receipt_findings(receipt):
             yield f"{receipt['receipt']}: {finding}"
         if receipt["signature"] is not None:
-            try:
-                if wrong := signature_finding(receipt):
-                    yield f"{receipt['receipt']}: {wrong}"
-            except ValueError as error:
-                yield NotChecked(f"{receipt['receipt']}: its signature: {error}")
+            yield from _signature(receipt)
         yield from _removed(receipt, manifest, folder)
     begun = [intent["receipt"] for intent in folder.intents()]
     yield from chain_findings([*receipts, *begun])
     with folder.reading() as state:
         yield from _events(folder, manifest, state, receipts)
+
+
+def _signature(receipt: Mapping[str, Any]) -> Findings:
+    try:
+        wrong = signature_finding(receipt)
+    except ValueError as error:  # `cryptography` is not installed
+        yield NotChecked(f"{receipt['receipt']}: {error}")
+    else:
+        if wrong:
+            yield f"{receipt['receipt']}: {wrong}"
 
 
 def chain_findings(receipts: list[dict[str, Any]]) -> Iterator[str]:

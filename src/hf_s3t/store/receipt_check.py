@@ -17,7 +17,7 @@ from .manifest import Manifest
 from .opening import opening_findings
 from .public_audit import Findings, NotChecked
 from .receipt_audit import still_there
-from .receipt_signature import signature_finding
+from .receipt_signature import check_installed, read_public_key, signature_finding
 from .receipts import Receipt
 from .sources import FolderSource
 
@@ -27,11 +27,12 @@ def read_receipt_file(path: Path) -> Receipt:
 
     Raises:
         StoreError: it holds no receipt, or several.
+        ValueError: there is no such file.
     """
     try:
         data = parse_json(read_limited(path, MAX_JSON_BYTES), path)
     except FileNotFoundError:
-        raise StoreError(f"{path} does not exist. Give a file that `hf-s3t receipt show --file` wrote.") from None
+        raise ValueError(f"{path} does not exist. Give a file that `hf-s3t receipt show --file` wrote.") from None
     if isinstance(data, list) and len(data) == 1:
         data = data[0]
     for name in ("result", "receipt"):
@@ -54,12 +55,14 @@ def check_receipt(
         opening (*optional*): what [`open_receipt`] gave.
 
     Raises:
-        ValueError: the public key cannot be used.
+        ValueError: the public key cannot be used, or there is no store.
     """
-    told = receipt.to_json()
+    told, key = receipt.to_json(), None if public_key is None else read_public_key(public_key)
+    if folder is not None and not folder.exists:
+        raise ValueError(f"{folder.path} holds no store. Give the folder of its published files, or a repository.")
     checks = [
         run_check("it says what it said when it was made", _unchanged(told)),
-        run_check("its signature is valid", _signature(told, public_key)),
+        run_check("its signature is valid", _signature(told, key)),
     ]
     if opening is not None:
         checks.append(run_check("its opening is of what it commits to", opening_findings(opening, told)))
@@ -76,9 +79,13 @@ def _unchanged(receipt: Mapping[str, Any]) -> Findings:
     yield from receipt_findings(receipt)
 
 
-def _signature(receipt: Mapping[str, Any], public_key: str | None) -> Findings:
+def _signature(receipt: Mapping[str, Any], public_key: bytes | None) -> Findings:
     if receipt["signature"] is None and public_key is None:
         raise NotChecked("It is not signed.")
+    try:
+        check_installed()
+    except ValueError as error:
+        raise NotChecked(str(error)) from None
     finding = signature_finding(receipt, public_key)
     if finding:
         yield finding

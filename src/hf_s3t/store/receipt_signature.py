@@ -60,12 +60,26 @@ def signature_by(file: str, receipt: Mapping[str, Any]) -> dict[str, str]:
     return {"public_key": public.hex(), "signature": key.sign(_signed_bytes(receipt)).hex()}
 
 
-def signature_finding(receipt: Mapping[str, Any], public_key: str | None = None) -> str | None:
-    """What is wrong with the signature of a receipt; it has to be by a key in a PEM file, if one is given."""
-    _check_installed()
-    from cryptography.exceptions import InvalidSignature
+def read_public_key(file: str) -> bytes:
+    """The public key in a PEM file, as its 32 bytes. A `ValueError` if it is none of Ed25519."""
+    check_installed()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+
+    try:
+        key = load_pem_public_key(read_limited(Path(file), MAX_KEY_BYTES))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} holds no public key ({error}). Give a PEM file.") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise ValueError(f"{file} holds a key of another kind than Ed25519, by which no receipt is signed.")
+    return key.public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+
+def signature_finding(receipt: Mapping[str, Any], public_key: bytes | None = None) -> str | None:
+    """What is wrong with the signature of a receipt; it has to be by a public key, if one is given."""
+    check_installed()
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     if receipt["signature"] is None:
         return None if public_key is None else "it is not signed"
@@ -76,16 +90,8 @@ def signature_finding(receipt: Mapping[str, Any], public_key: str | None = None)
         )
     except (InvalidSignature, KeyError, TypeError, ValueError):
         return "its signature is not that of what it says: it was changed after it was signed"
-    if public_key is None:
-        return None
-    try:
-        known = load_pem_public_key(read_limited(Path(public_key), MAX_KEY_BYTES))
-    except ValueError as error:
-        raise ValueError(f"{public_key} holds no public key ({error}). Give a PEM file.") from None
-    if not isinstance(known, Ed25519PublicKey):
-        raise ValueError(f"{public_key} holds a key of another kind than Ed25519, by which no receipt is signed.")
-    if known.public_bytes(Encoding.Raw, PublicFormat.Raw) != given:
-        return f"it is signed by another key than the one in {public_key}"
+    if public_key is not None and public_key != given:
+        return "it is signed by another key than the one that is given"
     return None
 
 
@@ -94,7 +100,7 @@ def _signed_bytes(receipt: Mapping[str, Any]) -> bytes:
 
 
 def _private_key(file: str) -> Any:
-    _check_installed()
+    check_installed()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -110,7 +116,8 @@ def _private_key(file: str) -> Any:
     return key
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Raises `ValueError` without `cryptography`."""
     try:
         import cryptography  # noqa: F401
     except ImportError:

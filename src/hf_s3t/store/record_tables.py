@@ -135,6 +135,20 @@ class RecordTables:
         )
         return [(number, digest, [previous, *json.loads(joins)]) for number, digest, previous, joins in rows]
 
+    def receipt_digest(self, name: str) -> str | None:
+        """The digest of a receipt; empty where it has none or cannot be read, `None` where there is no such receipt."""
+        statement = "CASE WHEN json_valid(receipt) THEN json_extract(receipt, '$.digest') END"
+        found = self._sql.execute(f"SELECT {statement} FROM receipts WHERE name = ?", (name,)).fetchone()
+        return None if found is None else found[0] or ""
+
+    def obeyed(self) -> list[dict[str, list[str]]]:
+        """What receipts tell of events that were taken over from elsewhere: their digests by name."""
+        rows = self._sql.execute(
+            "SELECT json_extract(receipt, '$.obeys') FROM receipts WHERE format > 1 AND json_valid(receipt) "
+            "AND json_extract(receipt, '$.kind') = 'obeyed'"
+        )
+        return [json.loads(obeys) for (obeys,) in rows]
+
     def receipt(self, name: str) -> dict[str, Any] | None:
         """One receipt."""
         text = self._one("SELECT receipt FROM receipts WHERE name = ?", name)

@@ -177,8 +177,8 @@ class S3TStore(StateCare):
                 report = self.purge(keep_refs)
             except S3TError as error:
                 raise type(error)(f"The deletion is done ({receipt.receipt}), its purge is not. {error}") from error
-            told = {"status": report.status, "still_served_at": report.still_served_at, "signature": None}
-            receipt = replace(receipt, **told)  # what is kept, and signed, is from before the purge
+            receipt = replace(receipt, status=report.status, still_served_at=report.still_served_at)
+            receipt = replace(receipt, signature=None)  # what is kept, and signed, is from before the purge
         return receipt
 
     # ---- the Hub ----
