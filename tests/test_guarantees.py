@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import run
 from hf_s3t.store.evidence import EVIDENCE, evidence_digest
 from stores import make_store
 from trained_stores import edit_json
@@ -72,6 +74,16 @@ def test_the_script_is_short_and_uses_nothing_of_ours():
 def test_it_finds_nothing_wrong_after_a_deletion(published):
     code, told = published.checked()
     assert code == 0 and "nothing is wrong with it" in told and "0 of them trained again" in told
+
+
+def test_the_commands_of_the_page(tmp_path, monkeypatch):
+    name = make_store(tmp_path / "out").delete(ids=["row-1"]).receipt
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```bash\n(hf-s3t receipt.*?)```", PAGE, re.S)
+    lines = [shlex.split(line.replace("receipt-0123456789ab", name), comments=True) for line in block.splitlines()]
+    done = {" ".join(words): run(*words[1:]).exit_code for words in lines}
+    assert len(done) == 8 and set(done.values()) == {0}, done
+    assert (tmp_path / "receipt.html").exists()
 
 
 WRONG: dict[str, tuple[Callable[[Published], object], str]] = {

@@ -370,6 +370,12 @@ def test_an_opening_shows_which_examples_went_and_to_nobody_else(store):
         assert wrong(receipt, opening=other)
 
 
+def test_each_receipt_has_a_key_of_its_own(store):
+    first, second = store.delete(ids=["row-1"]), store.delete(ids=["row-2"])
+    openings = [store.open_receipt(receipt.receipt) for receipt in (first, second)]
+    assert openings[0]["key"] != openings[1]["key"] and KEY.hex() not in json.dumps(openings)
+
+
 def test_what_can_no_longer_be_opened_is_said_plainly(store, tmp_path):
     receipt = store.delete(ids=["row-1"])
     store.export_state(tmp_path / "backup")

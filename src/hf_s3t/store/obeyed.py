@@ -18,13 +18,16 @@ from .receipts import Receipt, finished, linked, read_receipts, receipt_name, ve
 def account_for(folder: StoreFolder, state: StateDatabase, known: Log, log: Log) -> None:
     """Adds a receipt for the events of a state that were not `known`, with the digests that another `log` has of them.
 
-    Within the transaction that takes them over. Those of deletions that were begun here get their own.
+    Within the transaction that takes them over. Those of deletions that were begun here get their own. Of a version
+    before receipts were chained it accounts for all that have none; one that the log names is not made up for.
     """
-    known = known if state.newest_links() else {}  # of a version before receipts were chained: all that has none
+    ours, first = state.log(), not state.newest_links()
+    told = {name: list(log[name].receipts if name in log else ()) for name in ours}
     begun = {intent["receipt"]["receipt"] for intent in folder.readable_intents()}
-    new = [name for name in state.log() if name not in known and name not in begun and state.receipt_digest(name) is None]
+    new = [name for name in ours if name not in begun and (name not in known or (first and not told[name]))]
+    new = [name for name in new if state.receipt_digest(name) is None]
     if new:
-        add_obeyed(folder, state, {name: list(log[name].receipts if name in log else ()) for name in new}, [])
+        add_obeyed(folder, state, {name: told[name] for name in new}, [])
 
 
 def join_chains(folder: StoreFolder, state: StateDatabase) -> None:
