@@ -136,7 +136,7 @@ class RecordTables:
         return [(number, digest, [previous, *json.loads(joins)]) for number, digest, previous, joins in rows]
 
     def receipt_digest(self, name: str) -> str | None:
-        """The digest of a receipt; empty where it has none or cannot be read, `None` where there is no such receipt."""
+        """The digest of a receipt; empty where it has none or cannot be read, `None` where there is no receipt."""
         statement = "CASE WHEN json_valid(receipt) THEN json_extract(receipt, '$.digest') END"
         found = self._sql.execute(f"SELECT {statement} FROM receipts WHERE name = ?", (name,)).fetchone()
         return None if found is None else found[0] or ""
