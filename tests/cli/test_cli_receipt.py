@@ -62,6 +62,7 @@ def test_what_is_handed_over_is_checked_without_the_store(store, tmp_path):
     done = run("receipt", "verify", file)
     assert done.exit_code == 0 and "Nothing is broken, but not everything could be checked" in plain(done.stdout)
     assert run("receipt", "verify", file, "--store", store.path).exit_code == 0
+    assert file.stat().st_mode & 0o077 == 0
     (outcome,) = outcomes("receipt", "verify", file, "--store", store.path)
     assert outcome["result"]["ok"] and len(outcome["result"]["checks"]) == 4
     data = json.loads(file.read_text())

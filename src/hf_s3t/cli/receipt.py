@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,11 +46,13 @@ def show_one(
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a receipt again, with what became of it since; or write it to hand it over."""
+    """Show a receipt again, with what became of it since; or write it to hand it over, readable by you alone."""
 
     def verb(store: S3TStore) -> Outcome:
         from dataclasses import replace
 
+        from ..files import PRIVATE, json_bytes, write_atomic
+        from ..store.ids import encoded
         from ..store.names import read_names
         from ..store.receipt_signature import signature_by
         from ..store.receipt_since import since_of, status_words
@@ -65,9 +66,9 @@ def show_one(
         since = since_of(store, found)
         names = {name: value for name, value in read_names(store).items() if name != "signing_key"}
         if html is not None:
-            html.write_text(receipt_page(found, since, names, str(store.path)), encoding="utf-8")
+            write_atomic(html, encoded(receipt_page(found, since, names, str(store.path)), "The page"), PRIVATE)
         if file is not None:
-            file.write_text(json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_atomic(file, json_bytes(found.to_json()), PRIVATE)
         result = {
             "receipt": found.to_json(), "words": status_words(found, since), "since": asdict(since), "names": names,
         }  # fmt: skip
