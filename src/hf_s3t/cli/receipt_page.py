@@ -21,6 +21,7 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 1
 table { border-collapse: collapse; width: 100% }
 td, th { text-align: left; vertical-align: top; padding: .2rem .6rem .2rem 0 }
 th { font-weight: normal; color: #555; width: 13rem } td { overflow-wrap: anywhere }
+td, li { unicode-bidi: isolate }
 code, .digest { font: 9pt/1.4 monospace; overflow-wrap: anywhere } li { margin: .15rem 0; overflow-wrap: anywhere }
 @page { size: A4; margin: 18mm }
 @media print {
