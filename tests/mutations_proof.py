@@ -46,7 +46,7 @@ PROOF = (
      (("{*one.receipts, *other.receipts}", "one.receipts or other.receipts"),),
      (RECEIPTS + "two_receipts_of_one_name_are_both_kept_and_found",)),
     (13, "an older manifest that is put back names no receipts", "store/deletion.py",
-     (("                log = with_receipts(log, state)\n", ""),),
+     (("with_receipts(merged(manifest.log, state.log()), state)", "merged(manifest.log, state.log())"),),
      (RECEIPTS + "an_older_manifest_that_is_put_back_names_the_receipts_again",)),
     (13, "what is taken over from elsewhere has no receipt", "store/tombstones.py",
      (("        account_for(folder, state, known, manifest.log)\n", ""),),

@@ -321,11 +321,10 @@ def _obey(folder: StoreFolder) -> None:
         manifest = folder.manifest()
         hit: set[Place] = set()
         if state is not None:
-            log = merged(manifest.log, state.log())
+            log = with_receipts(merged(manifest.log, state.log()), state)
             hit = places_beyond(log, manifest.log)
             untold = manifest.tombstones == NOT_KNOWN and state.knows(manifest) and folder.has_key
             if untold or log != manifest.log:
-                log = with_receipts(log, state)
                 manifest = _rewrite(folder, replace(manifest.untouched_by(hit), log=log), state)
                 folder.source.publish(f"Deletions up to {manifest.generation}", manifest.names)
                 state.keep_records(manifest.names)

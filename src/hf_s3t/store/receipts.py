@@ -122,7 +122,7 @@ class Receipt:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        return {**asdict(self), "limits": list(self.limits)}
 
     @classmethod
     def from_json(cls, data: Any) -> Receipt:
