@@ -28,6 +28,7 @@ from mutations_hub import ON_THE_HUB
 from mutations_isolation import ISOLATION
 from mutations_keeping import KEEPING
 from mutations_planning import PLANNING
+from mutations_proof import PROOF
 from mutations_ray import ON_RAY
 from mutations_serving import SERVING
 from mutations_speed import SPEED
@@ -49,6 +50,7 @@ class Mutation:
     Args:
         promise (`int`): what it breaks; 9: what docs/serving.md says of answers; 10: docs/hub.md; 12:
             docs/endpoint.md; 13: what README and docs/training.md say of what users are told.
+            docs/endpoint.md; 13: docs/guarantees.md.
         about (`str`): what is wrong then.
         file (`str`): below `src/hf_s3t`.
         edits (`tuple[tuple[str, str], ...]`): old text, which occurs once, and the new one.
@@ -238,6 +240,7 @@ MORE = (
     VERIFY,
     SERVING, ENDPOINT, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS, FUZZ,
     USERS,
+    PROOF,
 )  # fmt: skip
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 
@@ -314,6 +317,8 @@ found it. The changes themselves are in `tests/mutations.py` and beside it. Numb
 answers: they are the served members' average, wholly before or wholly after a change. Number 10 is what `docs/hub.md`
 says, number 11 what `docs/planning.md` says, number 12 what `docs/endpoint.md` says, number 13 what README and
 `docs/training.md` say of what users are told.
+says, number 11 what `docs/planning.md` says, number 12 what `docs/endpoint.md` says, number 13 what
+`docs/guarantees.md` says.
 
 | promise | what is wrong | file | caught by |
 |---|---|---|---|

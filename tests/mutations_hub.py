@@ -130,7 +130,7 @@ ON_THE_HUB = (
      (('        rows = unburied(wanted.rows.entries, state)\n        log,', '        rows = wanted.rows.entries\n        log,'),),
      (ORDERS + 'an_imported_state_is_obeyed_by_a_new_store',)),
     (6, 'a pull into a new folder does not look at its state', 'store/sync.py',
-     (('            known = state.log()\n    ours', '            known = {}\n    ours'),),
+     (('            known = with_receipts(state.log(), state)\n    ours', '            known = {}\n    ours'),),
      (MEET + 'an_imported_state_is_obeyed_by_a_pull_into_a_new_folder',)),
     (6, 'an open deletion of a repository is not obeyed beside it', 'store/deletion.py',
      (('                    obey(state, intent)\n', '                    pass\n'),),

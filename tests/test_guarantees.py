@@ -54,7 +54,7 @@ def test_a_command_is_one_that_there_is(command: str) -> None:
     elif program == "pytest":
         assert words and all((ROOT / word).is_file() for word in words)
     else:
-        verbs = words[: 2 if words[0] == "state" else 1]
+        verbs = words[: 2 if words[0] in ("state", "receipt") else 1]
         assert run(*verbs, "--help").exit_code == 0
         found: Any = get_command(app)
         for verb in verbs:

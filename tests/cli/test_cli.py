@@ -430,7 +430,7 @@ def test_readmit(store: Path) -> None:
 
 def test_verify(store: Path) -> None:
     (outcome,) = outcomes("verify", store)
-    assert outcome["result"]["ok"] and outcome["result"]["complete"] and len(outcome["result"]["checks"]) == 13
+    assert outcome["result"]["ok"] and outcome["result"]["complete"] and len(outcome["result"]["checks"]) == 14
     log = {"receipt-1": {"places": [], "named": True}}
     edit_json(store / "s3t.json", lambda manifest: manifest.update(generation=1, log=log))
     result = run("verify", store)

@@ -6,6 +6,7 @@ What a stage holds is drawn from its name alone, so two stores with the same pla
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import sqlite3
 import zlib
@@ -240,6 +241,15 @@ def tree(path: Path) -> dict[str, str]:
         del files[name]
         files |= _tables(path / name, name)
     return files
+
+
+def without_receipts(path: Path) -> dict[str, str]:
+    """As [`tree`], less receipts and their digests, which are of one time and one salt."""
+    manifest = json.loads((path / "s3t.json").read_bytes())
+    for event in manifest["log"].values():
+        event.pop("receipts", None)
+    found = {name: digest for name, digest in tree(path).items() if name != RECEIPTS}
+    return {**found, "s3t.json": json.dumps(manifest, sort_keys=True)}
 
 
 def _tables(file: Path, name: str) -> dict[str, str]:

@@ -419,6 +419,8 @@ def test_a_deletion_is_one_commit_that_removes_the_stages(server, machine, newco
     manifest = json.loads(contents(repository)["s3t.json"])
     gone = {name for name in receipt["stages_removed"]}
     assert gone and all(tuple(place) in Stage.from_name(name).slices for name in gone)
+    event = {"named": True, "places": [list(place)], "receipts": [receipt["digest"]]}  # all that is told of a receipt
+    assert manifest["log"] == {receipt["receipt"]: event}
     assert not gone & set(manifest["stages"]) and manifest["generation"] == 1
     assert not [path for path in repository.entries("main") if path.startswith(tuple(f"{name}/" for name in gone))]
     assert changed(repository) - {"adapter_config.json"} == {

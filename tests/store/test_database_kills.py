@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
+import stores
 from hf_s3t import S3TStore
 from hf_s3t.errors import UnfinishedDeletionError
 from hf_s3t.store import deletion, schema
 from hf_s3t.store.audit import verify
 from hf_s3t.store.receipts import read_receipts
 from killing import in_child
-from stores import RECEIPTS, Known, make_store, people, tree
+from stores import Known, make_store, people
 
 PEOPLE = 60
 
@@ -77,7 +78,7 @@ ACTS: dict[str, Callable[[S3TStore, Known], object]] = {
 
 def without_receipts(path: Path) -> dict[str, str]:
     """What a store holds. A journal that was never complete is not looked at, as the next change removes it."""
-    return {name: d for name, d in tree(path).items() if name != RECEIPTS and not name.endswith("-journal")}
+    return {name: d for name, d in stores.without_receipts(path).items() if not name.endswith("-journal")}
 
 
 def statements_of(act: str, made, tmp_path: Path) -> int:

@@ -114,7 +114,7 @@ def test_the_receipts_of_an_older_version_have_defaults(tmp_path):
     store.delete(ids=["row-1"])
     older, newer = read_receipts(store)
     assert older["still_served_at"] == [] and older["inactive_since"] == "2026-10-01T08:00:00.000+00:00"
-    assert older["format"] == newer["format"] == 1 and list(older["limits"]) == list(LIMITS)
+    assert (older["format"], newer["format"]) == (1, 2) and list(older["limits"]) == list(LIMITS)
 
 
 def test_an_intent_on_disk_names_its_format_and_its_receipts(tmp_path):
@@ -127,15 +127,17 @@ def test_an_intent_on_disk_names_its_format_and_its_receipts(tmp_path):
     store._delete({"ids": ["row-1"]}, when_durable=read)
     (intent,) = seen
     (receipt,) = read_receipts(store)
-    assert intent["format"] == intent["receipt"]["format"] == receipt["format"] == 1
+    assert (intent["format"], intent["receipt"]["format"], receipt["format"]) == (1, 2, 2)
+    assert receipt["digest"] == intent["receipt"]["digest"] == store.manifest().log[receipt["receipt"]].receipts[0]
 
 
 # ---- newer versions ----
 
 NEWER = "format 2, and this version of hf_s3t reads up to 1: a newer version wrote it. Upgrade hf_s3t"
+NEWER_RECEIPT = NEWER.replace("up to 1", "up to 2").replace("format 2", "format 3")
 CHANGES = {
     "a newer intent": ({"format": 2, "places": "everywhere", "until": "2027"}, NEWER),
-    "a newer receipt in it": ({"receipt": {"format": 2, "name": "another form"}}, NEWER),
+    "a newer receipt in it": ({"receipt": {"format": 3, "name": "another form"}}, NEWER_RECEIPT),
     "an unknown field": ({"until": "2027"}, r"unknown fields \['until'\]"),
     "an unknown kind": ({"kind": "forget"}, "its kind is 'forget'"),
     "no places": ({"places": None}, "cannot be read"),
@@ -211,7 +213,7 @@ def test_nothing_is_trained_or_answered_past_a_deletion_of_a_newer_version(tmp_p
 
 
 def make_newer(database: Path) -> None:
-    edit_database(database, "UPDATE receipts SET format = 2, receipt = json_set(receipt, '$.format', 2, '$.own', 'x')")
+    edit_database(database, "UPDATE receipts SET format = 3, receipt = json_set(receipt, '$.format', 3, '$.own', 'x')")
 
 
 def test_a_receipt_of_a_newer_version_is_refused_before_anything_is_deleted(tmp_path):
@@ -220,13 +222,13 @@ def test_a_receipt_of_a_newer_version_is_refused_before_anything_is_deleted(tmp_
     store.export_state(backup)
     make_newer(backup)
     other = S3TStore(shutil.copytree(store.path, tmp_path / "other"))
-    with pytest.raises(StateError, match=NEWER):
+    with pytest.raises(StateError, match=NEWER_RECEIPT):
         other.import_state(backup)
     assert tree(other.path) == tree(store.path)
     make_newer(store.database)
     before = tree(store.path)
     for change in (lambda: store.delete(ids=["row-2"]), lambda: store.readmit(ids=["row-1"])):
-        with pytest.raises(StateError, match=NEWER):
+        with pytest.raises(StateError, match=NEWER_RECEIPT):
             change()
     assert tree(store.path) == before and not store.intents()
 

@@ -13,6 +13,7 @@ import models
 import trained_stores
 from command_line import outcomes, plain, run
 from hf_s3t import S3TStore, StateError
+from hf_s3t.lora.adapter import Adapter
 from hf_s3t.store.audit import verify
 from hf_s3t.store.lost_state import WARNING
 from hf_s3t.store.manifest import Event
@@ -59,11 +60,18 @@ def put_back(store: S3TStore) -> None:
     other = make_store(store.path.parent / f"other-{len(list(store.path.parent.iterdir()))}")
     whole = other.manifest()
     with store.writing(), store.changing() as state:
+        live = store.manifest().stages
+        again = {stage: _trained_without(other.read_stage(stage)) for stage in whole.stages.keys() - live.keys()}
+        files = live | {stage: store.write_stage(stage, adapter) for stage, adapter in again.items()}
         for stage in whole.stages:
-            store.write_stage(stage, other.read_stage(stage))
             state.write_record(stage.name, {"generation": state.generation, "examples": 0, "data": "", "steps": 1})
-        store.write_manifest(store.write_root(replace(store.manifest(), stages=whole.stages)))
+        store.write_manifest(store.write_root(replace(store.manifest(), stages=files)))
     edit_database(store, "DELETE FROM records")
+
+
+def _trained_without(adapter: Adapter) -> Adapter:
+    """Other weights, as a stage has them that is trained again without somebody."""
+    return adapter._replace(arrays={name: value + 1 for name, value in adapter.arrays.items()})
 
 
 def checked(store: S3TStore) -> None:
@@ -204,7 +212,8 @@ def test_what_is_lost_is_an_event_without_names(lost):
     lost.store.accept_loss()
     with lost.store.reading() as state:
         log = state.log()
-    assert log == lost.store.manifest().log
+    published = {name: replace(event, receipts=()) for name, event in lost.store.manifest().log.items()}
+    assert log == published and all(event.receipts for event in lost.store.manifest().log.values())
     assert {name: log[name] for name in lost.names} == {n: Event(at, named=False) for n, at in lost.names.items()}
     assert log[lost.known].named
 

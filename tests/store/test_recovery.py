@@ -17,10 +17,9 @@ from hf_s3t.serving.loading import read_members
 from hf_s3t.store import deletion
 from hf_s3t.store.database import StateDatabase
 from hf_s3t.store.receipts import read_receipts
-from stores import PASSING, RECEIPTS, Known, make_store, stage_folders, tree
+from stores import PASSING, Known, make_store, stage_folders, without_receipts
 
 CHANGES = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir")
-TIMES = RECEIPTS
 
 
 class Killed(BaseException):
@@ -147,10 +146,6 @@ def assert_not_served(store: S3TStore, place: tuple[int, int]) -> None:
     assert {name: adapter.config for name, adapter in members.items()} == {n: a.config for n, a in expected.items()}
 
 
-def without_times(path) -> dict[str, str]:
-    return {name: digest for name, digest in tree(path).items() if name != TIMES}
-
-
 def test_a_deletion_killed_at_any_instant_is_completed_by_the_next_writer(made, tmp_path):
     name = made[1].at(0, 1)[0]
 
@@ -158,9 +153,9 @@ def test_a_deletion_killed_at_any_instant_is_completed_by_the_next_writer(made, 
         store.delete(ids=[name], reference="the test")
 
     whole = fresh(made, tmp_path)
-    before = without_times(whole.path)
+    before = without_receipts(whole.path)
     act(whole)
-    after, receipts = without_times(whole.path), len(read_receipts(whole))
+    after, receipts = without_receipts(whole.path), len(read_receipts(whole))
     kills, undone = 0, 0
     for store in killed_at(act, made, tmp_path):
         kills += 1
@@ -170,15 +165,17 @@ def test_a_deletion_killed_at_any_instant_is_completed_by_the_next_writer(made, 
             assert store.status().interrupted_deletions == len(store.intents())
         with store.writing():
             pass
-        found = without_times(store.path)
+        found = without_receipts(store.path)
         if not was_begun:
             undone += 1
             assert found == before
             act(store)
-            found = without_times(store.path)
+            found = without_receipts(store.path)
         assert found == after
         assert len(read_receipts(store)) == receipts and store.status().interrupted_deletions == 0
-        assert read_receipts(store)[-1]["reference"] == "the test"
+        last = read_receipts(store)[-1]
+        assert last["reference"] == "the test"
+        assert store.manifest().log[last["receipt"]].receipts == (last["digest"],)
     assert kills > 60 and 0 < undone < 12
 
 
@@ -186,7 +183,7 @@ def test_a_completion_that_is_killed_too_is_completed_by_the_one_after(made, tmp
     name = made[1].at(0, 1)[0]
     store = fresh(made, tmp_path)
     store.delete(ids=[name])
-    after = without_times(store.path)
+    after = without_receipts(store.path)
     # The intent is written and nothing else is done.
     store = fresh(made, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
@@ -202,7 +199,7 @@ def test_a_completion_that_is_killed_too_is_completed_by_the_one_after(made, tmp
     for store in killed_at(act, (interrupted,), tmp_path, step=3):
         assert_not_served(store, (0, 1))
         act(store)
-        assert without_times(store.path) == after
+        assert without_receipts(store.path) == after
 
 
 def test_at_no_instant_of_a_deletion_does_a_reader_get_what_it_covers(made, tmp_path, monkeypatch):
@@ -249,14 +246,14 @@ def test_a_readmission_killed_at_any_instant_is_done_or_not(made, tmp_path):
         store.readmit(ids=["row-47"])
 
     whole = fresh(made, tmp_path)
-    before = without_times(whole.path)
+    before = without_receipts(whole.path)
     act(whole)
-    after = without_times(whole.path)
+    after = without_receipts(whole.path)
     seen = set()
     for store in killed_at(act, made, tmp_path, step=3):
         with store.writing():
             pass
-        found = without_times(store.path)
+        found = without_receipts(store.path)
         assert found in (before, after)
         seen.add(found == after)
     assert seen == {True, False}

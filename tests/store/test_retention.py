@@ -60,11 +60,14 @@ def test_old_receipts_lose_what_nothing_depends_on(tmp_path):
     assert done.receipts == tuple(receipt["receipt"] for receipt in before[:-1]) and len(done.receipts) == 13
     after = read_receipts(store)
     assert after[-1] == before[-1] and after[-1]["reference"] == NEW and after[-1]["caches"] == CACHES
-    private = {"reference": None, "exports": None, "caches": None}
+    private = {"reference": None, "exports": None, "caches": None, "salts": None}
     for old, left in zip(before[:-1], after[:-1], strict=True):
         assert {**left, **private} == {**old, **private}
         assert (left["reference"], left["caches"]) == (None, [])
         assert left["exports"] == [path for path in old["exports"] if Path(path).name == "there"]
+        kept = {name for name in ("reference", "caches") if old[name] == left[name]}
+        kept |= {"copies"} if left["exports"] == old["exports"] else set()
+        assert left["salts"].keys() == kept, "a salt goes with its value: nobody can try names"
     assert tombstones_of(store) == stones and store.manifest() == manifest
     assert verify(store).ok and store.expire(age(between)).receipts == ()
 

@@ -30,6 +30,7 @@ GENERATION = "state and manifest are of one generation"
 TOMBSTONES = "tombstones are the manifest's"
 BURIED = "no stage is older than a deletion from it"
 EXAMPLES = "stages saw the examples of the index"
+RECEIPTS = "receipts are a chain, and what they say holds"
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +336,7 @@ def test_lost_state_is_said(store: Path) -> None:
     shutil.rmtree(store / ".s3t")
     report = verify(store)
     assert report.ok and not report.complete
-    assert set(not_checked(report)) == {DATABASE, AGREEMENT, GENERATION, TOMBSTONES, BURIED, EXAMPLES}
+    assert set(not_checked(report)) == {DATABASE, AGREEMENT, GENERATION, TOMBSTONES, BURIED, EXAMPLES, RECEIPTS}
     assert not (store / ".s3t").exists()
 
 

@@ -19,6 +19,7 @@ from rich.console import Group
 from ..files import resolved
 from . import hub as cli_hub
 from . import plan as cli_plan
+from . import receipt as cli_receipt
 from . import serve as cli_serve
 from . import state as cli_state
 from . import tables as display
@@ -61,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(cli_state.app, name="state")
+app.add_typer(cli_receipt.app, name="receipt")
 for command in (cli_plan.plan, cli_hub.push, cli_hub.pull, cli_hub.purge, cli_hub.recheck, cli_serve.serve):
     app.command()(command)
 

@@ -89,6 +89,27 @@ def expire(
     run([store], None, as_json, verb)
 
 
+@app.command("set")
+def set_names(
+    store: OneStore,
+    names: Annotated[
+        list[str], typer.Argument(help="NAME=VALUE: organisation, model, dataset, signing_key (a file). Empty: unset.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Name once whose store it is, for the pages of receipts, and which key signs receipts. It stays private."""
+
+    def verb(store: S3TStore) -> Outcome:
+        wrong = [text for text in names if "=" not in text]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r:.80} sets nothing. Write NAME=VALUE, such as model=support-bot.")
+        kept = store.set_names(**dict(text.split("=", 1) for text in names))
+        shown = "\n".join(f"{name}: {value}" for name, value in kept.items()) or "No name is set."
+        return Outcome(str(store.path), DONE, kept, shown)
+
+    run([store], None, as_json, verb)
+
+
 @app.command("accept-loss")
 def accept_loss(
     store: OneStore,

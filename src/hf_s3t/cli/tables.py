@@ -15,9 +15,10 @@ from ..store.ids import shortened
 from .options import WIDTH
 
 if TYPE_CHECKING:
-    from ..store.audit import VerifyReport
+    from ..store.audit import Check, VerifyReport
     from ..store.exports import Export
     from ..store.lost_state import Loss
+    from ..store.receipt_since import Since
     from ..store.receipts import Receipt
     from ..store.status import Location, Status
 
@@ -127,6 +128,9 @@ def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[st
         rows.append(("history", still_serves(unpurged)))
     if receipt.reference:
         rows.append(("reference", receipt.reference))
+    from ..store.receipt_since import status_words
+
+    rows.append(("status", status_words(receipt)))
     rows.append(("receipt", "none, as nothing was changed" if receipt.status == "dry run" else receipt.receipt))
     limits = Group(*(f"- {limit}" for limit in receipt.limits))
     return Group(_sentence(path, receipt), _pairs(rows), "Not covered:", limits)
@@ -184,6 +188,34 @@ def show_loss(path: str, loss: Loss) -> RenderableType:
     return Group(f"Lost deletions of {path}:", _pairs(rows), verdict, WARNING)
 
 
+def show_receipts(path: str, told: Sequence[tuple[Receipt, str]]) -> RenderableType:
+    """Receipts with where each stands."""
+    table = Table("receipt", "requested at", "reference", "status", width=WIDTH, title=path)
+    table.title_justify = "left"
+    for receipt, words in told:
+        reference = shortened(ascii(receipt.reference)[1:-1]) if receipt.reference else ""
+        table.add_row(receipt.receipt, receipt.requested_at[:19], reference, words)
+    return table
+
+
+def show_kept(path: str, receipt: Receipt, since: Since) -> RenderableType:
+    """A receipt that was kept, with what became of it since."""
+    from ..store.receipt_since import status_words
+
+    rows = [
+        ("status", status_words(receipt, since)),
+        ("requested at", receipt.requested_at),
+        ("inactive since", receipt.inactive_since or "not known here"),
+        ("trained again since", f"{len(since.repaired)} of {len(receipt.stages_removed)} removed stages"),
+        ("still carries it", "\n".join((*since.history, *since.exports)) or "nothing that is known"),
+        ("digest", receipt.digest or "none: of an earlier version, not chained by digest"),
+        ("signed", "yes" if receipt.signature else "no"),
+    ]
+    if receipt.obeys:
+        rows.append(("taken over", ", ".join(receipt.obeys)))
+    return Group(show_receipt(path, receipt), "", _pairs(rows))
+
+
 def show_report(report: VerifyReport) -> RenderableType:
     """What an audit found, the two grades of claim apart, as wide as the terminal is."""
     width = min(shutil.get_terminal_size((80, 24)).columns, WIDTH)
@@ -193,15 +225,7 @@ def show_report(report: VerifyReport) -> RenderableType:
         _folded("Influence-free by construction, on any hardware:", width),
         _outcomes("what should hold", outcomes, width),
     ]
-    details = Table.grid(padding=(0, 1))
-    details.width = width
-    details.add_column(no_wrap=True)
-    details.add_column(overflow="fold")
-    for check in report.checks:
-        for finding in check.broken:
-            details.add_row("broken:", finding)
-        for finding in check.not_checked:
-            details.add_row("not checked:", finding)
+    details = _details(report.checks, width)
     for stage in report.retrained or ():
         for finding in stage.findings:
             details.add_row(f"{stage.outcome}:", finding)
@@ -238,6 +262,30 @@ def _verdict(report: VerifyReport) -> str:
     if report.influence_free != "broken" and report.bit_equal == "different":
         verdict = "Stages are not what training them again gives"
     return f"{verdict}{'' if report.complete else ', but not everything could be checked'}."
+
+
+def show_checks(title: str, checks: Sequence[Check]) -> RenderableType:
+    """What was looked at, and what was found, as wide as the terminal is."""
+    width = min(shutil.get_terminal_size((80, 24)).columns, WIDTH)
+    details = _details(checks, width)
+    verdict = "Something is broken" if any(check.broken for check in checks) else "Nothing is broken"
+    rest = ", but not everything could be checked" if any(check.not_checked for check in checks) else ""
+    outcomes = _outcomes("what should hold", {check.name: check.outcome for check in checks}, width)
+    return Group(_folded(title, width), outcomes, details, _folded(f"{verdict}{rest}.", width))
+
+
+def _details(checks: Sequence[Check], width: int) -> Table:
+    """Each finding of checks on lines of its own."""
+    details = Table.grid(padding=(0, 1))
+    details.width = width
+    details.add_column(no_wrap=True)
+    details.add_column(overflow="fold")
+    for check in checks:
+        for finding in check.broken:
+            details.add_row("broken:", finding)
+        for finding in check.not_checked:
+            details.add_row("not checked:", finding)
+    return details
 
 
 def _sentence(path: str, receipt: Receipt) -> str:

@@ -24,6 +24,7 @@ from .folder import StoreFolder
 from .manifest import Manifest
 from .partition import entries_digest, examples_digest, stage_examples
 from .public_audit import MALFORMED, PUBLISHED_CHECKS, Findings, FindingsOf, NotChecked
+from .receipt_audit import check_receipts_of
 from .recipe_differences import recipe_digest
 from .requests import Place, places_check
 from .schema import DATABASE
@@ -294,5 +295,6 @@ CHECKS: dict[str, FindingsOf] = {
     "no stage is older than a deletion from it": _check_buried,
     "stages saw the examples of the index": _check_examples,
     "the state is its owner's alone": _check_modes,
+    "receipts are a chain, and what they say holds": check_receipts_of,
 }
 """By what should hold."""

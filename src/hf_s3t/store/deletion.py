@@ -18,15 +18,19 @@ from ..errors import StateError, StoreError, UnfinishedDeletionError, UnknownExa
 from ..files import json_bytes, remove, utc_now
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from .agreement import check_agreement
+from .commitments import commitments
 from .database import Kind, Place, StateDatabase
 from .deletion_records import INTENT_FORMAT, OPTIONAL
+from .evidence import served_json, weights_of
 from .export_records import carrying
 from .exports import settle
 from .folder import StoreFolder
 from .ids import shortened
 from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
+from .obeyed import with_receipts
 from .outlook import outlook_of
-from .receipts import Receipt, append_receipt, check_receipts, limits_of, receipt_name, versions
+from .receipt_signature import check_signer
+from .receipts import NO_COMMITMENT, Receipt, append_receipt, check_receipts, limits_of, linked, receipt_name, versions
 from .requests import Request
 from .sources import TOMBSTONES, FolderSource, on_top
 from .state_files import INTENTS
@@ -68,8 +72,12 @@ def delete(
     receipt = _preview(folder, request, reference, dry_run)
     if dry_run:
         return replace(receipt, status="dry run")
+    check_signer(folder)
     if not request.places:
         return _unchanged(folder, request, receipt, refresh_exports)
+    committed = commitments(folder, receipt.receipt, request)
+    limits = receipt.limits if committed else (*receipt.limits, NO_COMMITMENT)
+    receipt = linked(folder, replace(receipt, commitments=committed, limits=limits))
     intent = {
         "kind": "delete",
         "receipt": receipt.to_json(),
@@ -145,6 +153,8 @@ def readmit(folder: StoreFolder, request_digests: Mapping[str, Kind], reference:
         receipt_name(), "readmit", "readmitted", utc_now(), manifest.generation + 1, reference=reference,
         asked=len(request_digests), found=len(request_digests), versions=versions(), limits=(),
     )  # fmt: skip
+    check_signer(folder)
+    receipt = linked(folder, receipt)
     intent = {
         "kind": "readmit",
         "receipt": receipt.to_json(),
@@ -182,6 +192,7 @@ def _preview(folder: StoreFolder, request: Request, reference: str | None, dry_r
         examples=None if counts is None else deleted, dark_examples=dark, reference=reference,
         deleted_by=sorted({name for stone in request.stones for name in stone.deletions}),
         stages_removed={stage.name: manifest.stages[stage] for stage in gone},
+        stages_after=weights_of(manifest.without(gone)), places=sorted(map(list, request.places)),
         served_before=served_json(before), served_after=served_json(after),
         exports=carrying(folder, _newest(request, generation)), caches=caches, versions=versions(),
         repository=folder.source.repo_id, limits=limits_of(manifest),
@@ -315,7 +326,7 @@ def _obey(folder: StoreFolder) -> None:
         manifest = folder.manifest()
         hit: set[Place] = set()
         if state is not None:
-            log = merged(manifest.log, state.log())
+            log = with_receipts(merged(manifest.log, state.log()), state)
             hit = places_beyond(log, manifest.log)
             untold = manifest.tombstones == NOT_KNOWN and state.knows(manifest) and folder.has_key
             if untold or log != manifest.log:
@@ -338,8 +349,3 @@ def _write_intent(folder: StoreFolder, intent: dict[str, Any]) -> dict[str, Any]
             raise _unfinished(intent, error) from error
         raise
     return intent
-
-
-def served_json(served: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
-    """Served prefixes as a receipt has them."""
-    return {str(shard): list(prefix) for shard, prefix in sorted(served.items())}

@@ -18,7 +18,8 @@ from ..plain_data import plain_json, read_as
 from .manifest import DAMAGED, read_count
 
 INTENT_FORMAT = 1
-RECEIPT_FORMAT = 1
+RECEIPT_FORMAT = 2
+"""Since 2 a receipt has a digest and names the one before it."""
 REQUIRED = ("kind", "receipt", "places", "generation")
 OPTIONAL: dict[str, Any] = {
     "format": 1, "ids": {}, "groups": {}, "repo": None, "refresh_exports": False, "renewed": [], "file": "",

@@ -14,11 +14,13 @@ from typing import Any
 from ..errors import StateError
 from ..files import utc_now
 from .database import Place, StateDatabase
-from .deletion import recover, served_json
+from .deletion import recover
+from .evidence import served_json, weights_of
 from .export_records import carrying
 from .folder import StoreFolder
 from .manifest import Event, Log, Manifest
-from .receipts import Receipt, check_receipts, limits_of, receipt_name, versions
+from .receipt_signature import check_signer
+from .receipts import Receipt, check_receipts, finished, limits_of, linked, receipt_name, versions
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,9 @@ def accept_loss(folder: StoreFolder, reference: str | None, dry_run: bool) -> Lo
         return loss
     check_receipts(folder)
     folder.source.check_writable()
-    loss = replace(loss, receipt=_receipt(folder, manifest, loss, reference))
+    check_signer(folder)
+    receipt = linked(folder, _receipt(folder, manifest, loss, reference))
+    loss = replace(loss, receipt=finished(folder, receipt))
     _write(folder, lost, loss)
     recover(folder)
     logger.warning("%d lost deletions of %s were accepted. %s", len(lost), folder.path, WARNING)
@@ -106,6 +110,7 @@ def _receipt(folder: StoreFolder, manifest: Manifest, loss: Loss, reference: str
         asked=len(loss.deletions) + len(loss.readmissions), examples=loss.examples, dark_examples=None,
         deleted_by=sorted([*loss.deletions, *loss.readmissions]), reference=reference,
         stages_removed={stage.name: manifest.stages[stage] for stage in sorted(manifest.stages.keys() - after.stages)},
+        stages_after=weights_of(after), places=sorted(map(list, places)),
         served_before=served_json(manifest.plan.served(manifest.stages)),
         served_after=served_json(after.plan.served(after.stages)),
         exports=carrying(folder, dict.fromkeys(places, generation)), repository=folder.source.repo_id,

@@ -35,10 +35,13 @@ class Event:
 
     It is not `named` where whole slices were deleted with the state lost, or where its tombstones were lost: whoever
     has the index makes them.
+
+    `receipts` are digests of its receipt: none of a version before there were any, and of an honest one not two.
     """
 
     places: tuple[tuple[int, int], ...]  # (shard, slice)s; none for a readmission
     named: bool = True  # whether it made or lifted tombstones
+    receipts: tuple[str, ...] = ()
 
 
 Log = dict[str, Event]
@@ -53,11 +56,15 @@ def places_beyond(log: Log, known: Log) -> set[tuple[int, int]]:
 
 
 def merged(first: Log, second: Log) -> Log:
-    """The events of two logs. One that both name has the places of both: names alone are easily forged."""
+    """The events of two logs. One that both name has the places and receipts of both: names are easily forged.
+
+    So nothing that somebody wrote under another's name takes its place, and an audit finds two receipts.
+    """
     log = {**first, **second}
     for name in first.keys() & second.keys():
         one, other = first[name], second[name]
-        log[name] = Event(tuple(sorted({*one.places, *other.places})), one.named and other.named)
+        places, receipts = {*one.places, *other.places}, {*one.receipts, *other.receipts}
+        log[name] = Event(tuple(sorted(places)), one.named and other.named, tuple(sorted(receipts)))
     return log
 
 
@@ -237,7 +244,11 @@ def _files(record: Any) -> dict[str, str]:
 
 def log_json(log: Mapping[str, Event]) -> dict[str, Any]:
     """Plain data."""
-    return {name: {"places": [list(place) for place in e.places], "named": e.named} for name, e in log.items()}
+    return {
+        name: {"places": [list(place) for place in e.places], "named": e.named}
+        | ({"receipts": list(e.receipts)} if e.receipts else {})
+        for name, e in log.items()
+    }
 
 
 def read_log(data: Any) -> Log:
@@ -249,4 +260,7 @@ def _event(data: Any) -> Event:
     places = tuple((read_count(shard), read_count(slice_id)) for shard, slice_id in data["places"])
     if type(data["named"]) is not bool:
         raise ValueError(f"{data['named']!r:.80} is neither true nor false")
-    return Event(places, data["named"])
+    receipts = data.get("receipts", [])
+    if not isinstance(receipts, list):
+        raise ValueError(f"{receipts!r:.80} are no receipts")
+    return Event(places, data["named"], tuple(_digest(receipt, 64) for receipt in receipts))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +15,12 @@ from ..data_derived import limits_of_data
 from ..errors import StateError, StoreError
 from ..files import json_bytes, read_json, remove
 from ..plain_data import read_as
+from .database import StateDatabase
 from .deletion_records import RECEIPT_FORMAT, check_fields, check_format
+from .evidence import SEALED, copies_of, evidence_digest, new_salt, sealed
 from .folder import StoreFolder
 from .manifest import DAMAGED, Manifest, read_count
+from .receipt_signature import signed
 from .recipe_differences import NOT_BIT_EQUAL
 
 logger = logging.getLogger(__name__)
@@ -28,6 +32,8 @@ LIMITS = (
     "Numbers that user code computed from the whole train set (class weights, statistics) keep what they saw.",
     "Until repair the model misses whole slices; only after repair is it what training without the examples gives.",
 )
+
+NO_COMMITMENT = "It has no commitment to who was in its slices: the key or the state was not at hand."
 
 
 def limits_of(manifest: Manifest) -> tuple[str, ...]:
@@ -44,11 +50,12 @@ def limits_of(manifest: Manifest) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a deletion found and did. Kept in the state, never published.
+    """What a deletion found and did. Kept in the state; of it the digest alone is published, in the manifest's log.
 
     Args:
         receipt (`str`): its own name.
-        kind (`str`): `"delete"`, `"readmit"`, or `"loss"` (of deletions that no state knows any more).
+        kind (`str`): `"delete"`, `"readmit"`, `"loss"` (of deletions that no state knows any more), or `"obeyed"`
+            (what this state took over from elsewhere).
         status (`str`): `"dry run"`, `"unchanged"` (all was deleted before), `"accepted"` (a loss), or `"inactive"`: no
             longer served by this store since `inactive_since`. Of a repository `"inactive_at_head"` until a purge, and
             `"no_longer_served"` once every probe after it says so.
@@ -70,6 +77,18 @@ class Receipt:
         repository (`str`, *optional*): the repository that it was asked of; `None`: a folder.
         still_served_at (`list[str]`): revisions of that repository that still serve what it is about, until a purge.
         caches (`list[str]`): files of the datasets cache, outside the store, that may hold the text.
+        stages_after (`dict[str, str]`): sha256 of the weights of each stage that stayed.
+        places (`list[list[int]]`): the `[shard, slice]`s that it is about.
+        commitments (`dict[str, dict[str, str]]`): of each place what its examples were `before` and `after`, as an
+            HMAC that an opening ([`~store.opening.open_receipt`]) explains; empty without key or state.
+        obeys (`dict[str, list[str]]`): of `"obeyed"`: deletions and readmissions elsewhere, with their digests there.
+        joins (`list[str]`): of `"obeyed"`: digests of the ends of chains that it joins.
+        number (`int`), previous (`str`): its place in the chain, from 1, and the digest of the receipt before it.
+        salt (`str`), salts (`dict[str, str]`), sealed (`dict[str, str]`): what makes digests impossible to guess, and
+            hashes of what a term may end for.
+        digest (`str`): sha256 of the evidence, see `evidence.py`; empty in a dry run and in receipts of format 1.
+        copies (`str`): hash of the exports that it names.
+        signature (`dict[str, str]`, *optional*): `public_key` and `signature` (Ed25519), in hexadecimal.
     """
 
     receipt: str
@@ -97,13 +116,26 @@ class Receipt:
     repository: str | None = None
     still_served_at: list[str] = field(default_factory=list)
     caches: list[str] = field(default_factory=list)
+    stages_after: dict[str, str] = field(default_factory=dict)
+    places: list[list[int]] = field(default_factory=list)
+    commitments: dict[str, dict[str, str]] = field(default_factory=dict)
+    obeys: dict[str, list[str]] = field(default_factory=dict)
+    joins: list[str] = field(default_factory=list)
+    number: int = 0
+    previous: str = ""
+    salt: str = ""
+    salts: dict[str, str] = field(default_factory=dict)
+    sealed: dict[str, str] = field(default_factory=dict)
+    digest: str = ""
+    copies: str = ""
+    signature: dict[str, str] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = LIMITS
     format: int = RECEIPT_FORMAT
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        return {**asdict(self), "limits": list(self.limits)}
 
     @classmethod
     def from_json(cls, data: Any) -> Receipt:
@@ -116,9 +148,48 @@ class Receipt:
             check_format(data, RECEIPT_FORMAT, f"Receipt {data.get('receipt')}")
             required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
             check_fields(data, required, [f.name for f in fields(cls)])
-            return read_as(cls, data)
+            return read_as(cls, {"format": 1, **data})
         except DAMAGED as error:
             raise StateError(f"A receipt cannot be read ({error}). Restore the state from a backup.") from None
+
+
+def linked(folder: StoreFolder, receipt: Receipt, state: StateDatabase | None = None) -> Receipt:
+    """A receipt whose evidence is complete: it names the newest one by its digest, also of a deletion that was begun.
+
+    Runs under the write lock; a `state` that is being changed is handed in.
+    """
+    number, previous = max(_links(folder, state), default=(0, ""))
+    salts = {name: new_salt() for name in SEALED}
+    receipt = replace(
+        receipt, number=number + 1, previous=previous, salt=secrets.token_hex(32), salts=salts,
+        sealed={name: sealed(salts[name], getattr(receipt, name)) for name in SEALED},
+    )  # fmt: skip
+    return replace(receipt, digest=evidence_digest(receipt.to_json()))
+
+
+def _links(folder: StoreFolder, state: StateDatabase | None) -> list[tuple[int, str]]:
+    """Number and digest of the newest receipts, wherever they are."""
+    told = [intent["receipt"] for intent in folder.readable_intents()]
+    told += [read_json(path) for path in folder.loose_receipts()]
+    found = [(receipt["number"], receipt["digest"]) for receipt in told if receipt.get("digest")]
+    try:
+        if state is not None:
+            found += state.newest_links()
+        elif folder.database.exists():
+            with folder.reading(lost=True) as state:
+                found += state.newest_links()
+    except StateError as error:  # it begins a chain of its own, which an import joins
+        logger.error("which receipt comes before this one is not known: %s", error)
+    return found
+
+
+def finished(folder: StoreFolder, receipt: Receipt) -> Receipt:
+    """A receipt whose outcome is complete: what it says of copies is sealed, and it is signed if a key is named."""
+    if not receipt.digest:
+        return receipt
+    salts = {**receipt.salts, "copies": new_salt()}
+    receipt = replace(receipt, salts=salts, copies=sealed(salts["copies"], copies_of(receipt.to_json())))
+    return replace(receipt, signature=signed(folder, receipt.to_json()))
 
 
 def append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
@@ -126,6 +197,8 @@ def append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
 
     Where the state's database cannot be written it is a file of its own beside it: no deletion waits for a record.
     """
+    if receipt.format > 1:
+        receipt = finished(folder, receipt if receipt.digest else linked(folder, receipt))
     try:
         with folder.changing(create=True) as state:
             state.add_receipt(receipt.receipt, receipt.to_json())
@@ -159,6 +232,17 @@ def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:
     loose = [Receipt.from_json(read_json(path)) for path in folder.loose_receipts()]
     found += [receipt.to_json() for receipt in loose if receipt.receipt not in names]
     return [Receipt.from_json(receipt).to_json() for receipt in found]
+
+
+def one_receipt(receipts: Sequence[Receipt], name: str, where: Any) -> Receipt:
+    """The receipt that has a name, or alone begins with it. A `ValueError` if there is none."""
+    found = [receipt for receipt in receipts if receipt.receipt == name]
+    found = found or [receipt for receipt in receipts if name and receipt.receipt.startswith(name)]
+    if len(found) != 1:
+        known = ", ".join(receipt.receipt for receipt in (found or receipts)[-5:]) or "none"
+        what = "is the beginning of several receipts" if found else "is no receipt"
+        raise ValueError(f"{name!r:.80} {what} of {where}. The newest: {known}.")
+    return found[0]
 
 
 def check_receipts(folder: StoreFolder) -> None:

@@ -15,6 +15,9 @@ from typing import Any
 from ..plain_data import plain_json
 from .state import stack_line
 
+LAST_RECEIPTS = 64
+"""Among so many the newest link of the chain is looked for: a deletion that was interrupted is written later."""
+
 
 class RecordTables:
     """The part of a state that tells what was done."""
@@ -68,6 +71,12 @@ class RecordTables:
         """Names such files."""
         self._sql.executemany("INSERT OR IGNORE INTO caches VALUES (?)", [(path,) for path in paths])
 
+    def backed_up_names(self) -> dict[str, str]:
+        """Names that the owner had set, in a backup; none in one of a version that knew none."""
+        if self._one("SELECT 1 FROM sqlite_schema WHERE name = 'names'") is None:
+            return {}
+        return dict(self._sql.execute("SELECT name, value FROM names").fetchall())
+
     # ---- records that no promise depends on ----
 
     def mend_records(self, theirs: RecordTables, export_fields: Collection[str]) -> None:
@@ -108,6 +117,38 @@ class RecordTables:
             text = json.dumps(changed[name], sort_keys=True) if name in changed else text
             last = chained(last, text)
             self._sql.execute("UPDATE receipts SET receipt = ?, chain = ? WHERE name = ?", (text, last, name))
+
+    def newest_links(self) -> list[tuple[int, str]]:
+        """Place in the chain and digest of the receipts that were written last; those of older formats have none."""
+        rows = self._sql.execute(
+            "SELECT json_extract(receipt, '$.number'), json_extract(receipt, '$.digest') FROM "
+            "(SELECT receipt FROM receipts WHERE format > 1 ORDER BY number DESC LIMIT ?) WHERE json_valid(receipt)",
+            (LAST_RECEIPTS,),
+        )
+        return [(number, digest) for number, digest in rows if type(number) is int and isinstance(digest, str)]
+
+    def links(self) -> list[tuple[int, str, list[str]]]:
+        """Place in the chain, digest, and digests of those before it, of every receipt that can be read."""
+        rows = self._sql.execute(
+            "SELECT json_extract(receipt, '$.number'), json_extract(receipt, '$.digest'), "
+            "json_extract(receipt, '$.previous'), json_extract(receipt, '$.joins') FROM receipts "
+            "WHERE format > 1 AND json_valid(receipt) ORDER BY number"
+        )
+        return [(number, digest, [previous, *json.loads(joins)]) for number, digest, previous, joins in rows]
+
+    def receipt_digest(self, name: str) -> str | None:
+        """The digest of a receipt; empty where it has none or cannot be read, `None` where there is no receipt."""
+        statement = "CASE WHEN json_valid(receipt) THEN json_extract(receipt, '$.digest') END"
+        found = self._sql.execute(f"SELECT {statement} FROM receipts WHERE name = ?", (name,)).fetchone()
+        return None if found is None else found[0] or ""
+
+    def obeyed(self) -> list[dict[str, list[str]]]:
+        """What receipts tell of events that were taken over from elsewhere: their digests by name."""
+        rows = self._sql.execute(
+            "SELECT json_extract(receipt, '$.obeys') FROM receipts WHERE format > 1 AND json_valid(receipt) "
+            "AND json_extract(receipt, '$.kind') = 'obeyed'"
+        )
+        return [json.loads(obeys) for (obeys,) in rows]
 
     def receipt(self, name: str) -> dict[str, Any] | None:
         """One receipt."""

@@ -16,12 +16,10 @@ from typing import Any
 
 from ..files import json_bytes, read_json
 from ..hub.purge_report import PurgeReport
+from .evidence import COPIES, SEALED
 from .export_records import present
 from .folder import StoreFolder
 from .receipts import read_receipts
-
-COPIES = ("exports", "exports_refreshed", "exports_removed")
-"""Fields of a receipt that name copies of a model."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,12 @@ def begin_of_term(older_than: str | datetime.timedelta) -> datetime.datetime:
 
 
 def _lessened(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of a receipt: with a value its salt goes, and its digest stays what it was."""
     copies = {name: [path for path in receipt[name] if present(Path(path))] for name in COPIES}
-    return {**receipt, **copies, "reference": None, "caches": []}
+    left = {**receipt, **copies, "reference": None, "caches": []}
+    same = {"copies"} if all(receipt[name] == left[name] for name in COPIES) else set()
+    same |= {name for name in SEALED if left[name] == receipt[name]}
+    return {**left, "salts": {name: salt for name, salt in receipt["salts"].items() if name in same}}
 
 
 def _write(store: StoreFolder, lessened: Mapping[str, Mapping[str, Any]]) -> None:

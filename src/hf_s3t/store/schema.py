@@ -30,7 +30,7 @@ import errno
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
@@ -162,10 +162,16 @@ def create(path: Path) -> None:
         connection.execute("INSERT INTO about (one) VALUES (1)")
 
 
-def write_in_order(path: Path, target: Path | None = None, key: tuple[str | None] | None = None) -> None:
+def write_in_order(
+    path: Path,
+    target: Path | None = None,
+    key: tuple[str | None] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> None:
     """Writes a database anew, in one step and without a trace of what was deleted: in its own place, or a copy.
 
-    A copy that is a backup has one table more, for the partition key, which may be kept elsewhere (`(None,)`).
+    A copy that is a backup has two tables more: for the partition key, which may be kept elsewhere (`(None,)`), and
+    for the `names` that its owner set.
     """
     with told(path), _written_anew(target or path) as connection:
         connection.execute("ATTACH ? AS old", (str(path),))
@@ -178,6 +184,8 @@ def write_in_order(path: Path, target: Path | None = None, key: tuple[str | None
         if key is not None:
             connection.execute("CREATE TABLE backup (key TEXT) STRICT")
             connection.execute("INSERT INTO backup VALUES (?)", key)
+            connection.execute("CREATE TABLE names (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
+            connection.executemany("INSERT INTO names VALUES (?, ?)", (names or {}).items())
 
 
 def in_memory() -> sqlite3.Connection:

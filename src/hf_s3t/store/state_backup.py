@@ -19,6 +19,8 @@ from .deletion_records import check_format
 from .export_records import Record
 from .folder import LOCK_SECONDS, StoreFolder, as_key
 from .manifest import merged
+from .names import checked_names, read_names, set_names
+from .obeyed import account_for, join_chains
 from .receipts import RECEIPT_FORMAT, check_receipts, take_in_loose_receipts
 from .schema import DATABASE
 from .state import key_check_value
@@ -33,7 +35,7 @@ def back_up(store: StoreFolder, file: Path) -> None:
     with store.reading():  # refused before anything is written
         pass
     key = None if store.key_file is None else store.key_text(store.key_file)
-    schema.write_in_order(store.database, file, key=(key,))
+    schema.write_in_order(store.database, file, key=(key,), names=read_names(store))
 
 
 def restore(store: StoreFolder, file: Path) -> None:
@@ -58,10 +60,15 @@ def restore(store: StoreFolder, file: Path) -> None:
                 if state.store not in (None, theirs.store):
                     raise StateError(f"{file} belongs to another store than the state in {store.private}.")
                 state.mend_records(theirs, [field.name for field in fields(Record)])
+                known = state.log()
                 _join(state, theirs)
                 if store.exists:  # in the same step: a backup has records of stages that are gone
                     state.keep_records(store.manifest().names)
+                account_for(store, state, known, theirs.log())
+                join_chains(store, state)
             take_in_loose_receipts(store)
+            if names := theirs.backed_up_names():
+                set_names(store, {**checked_names(names), **read_names(store)})
             if key and as_key(key) != store.given_key:  # one that is kept elsewhere stays there
                 store.write_private(KEY_FILE, key.encode() + b"\n")
             recover(store)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ from . import deletion
 from .folder import LOCK_SECONDS, StoreFolder
 from .key_place import move_key
 from .lost_state import Loss, accept_loss
-from .receipts import Receipt
-from .requests import check_reference
+from .names import set_names
+from .opening import open_receipt
+from .receipt_signature import check_key
+from .receipts import Receipt, one_receipt, read_receipts
+from .requests import check_lists, check_reference
 from .retention import Expired, expire
 from .state_backup import back_up, restore
 
@@ -34,6 +37,34 @@ class StateCare(StoreFolder):
         """Holds the store's write lock, after finishing what an interrupted writer left; see [`recover`]."""
         with self.write_lock.hold(timeout), self.source.drafting():
             yield deletion.recover(self, others)
+
+    def receipts(self) -> list[Receipt]:
+        """Every receipt that the state has, oldest first."""
+        return [Receipt.from_json(receipt) for receipt in read_receipts(self)]
+
+    def receipt(self, name: str) -> Receipt:
+        """One receipt, by its name or the beginning of it.
+
+        Raises:
+            ValueError: there is none, or several begin so.
+        """
+        return one_receipt(self.receipts(), name, self.path)
+
+    def open_receipt(self, name: str, ids: Iterable[Any] = ()) -> dict[str, Any]:
+        """What an auditor needs to see which examples a deletion removed; see [`~store.opening.open_receipt`]."""
+        check_lists(ids=ids)
+        return open_receipt(self, self.receipt(name), ids)
+
+    def set_names(self, **names: str) -> dict[str, str]:
+        """Sets `organisation`, `model`, `dataset` and `signing_key` of the store's receipts; an empty text unsets one.
+
+        Raises:
+            ValueError: there is no such name, a value is too long, or the key cannot sign; nothing was changed.
+        """
+        if names.get("signing_key"):
+            check_key(names["signing_key"])
+        with self.writing():
+            return set_names(self, names)
 
     def export_state(self, file: str | os.PathLike[str]) -> None:
         """Writes key and database into one private file (mode 600), itself a database: the backup of `.s3t/`."""

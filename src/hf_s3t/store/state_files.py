@@ -1,7 +1,7 @@
 """The private part of a store as files: who was trained on, what was deleted, what a deletion has begun.
 
 ```
-.s3t/  partition.key  state.sqlite  intents/  purge-*.json  receipt-*.json               kept
+.s3t/  partition.key  state.sqlite  names.json  intents/  purge-*.json  receipt-*.json   kept
        .gitignore                                                                    holds `*`
        running/  scratch/  activations/  write.lock  train.lock                          scratch
 ```

@@ -186,6 +186,7 @@ class S3TStore(Verifiable, StateCare):
             except S3TError as error:
                 raise type(error)(f"The deletion is done ({receipt.receipt}), its purge is not. {error}") from error
             receipt = replace(receipt, status=report.status, still_served_at=report.still_served_at)
+            receipt = replace(receipt, signature=None)  # what is kept, and signed, is from before the purge
         return receipt
 
     # ---- the Hub ----

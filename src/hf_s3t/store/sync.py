@@ -20,6 +20,7 @@ from ..plan.tree import Stage
 from .deletion import take_over
 from .folder import StoreFolder, digests, stage_files
 from .manifest import NOT_KNOWN, Log, Manifest, merged, places_beyond
+from .obeyed import with_receipts
 from .recipe_differences import check_same
 from .sources import TOMBSTONES, RepoSource, on_top
 from .sweep import sweep
@@ -150,7 +151,7 @@ def pull(store: StoreFolder, target: StoreFolder) -> Manifest:
     known: Log = {}
     if store.has_state:
         with store.reading() as state:
-            known = state.log()
+            known = with_receipts(state.log(), state)
     ours = store.manifest() if store.exists else replace(theirs, stages={}, root=None, tombstones=NOT_KNOWN, log=known)
     stages, log = _joined(theirs, ours), merged(ours.log, theirs.log)
     new = {stage: files for stage, files in sorted(stages.items()) if ours.stages.get(stage) != files}

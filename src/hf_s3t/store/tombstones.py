@@ -14,6 +14,7 @@ from . import schema
 from .database import Place, StateDatabase
 from .folder import MAX_MANIFEST_BYTES, StoreFolder
 from .manifest import DAMAGED, NOT_KNOWN, Event, Log, Manifest, merged, read_log
+from .obeyed import account_for
 from .receipts import receipt_name
 from .sources import TOMBSTONES, RepoSource
 
@@ -42,6 +43,7 @@ def absorb(folder: StoreFolder, there: StoreFolder) -> None:
             join(state, theirs)
         if bury_unnamed(state, merged(manifest.log, state.log()), known) or theirs is not None:
             state.remove_buried()
+        account_for(folder, state, known, manifest.log)
 
 
 def join(state: StateDatabase, theirs: StateDatabase) -> None:
@@ -123,8 +125,9 @@ def put_tombstones(folder: StoreFolder, state: StateDatabase, key: bytes) -> Non
 
 def event_of(intent: Mapping[str, Any], named: bool) -> Event:
     """What a manifest tells of a deletion; it is `named` where the state is there."""
-    named = named and bool(intent["ids"] or intent["groups"])
-    return Event(tuple(sorted((shard, slice_id) for shard, slice_id in intent["places"])), named)
+    named, digest = named and bool(intent["ids"] or intent["groups"]), intent["receipt"].get("digest")
+    places = tuple(sorted((shard, slice_id) for shard, slice_id in intent["places"]))
+    return Event(places, named, (digest,) if digest else ())
 
 
 def obey(state: StateDatabase, intent: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ..plan.tree import Plan, Stage
 from ..store.agreement import check_agreement
 from ..store.database import StateDatabase
 from ..store.manifest import Manifest, RepairBudget
+from ..store.obeyed import with_receipts
 from ..store.partition import Comparison, Entry, compare, examples_digest, warn_of_empty_slices
 from ..store.receipts import versions
 from ..store.recipe_differences import NOT_BIT_EQUAL, Difference, check_same
@@ -157,7 +158,8 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted, plan: Plan) -> M
         state.begin(key_check, places)
         state.keep_records(())
         rows = unburied(wanted.rows.entries, state)
-        log, digest, comparison = state.log(), state.tombstones_hmac(key), compare(state.examples(), rows)
+        log, digest = with_receipts(state.log(), state), state.tombstones_hmac(key)
+        comparison = compare(state.examples(), rows)
     warn_of_empty_slices(rows, key, config)
     logger.warning(
         "The private state of this store is in %s. Back it up (`hf-s3t state export`): without it, nobody can be "
