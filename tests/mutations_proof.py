@@ -16,7 +16,7 @@ CLI = "cli/test_cli_receipt.py::test_"
 PROOF = (
     (13, "a receipt's digest leaves out what was found", "store/evidence.py",
      (('"asked", "found", "already_deleted",', '"asked", "already_deleted",'),),
-     (ALTERED, "test_guarantees.py::test_the_script_is_short_and_uses_nothing_of_ours")),
+     (ALTERED, "test_receipt_script.py::test_the_script_is_short_and_uses_nothing_of_ours")),
     (13, "nobody compares a receipt with its digest", "store/evidence.py",
      (('    if evidence_digest(receipt) != receipt["digest"]:', "    if False:"),), (ALTERED,)),
     (13, "a receipt names none before it", "store/receipts.py",

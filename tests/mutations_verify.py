@@ -111,7 +111,7 @@ VERIFY = (
     (3, "places of a deletion may be changed in the manifest", "store/audit.py",
      (("            if {*log[name].places} != {*manifest.log[name].places}:", "            if False:"),),
      (TAMPERED + "[the places of a deletion in the manifest]",)),
-    (3, "the report loses its outcomes in a narrow terminal", "cli/tables.py",
-     (('    width = min(shutil.get_terminal_size((80, 24)).columns, WIDTH)\n', "    width = WIDTH\n"),),
+    (3, "the report loses its outcomes in a narrow terminal", "cli/options.py",
+     (("    return min(shutil.get_terminal_size((80, 24)).columns, WIDTH)\n", "    return WIDTH\n"),),
      (CLI + "report_keeps_its_outcomes_in_a_narrow_terminal",)),
 )  # fmt: skip

@@ -6,6 +6,7 @@ import csv
 import importlib
 import importlib.util
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
     from ..store.store import S3TStore
 
 WIDTH = 100
-"""Columns of what is printed where there is no terminal."""
+"""Columns of what is printed, at most."""
+
+
+def width() -> int:
+    """Columns of what is printed: those of the terminal, or what `COLUMNS` says; 80 where there is neither."""
+    return min(shutil.get_terminal_size((80, 24)).columns, WIDTH)
+
+
 
 Stores = Annotated[list[str], typer.Argument(help="Stores: the output_dir of a training, or a repository.")]
 OneStore = Annotated[str, typer.Argument(help="A store: the output_dir of a training.")]

@@ -29,7 +29,7 @@ from ..errors import (
     UnfinishedDeletionError,
     UnknownExampleError,
 )
-from .options import WIDTH
+from .options import width
 
 if TYPE_CHECKING:  # `--help` needs no store
     from ..store.store import S3TStore
@@ -98,8 +98,8 @@ def show(outcomes: list[Outcome], as_json: bool) -> None:
 
 
 def console() -> Console:
-    """Standard output for a person; of a fixed width where it is no terminal."""
-    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)
+    """Standard output for a person."""
+    return Console(markup=False, highlight=False, emoji=False, width=width())
 
 
 def outcome_of(name: str, verb: Callable[[], Outcome]) -> Outcome:

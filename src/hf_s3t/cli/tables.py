@@ -1,9 +1,8 @@
-"""What the command line shows a person: stores, locations, receipts and audits as tables of at most 100 columns."""
+"""What the command line shows a person: stores, locations, receipts and audits as tables that fit."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..store.ids import shortened
-from .options import WIDTH
 
 if TYPE_CHECKING:
     from ..store.audit import Check, VerifyReport
@@ -84,8 +82,7 @@ def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
     counts = Counter(location.found for location in locations if not location.looks_like)
     if many:
         locations = [location for location in locations if location.found != "live" or location.looks_like][:MOST_ROWS]
-    table = Table("asked for", "found", "shard: slice", "live stages that saw it", width=WIDTH, title=path)
-    table.title_justify = "left"
+    table = Table("asked for", "found", "shard: slice", "live stages that saw it")
     for column in table.columns:
         column.overflow = "fold"
     for location in locations:
@@ -94,9 +91,9 @@ def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
         asked = shortened(ascii(location.asked)) + like if like else shortened(location.asked)
         table.add_row(asked, location.found, places, ", ".join(location.stages))
     if not many:
-        return table
+        return Group(path, table)
     told = ", ".join(f"{number:,} {found}" for found, number in sorted(counts.items()))
-    return Group(table, f"{told}. The table has what is not live, at most {MOST_ROWS:,}; --json tells of each.")
+    return Group(path, table, f"{told}. The table has what is not live, at most {MOST_ROWS:,}; --json tells of each.")
 
 
 def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[str]] = NONE) -> RenderableType:
@@ -190,12 +187,13 @@ def show_loss(path: str, loss: Loss) -> RenderableType:
 
 def show_receipts(path: str, told: Sequence[tuple[Receipt, str]]) -> RenderableType:
     """Receipts with where each stands."""
-    table = Table("receipt", "requested at", "reference", "status", width=WIDTH, title=path)
-    table.title_justify = "left"
+    table = Table("receipt", "requested at", "reference", "status")
+    for column in table.columns:
+        column.overflow = "fold"
     for receipt, words in told:
         reference = shortened(ascii(receipt.reference)[1:-1]) if receipt.reference else ""
         table.add_row(receipt.receipt, receipt.requested_at[:19], reference, words)
-    return table
+    return Group(path, table)
 
 
 def show_kept(path: str, receipt: Receipt, since: Since) -> RenderableType:
@@ -218,38 +216,28 @@ def show_kept(path: str, receipt: Receipt, since: Since) -> RenderableType:
 
 def show_report(report: VerifyReport) -> RenderableType:
     """What an audit found, the two grades of claim apart, as wide as the terminal is."""
-    width = min(shutil.get_terminal_size((80, 24)).columns, WIDTH)
     outcomes = {check.name: check.outcome for check in report.checks}
     parts: list[RenderableType] = [
-        _folded(f"{report.path}, generation {report.generation}", width),
-        _folded("Influence-free by construction, on any hardware:", width),
-        _outcomes("what should hold", outcomes, width),
+        f"{report.path}, generation {report.generation}",
+        "Influence-free by construction, on any hardware:",
+        _outcomes("what should hold", outcomes),
     ]
-    details = _details(report.checks, width)
+    details = _details(report.checks)
     for stage in report.retrained or ():
         for finding in stage.findings:
             details.add_row(f"{stage.outcome}:", finding)
     if report.retrained is not None:
         of = f"{len(report.retrained)} of {len(report.stages)} stages trained again"
         drawn = "" if report.seed is None else f", drawn with --seed {report.seed}"
-        parts.append(_folded(f"Bit-equal on this stack, {of}{drawn}:", width))
+        parts.append(f"Bit-equal on this stack, {of}{drawn}:")
         equal = {stage.stage: stage.outcome for stage in report.retrained}
-        parts.append(_outcomes("stage, as it is and trained again", equal, width))
-    return Group(*parts, details, _folded(_verdict(report), width))
+        parts.append(_outcomes("stage, as it is and trained again", equal))
+    return Group(*parts, details, _verdict(report))
 
 
-def _folded(text: str, width: int) -> Table:
-    """A line that is folded where it is too long, and never cut."""
-    table = Table.grid()
-    table.width = width
-    table.add_column(overflow="fold")
-    table.add_row(text)
-    return table
-
-
-def _outcomes(header: str, outcomes: Mapping[str, str], width: int) -> Table:
+def _outcomes(header: str, outcomes: Mapping[str, str]) -> Table:
     """What was looked at and what came of it; a long name is folded, the outcome never cut."""
-    table = Table(width=width)
+    table = Table()
     table.add_column(header, overflow="fold", ratio=1)
     table.add_column("outcome", no_wrap=True)
     for name, outcome in outcomes.items():
@@ -266,18 +254,16 @@ def _verdict(report: VerifyReport) -> str:
 
 def show_checks(title: str, checks: Sequence[Check]) -> RenderableType:
     """What was looked at, and what was found, as wide as the terminal is."""
-    width = min(shutil.get_terminal_size((80, 24)).columns, WIDTH)
-    details = _details(checks, width)
+    details = _details(checks)
     verdict = "Something is broken" if any(check.broken for check in checks) else "Nothing is broken"
     rest = ", but not everything could be checked" if any(check.not_checked for check in checks) else ""
-    outcomes = _outcomes("what should hold", {check.name: check.outcome for check in checks}, width)
-    return Group(_folded(title, width), outcomes, details, _folded(f"{verdict}{rest}.", width))
+    outcomes = _outcomes("what should hold", {check.name: check.outcome for check in checks})
+    return Group(title, outcomes, details, f"{verdict}{rest}.")
 
 
-def _details(checks: Sequence[Check], width: int) -> Table:
+def _details(checks: Sequence[Check]) -> Table:
     """Each finding of checks on lines of its own."""
     details = Table.grid(padding=(0, 1))
-    details.width = width
     details.add_column(no_wrap=True)
     details.add_column(overflow="fold")
     for check in checks:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import StateError, StoreError, UnfinishedDeletionError, UnknownExampleError
+from ..errors import StateError, StoreError, UnfinishedDeletionError
 from ..files import json_bytes, remove, utc_now
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from .agreement import check_agreement
@@ -25,26 +25,18 @@ from .evidence import served_json, weights_of
 from .export_records import carrying
 from .exports import settle
 from .folder import StoreFolder
-from .ids import shortened
 from .manifest import NOT_KNOWN, Manifest, merged, places_beyond
 from .obeyed import with_receipts
 from .outlook import outlook_of
 from .receipt_signature import check_signer
 from .receipts import NO_COMMITMENT, Receipt, append_receipt, check_receipts, limits_of, linked, receipt_name, versions
-from .requests import Request
+from .requests import Request, alike_sentence, unknown_error
 from .sources import TOMBSTONES, FolderSource, on_top
 from .state_files import INTENTS
 from .sweep import sweep
 from .tombstones import absorb, event_of, obey, put_tombstones, tombstones_hmac
 
 logger = logging.getLogger(__name__)
-
-
-def _alike(request: Request) -> str:
-    """A sentence on what looks like something that was asked for, and is something else."""
-    alike = [(asked, found) for asked, others in request.look_alikes.items() for found in others]
-    pairs = [f"{shortened(ascii(found))} (like {shortened(ascii(asked))})" for asked, found in alike]
-    return f" The store knows {', '.join(pairs[:5])}." if pairs else ""
 
 
 def delete(
@@ -66,9 +58,9 @@ def delete(
     if request.unknown:
         check_agreement(folder, folder.manifest())
         if not missing_ok:
-            raise _unknown(folder, request)
+            raise unknown_error(folder, request)
     if request.look_alikes:
-        logger.warning("Not deleted, as nobody asked for it:%s", _alike(request))
+        logger.warning("Not deleted, as nobody asked for it:%s", alike_sentence(request))
     receipt = _preview(folder, request, reference, dry_run)
     if dry_run:
         return replace(receipt, status="dry run")
@@ -112,14 +104,6 @@ def _unfinished(intent: Mapping[str, Any], error: Exception) -> UnfinishedDeleti
         f"{intent['receipt']['receipt']} was begun and is not finished: {error}."
         f"{'' if intent['kind'] == 'readmit' else served} Put that right and run it again, or any other change of the "
         "store, which finishes it first."
-    )
-
-
-def _unknown(folder: StoreFolder, request: Request) -> UnknownExampleError:
-    shown = ", ".join(shortened(repr(value)) for value in request.unknown[:5])
-    return UnknownExampleError(
-        f"{len(request.unknown)} of {request.asked} are not known to {folder.path}: {shown}. Nothing was changed."
-        f"{_alike(request)} Check them (`locate`), or pass `missing_ok=True` to delete the others."
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import StateError
+from ..errors import StateError, UnknownExampleError
 from .database import Kind, Place, StateDatabase
 from .folder import StoreFolder
 from .ids import encoded, id_text, look_alikes, same_to_the_eye, shortened
@@ -193,3 +193,18 @@ def _look_up(
     ids: dict[str, tuple[Place, ...]] = {digest: (entry[:2],) for digest, entry in entries.items()}
     places = frozenset(entry[:2] for entry in entries.values())
     return Request(ids, groups, places, len(distinct), len(stones), tuple(unknown), tuple(stones)), entries
+
+
+def alike_sentence(request: Request) -> str:
+    """A sentence on what looks like something that was asked for, and is something else."""
+    alike = [(asked, found) for asked, others in request.look_alikes.items() for found in others]
+    pairs = [f"{shortened(ascii(found))} (like {shortened(ascii(asked))})" for asked, found in alike]
+    return f" The store knows {', '.join(pairs[:5])}." if pairs else ""
+
+
+def unknown_error(folder: StoreFolder, request: Request) -> UnknownExampleError:
+    shown = ", ".join(shortened(repr(value)) for value in request.unknown[:5])
+    return UnknownExampleError(
+        f"{len(request.unknown)} of {request.asked} are not known to {folder.path}: {shown}. Nothing was changed."
+        f"{alike_sentence(request)} Check them (`locate`), or pass `missing_ok=True` to delete the others."
+    )

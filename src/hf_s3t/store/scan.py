@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import S3TError
+from .any_database import SQLITE_HEAD, long_values
 from .audit import Check
 from .folder import StoreFolder
 from .needles import Hit, Needles, read_texts
-from .schema import SQLITE_HEAD, long_values
 
 CHUNK = 4 << 20
 """Bytes that are read at a time; three or four times as many are in memory."""
