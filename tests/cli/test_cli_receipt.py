@@ -39,7 +39,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_a_receipt_is_listed_and_shown_again(store):
+def test_a_receipt_is_listed_and_shown_again(store, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     receipt = store.delete(ids=["row-1"], reference="DSR-1").receipt
     store.delete(ids=["row-1"])
     listed = plain(run("receipt", "list", store.path).stdout)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from .options import parse_count, parse_prior, read_curve
 from .outcomes import BAD_INPUT, DONE, console
@@ -89,7 +89,7 @@ def plan(
         typer.echo(str(error), err=True)
         _end(as_json, BAD_INPUT, None, {"type": type(error).__name__, "message": str(error)})
     if not as_json:
-        console().print(show_plan(asked, metric))
+        console().print(show_plan(asked, metric), crop=False)
     _end(as_json, DONE, found, None)
 
 
@@ -113,7 +113,8 @@ def show_plan(planner: S3TPlanner, metric: str = "score") -> RenderableType:
         table.add_row(*[""] * 3, ("\n" if table.row_count else "") + name, style="bold")
         for candidate in group:
             table.add_row(_mark(planner, candidate), *_cells(planner, candidate))
-    config = Padding((chosen.setting.config if chosen else None) or "nothing", (1, 2))
+    line = (chosen.setting.config if chosen else None) or "nothing"
+    config = Text(f"\n  {line}\n", no_wrap=True, overflow="ignore")  # to be pasted, however long
     return Group(table, "", *_legend(planner, metric), "", "Recommended:", config, *planner.advice)
 
 

@@ -135,6 +135,13 @@ COPIED = (
 )
 
 
+OF_BACKUPS = {
+    "backup": "CREATE TABLE backup (key TEXT) STRICT",
+    "names": "CREATE TABLE names (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
+}
+"""Tables that a backup has beside."""
+
+
 class NewerStateError(StateError):
     """A state of another format: it is whole, and this version of hf_s3t cannot read it."""
 
@@ -182,9 +189,9 @@ def write_in_order(
         connection.execute("DETACH old")
         connection.executescript(ORDERED)
         if key is not None:
-            connection.execute("CREATE TABLE backup (key TEXT) STRICT")
+            for table in OF_BACKUPS.values():
+                connection.execute(table)
             connection.execute("INSERT INTO backup VALUES (?)", key)
-            connection.execute("CREATE TABLE names (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
             connection.executemany("INSERT INTO names VALUES (?, ?)", (names or {}).items())
 
 
@@ -232,7 +239,7 @@ def _check_kind(connection: sqlite3.Connection, path: Path) -> None:
 def _check_tables(connection: sqlite3.Connection, path: Path) -> None:
     """What a file says of its own tables decides what its values may be, and which statements run by themselves."""
     known = _told_tables()
-    found = {name: text for name, text in _tables_of(connection).items() if name != "backup"}
+    found = {name: text for name, text in _tables_of(connection).items() if OF_BACKUPS.get(name) != text}
     if found != known:
         odd = sorted(name for name in known.keys() | found.keys() if known.get(name) != found.get(name))
         raise StateError(
