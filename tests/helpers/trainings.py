@@ -49,6 +49,7 @@ class Case:
     layer_path: str
     layers: int
     heads: tuple[str, ...] = ()
+    collate: Callable[[Any], Any] = default_data_collator
 
 
 CASES = {
@@ -107,7 +108,7 @@ def make_trainer(
         peft_config=S3TConfig(**config | options),
         partition_key=KEY,
         callbacks=callbacks,
-        **{"data_collator": default_data_collator} | own,
+        **{"data_collator": case.collate} | own,
     )
 
 
@@ -158,8 +159,9 @@ def same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def probe(case: Case) -> dict[str, torch.Tensor]:
     """A batch that no stage trains on."""
     held_out = case.rows(28).select(range(24, 28)).remove_columns(["id", "person"])
-    batch = default_data_collator([held_out[position] for position in range(4)])
-    return {name: value for name, value in batch.items() if name != "labels"}
+    batch = case.collate([held_out[position] for position in range(4)])
+    answers = [] if "Seq2Seq" in case.auto_class else ["labels", "start_positions", "end_positions"]
+    return {name: value for name, value in batch.items() if name not in answers}
 
 
 @torch.no_grad()
@@ -167,7 +169,8 @@ def logits_of(model: torch.nn.Module, case: Case) -> torch.Tensor:
     """Logits of the probe, without dropout; the model is left as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    logits = model(**probe(case)).logits.clone()
+    output = model(**probe(case))
+    logits = output.logits.clone() if "logits" in output else torch.stack([output.start_logits, output.end_logits])
     for module in training:
         module.training = True
     return logits

@@ -43,13 +43,15 @@ BOOKKEEPING_FIELDS = (
     "revision",
     "inference_mode",
     "runtime_config",
+    "layers_pattern",
 )
 
 REASONS = {
     "use_dora": "DoRA's magnitude mixes base and adapter weights, so layer groups would not be independent",
     "bias": "biases belong to the base model and would be shared by all stages",
     "layers_to_transform": "the layers of a stage follow from `layers_per_slice` and `num_slices`",
-    "layers_pattern": "the layers of a stage are read from the module paths",
+    "target_parameters": "a LoRA in a bare parameter, such as experts that are fused into one, is laid over the whole of "
+    "it anew in each pass, beside which no frozen prefix was shown to stay as it was; target the linear modules",
     "rank_pattern": "stages are joined into one adapter of one rank",
     "alpha_pattern": "stages are joined into one adapter of one scale",
     "trainable_token_indices": "token embeddings lie below every layer group and would be shared by all stages",
@@ -104,6 +106,9 @@ class S3TConfig(LoraConfig):
             Column that names whoever the row is about; all rows of a group lie in one slice.
         slice_columns (`tuple[str, str]`, *optional*):
             Columns of the dataset that hold the `(shard, slice)` of each row, instead of the keyed hash.
+        layers_pattern (`str`, *optional*):
+            Which stack of layers is trained, by the end of its path, where `target_modules` match modules of several:
+            `"decoder.layers"` of an encoder-decoder, `"language_model.layers"` beside a vision tower.
         stage_layers (`list[int]`, *optional*):
             Set by the library: the layers that the adapter owns. `None`: all that any stage owns.
 
@@ -150,7 +155,9 @@ class S3TConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        stack, self.layers_pattern = self.layers_pattern, None  # PEFT wants it to come with the numbers of layers
         super().__post_init__()
+        self.layers_pattern = stack or None
         self.peft_type = S3T
         self._check_lora_fields()
         self._check_ranges()
@@ -183,6 +190,11 @@ class S3TConfig(LoraConfig):
                 )
 
     def _check_ranges(self) -> None:
+        if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
+            raise ValueError(
+                f"`layers_pattern` is {self.layers_pattern!r}, and a stage has layers of one stack. Give the end of its "
+                'path, for example "decoder.layers".'
+            )
         for name in ("num_shards", "num_slices", "budget", "cost_budget", "layers_per_slice", "r"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -103,6 +103,8 @@ def _config_section(config: S3TConfig, layout: Layout) -> dict[str, Any]:
     }
     if config.replay != 1:  # recipes from before there was a choice do not name it
         section["replay"] = config.replay
+    if layout.stack is not None:
+        section["layers_pattern"] = layout.stack
     return section
 
 
