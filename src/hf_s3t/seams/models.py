@@ -96,6 +96,22 @@ def is_encoder_decoder(model: Any) -> bool:
     return bool(model.config.is_encoder_decoder)
 
 
+@seam("two_trunks")
+def asked_alone(model: Any) -> str | None:
+    """Why each member of an ensemble has to be asked by itself, if it has to: the beginning of a reason."""
+    if is_encoder_decoder(model):
+        return "an encoder runs beside the layers; `generate` keeps no cache and runs the decoder on all tokens each time"
+    if model.config.get_text_config() is not model.config:
+        return "what its pictures or sounds become is no row of a batch"
+    return None
+
+
+@seam("two_trunks")
+def encoder_modules(model: Any) -> set[int]:
+    """The `id` of every module that `generate` of an encoder-decoder runs once, beside the model's own forward."""
+    return {id(module) for module in model.get_encoder().modules()} if is_encoder_decoder(model) else set()
+
+
 @seam("compiled")
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model, or a module of it, was handed to `torch.compile`."""

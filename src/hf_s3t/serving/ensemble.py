@@ -201,7 +201,7 @@ class S3TEnsemble(nn.Module):
         The whole generation is one answer: it ends on the state that it began with.
 
         Raises:
-            ValueError: an encoder-decoder model, or a kind of cache that cannot hold several members.
+            ValueError: LoRA in the encoder of an encoder-decoder model, or a kind of cache that cannot hold several members.
             AnswerCutOffError: a deletion came meanwhile, and it went on for too long.
         """
         with self._answers.answering() as state, ExitStack() as until_its_end:
@@ -226,10 +226,12 @@ class S3TEnsemble(nn.Module):
         members, given = self._members, kwargs.get("generation_config") or self.generation_config
         kind, caches = kwargs.get("cache_implementation", given.cache_implementation), caches_in(kwargs)
         if serving.members > 1:
-            members.refuse_encoder_decoder()
             members.look(serving)
             for name, cache in caches.items():
                 members.check_cache(serving, name, cache)
+            if members.base.config.is_encoder_decoder:
+                members.check_encoder(apart=True)
+                return {**kwargs, "use_cache": False}
         if caches or kwargs.get("use_cache", given.use_cache) is False:
             return kwargs
         if serving.members > 1 and kind not in (None, "dynamic", "static"):
