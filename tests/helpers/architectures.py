@@ -197,7 +197,8 @@ def collate_pictures(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-_attention = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
+_qv = {"target_modules": ["q_proj", "v_proj"]}
+_attention = {"task_type": "CAUSAL_LM", **_qv}
 
 
 def _case(name: str, make: Callable[..., Any], rows: Any, config: dict[str, Any], auto: str, path: str, **more: Any):
@@ -211,10 +212,10 @@ ARCHITECTURES = {
               {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "v"], "layers_pattern": "decoder.block"},
               "Seq2SeqLM", "decoder.block"),
         _case("bart", tiny_bart, pair_rows,
-              {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q_proj", "v_proj"], "layers_pattern": "decoder.layers"},
+              {"task_type": "SEQ_2_SEQ_LM", **_qv, "layers_pattern": "decoder.layers"},
               "Seq2SeqLM", "model.decoder.layers"),
         _case("whisper", tiny_whisper, sound_rows,
-              {"target_modules": ["q_proj", "v_proj"], "layers_pattern": "decoder.layers"},
+              {**_qv, "layers_pattern": "decoder.layers"},
               "SpeechSeq2Seq", "model.decoder.layers"),
         _case("bert-qa", tiny_bert_qa, span_rows,
               {"task_type": "QUESTION_ANS", "target_modules": ["query", "value"]},
@@ -225,7 +226,7 @@ ARCHITECTURES = {
         _case("mixtral", tiny_mixtral, models.llama_rows, _attention, "CausalLM", "model.layers"),
         _case("qwen3-moe", tiny_qwen3_moe, models.llama_rows, _attention, "CausalLM", "model.layers"),
         _case("qwen2-vl", tiny_qwen2_vl, picture_rows,
-              {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]},
+              {**_attention, "layers_pattern": "language_model.layers"},
               "ImageTextToText", "model.language_model.layers", collate=collate_pictures),
     )
 }  # fmt: skip

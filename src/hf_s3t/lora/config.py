@@ -43,15 +43,17 @@ BOOKKEEPING_FIELDS = (
     "revision",
     "inference_mode",
     "runtime_config",
-    "layers_pattern",
 )
+
+STACK_FIELD = "layers_pattern"
+"""A field of `LoraConfig` that an S3TConfig has for itself: there it comes without the numbers of layers."""
 
 REASONS = {
     "use_dora": "DoRA's magnitude mixes base and adapter weights, so layer groups would not be independent",
     "bias": "biases belong to the base model and would be shared by all stages",
     "layers_to_transform": "the layers of a stage follow from `layers_per_slice` and `num_slices`",
-    "target_parameters": "a LoRA in a bare parameter, such as experts that are fused into one, is laid over the whole of "
-    "it anew in each pass, beside which no frozen prefix was shown to stay as it was; target the linear modules",
+    "target_parameters": "a stage and its frozen prefix are two adapters, and PEFT lays those of a parameter over the "
+    "whole model alike; experts that are fused into one parameter stay as they are in the base",
     "rank_pattern": "stages are joined into one adapter of one rank",
     "alpha_pattern": "stages are joined into one adapter of one scale",
     "trainable_token_indices": "token embeddings lie below every layer group and would be shared by all stages",
@@ -150,6 +152,9 @@ class S3TConfig(LoraConfig):
     slice_columns: tuple[str, str] | None = field(
         default=None, metadata={"help": "Columns that hold the (shard, slice) of each row."}
     )
+    layers_pattern: str | None = field(
+        default=None, metadata={"help": "Which stack of layers is trained, by the end of its path. None: the only one."}
+    )
     stage_layers: list[int] | None = field(
         default=None, metadata={"help": "Set by the library: the layers that the adapter owns."}
     )
@@ -178,7 +183,7 @@ class S3TConfig(LoraConfig):
                 "base weights or data, or do not start at zero, so a stage would not be its prefix plus a LoRA."
             )
         for item in fields(LoraConfig):
-            if item.name in LORA_FIELDS + BOOKKEEPING_FIELDS:
+            if item.name in (*LORA_FIELDS, *BOOKKEEPING_FIELDS, STACK_FIELD):
                 continue
             default = item.default_factory() if item.default_factory is not MISSING else item.default
             value = getattr(self, item.name)

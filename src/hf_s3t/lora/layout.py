@@ -21,6 +21,9 @@ from .heads import find_heads
 
 logger = logging.getLogger(__name__)
 
+CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
+"""Modules whose weights have three dimensions."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -60,6 +63,7 @@ def find_layout(model: nn.Module, config: S3TConfig) -> Layout:
     """
     resolved, everything_linear = _resolve_targets(model, config)
     heads = find_heads(model, config)
+    _check_fused(model, resolved, everything_linear)
     inside: dict[str, dict[int, list[str]]] = {}
     outside: list[str] = []
     for path, _ in model.named_modules():
@@ -101,6 +105,29 @@ def _resolve_targets(model: nn.Module, config: S3TConfig) -> tuple[LoraConfig, b
         task_type=config.task_type,
     )
     return (name_all_linear(resolved, model) if everything_linear else resolved), everything_linear
+
+
+def _check_fused(model: nn.Module, resolved: LoraConfig, everything_linear: bool) -> None:
+    """Raises `ValueError` where targets are fused experts, which are no linear modules; "all-linear" leaves them out.
+
+    Experts of a layer that are fused into one parameter have three dimensions.
+    """
+    fused = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if split_layer_path(path) and not isinstance(module, CONVOLUTIONS)
+        for name, value in module.named_parameters(recurse=False)
+        if value.ndim == 3
+    ]
+    hit = [path for path in fused if is_targeted(resolved, path) or is_targeted(resolved, path.rsplit(".", 1)[0])]
+    if hit and not everything_linear:
+        raise ValueError(
+            f"`target_modules` name experts that are fused into one parameter: {', '.join(hit[:2])}. S3T trains LoRA "
+            "in linear modules alone. Name those of the attention, or use 'all-linear'; the experts stay as they are."
+        )
+    if fused and everything_linear:
+        names = sorted({path.split(".", path.count(".") - 1)[-1] for path in fused})
+        logger.warning("all-linear: left out experts that are fused into one parameter (%s)", ", ".join(names))
 
 
 def _chosen_stack(inside: Mapping[str, Mapping[int, list[str]]], config: S3TConfig) -> str:

@@ -79,7 +79,7 @@ def loss_of(base: Any, output: Any, labels: dict[str, torch.Tensor], items: Any)
     kwargs = {"logits": logits, **labels, "config": base.config, "pooled_logits": logits}
     if items is not None:
         kwargs["num_items_in_batch"] = items
-    return compute(**kwargs, vocab_size=getattr(base.config, "vocab_size", None))
+    return compute(**kwargs, vocab_size=getattr(base.config.get_text_config(), "vocab_size", None))
 
 
 def check_logits(names: Iterable[str]) -> None:

@@ -100,7 +100,7 @@ def is_encoder_decoder(model: Any) -> bool:
 def asked_alone(model: Any) -> str | None:
     """Why each member of an ensemble has to be asked by itself, if it has to: the beginning of a reason."""
     if is_encoder_decoder(model):
-        return "an encoder runs beside the layers; `generate` keeps no cache and runs the decoder on all tokens each time"
+        return "an encoder runs beside the layers (`generate` keeps no cache, either)"
     if model.config.get_text_config() is not model.config:
         return "what its pictures or sounds become is no row of a batch"
     return None

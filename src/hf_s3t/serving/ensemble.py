@@ -201,7 +201,7 @@ class S3TEnsemble(nn.Module):
         The whole generation is one answer: it ends on the state that it began with.
 
         Raises:
-            ValueError: LoRA in the encoder of an encoder-decoder model, or a kind of cache that cannot hold several members.
+            ValueError: members that differ in an encoder, or a kind of cache that cannot hold several of them.
             AnswerCutOffError: a deletion came meanwhile, and it went on for too long.
         """
         with self._answers.answering() as state, ExitStack() as until_its_end:
