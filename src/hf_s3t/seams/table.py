@@ -70,7 +70,7 @@ TABLE: dict[str, Seam] = {
         "a tokenizer that works otherwise is another recipe"),
     "refused_arguments": Seam("transformers", "promises 1 and 4", "the names of arguments that are refused",
         "what cannot work stage by stage is refused, not ignored"),
-    "refused_arguments_of_trl": Seam("trl", "promise 2", "the names `packing` and `padding_free`",
+    "refused_arguments_of_trl": Seam("trl", "promise 2", "the names `packing`, `padding_free` and `precompute_ref_log_probs`",
         "what joins rows of different slices is refused, not ignored"),
     "trainer": Seam("transformers", "promises 1, 5 and 7", "what `seams/trainer.py` lists of the `Trainer`",
         "stages train one after another in one Trainer, and their checkpoints are found, guarded and never pushed"),
