@@ -25,6 +25,7 @@ from mutations_faults import FAULTS
 from mutations_hub import ON_THE_HUB
 from mutations_isolation import ISOLATION
 from mutations_keeping import KEEPING
+from mutations_models import MODELS
 from mutations_planning import PLANNING
 from mutations_ray import ON_RAY
 from mutations_serving import SERVING
@@ -229,7 +230,7 @@ MUTATIONS = (
 )  # fmt: skip
 
 MORE = (
-    SERVING, ENDPOINT, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS,
+    SERVING, ENDPOINT, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS, MODELS,
 )  # fmt: skip
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 

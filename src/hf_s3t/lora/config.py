@@ -153,7 +153,7 @@ class S3TConfig(LoraConfig):
         default=None, metadata={"help": "Columns that hold the (shard, slice) of each row."}
     )
     layers_pattern: str | None = field(
-        default=None, metadata={"help": "Which stack of layers is trained, by the end of its path. None: the only one."}
+        default=None, metadata={"help": "Which stack of layers is trained, by the end of its path."}
     )
     stage_layers: list[int] | None = field(
         default=None, metadata={"help": "Set by the library: the layers that the adapter owns."}
@@ -197,8 +197,8 @@ class S3TConfig(LoraConfig):
     def _check_ranges(self) -> None:
         if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
             raise ValueError(
-                f"`layers_pattern` is {self.layers_pattern!r}, and a stage has layers of one stack. Give the end of its "
-                'path, for example "decoder.layers".'
+                f"`layers_pattern` is {self.layers_pattern!r}, and a stage has layers of one stack. Give the end of "
+                'its path, for example "decoder.layers".'
             )
         for name in ("num_shards", "num_slices", "budget", "cost_budget", "layers_per_slice", "r"):
             value = getattr(self, name)

@@ -37,7 +37,7 @@ class Layout:
     groups: tuple[tuple[int, ...], ...]  # the top one first
     heads: tuple[str, ...]  # paths of the modules that are trained whole and saved with every stage
     suffixes: tuple[str, ...]  # the shortest `target_modules` that name the same modules to stock PEFT
-    stack: str | None = None  # by what end of its path PEFT tells the list from others that have such modules, if any do
+    stack: str | None = None  # the end of the list's path by which PEFT tells it from others with such modules
 
     @property
     def pattern(self) -> str:
@@ -146,9 +146,9 @@ def _chosen_stack(inside: Mapping[str, Mapping[int, list[str]]], config: S3TConf
         )
     if len(chosen) > 1:
         raise ValueError(
-            f"`target_modules` match layers in several stacks: {', '.join(sorted(chosen))}. A stage has layers of one, "
-            "as a plain PEFT config numbers those of all stacks alike. Choose it by the end of its path, for example "
-            f"`layers_pattern={sorted(chosen)[0]!r}`{_of_one_stack(inside)}; the others stay as they are in the base."
+            f"`target_modules` match layers in several stacks: {', '.join(sorted(chosen))}. A stage has layers of "
+            "one, as a plain PEFT config numbers those of all stacks alike. Choose it by the end of its path, for "
+            f"example `layers_pattern={sorted(chosen)[0]!r}`{_of_one_stack(inside)}; the others stay as they are in the base."
         )
     return chosen[0]
 

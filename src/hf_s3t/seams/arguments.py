@@ -40,9 +40,12 @@ OF_TRL = {"packing": "SFTConfig", "padding_free": "SFTConfig", "precompute_ref_l
 
 
 LAUNCHED = {
-    "ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_MEGATRON_LM": "megatron_lm",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config", "ACCELERATE_DYNAMO_BACKEND": "torch_compile",
-}  # fmt: skip
+    "ACCELERATE_USE_FSDP": "fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "megatron_lm",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+    "ACCELERATE_DYNAMO_BACKEND": "torch_compile",
+}
 """Variables by which `accelerate launch` asks for what an argument may ask for, too, and the name of that argument."""
 
 
