@@ -1,4 +1,4 @@
-"""Instruction tuning of causal language models: the Alpaca prompts, batches of them, base models whole or quantised."""
+"""Instruction tuning of causal language models: the Alpaca prompts, batches of them, base models in any precision."""
 
 from __future__ import annotations
 

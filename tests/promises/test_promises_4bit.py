@@ -22,12 +22,12 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit layers need bit
 pytestmark = pytest.mark.slow  # the way is that of 8 bits, which are tried by default
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
+@pytest.fixture(scope="module", params=["layer_group"])
+def world(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
     models.tiny_llama(num_hidden_layers=3, hidden_size=64, intermediate_size=128).save_pretrained(path)
     case = replace(CASES["llama"], layers=3, make_model=lambda: instructions.load_model(str(path), False, True))
-    return World(case, "layer_group", tmp_path_factory.mktemp("4bit"))
+    return World(case, request.param, tmp_path_factory.mktemp("4bit"))
 
 
 def test_the_base_is_in_4_bits(world):

@@ -148,7 +148,7 @@ def _chosen_stack(inside: Mapping[str, Mapping[int, list[str]]], config: S3TConf
         raise ValueError(
             f"`target_modules` match layers in several stacks: {', '.join(sorted(chosen))}. A stage has layers of "
             "one, as a plain PEFT config numbers those of all stacks alike. Choose it by the end of its path, for "
-            f"example `layers_pattern={sorted(chosen)[0]!r}`{_of_one_stack(inside)}; the others stay as they are in the base."
+            f"example `layers_pattern={sorted(chosen)[0]!r}`{_of_one_stack(inside)}. The others stay as they are."
         )
     return chosen[0]
 
