@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from test_promises import (  # noqa: F401  the same tests, over the `world` of t
 
 from architectures import ARCHITECTURES
 from hf_s3t import S3TEnsemble, S3TStore
+from hf_s3t.lora.layout import find_layout
+from hf_s3t.store.audit import verify
 from trainings import World, assert_same_stores, make_trainer, outputs_of, probe, without
 
 PAGE = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
@@ -46,6 +49,14 @@ def test_the_page_tells_of_every_architecture_that_is_tried():
     assert sorted(name.strip("`") for name in TABLE) == sorted(ARCHITECTURES)
     assert {cell for row in TABLE.values() for cell in row.values()} <= {"yes", "in turn", "no", "-"}
     assert all(row[name] == "yes" for row in TABLE.values() for name in ("train", "delete and repair", "export"))
+
+
+def test_the_code_of_the_page_runs():
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.S):
+        exec(compile(block, "docs/models.md", "exec"), names)
+    layout = find_layout(ARCHITECTURES["bart"].make_model(), replace(names["config"], num_slices=3))
+    assert layout.stack == "decoder.layers"
 
 
 def says(name: str, column: str) -> str:
@@ -104,6 +115,7 @@ def mean_of(members, batch):
 def test_several_members_answer_with_the_mean_of_their_probabilities(served):
     name, store, members = served
     case = ARCHITECTURES[name]
+    assert verify(store).ok
     ensemble, batch = S3TEnsemble.from_pretrained(store, case.make_model()), probe(case)
     expected = mean_of(members, batch)
     for _ in range(2):  # the first answer finds out how, and is no other

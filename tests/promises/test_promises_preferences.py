@@ -130,6 +130,13 @@ def world(request, tmp_path_factory):
     return PreferenceWorld(case_of(request.param), "layer_group", tmp_path_factory.mktemp(request.param))
 
 
+def test_the_page_tells_of_every_trainer_that_is_tried():
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(\w+Trainer)` \|", page, re.M)
+    assert told == [trainer.__bases__[1].__name__ for trainer, *_ in TRAINERS.values()]
+    assert '`loss_type="apo_zero_unpaired"`' in page and TRAINERS["kto"][2] == {"loss_type": "apo_zero_unpaired"}
+
+
 class Stop(TrainerCallback):
     """A crash in the middle of the second stage."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
 import models
 from hf_s3t import DatasetError, RecipeError, S3TStore, S3TTrainer, StateError, StoreError, StoreLockedError
+from hf_s3t.training.refusals import REFUSED
 from stores import index_of, records_of, tree
 from trainers import (
     BASES,
@@ -98,6 +100,14 @@ def test_what_a_launcher_asks_for_is_refused_as_the_argument_is(
         S3TTrainer(BASES["llama"][0](), args, train_dataset=models.llama_rows(4), peft_config=make_config())
     monkeypatch.setenv(name, "no" if name.endswith("BACKEND") else "false")  # as the launcher does by default
     S3TTrainer(BASES["llama"][0](), args, train_dataset=models.llama_rows(4), peft_config=make_config())
+
+
+def test_the_page_gives_reasons_for_what_is_refused() -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    table = page.split("| asked for | refused, because |")[1].split("\n\n")[0]
+    told = set(re.findall(r"^\| `(\w+)`", table, re.M))
+    assert told == {"use_liger_kernel", "fsdp", "deepspeed", "parallelism_config", "precompute_ref_log_probs"}
+    assert told <= REFUSED.keys()
 
 
 @pytest.mark.parametrize("setting", [{"dispatch_batches": True}, {"use_seedable_sampler": False}])

@@ -112,6 +112,17 @@ def encoder_modules(model: Any) -> set[int]:
     return {id(module) for module in model.get_encoder().modules()} if is_encoder_decoder(model) else set()
 
 
+def keep_quantised(model: nn.Module) -> None:
+    """Has 4-bit layers keep their weights as they are: on some CPUs bitsandbytes lays them out anew when they answer.
+
+    Then their scales are no more what they were, and so are last bits. Where that cannot be switched off, the stage
+    that would be trained on such weights is an [`IsolationError`].
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
 @seam("compiled")
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model, or a module of it, was handed to `torch.compile`."""
