@@ -174,6 +174,15 @@ def test_several_members_generate_by_the_mean_of_their_probabilities(served):
         assert torch.equal(ensemble.generate(**batch, **settings, use_cache=cached)[:, -5:], expected), cached
 
 
+@pytest.mark.parametrize(("name", "recorded"), [("mixtral", True), ("qwen2-vl", False), ("bart", False)])
+def test_steps_are_recorded_where_nothing_runs_beside_the_layers(name, recorded, monkeypatch):
+    """On devices that can: there a step is replayed with what the model noted of another one."""
+    ensemble = S3TEnsemble(ARCHITECTURES[name].make_model(), {})
+    assert not ensemble._members.records  # this is a CPU
+    monkeypatch.setattr(ensemble._members.decoding, "records", lambda device: True)
+    assert ensemble._members.records == recorded
+
+
 def test_members_that_differ_in_an_encoder_do_not_generate(tmp_path):
     """Their encoder runs once for all of them; asked for one answer as a whole they give it."""
     case = ARCHITECTURES["t5"]

@@ -112,7 +112,7 @@ def encoder_modules(model: Any) -> set[int]:
     return {id(module) for module in model.get_encoder().modules()} if is_encoder_decoder(model) else set()
 
 
-def keep_quantised(model: nn.Module) -> None:
+def keep_quantised(model: Any) -> None:
     """Has 4-bit layers keep their weights as they are: on some CPUs bitsandbytes lays them out anew when they answer.
 
     Then their scales are no more what they were, and so are last bits. Where that cannot be switched off, the stage

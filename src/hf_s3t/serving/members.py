@@ -28,7 +28,7 @@ import torch
 from transformers.modeling_outputs import ModelOutput
 
 from ..seams.answering import FUSED_HEAD, caches_in, check_logits, check_one_dimension, loss_of, taken_labels
-from ..seams.models import encoder_modules, is_encoder_decoder
+from ..seams.models import asked_alone, encoder_modules, is_encoder_decoder
 from .averages import Combine, average_logits, by_token
 from .decoding import BLOCK, Decoding
 from .member_cache import MemberCache
@@ -122,7 +122,12 @@ class Members(MemberRows):
     @property
     def records(self) -> bool:
         """Whether steps of generation are recorded and replayed."""
-        return self.decoding.records(self.base.device)
+        return self.alone is None and self.decoding.records(self.base.device)
+
+    @functools.cached_property
+    def alone(self) -> str | None:
+        """Why each member has to be asked by itself, if it has to; found out by the model's kind, not by trying."""
+        return asked_alone(self.base)
 
     def _cache_of_step(self, args: Any, kwargs: dict[str, Any]) -> MemberCache | None:
         """The cache of a step of generation that can be recorded: one token for each row."""

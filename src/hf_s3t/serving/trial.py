@@ -9,7 +9,7 @@ import torch
 from transformers.modeling_outputs import ModelOutput
 
 from ..seams.answering import caches_in
-from ..seams.models import asked_alone, is_encoder_decoder
+from ..seams.models import is_encoder_decoder
 from ..trunk.trunk import in_eval_mode, is_close
 from .member_rows import Notes
 
@@ -36,9 +36,12 @@ class Trial:
 
         Rows of tokens are tried first; where these tell nothing, rows of `inputs`, the arguments of a forward pass.
         """
-        alone = asked_alone(self.base)
+        alone = self.members.alone
         if alone is not None:
-            self.name_cache()
+            try:
+                self.name_cache()
+            except Exception as error:  # tokens that stand for pictures, of which there are none here
+                alone = f"{alone}, and what it calls its cache is not known ({error})"
             self._settle(alone)
             return
         rows = self._tokens()
