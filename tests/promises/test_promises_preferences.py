@@ -28,7 +28,7 @@ from test_promises import (  # noqa: F401  the same tests, over the `world` of t
 from transformers import AutoTokenizer, LlamaForSequenceClassification, TrainerCallback
 
 import models
-from hf_s3t import S3TConfig, S3TMixin, S3TStore
+from hf_s3t import RecipeError, S3TConfig, S3TMixin, S3TStore
 from scanner import find, needles_of, tensor_needles
 from trainings import KEY, WEIGHTS, Case, World, published
 
@@ -113,7 +113,7 @@ class PreferenceWorld(World):
     def trainer(self, path: Path, rows: Dataset | None = None, **options: Any) -> Any:
         trainer, make_args, own, make_model, _ = TRAINERS[self.case.name]
         args = SETTINGS | own | options.pop("args", {})
-        kept = {name: options.pop(name) for name in ("callbacks", "eval_dataset") if name in options}
+        kept = {name: options.pop(name) for name in ("callbacks", "ref_model") if name in options}
         config = {"num_slices": 3, "r": 2, "lora_dropout": 0.1, **self.case.config, **options}
         return trainer(
             model=make_model(), args=make_args(str(path), **args), train_dataset=self.rows if rows is None else rows,
@@ -128,6 +128,17 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("kto", "reward")
 @pytest.fixture(scope="module", params=["dpo", *SLOW])
 def world(request, tmp_path_factory):
     return PreferenceWorld(case_of(request.param), "layer_group", tmp_path_factory.mktemp(request.param))
+
+
+def test_a_reference_of_ones_own_has_to_be_the_same_at_a_repair(tmp_path):
+    world = PreferenceWorld(case_of("dpo"), "layer_group", tmp_path)
+    brief = {"sequence_selection": [[0]], "args": {"max_steps": 1}}
+    world.trainer(tmp_path / "out", ref_model=causal(seed=1), **brief).train()
+    same = world.trainer(tmp_path / "out", ref_model=causal(seed=1), **brief)
+    assert same.recipe() == same.store.manifest().recipe
+    for other in ({"ref_model": causal(seed=2)}, {}):
+        with pytest.raises(RecipeError, match="reference: the store has '[0-9a-f]{64}', this run "):
+            world.trainer(tmp_path / "out", **other, **brief).train()
 
 
 def test_the_page_tells_of_every_trainer_that_is_tried():

@@ -79,6 +79,17 @@ def make_recipe(
     return plain
 
 
+def reference_of(trainer: Any) -> dict[str, str]:
+    """The part of a recipe that a second model makes, which a loss compares with (TRL's `ref_model`): its digest.
+
+    Empty where there is none. A reference that is the base without its adapter is no second model.
+    """
+    model = getattr(trainer, "ref_model", None)
+    if not isinstance(model, nn.Module):
+        return {}
+    return {"reference": tensors_digest(base_tensors(model))}
+
+
 def _check_texts(value: Any, name: str) -> None:
     """Raises `ValueError` for a text that no manifest can hold, before anything is written."""
     if isinstance(value, str):

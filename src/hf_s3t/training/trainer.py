@@ -30,7 +30,7 @@ from ..plan.tree import Stage
 from ..seams.preparation import watched_preparation
 from ..seams.trainer import with_state
 from ..store.base_model import public_id
-from ..store.recipe import make_recipe, steering_by
+from ..store.recipe import make_recipe, reference_of, steering_by
 from ..store.recipe_differences import check_accept
 from ..store.store import S3TStore
 from ..trunk.row_states import ActivationCache, check_cache
@@ -226,7 +226,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.way(),
             steering=steering_by(self.args, with_state(self.callback_handler.callbacks), self.eval_dataset),
         )  # fmt: skip
-        return {**recipe, "processes": self.stage_processes or self.args.world_size}
+        return {**recipe, **reference_of(self), "processes": self.stage_processes or self.args.world_size}
 
     def _open_store(self, cost_budget: int | None = None) -> str:
         """Brings store, settings and rows into agreement; returns what is about to be trained, in one line."""
