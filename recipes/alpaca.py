@@ -56,8 +56,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-2-7b": PAPER | {"layers_per_slice": 8},
     "llama-2-13b": PAPER | {"layers_per_slice": 10},
     "llama-3-8b": PAPER | {"layers_per_slice": 8},
+    "llama-2-7b-qlora": PAPER | {"layers_per_slice": 8, "load_in_4bit": True},
+    "llama-3-8b-qlora": PAPER | {"layers_per_slice": 8, "load_in_4bit": True},
 }
-"""The paper's Llama systems; all with B=L and rsLoRA."""
+"""The paper's Llama systems; all with B=L and rsLoRA. Those with QLoRA are not the paper's: the base is in 4 bits."""
 
 ZERO_SHOT = [
     "mmlu", "hellaswag", "piqa", "winogrande", "arc_challenge", "arc_easy", "truthfulqa_mc2", "openbookqa",
@@ -72,6 +74,7 @@ class AlpacaArguments(RecipeArguments):
     dataset_name: str = field(default="tatsu-lab/alpaca", metadata={"help": "Dataset id, in the Alpaca format."})
     preset: str | None = field(default=None, metadata={"help": f"One of {', '.join(PRESETS)}."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base with bitsandbytes."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base to 4 bits, as QLoRA does."})
     max_length: int = field(default=512, metadata={"help": "Longest example, in tokens; longer ones are cut."})
     train_on_prompt: bool = field(default=False, metadata={"help": "Loss on the whole text, as in the paper."})
     lm_eval: bool = field(default=False, metadata={"help": "Evaluate with lm-evaluation-harness."})
@@ -90,7 +93,7 @@ def make_trainer(arguments: AlpacaArguments, args: TrainingArguments) -> S3TTrai
         check_rows(checked, ("instruction", "output"))
     args.device  # noqa: B018  # starts the processes before the model is placed
     return S3TTrainer(
-        model=load_model(arguments.model_name_or_path, arguments.load_in_8bit),
+        model=load_model(arguments.model_name_or_path, arguments.load_in_8bit, arguments.load_in_4bit),
         args=args,
         data_collator=InstructionCollator(tokenizer, arguments.max_length, arguments.train_on_prompt),
         train_dataset=rows,
@@ -122,9 +125,9 @@ def zero_shot(trainer: S3TTrainer, arguments: AlpacaArguments) -> Figures:
 
     model = trainer.model
     if len(trainer.store.served()) > 1:  # `trainer.model` is one of several: load the ensemble
-        base = load_model(arguments.model_name_or_path, arguments.load_in_8bit)
+        base = load_model(arguments.model_name_or_path, arguments.load_in_8bit, arguments.load_in_4bit)
         model = S3TEnsemble.from_pretrained(
-            trainer.store, base if arguments.load_in_8bit else base.to(trainer.args.device)
+            trainer.store, base if arguments.load_in_8bit or arguments.load_in_4bit else base.to(trainer.args.device)
         )
     answer = simple_evaluate(
         HFLM(model, tokenizer=trainer.processing_class, batch_size=trainer.args.per_device_eval_batch_size),

@@ -1,4 +1,4 @@
-"""Instruction tuning of causal language models: the Alpaca prompts, batches of them, base models in 8 bit or whole."""
+"""Instruction tuning of causal language models: the Alpaca prompts, batches of them, base models in any precision."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ PROMPT_WITHOUT_INPUT = (
 )
 
 ALL_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+QLORA = {
+    "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": torch.bfloat16,
+}  # fmt: skip
+"""How QLoRA (arXiv 2305.14314) holds a base: normal floats of 4 bits, their scales quantised once more."""
 
 
 class InstructionCollator:
@@ -63,12 +69,14 @@ def prompt_of(row: Mapping[str, Any]) -> str:
     return template.format(instruction=row["instruction"], input=row.get("input"))
 
 
-def load_model(name: str, load_in_8bit: bool) -> Any:
-    """The base model; an 8-bit one is prepared here, once, and never again per stage."""
-    if not load_in_8bit:
+def load_model(name: str, load_in_8bit: bool, load_in_4bit: bool = False) -> Any:
+    """The base model; a quantised one is prepared here, once, and never again per stage. 4 bits are those of QLoRA."""
+    if load_in_8bit and load_in_4bit:
+        raise ValueError("--load_in_8bit and --load_in_4bit are two ways to hold one base. Leave one of them out.")
+    if not load_in_8bit and not load_in_4bit:
         return AutoModelForCausalLM.from_pretrained(name)
     device = PartialState().local_process_index if torch.cuda.is_available() else "cpu"
-    settings = BitsAndBytesConfig(load_in_8bit=True)
+    settings = BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else BitsAndBytesConfig(**QLORA)
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=settings, device_map={"": device})
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 

@@ -27,6 +27,7 @@ from mutations_fuzz import FUZZ
 from mutations_hub import ON_THE_HUB
 from mutations_isolation import ISOLATION
 from mutations_keeping import KEEPING
+from mutations_models import MODELS
 from mutations_planning import PLANNING
 from mutations_proof import PROOF
 from mutations_ray import ON_RAY
@@ -236,6 +237,8 @@ MUTATIONS = (
 MORE = (
     SERVING, ENDPOINT, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS, FUZZ,
     DERIVED, VERIFY, PROOF, USERS,
+    SERVING, ENDPOINT, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS,
+    MODELS,
 )  # fmt: skip
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 

@@ -49,6 +49,7 @@ class Case:
     layer_path: str
     layers: int
     heads: tuple[str, ...] = ()
+    collate: Callable[[Any], Any] = default_data_collator
 
 
 CASES = {
@@ -107,7 +108,7 @@ def make_trainer(
         peft_config=S3TConfig(**config | options),
         partition_key=KEY,
         callbacks=callbacks,
-        **{"data_collator": default_data_collator} | own,
+        **{"data_collator": case.collate} | own,
     )
 
 
@@ -155,22 +156,33 @@ def same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     )
 
 
-def probe(case: Case) -> dict[str, torch.Tensor]:
-    """A batch that no stage trains on."""
+def probe(case: Case, answers: bool = False) -> dict[str, torch.Tensor]:
+    """A batch that no stage trains on; with `answers`, or where the model's input follows from them, with labels."""
     held_out = case.rows(28).select(range(24, 28)).remove_columns(["id", "person"])
-    batch = default_data_collator([held_out[position] for position in range(4)])
-    return {name: value for name, value in batch.items() if name != "labels"}
+    batch = case.collate([held_out[position] for position in range(4)])
+    kept = answers or "decoder" in case.layer_path
+    return {
+        name: value
+        for name, value in batch.items()
+        if kept or name not in ("labels", "start_positions", "end_positions")
+    }
 
 
 @torch.no_grad()
-def logits_of(model: torch.nn.Module, case: Case) -> torch.Tensor:
-    """Logits of the probe, without dropout; the model is left as it was."""
+def outputs_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whatever logits a model gives of a batch, without dropout, by their names; the model is left as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    logits = model(**probe(case)).logits.clone()
+    output = model(**batch)
     for module in training:
         module.training = True
-    return logits
+    return {name: value.clone() for name, value in output.items() if name.endswith("logits")}
+
+
+def logits_of(model: torch.nn.Module, case: Case) -> torch.Tensor:
+    """Logits of the probe; where an answer has two ends, `(ends, batch, positions)`."""
+    found = list(outputs_of(model, probe(case)).values())
+    return found[0] if len(found) == 1 else torch.stack(found)
 
 
 @dataclass

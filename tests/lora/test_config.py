@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 import hf_s3t.lora.config
 from hf_s3t import S3TConfig, S3TModel
-from hf_s3t.lora.config import BOOKKEEPING_FIELDS, LORA_FIELDS, REASONS, add_peft_type, register
+from hf_s3t.lora.config import BOOKKEEPING_FIELDS, LORA_FIELDS, REASONS, STACK_FIELD, add_peft_type, register
 from models import bert_rows, llama_rows, tiny_bert, tiny_llama
 
 OWN = {
@@ -32,6 +32,7 @@ OWN = {
     "group_column": None,
     "slice_columns": None,
     "data_derived": None,
+    "layers_pattern": None,
     "stage_layers": None,
 }
 SUPPORTED = {
@@ -49,7 +50,6 @@ SUPPORTED = {
 REFUSED = {
     "bias": "lora_only",
     "layers_to_transform": [0],
-    "layers_pattern": "layers",
     "rank_pattern": {"q_proj": 2},
     "alpha_pattern": {"q_proj": 2},
     "trainable_token_indices": [1],
@@ -78,7 +78,7 @@ REFUSED = {
 def test_the_fields_and_their_defaults_are_those_of_the_design():
     own = {field.name: field.default for field in dataclasses.fields(S3TConfig)}
     inherited = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert {name: default for name, default in own.items() if name not in inherited} == OWN
+    assert {name: default for name, default in own.items() if name not in inherited - {STACK_FIELD}} == OWN
     config, plain = S3TConfig(), LoraConfig()
     assert {name: getattr(config, name) for name in OWN} == OWN
     assert all(getattr(config, name) == getattr(plain, name) for name in LORA_FIELDS)
@@ -91,7 +91,7 @@ def test_every_field_of_its_own_is_documented_twice():
 
 
 def test_every_lora_field_is_supported_kept_by_peft_or_refused():
-    known = {*LORA_FIELDS, *BOOKKEEPING_FIELDS}
+    known = {*LORA_FIELDS, *BOOKKEEPING_FIELDS, STACK_FIELD}
     theirs = {field.name for field in dataclasses.fields(LoraConfig)}
     assert theirs == known | REFUSED.keys(), "peft has other fields now: the allow-list refuses new ones"
     assert set(LORA_FIELDS) == set(SUPPORTED) and set(REASONS) <= set(REFUSED)
@@ -99,7 +99,7 @@ def test_every_lora_field_is_supported_kept_by_peft_or_refused():
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LoraConfig)])
 def test_a_lora_field_works_or_is_refused_with_the_reason(field):
-    if field in BOOKKEEPING_FIELDS:
+    if field in (*BOOKKEEPING_FIELDS, STACK_FIELD):
         return
     if field in SUPPORTED:
         value = getattr(S3TConfig(**{field: SUPPORTED[field]}), field)
@@ -113,6 +113,13 @@ def test_a_lora_field_works_or_is_refused_with_the_reason(field):
     message = str(caught.value)
     assert f"does not support `{field}` (got {REFUSED[field]!r}): {reason}. Leave it at its default" in message
     assert all(name in message for name in LORA_FIELDS)
+
+
+def test_a_stack_is_named_by_the_end_of_its_path():
+    config = S3TConfig(target_modules="all-linear", layers_pattern="decoder.layers")
+    assert config.layers_pattern == "decoder.layers" and dataclasses.replace(config).layers_pattern == "decoder.layers"
+    with pytest.raises(ValueError, match=r"`layers_pattern` is \['a', 'b'\], and a stage has layers of one stack"):
+        S3TConfig(layers_pattern=["a", "b"])
 
 
 @pytest.mark.parametrize("field", ["bias", "use_dora", "rank_pattern", "trainable_token_indices", "layer_replication"])

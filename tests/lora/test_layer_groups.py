@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
+import architectures
 from hf_s3t import S3TConfig
 from hf_s3t.lora.adapter import split_layer_path
 from hf_s3t.lora.heads import find_heads
-from hf_s3t.lora.layout import find_layout, layers_pattern
+from hf_s3t.lora.layout import find_layout
 from models import tiny_bert, tiny_gpt2, tiny_llama, tiny_llama_12, tiny_roberta, tiny_vit
 
 ATTENTION = {
@@ -117,24 +119,44 @@ def test_targets_outside_the_layers_are_refused_by_name_with_the_ways_out():
     assert (without.heads, joined.heads) == ((), ("bert.pooler",))
 
 
-def test_several_stacks_are_refused():
-    small = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 32}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 2, "decoder_layers": 2}
-    bart = BartForConditionalGeneration(BartConfig(**small, **heads, max_position_embeddings=16))
-    small = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 32}
-    t5 = T5ForConditionalGeneration(T5Config(**small))
-    for model, targets in ((bart, ["q_proj"]), (t5, ["q"])):
-        with pytest.raises(ValueError, match=r"several lists: (model\.)?decoder\.\w+, \S*encoder\.\w+") as found:
-            find_layout(model, config(num_slices=2, target_modules=targets))
-        advice = ast.literal_eval(str(found.value).split("`target_modules=")[1].split("`")[0])
-        assert find_layout(model, config(num_slices=2, target_modules=advice)).container.endswith(
-            ("decoder.layers", "decoder.block")
-        )
-    with pytest.raises(ValueError, match="None of them is in one stack alone"):
-        find_layout(bart, config(target_modules=["self_attn.q_proj"]))
-    # Its other stack has modules of the same names, and a plain config tells stacks apart by no other means.
-    with pytest.raises(ValueError, match="plain PEFT configs cannot express"):
-        find_layout(bart, config(target_modules=["q_proj"], exclude_modules=r".*encoder.*"))
+def test_one_of_several_stacks_has_to_be_chosen():
+    """By the end of its path, by modules that it alone has, or by what is excluded; stock PEFT finds it again."""
+    bart, t5, vision = architectures.tiny_bart(), architectures.tiny_t5(), architectures.tiny_qwen2_vl()
+    for model, targets, stacks in (
+        (bart, ["q_proj"], ("model.decoder.layers", "model.encoder.layers")),
+        (t5, ["q"], ("decoder.block", "encoder.block")),
+        (vision, "all-linear", ("model.language_model.layers", "model.visual.blocks")),
+    ):
+        fields = {"num_slices": 2, "target_modules": targets}
+        with pytest.raises(ValueError, match=f"several stacks: {', '.join(stacks)}.*numbers those of all") as found:
+            find_layout(model, config(**fields))
+        for advice in re.findall(r"`(layers_pattern|target_modules)=(.*?)`", str(found.value)):
+            own = {advice[0]: ast.literal_eval(advice[1])}
+            assert find_layout(model, config(**fields | own)).container == stacks[0]
+        for stack in stacks:
+            layout = find_layout(model, config(**fields, layers_pattern=stack))
+            stock = LoraConfig(target_modules=list(layout.suffixes), layers_to_transform=[0, 1],
+                               layers_pattern=layout.pattern)  # fmt: skip
+            assert layout.container == stack
+            assert _stock(model, stock) == layout.module_names([0, 1])
+    with pytest.raises(ValueError, match="'coder.layers'. is the end of the path of no stack .* those are model.deco"):
+        find_layout(bart, config(target_modules=["q_proj"], layers_pattern="coder.layers"))
+    chosen = find_layout(bart, config(target_modules=["q_proj"], exclude_modules=r".*encoder\..*"))
+    assert (chosen.container, chosen.stack) == ("model.decoder.layers", "decoder.layers")
+
+
+def _stock(model, lora):
+    return {path for path, _ in model.named_modules() if check_target_module_exists(lora, path)}
+
+
+def test_fused_experts_are_refused_by_name_or_left_out_aloud(caplog):
+    model = architectures.tiny_mixtral()
+    for targets in (["experts"], ["q_proj", "gate_up_proj"]):
+        with pytest.raises(ValueError, match="experts that are fused into one parameter: .*experts.gate_up_proj, "):
+            find_layout(model, config(num_slices=3, target_modules=targets))
+    layout = find_layout(model, config(num_slices=3, target_modules="all-linear"))
+    assert layout.suffixes == ("k_proj", "o_proj", "q_proj", "v_proj")
+    assert "left out experts that are fused into one parameter (experts.down_proj, experts.gate_up" in caplog.text
 
 
 def test_pefts_own_targets_are_used_where_none_are_named():
@@ -176,7 +198,7 @@ def test_stock_peft_finds_the_same_modules_by_the_suffixes(make, targets):
     layout = find_layout(model, config(target_modules=targets, exclude_modules=["pooler.dense"]))
     layers = list(layout.groups[1])
     stock = LoraConfig(target_modules=list(layout.suffixes), layers_to_transform=layers,
-                       layers_pattern=layers_pattern(layout.container), fan_in_fan_out=make is tiny_gpt2)  # fmt: skip
+                       layers_pattern=layout.pattern, fan_in_fan_out=make is tiny_gpt2)  # fmt: skip
     found = {
         name.removeprefix("base_model.model.").removesuffix(".lora_A")
         for name, _ in get_peft_model(model, stock).named_modules()

@@ -95,20 +95,21 @@ def test_every_slice_of_the_demo_has_at_least_four_people():
 
 
 @pytest.mark.slow
-def test_instruction_tuning_in_8_bit_deletes_and_repairs_with_two_processes(tmp_path):
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_instruction_tuning_in_few_bits_deletes_and_repairs_with_two_processes(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
     data = write_instructions(tmp_path / "data", 32)
     name = json.loads((data / "train.jsonl").read_text().splitlines()[0])["id"]
     (tmp_path / "ids.txt").write_text(name + "\n")
     text = launch(
-        ROOT / "recipes" / "alpaca.py", "--model_name_or_path", str(ROOT / "recipes/demo/base"), "--load_in_8bit",
+        ROOT / "recipes" / "alpaca.py", "--model_name_or_path", str(ROOT / "recipes/demo/base"), f"--load_in_{bits}",
         "--data_dir", str(data), "--output_dir", "out", "--delete_ids", "ids.txt",
         "--per_device_train_batch_size", "2", *SMALL_RUN, config="cpu_2_processes.yaml", cwd=tmp_path,
     )  # fmt: skip
     assert "1 examples not served since" in text and text.count("repaired") == 1  # the main process alone speaks
     manifest = json.loads((tmp_path / "out/s3t.json").read_text())
     assert manifest["generation"] == 1 and manifest["recipe"]["processes"] == 2
-    assert manifest["recipe"]["base"]["quantization"]["load_in_8bit"] is True
+    assert manifest["recipe"]["base"]["quantization"][f"load_in_{bits}"] is True
     assert set(manifest["stages"]) == {"shard-00/0", "shard-00/0-1"}
 
 

@@ -66,7 +66,9 @@ FLAGS = {"--task": glue.TASKS, "--dataset": vision.DATASETS, "--preset": alpaca.
 
 
 def test_every_preset_is_in_the_table():
-    assert {name for names in FLAGS.values() for name in names} == set(PAPER)
+    presets = {name for names in FLAGS.values() for name in names}
+    assert {name for name in presets if not name.endswith("-qlora")} == set(PAPER)
+    assert {name.removesuffix("-qlora") for name in presets} == set(PAPER)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -97,12 +99,20 @@ def test_each_preset_fits_the_depth_of_its_model(name, method, tmp_path):
     targets = instructions.ALL_PROJECTIONS if recipe is alpaca else recipe.TARGETS
     model = as_deep_as_the_papers(name)
     layout = find_layout(model, common.make_config(arguments, target_modules=targets))
-    slices, size = PAPER[name][:2]
+    slices, size = PAPER[name.removesuffix("-qlora")][:2]
     layers = model.config.num_hidden_layers
     if method != "s3t":
         assert layout.groups == (tuple(range(layers)),)
     else:
         assert len(layout.grouped_layers) == slices * size <= layers and layers - 1 in layout.groups[0]
+
+
+def test_qlora_is_a_preset_or_a_flag(tmp_path):
+    out = ["--output_dir", str(tmp_path)]
+    qlora, plain = read_for("llama-3-8b-qlora", *out)[0], read_for("llama-3-8b", *out, "--load_in_4bit")[0]
+    assert vars(qlora) | {"preset": None} == vars(plain) | {"preset": None} and qlora.load_in_4bit
+    with pytest.raises(ValueError, match="two ways to hold one base"):
+        instructions.load_model("me/base", load_in_8bit=True, load_in_4bit=True)
 
 
 def test_what_the_paper_says_of_rte_does_not_fit(tmp_path):

@@ -403,7 +403,7 @@ def test_a_fast_tokenizer_without_its_backend(monkeypatch):
 
 REFUSED = (
     "accelerator_config", "auto_find_batch_size", "bf16_full_eval", "deepspeed", "fp16_full_eval", "fsdp",
-    "ignore_data_skip", "torch_compile", "use_liger_kernel",
+    "ignore_data_skip", "parallelism_config", "torch_compile", "use_liger_kernel",
 )  # fmt: skip
 REFUSED_BY_THE_CACHE = ("neftune_noise_alpha",)
 
@@ -439,14 +439,15 @@ def test_an_argument_that_the_cache_can_not_refuse_any_more(monkeypatch, tmp_pat
     make_trainer(tmp_path)
 
 
-@pytest.mark.parametrize("name", arguments.TRL_SFT)
+@pytest.mark.parametrize("name", arguments.OF_TRL)
 def test_an_argument_of_trl_that_can_not_be_refused_any_more(monkeypatch, tmp_path, name):
     trl = pytest.importorskip("trl")
-    args = trl.SFTConfig(str(tmp_path), report_to=[], use_cpu=True, activation_checkpointing=False)
+    kind = arguments.OF_TRL[name]
+    args = getattr(trl, kind)(str(tmp_path), report_to=[], use_cpu=True, activation_checkpointing=False)
     assert not arguments.setting(args, name)
     assert arguments.setting(make_args(tmp_path), name) is None
     forget(monkeypatch, name)
-    with pytest.raises(CompatibilityError, match=f"`SFTConfig` has no `{name}`.* of trl"):
+    with pytest.raises(CompatibilityError, match=f"`{kind}` has no `{name}`.* of trl"):
         arguments.setting(args, name)
     assert arguments.setting(make_args(tmp_path), name) is None
 

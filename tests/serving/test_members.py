@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from transformers import (
     LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
     TextStreamer,
     XLNetConfig,
     XLNetForSequenceClassification,
@@ -272,15 +269,6 @@ def test_rows_that_depend_on_one_another_are_answered_in_turn(caplog: pytest.Log
     ensemble.detach()
     for answer in answers:
         torch.testing.assert_close(answer, one_by_one(model, inputs), **ROUNDING)
-
-
-def test_an_encoder_decoder_is_refused() -> None:
-    sizes = {"vocab_size": models.VOCABULARY, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 4, "num_heads": 2}
-    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
-    ensemble, inputs = S3TEnsemble(by_peft(base, target_modules=["q", "v"]), {"a": 2, "b": 2}), inputs_of("llama")
-    for ask in (ensemble.generate, partial(ensemble, decoder_input_ids=inputs["input_ids"])):
-        with pytest.raises(ValueError, match="encoder-decoder model cannot answer together"):
-            ask(**inputs)
 
 
 def test_a_tuple_is_returned_where_one_is_asked_for() -> None:

@@ -168,20 +168,26 @@ BRIEFLY = {"sft": 0, "tokens": 1, "seq2seq": 2}
 """Those of the default run: trainers whose other tests are few, one setting each."""
 
 
-def test_sequences_of_several_shards_are_evaluated_one_by_one(
+def test_sequences_of_several_shards_are_evaluated_as_an_ensemble(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An encoder-decoder answers with one member at a time; its evaluation must not fail when all is trained."""
-    settings = EVERY[0] | {"shards": 2}
-    trainer = seq2seq(tmp_path, models.llama_rows(24), settings)
+    """An encoder-decoder's loss is that of the mean of its members' probabilities."""
+    trainer = seq2seq(tmp_path, models.llama_rows(24), EVERY[0] | {"shards": 2})
     trainer.train()
     found = trainer.evaluate()
-    assert "evaluates them one by one" in caplog.text
-    apart = []
+    assert "evaluates them one by one" not in caplog.text
+    (batch,) = trainer.get_eval_dataloader()
+    parts, losses = [], []
     for shard in range(2):
         trainer.tuner.activate(f"shard-{shard:02d}")
-        apart.append(Seq2SeqTrainer.evaluate(trainer)["eval_loss"])
-    assert found["eval_loss"] == pytest.approx(sum(apart) / 2, rel=1e-6) and apart[0] != apart[1]
+        trainer.model.eval()
+        with torch.no_grad():
+            answer = trainer.model(**batch)
+        parts.append(answer.logits.softmax(-1))
+        losses.append(answer.loss.item())
+    log = torch.stack(parts).mean(0).log().flatten(0, 1)
+    expected = torch.nn.functional.nll_loss(log, batch["labels"].flatten(), ignore_index=-100).item()
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5) and expected < sum(losses) / 2
 
 
 class Stop(TrainerCallback):

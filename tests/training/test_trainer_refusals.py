@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
 import models
 from hf_s3t import DatasetError, RecipeError, S3TStore, S3TTrainer, StateError, StoreError, StoreLockedError
+from hf_s3t.training.refusals import REFUSED
 from stores import index_of, records_of, tree
 from trainers import (
     BASES,
@@ -64,6 +66,7 @@ def running_python(code: str, *arguments: str) -> str:
         ("packing", True, "joins examples of different slices; set `packing=False`"),
         ("fsdp", "full_shard", "use DDP"),
         ("deepspeed", {"zero_optimization": {"stage": 1}}, "use DDP"),
+        ("parallelism_config", object(), "use DDP"),
         ("use_liger_kernel", True, "patch it once before you pass it"),
         ("ignore_data_skip", True, "begin with rows that it has seen, and miss others"),
         ("bf16_full_eval", True, "leave the base and the stages in bfloat16"),
@@ -76,6 +79,35 @@ def test_arguments_that_can_not_work_stage_by_stage(tmp_path: Path, name: str, v
     with pytest.raises(ValueError, match=f"S3T does not work with `{name}=.*{message}"):
         S3TTrainer(BASES["llama"][0](), args, train_dataset=models.llama_rows(4), peft_config=make_config())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("ACCELERATE_USE_FSDP", "true", "whole tensors on every process; use DDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "True", "whole tensors on every process; use DDP"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "1", "whole tensors on every process; use DDP"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "specialised to the batches of earlier stages"),
+    ],
+)
+def test_what_a_launcher_asks_for_is_refused_as_the_argument_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    """accelerate heeds the environment, whatever the arguments say; one that compiles stays there for good."""
+    args = make_args(tmp_path)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"`{name}={value}`, which `accelerate launch` .*{message}.*unset it"):
+        S3TTrainer(BASES["llama"][0](), args, train_dataset=models.llama_rows(4), peft_config=make_config())
+    monkeypatch.setenv(name, "no" if name.endswith("BACKEND") else "false")  # as the launcher does by default
+    S3TTrainer(BASES["llama"][0](), args, train_dataset=models.llama_rows(4), peft_config=make_config())
+
+
+def test_the_page_gives_reasons_for_what_is_refused() -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    table = page.split("| asked for | refused, because |")[1].split("\n\n")[0]
+    told = set(re.findall(r"^\| `(\w+)`", table, re.M))
+    assert told == {"use_liger_kernel", "fsdp", "deepspeed", "parallelism_config", "precompute_ref_log_probs"}
+    assert told <= REFUSED.keys()
 
 
 @pytest.mark.parametrize("setting", [{"dispatch_batches": True}, {"use_seedable_sampler": False}])

@@ -46,11 +46,15 @@ BOOKKEEPING_FIELDS = (
     "runtime_config",
 )
 
+STACK_FIELD = "layers_pattern"
+"""A field of `LoraConfig` that an S3TConfig has for itself: there it comes without the numbers of layers."""
+
 REASONS = {
     "use_dora": "DoRA's magnitude mixes base and adapter weights, so layer groups would not be independent",
     "bias": "biases belong to the base model and would be shared by all stages",
     "layers_to_transform": "the layers of a stage follow from `layers_per_slice` and `num_slices`",
-    "layers_pattern": "the layers of a stage are read from the module paths",
+    "target_parameters": "a stage and its frozen prefix are two adapters, and PEFT lays those of a parameter over the "
+    "whole model alike; experts that are fused into one parameter stay as they are in the base",
     "rank_pattern": "stages are joined into one adapter of one rank",
     "alpha_pattern": "stages are joined into one adapter of one scale",
     "trainable_token_indices": "token embeddings lie below every layer group and would be shared by all stages",
@@ -110,6 +114,9 @@ class S3TConfig(LoraConfig):
             set"}`. `"train set"` says that it keeps what it saw of rows that are deleted later. At most 20 names of 40
             characters and sources of 200. It is published, in the recipe and the card, and named in every receipt:
             no personal data. What was named once stays on record.
+        layers_pattern (`str`, *optional*):
+            Which stack of layers is trained, by the end of its path, where `target_modules` match modules of several:
+            `"decoder.layers"` of an encoder-decoder, `"language_model.layers"` beside a vision tower.
         stage_layers (`list[int]`, *optional*):
             Set by the library: the layers that the adapter owns. `None`: all that any stage owns.
 
@@ -154,12 +161,17 @@ class S3TConfig(LoraConfig):
     data_derived: dict[str, str] | None = field(
         default=None, metadata={"help": "What else was computed from data, and from which. It is published."}
     )
+    layers_pattern: str | None = field(
+        default=None, metadata={"help": "Which stack of layers is trained, by the end of its path."}
+    )
     stage_layers: list[int] | None = field(
         default=None, metadata={"help": "Set by the library: the layers that the adapter owns."}
     )
 
     def __post_init__(self) -> None:
+        stack, self.layers_pattern = self.layers_pattern, None  # PEFT wants it to come with the numbers of layers
         super().__post_init__()
+        self.layers_pattern = stack or None
         self.peft_type = S3T
         self._check_lora_fields()
         self._check_ranges()
@@ -181,7 +193,7 @@ class S3TConfig(LoraConfig):
                 "base weights or data, or do not start at zero, so a stage would not be its prefix plus a LoRA."
             )
         for item in fields(LoraConfig):
-            if item.name in LORA_FIELDS + BOOKKEEPING_FIELDS:
+            if item.name in (*LORA_FIELDS, *BOOKKEEPING_FIELDS, STACK_FIELD):
                 continue
             default = item.default_factory() if item.default_factory is not MISSING else item.default
             value = getattr(self, item.name)
@@ -193,6 +205,11 @@ class S3TConfig(LoraConfig):
                 )
 
     def _check_ranges(self) -> None:
+        if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
+            raise ValueError(
+                f"`layers_pattern` is {self.layers_pattern!r}, and a stage has layers of one stack. Give the end of "
+                'its path, for example "decoder.layers".'
+            )
         for name in ("num_shards", "num_slices", "budget", "cost_budget", "layers_per_slice", "r"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

@@ -21,6 +21,9 @@ from .heads import find_heads
 
 logger = logging.getLogger(__name__)
 
+CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
+"""Modules whose weights have three dimensions."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -34,6 +37,12 @@ class Layout:
     groups: tuple[tuple[int, ...], ...]  # the top one first
     heads: tuple[str, ...]  # paths of the modules that are trained whole and saved with every stage
     suffixes: tuple[str, ...]  # the shortest `target_modules` that name the same modules to stock PEFT
+    stack: str | None = None  # the end of the list's path by which PEFT tells it from others with such modules
+
+    @property
+    def pattern(self) -> str:
+        """What PEFT calls `layers_pattern`."""
+        return self.stack or self.container.rsplit(".", 1)[-1]
 
     @property
     def grouped_layers(self) -> tuple[int, ...]:
@@ -49,10 +58,12 @@ def find_layout(model: nn.Module, config: S3TConfig) -> Layout:
     """Finds the layers that `config` targets in a bare base model and lays them into layer groups from the top.
 
     Raises:
-        ValueError: targets outside the numbered layers, layers in several lists, or more layer groups than layers.
+        ValueError: targets outside the numbered layers, layers in several stacks and no `layers_pattern` that chooses
+            one, or more layer groups than layers.
     """
     resolved, everything_linear = _resolve_targets(model, config)
     heads = find_heads(model, config)
+    _check_fused(model, resolved, everything_linear)
     inside: dict[str, dict[int, list[str]]] = {}
     outside: list[str] = []
     for path, _ in model.named_modules():
@@ -63,7 +74,7 @@ def find_layout(model: nn.Module, config: S3TConfig) -> Layout:
             outside.append(path)
         else:
             inside.setdefault(place[0], {}).setdefault(place[1], []).append(place[2])
-    container = _only_container(inside, config)
+    container = _chosen_stack(inside, config)
     if outside and not everything_linear:
         raise ValueError(
             f"`target_modules` also match modules outside the numbered layers: {', '.join(outside)}. They belong to "
@@ -74,8 +85,8 @@ def find_layout(model: nn.Module, config: S3TConfig) -> Layout:
         logger.info("all-linear: left out %s, which lie outside the numbered layers", ", ".join(outside))
     targets = {layer: tuple(sorted(suffixes)) for layer, suffixes in sorted(inside[container].items())}
     groups = _layer_groups(len(list(model.get_submodule(container).children())), targets, config)
-    layout = Layout(container, targets, groups, heads, ())
-    return replace(layout, suffixes=_shortest_suffixes(model, layout))
+    suffixes, stack = _shortest_suffixes(model, Layout(container, targets, groups, heads, ()))
+    return Layout(container, targets, groups, heads, suffixes, stack)
 
 
 def _resolve_targets(model: nn.Module, config: S3TConfig) -> tuple[LoraConfig, bool]:
@@ -96,28 +107,60 @@ def _resolve_targets(model: nn.Module, config: S3TConfig) -> tuple[LoraConfig, b
     return (name_all_linear(resolved, model) if everything_linear else resolved), everything_linear
 
 
-def _only_container(inside: Mapping[str, Any], config: S3TConfig) -> str:
+def _check_fused(model: nn.Module, resolved: LoraConfig, everything_linear: bool) -> None:
+    """Raises `ValueError` where targets are fused experts, which are no linear modules; "all-linear" leaves them out.
+
+    Experts of a layer that are fused into one parameter have three dimensions.
+    """
+    fused = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if split_layer_path(path) and not isinstance(module, CONVOLUTIONS)
+        for name, value in module.named_parameters(recurse=False)
+        if value.ndim == 3
+    ]
+    hit = [path for path in fused if is_targeted(resolved, path) or is_targeted(resolved, path.rsplit(".", 1)[0])]
+    if hit and not everything_linear:
+        raise ValueError(
+            f"`target_modules` name experts that are fused into one parameter: {', '.join(hit[:2])}. S3T trains LoRA "
+            "in linear modules alone. Name those of the attention, or use 'all-linear'; the experts stay as they are."
+        )
+    if fused and everything_linear:
+        names = sorted({path.split(".", path.count(".") - 1)[-1] for path in fused})
+        logger.warning("all-linear: left out experts that are fused into one parameter (%s)", ", ".join(names))
+
+
+def _chosen_stack(inside: Mapping[str, Mapping[int, list[str]]], config: S3TConfig) -> str:
+    """The path of the list of layers that are trained: the only one with targets, or the one that the config names."""
     if not inside:
         raise ValueError(
             f"`target_modules` ({config.target_modules!r}) match no module in numbered layers such as `layers.0`. "
             "S3T trains by layer groups; name linear modules inside the layers, or use 'all-linear'."
         )
-    if len(inside) > 1:
+    wanted = config.layers_pattern
+    chosen = [stack for stack in inside if wanted is None or f".{stack}".endswith(f".{wanted}")]
+    if not chosen:
         raise ValueError(
-            f"`target_modules` match layers in several lists: {', '.join(sorted(inside))}. S3T needs one stack of "
-            f"layers, and a plain PEFT config names modules of all stacks alike. {_of_one_stack(inside)}"
+            f"`layers_pattern` ({wanted!r}) is the end of the path of no stack of layers that `target_modules` match; "
+            f"those are {', '.join(sorted(inside))}."
         )
-    return next(iter(inside))
+    if len(chosen) > 1:
+        raise ValueError(
+            f"`target_modules` match layers in several stacks: {', '.join(sorted(chosen))}. A stage has layers of "
+            "one, as a plain PEFT config numbers those of all stacks alike. Choose it by the end of its path, for "
+            f"example `layers_pattern={sorted(chosen)[0]!r}`{_of_one_stack(inside)}. The others stay as they are."
+        )
+    return chosen[0]
 
 
 def _of_one_stack(inside: Mapping[str, Mapping[int, list[str]]]) -> str:
-    """Which of the matched modules only one stack has."""
+    """Which of the matched modules only one stack has, if any, as a way out."""
     suffixes = {stack: {name for names in layers.values() for name in names} for stack, layers in inside.items()}
     for stack, own in sorted(suffixes.items()):
         alone = own.difference(*(others for other, others in suffixes.items() if other != stack))
         if alone:
-            return f"Name modules that {stack} alone has: `target_modules={sorted(alone)}`."
-    return "None of them is in one stack alone: take a model of one stack."
+            return f", or name modules that {stack} alone has, `target_modules={sorted(alone)}`"
+    return ""
 
 
 def _layer_groups(num_layers: int, targets: Mapping[int, Any], config: S3TConfig) -> tuple[tuple[int, ...], ...]:
@@ -138,27 +181,37 @@ def _layer_groups(num_layers: int, targets: Mapping[int, Any], config: S3TConfig
     return tuple(tuple(layer for layer in group if layer in targets) for group in groups)
 
 
-def _shortest_suffixes(model: nn.Module, layout: Layout) -> tuple[str, ...]:
-    """`target_modules` by which stock PEFT, given the layer numbers, finds exactly the layout's targets.
+def _shortest_suffixes(model: nn.Module, layout: Layout) -> tuple[tuple[str, ...], str | None]:
+    """`target_modules` by which stock PEFT, given the layer numbers, finds exactly the layout's targets; its `stack`.
 
     Those that name nothing outside the layers come first: a store's reader finds the layout by them alone.
     """
     layers = list(layout.grouped_layers)
     full = {suffix for layer in layers for suffix in layout.targets[layer]}
     shortest = {suffix.rsplit(".", 1)[-1] for suffix in full}
-    pattern = layers_pattern(layout.container)
     fitting = []
     for suffixes in (shortest, full):
-        stock = LoraConfig(target_modules=sorted(suffixes), layers_to_transform=layers, layers_pattern=pattern)
-        if _found(model, stock) == layout.module_names(layers):
-            fitting.append(tuple(sorted(suffixes)))
+        named = replace(layout, stack=_stack_pattern(model, layout.container, suffixes))
+        fields = {"layers_to_transform": layers, "layers_pattern": named.pattern}
+        if _found(model, LoraConfig(target_modules=sorted(suffixes), **fields)) == layout.module_names(layers):
+            fitting.append((tuple(sorted(suffixes)), named.stack))
     if not fitting:
         raise ValueError(
             "`target_modules` pick different modules in different layers, which plain PEFT configs cannot express. "
             "Name modules that are targeted in every layer where they occur."
         )
-    inside = [suffixes for suffixes in fitting if not _outside(model, suffixes)]
+    inside = [(suffixes, stack) for suffixes, stack in fitting if not _outside(model, suffixes)]
     return (inside or fitting)[0]
+
+
+def _stack_pattern(model: nn.Module, container: str, suffixes: set[str]) -> str | None:
+    """The shortest end of the path of a list of layers that no other list with such modules has; `None`: none has."""
+    found = [split_layer_path(path) for path in _found(model, LoraConfig(target_modules=sorted(suffixes)))]
+    others = {place[0] for place in found if place is not None} - {container}
+    parts = container.split(".")
+    ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+    alone = [end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)]
+    return (alone or ends[-1:])[0] if others else None
 
 
 def _found(model: nn.Module, config: LoraConfig) -> set[str]:
@@ -168,8 +221,3 @@ def _found(model: nn.Module, config: LoraConfig) -> set[str]:
 def _outside(model: nn.Module, suffixes: tuple[str, ...]) -> bool:
     """Whether the suffixes alone also name modules outside the numbered layers."""
     return any(split_layer_path(path) is None for path in _found(model, LoraConfig(target_modules=list(suffixes))))
-
-
-def layers_pattern(container: str) -> str:
-    """The last part of the path of the list of layers: what PEFT calls `layers_pattern`."""
-    return container.rsplit(".", 1)[-1]

@@ -34,7 +34,7 @@ from ..seams.tuners import LORA, TunerSeam, activate, adapter_parameters, add_ad
 from .adapter import Adapter
 from .config import LORA_FIELDS, S3TConfig, register
 from .fingerprints import fingerprints
-from .layout import Layout, find_layout, layers_pattern
+from .layout import Layout, find_layout
 
 Tensors = dict[str, torch.Tensor]
 
@@ -79,7 +79,7 @@ def plain_lora_config(config: S3TConfig, layout: Layout, layers: tuple[int, ...]
         **{name: getattr(config, name) for name in LORA_FIELDS if name not in ("target_modules", "exclude_modules")},
         target_modules=list(layout.suffixes),
         layers_to_transform=sorted(layers),
-        layers_pattern=layers_pattern(layout.container),
+        layers_pattern=layout.pattern,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

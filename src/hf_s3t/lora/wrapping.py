@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..seams.models import keep_quantised
 from ..seams.tuners import check_base_names, check_heads
 from .config import S3TConfig
 from .heads import draw_heads, find_heads
@@ -35,6 +36,7 @@ def wrap_model(model: nn.Module, config: S3TConfig | None, seed: int) -> tuple[P
     heads = find_heads(model, config)
     drawn = draw_heads(model, heads, seed)
     config.modules_to_save = list(heads) or None
+    keep_quantised(model)
     names = list(model.state_dict())
     wrapped = get_peft_model(model, copy.deepcopy(config))
     check_heads(heads, wrapped)

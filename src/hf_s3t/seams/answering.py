@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import broken, lost, seam
+from .models import is_encoder_decoder
 
 FUSED_HEAD = "fused_lm_head"
 """The argument by which TRL's SFTTrainer asks for values per token instead of logits, since 1.16."""
@@ -79,6 +80,8 @@ def loss_of(base: Any, output: Any, labels: dict[str, torch.Tensor], items: Any)
     """The loss that a model computes from its logits and from what [`taken_labels`] took."""
     if "ForMultipleChoice" in type(base).__name__:  # transformers has no loss by that name
         return cross_entropy(output["logits"], labels["labels"])
+    if is_encoder_decoder(base) and "labels" in labels and labels["labels"].ndim > 1:  # theirs is of causal models
+        return cross_entropy(output["logits"].flatten(0, -2).float(), labels["labels"].flatten())
     with seam("models_loss"):
         compute = base.loss_function
     if "start_positions" in labels:
@@ -87,7 +90,7 @@ def loss_of(base: Any, output: Any, labels: dict[str, torch.Tensor], items: Any)
     kwargs = {"logits": logits, **labels, "config": base.config, "pooled_logits": logits}
     if items is not None:
         kwargs["num_items_in_batch"] = items
-    return compute(**kwargs, vocab_size=getattr(base.config, "vocab_size", None))
+    return compute(**kwargs, vocab_size=getattr(base.config.get_text_config(), "vocab_size", None))
 
 
 def check_logits(names: Iterable[str]) -> None:

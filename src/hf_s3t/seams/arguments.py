@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -34,8 +35,25 @@ CHOOSING = frozenset({
 BY_METRICS = ("reduce_lr_on_plateau", "greedy")
 """Schedules of the learning rate that an evaluation drives."""
 
-TRL_SFT = ("packing", "padding_free")
-"""Arguments of TRL's `SFTConfig` alone that are refused; all others that are refused are of `TrainingArguments`."""
+OF_TRL = {"packing": "SFTConfig", "padding_free": "SFTConfig", "precompute_ref_log_probs": "DPOConfig"}
+"""Arguments that are refused of these classes of TRL's; all others that are refused are of `TrainingArguments`."""
+
+
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": "fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "megatron_lm",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+    "ACCELERATE_DYNAMO_BACKEND": "torch_compile",
+}
+"""Variables by which `accelerate launch` asks for what an argument may ask for, too, and the name of that argument."""
+
+
+def launched() -> dict[str, str]:
+    """What is on by such a variable: its name and value, by the name of the argument."""
+    found = {argument: f"{name}={os.environ.get(name, '')}" for name, argument in LAUNCHED.items()}
+    off = ("", "0", "false", "no", "off", "n", "f")
+    return {argument: text for argument, text in found.items() if text.split("=", 1)[1].strip().lower() not in off}
 
 
 def is_evaluation_heard(args: TrainingArguments) -> bool:
@@ -52,11 +70,11 @@ def loader_setting(args: Any, name: str) -> Any:
 def setting(args: Any, name: str) -> Any:
     """The value of an argument that may have to be refused; `None` where this kind of arguments never had it."""
     known = {field.name for field in fields(args)}
-    if name not in TRL_SFT:
+    if name not in OF_TRL:
         if isinstance(args, TrainingArguments) and name not in known:
             raise broken("refused_arguments", f"`TrainingArguments` have no `{name}`")
     elif name not in known and any(
-        cls.__name__ == "SFTConfig" and cls.__module__.startswith("trl.") for cls in type(args).__mro__
+        cls.__name__ == OF_TRL[name] and cls.__module__.startswith("trl.") for cls in type(args).__mro__
     ):
-        raise broken("refused_arguments_of_trl", f"TRL's `SFTConfig` has no `{name}`")
+        raise broken("refused_arguments_of_trl", f"TRL's `{OF_TRL[name]}` has no `{name}`")
     return getattr(args, name, None)

@@ -127,6 +127,33 @@ def is_encoder_decoder(model: Any) -> bool:
     return bool(model.config.is_encoder_decoder)
 
 
+@seam("two_trunks")
+def asked_alone(model: Any) -> str | None:
+    """Why each member of an ensemble has to be asked by itself, if it has to: the beginning of a reason."""
+    if is_encoder_decoder(model):
+        return "an encoder runs beside the layers (`generate` keeps no cache, either)"
+    if model.config.get_text_config() is not model.config:
+        return "what its pictures or sounds become is no row of a batch"
+    return None
+
+
+@seam("two_trunks")
+def encoder_modules(model: Any) -> set[int]:
+    """The `id` of every module that `generate` of an encoder-decoder runs once, beside the model's own forward."""
+    return {id(module) for module in model.get_encoder().modules()} if is_encoder_decoder(model) else set()
+
+
+def keep_quantised(model: Any) -> None:
+    """Has 4-bit layers keep their weights as they are: on some CPUs bitsandbytes lays them out anew when they answer.
+
+    Then their scales are no more what they were, and so are last bits. Where that cannot be switched off, the stage
+    that would be trained on such weights is an [`IsolationError`].
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
 @seam("compiled")
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model, or a module of it, was handed to `torch.compile`."""

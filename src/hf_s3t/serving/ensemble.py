@@ -201,7 +201,7 @@ class S3TEnsemble(nn.Module):
         The whole generation is one answer: it ends on the state that it began with.
 
         Raises:
-            ValueError: an encoder-decoder model, or a kind of cache that cannot hold several members.
+            ValueError: members that differ in an encoder, or a kind of cache that cannot hold several of them.
             AnswerCutOffError: a deletion came meanwhile, and it went on for too long.
         """
         with self._answers.answering() as state, ExitStack() as until_its_end:
@@ -226,10 +226,9 @@ class S3TEnsemble(nn.Module):
         members, given = self._members, kwargs.get("generation_config") or self.generation_config
         kind, caches = kwargs.get("cache_implementation", given.cache_implementation), bool(caches_in(kwargs))
         if serving.members > 1:
-            members.refuse_encoder_decoder()
             members.look(serving)
             kwargs, caches = members.with_own_cache(serving, kwargs)
-            if members.tried and members.cache_name is None:  # `generate` would make one for the base
+            if members.keep_no_cache():  # `generate` would make one for the base
                 return {**kwargs, "use_cache": False}
         if caches or kwargs.get("use_cache", given.use_cache) is False:
             return kwargs

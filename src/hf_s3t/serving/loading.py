@@ -57,7 +57,7 @@ def base_of(store: S3TStore, given: nn.Module | str | None, kwargs: dict[str, An
 def stacked(base: nn.Module, manifest: Manifest, slots: int) -> Stack:
     """The base with stacked LoRA in all grouped layers, zero at first. Rank groups have the ranks of all slices."""
     stored = manifest.recipe["config"]
-    kept = (*LORA_FIELDS, "task_type", "stage_parameters")
+    kept = (*LORA_FIELDS, "task_type", "stage_parameters", "layers_pattern")
     fields: dict[str, Any] = {name: stored[name] for name in kept if name in stored}
     config = S3TConfig(num_shards=manifest.plan.num_shards, num_slices=manifest.plan.num_slices, **fields)
     layers = tuple(sorted(layer for group in stored["groups"] for layer in group))

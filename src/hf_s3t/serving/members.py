@@ -37,6 +37,7 @@ from ..seams.answering import (
     loss_of,
     taken_labels,
 )
+from ..seams.models import asked_alone, encoder_modules, is_encoder_decoder
 from .averages import Combine, average_logits, by_token
 from .decoding import BLOCK, Decoding
 from .member_cache import MemberCache
@@ -130,7 +131,12 @@ class Members(MemberRows):
     @property
     def records(self) -> bool:
         """Whether steps of generation are recorded and replayed."""
-        return self.decoding.records(self.base.device)
+        return self.alone is None and self.decoding.records(self.base.device)
+
+    @functools.cached_property
+    def alone(self) -> str | None:
+        """Why each member has to be asked by itself, if it has to; found out by the model's kind, not by trying."""
+        return asked_alone(self.base)
 
     def _cache_of_step(self, args: Any, kwargs: dict[str, Any]) -> MemberCache | None:
         """The cache of a step of generation that can be recorded: one token for each row."""
@@ -148,9 +154,11 @@ class Members(MemberRows):
             self._refuse_other_members(serving, kwargs)
             with self.route.taking(self.pass_of(serving)):
                 return self._forward(*args, **kwargs)
-        self.refuse_encoder_decoder()
         kwargs |= zip(self.parameters, args, strict=False)
         labels, items = taken_labels(kwargs), kwargs.pop("num_items_in_batch", None)
+        if is_encoder_decoder(self.base):
+            self.check_encoder(kwargs.get("encoder_outputs") is not None)
+            kwargs |= {**labels, "use_cache": False}  # the decoder's tokens follow from the labels
         fused = kwargs.pop(FUSED_HEAD, False)
         as_tuple, kwargs["return_dict"] = kwargs.pop("return_dict", None) is False, True
         self.look(serving, kwargs)
@@ -162,12 +170,22 @@ class Members(MemberRows):
             output["loss"] = loss_of(self.base, output, labels, items)
         return output.to_tuple() if as_tuple else output
 
-    def refuse_encoder_decoder(self) -> None:
-        """Raises `ValueError` for several members of a model whose encoder runs apart from what is asked of it."""
-        if self.base.config.is_encoder_decoder:
+    def keep_no_cache(self) -> bool:
+        """Whether several members generate without a cache."""
+        if is_encoder_decoder(self.base):
+            self.check_encoder(apart=True)
+            return True
+        return self.tried and self.cache_name is None
+
+    def check_encoder(self, apart: bool) -> None:
+        """Raises `ValueError` where members differ in an encoder that ran `apart`, for all of them alike."""
+        beside = encoder_modules(self.base) if apart else set()
+        inside = [path for path, own in self.stack.modules.items() if {id(own), id(own.inner)} & beside]
+        if inside:
             raise ValueError(
-                "Several members of an encoder-decoder model cannot answer together. Serve one prefix of the store "
-                "at a time (`store.export(path, prefix=...)`)."
+                f"The members differ in the encoder ({inside[0]}), which runs once for all of them in `generate` or "
+                "where `encoder_outputs` are given. Serve one prefix of the store at a time (`store.export(path, "
+                "prefix=...)`), or train layers of the decoder (`layers_pattern`)."
             )
 
     def _with_members_cache(self, serving: Serving, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from transformers.modeling_outputs import ModelOutput
 
 from ..seams.answering import caches_in
+from ..seams.models import is_encoder_decoder
 from ..trunk.trunk import in_eval_mode, is_close
 from .member_rows import Notes
 
@@ -35,6 +36,14 @@ class Trial:
 
         Rows of tokens are tried first; where these tell nothing, rows of `inputs`, the arguments of a forward pass.
         """
+        alone = self.members.alone
+        if alone is not None:
+            try:
+                self.name_cache()
+            except Exception as error:  # tokens that stand for pictures, of which there are none here
+                alone = f"{alone}, and what it calls its cache is not known ({error})"
+            self._settle(alone)
+            return
         rows = self._tokens()
         if rows is not None and self._is_conclusive(rows, given=False):
             return
@@ -43,7 +52,7 @@ class Trial:
 
     def name_cache(self) -> None:
         """Finds out what a model that takes tokens calls its cache."""
-        rows = self._tokens()
+        rows = None if is_encoder_decoder(self.base) else self._tokens()
         if rows is not None:
             with in_eval_mode(self.base), torch.no_grad():
                 self.members.cache_name = next(iter(caches_in(self._in_turn(rows)[1])), None)

@@ -86,6 +86,17 @@ def make_recipe(
     return plain
 
 
+def reference_of(trainer: Any) -> dict[str, str]:
+    """The part of a recipe that a second model makes, which a loss compares with (TRL's `ref_model`): its digest.
+
+    Empty where there is none. A reference that is the base without its adapter is no second model.
+    """
+    model = getattr(trainer, "ref_model", None)
+    if not isinstance(model, nn.Module):
+        return {}
+    return {"reference": tensors_digest(base_tensors(model))}
+
+
 def _check_texts(value: Any, name: str) -> None:
     """Raises `ValueError` for a text that no manifest can hold, before anything is written."""
     if isinstance(value, str):
@@ -110,6 +121,8 @@ def _config_section(config: S3TConfig, layout: Layout) -> dict[str, Any]:
     }
     if config.replay != 1:  # recipes from before there was a choice do not name it
         section["replay"] = config.replay
+    if layout.stack is not None:
+        section["layers_pattern"] = layout.stack
     return section
 
 

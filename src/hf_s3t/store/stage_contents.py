@@ -57,7 +57,7 @@ def _expected_config(recipe: Any, layers: list[int]) -> dict[str, Any]:
     """Fields of `adapter_config.json` on which it depends what the tensors mean."""
     kept = ("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "target_modules", "task_type")
     return {
-        **{name: recipe[name] for name in kept},
+        **{name: recipe[name] for name in (*kept, "layers_pattern") if name in recipe},
         "peft_type": "LORA",
         "layers_to_transform": layers,
         "modules_to_save": recipe["modules_to_save"] or None,

@@ -10,19 +10,23 @@ from transformers import TrainingArguments
 from ..plan.search import MAX_COST
 from ..plan.sequences import check_count
 from ..plan.survival import LATTICE_SLICES
-from ..seams.arguments import loader_setting, setting
+from ..seams.arguments import launched, loader_setting, setting
 from ..seams.models import is_compiled
 
 Repair = Literal["all", "best"]
 COMPILED = "what is compiled is specialised to the batches of earlier stages, which moves last bits of later ones"
+WHOLE = "stages need whole tensors on every process; use DDP"
 REFUSED = {
     "auto_find_batch_size": "it starts again on weights that were updated already; set the batch size",
     "ignore_data_skip": "a killed stage would begin with rows that it has seen, and miss others; leave it out",
     "bf16_full_eval": "an evaluation would leave the base and the stages in bfloat16; load the base in bfloat16",
     "fp16_full_eval": "an evaluation would leave the base and the stages in float16; load the base in float16",
     "packing": "it joins examples of different slices; set `packing=False`",
-    "fsdp": "stages need whole tensors on every process; use DDP",
-    "deepspeed": "stages need whole tensors on every process; use DDP",
+    "precompute_ref_log_probs": "it computes rows of different slices in one batch, which moves their last bits, and "
+    "keeps them in a cache of its own; leave it out: the reference is computed in each step",
+    "fsdp": WHOLE,
+    "deepspeed": WHOLE,
+    "parallelism_config": WHOLE,
     "torch_compile": f"{COMPILED}; leave it out",
     "use_liger_kernel": "it patches the model at every stage; patch it once before you pass it",
 }
@@ -49,6 +53,11 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
     for name, reason in REFUSED.items():
         if setting(args, name):
             raise ValueError(f"S3T does not work with `{name}={getattr(args, name)!r}`: {reason}.")
+    for name, variable in launched().items():
+        raise ValueError(
+            f"S3T does not work with `{variable}`, which `accelerate launch` or TrainingArguments of before have set "
+            f"in the environment: {REFUSED.get(name, WHOLE)}. Choose another configuration, and unset it."
+        )
     for name, wanted in {"dispatch_batches": (None, False), "use_seedable_sampler": (None, True)}.items():
         if loader_setting(args, name) not in wanted:
             raise ValueError(

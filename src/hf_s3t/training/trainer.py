@@ -30,7 +30,7 @@ from ..seams.overrides import classes_behind
 from ..seams.preparation import watched_preparation
 from ..seams.trainer import TrainerSeam, by_name, with_state
 from ..store.base_model import public_id
-from ..store.recipe import make_recipe, steering_by
+from ..store.recipe import make_recipe, reference_of, steering_by
 from ..store.recipe_differences import check_accept
 from ..store.slice_sizes import SliceSizes
 from ..store.store import S3TStore
@@ -226,7 +226,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
             steering=steering_by(self.args, with_state(self.callback_handler.callbacks), self.eval_dataset),
             metrics=(self.compute_metrics, self.preprocess_logits_for_metrics),
         )  # fmt: skip
-        return {**recipe, "processes": self.stage_processes or self.args.world_size}
+        return {**recipe, **reference_of(self), "processes": self.stage_processes or self.args.world_size}
 
     def _open_store(self, cost_budget: int | None = None) -> str:
         """Brings store, settings and rows into agreement; tells what is about to be trained, and on how many rows."""
