@@ -123,8 +123,8 @@ USERS = (
     (9, "a model that does not name use_cache has no cache", "serving/trial.py",
      (('asking = {**rows, "use_cache": True}', 'asking = {**rows, "use_cache": True} if "use_cache" in self.members.parameters else rows'),),
      (CACHE + "a_model_that_does_not_name_use_cache_gives_a_cache_when_asked",)),
-    (9, "members of a model without a cache are given one", "serving/ensemble.py",
-     (("if members.tried and members.cache_name is None:", "if False:"),),
+    (9, "members of a model without a cache are given one", "serving/members.py",
+     (("        return self.tried and self.cache_name is None\n", "        return False\n"),),
      (CACHE + "members_of_a_model_without_a_cache_generate",)),
 )  # fmt: skip
 """Promise, what is wrong, file, edits, tests that may go red."""
