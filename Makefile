@@ -3,7 +3,7 @@
 # make docs        the documentation as a site, in site/; a link that leads nowhere is an error
 # make lint        ruff;  make types  mypy;  make install  only the environment, in $(VENV)
 # make constraints the newest of everything becomes what is installed from then on: constraints/tested.txt
-# make reproduce   the comparisons of docs/quality.md with fewer rows, in two processes, and the README's table from them
+# make reproduce   the comparisons of docs/quality.md with fewer rows, in two processes, and a table of that page from them
 # make hub         a Hub on this machine to try things on; prints what to export, and runs until Ctrl-C (SWITCHES="gc=lazy")
 #
 # Everything is installed in the versions of constraints/tested.txt. NEWEST=1 takes the newest that pyproject.toml allows
@@ -88,7 +88,7 @@ RESULTS ?= out/quality
 QUALITY := OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py --reduced --results $(RESULTS)
 reproduce: install
 	$(QUALITY) & first=$$!; $(QUALITY) && wait $$first
-	$(QUALITY) --report --json $(RESULTS).json --readme README.md
+	$(QUALITY) --report --json $(RESULTS).json --readme docs/quality.md
 
 SWITCHES ?=
 hub: install

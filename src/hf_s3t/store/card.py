@@ -124,7 +124,7 @@ While stages were live, these settings became others. {claim}.
 
 
 NO_BASE = """\
-The training did not name its base on the Hub (whoever trains can: `S3TTrainer(..., base_model_id="owner/model")`). Load
+The training did not name its base on the Hub. Whoever trains can: `S3TTrainer(..., base_model_id="owner/model")`. Load
 the base model as it was loaded for the training, as `base`, and then:
 
 """
