@@ -48,7 +48,7 @@ def test_a_column_of_a_table(tmp_path: Path, table: str, encoding: str) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("id,name\nrow-1,x\nrow-2,y\n", "looks like CSV with a header; if it is, give --column 'id' or --column 'name'"),
+        ("id,name\nrow-1,x\nrow-2,y\n", "looks like CSV with a header; if it is, give --column 'id' or --column 'name'"),  # noqa: E501
         ("id;name\nrow-1;x\n", "--column 'id' or --column 'name'"),
         ('"id"\n"row-1"\n', "--column 'id'"),
         ("id\nrow-1\n", "--column 'id'"),
