@@ -36,8 +36,8 @@ def move_key(store: StoreFolder, file: Path) -> None:
         )
     if store.key_file is None:
         raise StateError(
-            f"There is no {KEY_FILE} in {store.private}: the key is kept elsewhere already ({KEY_VARIABLE}, `key=`, "
-            "`--key-file`), or it is lost. Nothing was changed."
+            f"There is no {KEY_FILE} in {store.private}: the key is kept elsewhere already ({KEY_VARIABLE}, `key=`), "
+            "or it is lost. Nothing was changed."
         )
     text = store.key_file.read_text().strip()
     if key_check_value(as_key(text)) != store.manifest().key_check:
