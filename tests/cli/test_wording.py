@@ -74,7 +74,8 @@ def test_every_option_that_is_named_is_one_of_a_verb() -> None:
                  for name in inspect.signature(getattr(hf_s3t.S3TStore, verb)).parameters}  # fmt: skip
     arguments |= {field.name for field in dataclasses.fields(hf_s3t.S3TPlanner)}
     same = {name for name in arguments if f"--{name.replace('_', '-')}" in options}
-    assert same - OPTIONS.keys() <= {"ids", "groups", "shards", "examples", "prior", "layers", "quality", "replay", "seconds"}
+    plain_words = {"ids", "groups", "shards", "examples", "prior", "layers", "quality", "replay", "seconds"}
+    assert same - OPTIONS.keys() <= plain_words
 
 
 def test_a_lost_state_names_the_verb(tmp_path) -> None:
