@@ -16,7 +16,7 @@ PRINTED = {
     "erase": "not covered:",
     "serve": "generation 3 of 3",
     "plan": "S3TConfig(num_shards=2, num_slices=4",
-    "preferences": "rows deleted",
+    "dpo": "6 examples;",
 }
 AFTER_CHAT = ("erase", "serve")
 
