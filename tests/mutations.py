@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutations_database import DATABASE
+from mutations_derived import DERIVED
 from mutations_endpoint import ENDPOINT
 from mutations_faults import FAULTS
 from mutations_hub import ON_THE_HUB
@@ -230,6 +231,7 @@ MUTATIONS = (
 
 MORE = (
     SERVING, ENDPOINT, ON_THE_HUB, ON_RAY, PLANNING, SPEED, SYSTEMS, ISOLATION, STATE, DATABASE, KEEPING, FAULTS,
+    DERIVED,
 )  # fmt: skip
 MUTATIONS += tuple(Mutation(*fields) for rows in MORE for fields in rows)
 

@@ -127,7 +127,7 @@ ON_THE_HUB = (
      (('        check_generation(store, manifest, state)  # deletions may', '        # deletions may'),),
      (ORDERS + 'a_deletion_whose_tombstones_did_not_come_drops_the_stage_and_ends_the_training',)),
     (6, 'a new store forgets the state that was imported', 'training/reconcile.py',
-     (('        rows = _unburied(wanted.rows.entries, state)\n        log,', '        rows = wanted.rows.entries\n        log,'),),
+     (('        rows = unburied(wanted.rows.entries, state)\n        log,', '        rows = wanted.rows.entries\n        log,'),),
      (ORDERS + 'an_imported_state_is_obeyed_by_a_new_store',)),
     (6, 'a pull into a new folder does not look at its state', 'store/sync.py',
      (('            known = state.log()\n    ours', '            known = {}\n    ours'),),

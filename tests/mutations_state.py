@@ -49,7 +49,7 @@ STATE = (
      (("        elif below not in unset and not below", "        elif not below"),),
      (RECIPE + "an_argument_that_a_newer_trainer_brought_is_no_difference_at_its_default",)),
     (4, "a receipt claims that a repair with other settings is training without the examples", "store/receipts.py",
-     (("    if not manifest.accepted:\n        return LIMITS", "    if True:\n        return LIMITS"),),
+     (("    if manifest.accepted:\n        names", "    if False:\n        names"),),
      (ACCEPTED + "receipts_tell_the_two_grades_of_claim_apart",)),
     (4, "a stage of earlier settings counts as forged", "training/retrain.py",
      (("elif changed := _changed_settings(store.manifest(), old):", "elif changed := '':"),),

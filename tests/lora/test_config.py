@@ -31,6 +31,7 @@ OWN = {
     "id_column": None,
     "group_column": None,
     "slice_columns": None,
+    "data_derived": None,
     "stage_layers": None,
 }
 SUPPORTED = {

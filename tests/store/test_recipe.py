@@ -187,6 +187,22 @@ def test_what_an_evaluation_steers_by_is_part_of_the_recipe(tmp_path, first, sec
     check_same(first, {name: value for name, value in second.items() if name != "steering"})
 
 
+@pytest.mark.parametrize("metric, decides", [("accuracy", True), ("loss", False), ("eval_loss", False), (None, False)])
+def test_what_computes_a_metric_that_decides_is_part_of_the_recipe(tmp_path, metric, decides):
+    model, args = tiny_llama(), arguments(tmp_path, **PLATEAU, metric_for_best_model=metric)
+
+    def made(metrics, steering):
+        layout, collator = find_layout(model, FIELDS), default_data_collator
+        return make_recipe(FIELDS, layout, None, args, model, None, collator, None, {}, (), False, steering, metrics)
+
+    steering = steering_by(args, (), llama_rows(4))
+    stored, other = (made((partial(weighted, scale=scale), None), steering) for scale in (2.0, 3.0))
+    assert differences(stored, other) == ({"metrics.values"} if decides else set())
+    assert made((weighted, None), None)["metrics"] is None
+    older = {name: value for name, value in stored.items() if name != "metrics"}
+    check_same(older, other)  # was written before anybody looked
+
+
 def test_a_streamed_evaluation_set_counts_as_well(tmp_path):
     args = arguments(tmp_path, **PLATEAU)
     whole = steering_by(args, (), llama_rows(4))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from peft import LoraConfig
 
+from ..data_derived import check_data_derived
 from ..plan.sequences import explicit
 from ..plan.survival import checked_prior
 from ..plan.tree import STAGE_PARAMETERS
@@ -104,6 +105,11 @@ class S3TConfig(LoraConfig):
             Column that names whoever the row is about; all rows of a group lie in one slice.
         slice_columns (`tuple[str, str]`, *optional*):
             Columns of the dataset that hold the `(shard, slice)` of each row, instead of the keyed hash.
+        data_derived (`dict[str, str]`, *optional*):
+            What else was computed from data, and from which: `{"class_weights": "public counts", "tokenizer": "train
+            set"}`. `"train set"` says that it keeps what it saw of rows that are deleted later. At most 20 names of 40
+            characters and sources of 200. It is published, in the recipe and the card, and named in every receipt:
+            no personal data. What was named once stays on record.
         stage_layers (`list[int]`, *optional*):
             Set by the library: the layers that the adapter owns. `None`: all that any stage owns.
 
@@ -145,6 +151,9 @@ class S3TConfig(LoraConfig):
     slice_columns: tuple[str, str] | None = field(
         default=None, metadata={"help": "Columns that hold the (shard, slice) of each row."}
     )
+    data_derived: dict[str, str] | None = field(
+        default=None, metadata={"help": "What else was computed from data, and from which. It is published."}
+    )
     stage_layers: list[int] | None = field(
         default=None, metadata={"help": "Set by the library: the layers that the adapter owns."}
     )
@@ -156,6 +165,7 @@ class S3TConfig(LoraConfig):
         self._check_ranges()
         self._check_selection()
         self._check_columns()
+        check_data_derived(self.data_derived)
 
     @property
     def sequences_wanted(self) -> int:

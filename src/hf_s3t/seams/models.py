@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import broken, lost, seam
@@ -41,7 +41,7 @@ def missing_weights(model: Any) -> set[str]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        where = {"revision": getattr(config, "_commit_hash", None) or "main", "local_files_only": True}
+        where = _where_it_lies(config)
         own = type(config).from_pretrained(config.name_or_path, **where)
         own.num_labels = config.num_labels
         with torch.random.fork_rng(devices=[]):
@@ -57,6 +57,37 @@ def missing_weights(model: Any) -> set[str]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _where_it_lies(config: Any) -> dict[str, Any]:
+    """The revision of a model's checkpoint, and that nothing is downloaded."""
+    return {"revision": getattr(config, "_commit_hash", None) or "main", "local_files_only": True}
+
+
+def base_tokenizer(model: Any) -> Any:
+    """The tokenizer that lies beside a base's checkpoint on this machine; `None` where there is none."""
+    name, level = model.config.name_or_path, logging.get_verbosity()
+    if not name:
+        return None
+    logging.set_verbosity_error()
+    try:
+        found = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_where_it_lies(model.config))
+    except Exception:  # whatever a folder without one, or with one that needs code of its own, raises
+        return None
+    finally:
+        logging.set_verbosity(level)
+    return None if set(found.get_vocab()) <= set(found.all_special_tokens) else found  # made up, from the config
+
+
+def base_image_settings(model: Any, processor: Any) -> dict[str, Any]:
+    """What the image processor beside a base's checkpoint does, as plain data; nothing where there is none."""
+    name = model.config.name_or_path
+    if not name:
+        return {}
+    try:
+        return processor.get_image_processor_dict(name, **_where_it_lies(model.config))[0]
+    except (OSError, ValueError):
+        return {}
 
 
 class _OneNumber(PreTrainedModel):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 from typing import Any
 
+from ..data_derived import limits_of_data
 from ..lora.adapter import with_rank
 from ..plan.life import life_left
 from ..plan.tree import Stage
@@ -108,7 +110,7 @@ copies that others made, dataset caches, experiment trackers and backups outside
 chosen by looking at the model. Between a deletion and the repair (training again) everyone in the deleted example's
 slice is forgotten with it. A store of this shape takes {requests:.1f} deletions on average until nothing is left
 without repair.
-"""
+{derived}"""
 
 
 ACCEPTED = """\
@@ -148,6 +150,7 @@ def render_card(manifest: Manifest) -> str:
         prefix_lines=prefix_lines(example, manifest) if example else PREFIX_LINES.format(folders=""),
         table=_table(manifest, served) or "| none | | |",
         accepted=_accepted(manifest),
+        derived=_derived(manifest),
         requests=life_left(manifest.plan).until_all_dead.mean,
     )
 
@@ -220,6 +223,12 @@ def _accepted(manifest: Manifest) -> str:
         for one in manifest.accepted
     ]
     return ACCEPTED.format(claim=NOT_BIT_EQUAL, rows="\n".join(rows)) if rows else ""
+
+
+def _derived(manifest: Manifest) -> str:
+    """What was computed from data and stays, as plain text: a manifest may be a stranger's."""
+    lines = [html.escape(line, quote=False).replace("`", "'") for line in limits_of_data(manifest.recipe)]
+    return "\nNot reached by a deletion, either:\n\n" + "".join(f"- {line}\n" for line in lines) if lines else ""
 
 
 def _cell(value: Any) -> str:

@@ -9,6 +9,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+from ..data_derived import limits_of_data
 from ..errors import StateError
 from ..files import json_bytes, read_json, remove
 from .deletion_records import RECEIPT_FORMAT, check_fields, check_format
@@ -28,12 +29,15 @@ LIMITS = (
 
 
 def limits_of(manifest: Manifest) -> tuple[str, ...]:
-    """What a receipt of a store does not say; where settings were changed, a repair is of the lower grade of claim."""
-    if not manifest.accepted:
-        return LIMITS
-    names = ", ".join(dict.fromkeys(accepted.setting for accepted in manifest.accepted))
-    changed = f"Until repair the model misses whole slices. Settings were changed ({names}). {NOT_BIT_EQUAL}."
-    return (*LIMITS[:-1], changed)
+    """What a receipt of a store does not say, what was computed from data and stays among it.
+
+    Where settings were changed, a repair is of the lower grade of claim.
+    """
+    *general, repair = LIMITS
+    if manifest.accepted:
+        names = ", ".join(dict.fromkeys(accepted.setting for accepted in manifest.accepted))
+        repair = f"Until repair the model misses whole slices. Settings were changed ({names}). {NOT_BIT_EQUAL}."
+    return (*general, *limits_of_data(manifest.recipe), repair)
 
 
 @dataclass(frozen=True)

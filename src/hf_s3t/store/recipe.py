@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
+from ..data_derived import DATA_DERIVED
 from ..lora.config import LORA_FIELDS, S3TConfig
 from ..lora.heads import tensor_digest
 from ..lora.layout import Layout
@@ -43,6 +44,7 @@ def make_recipe(
     user_code: Any = (),
     cached_trunk: bool | dict[str, int] = False,
     steering: Mapping[str, Any] | None = None,
+    metrics: Any = None,
 ) -> dict[str, Any]:
     """The recipe of a run.
 
@@ -51,6 +53,8 @@ def make_recipe(
         user_code (`tuple`): what else of the user's changes bits: the optimizer with its settings, the loss function.
         cached_trunk (`bool` or `dict[str, int]`): how an activation cache has what enters a stage computed: in
             batches of so many `positions`, or, with `True`, row by row. `False`: there is no cache.
+        steering (`dict`, *optional*): what an evaluation steers by; see [`steering_by`].
+        metrics (`tuple`, *optional*): functions that compute metrics, which count where one of these steers.
     """
     recipe = {
         "config": _config_section(config, layout),
@@ -70,10 +74,13 @@ def make_recipe(
         "user_code": described(user_code),
         "user_values": {"code": _digest(carried(user_code)), "collator": _digest(carried(collator))},
         "steering": steering,
+        "metrics": None if steering is None else _deciding(args, metrics),
         UNSET: unset_arguments(args),
     }
     if cached_trunk:
         recipe["cached_trunk"] = cached_trunk
+    if config.data_derived:
+        recipe[DATA_DERIVED] = dict(config.data_derived)
     plain: dict[str, Any] = json.loads(json.dumps(recipe, default=str, sort_keys=True))
     _check_texts(plain, "recipe")
     return plain
@@ -173,6 +180,13 @@ def steering_by(args: TrainingArguments, callbacks: Iterable[Any], eval_dataset:
         "arguments": {name: value for name, value in sorted(args.to_dict().items()) if name in CHOOSING},
         "evaluation": {name: _digest_of_rows(rows) for name, rows in sets.items() if rows is not None},
     }
+
+
+def _deciding(args: TrainingArguments, metrics: Any) -> dict[str, Any] | None:
+    """The functions behind the metric by which an evaluation steers; `None` where the loss does."""
+    if args.metric_for_best_model in (None, "loss", "eval_loss"):
+        return None
+    return {"code": described(metrics), "values": _digest(carried(metrics))}
 
 
 def _digest_of_rows(rows: Any) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..data_derived import DATA_DERIVED, named_in
 from ..errors import RecipeError
 
 STRUCTURE = {
@@ -106,7 +107,8 @@ def compare_recipes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tup
     """What differs between two recipes.
 
     An argument that one side does not know, because it came or went with a version of the Trainer, is no difference
-    where the other side knows that nobody set it. A field of the base's config that only one has is none either.
+    where the other side knows that nobody set it. A field of the base's config that only one has is none either, nor
+    is what only one names as computed from data: that is a word on what was done, and changes no bit.
     """
     unset = {*stored.get(UNSET, ()), *wanted.get(UNSET, ())}
     before, after = _comparable(stored, wanted)
@@ -131,11 +133,17 @@ def _way_out(differences: Iterable[Difference]) -> str:
 
 def _comparable(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Recipes without what one of them does not name, as it was written before there was such a part."""
-    late = [name for name in ("user_values", "steering") if not all(name in recipe for recipe in recipes)]
+    late = [name for name in ("user_values", "steering", "metrics") if not all(name in recipe for recipe in recipes)]
     kept = [{name: value for name, value in recipe.items() if name not in (UNSET, *late)} for recipe in recipes]
+    kept = [_with_names_of_both(recipe, recipes) for recipe in kept]
     if not all("config" in recipe.get("base", ()) for recipe in kept):
         kept = [{**recipe, "base": {**recipe.get("base", {}), "config": {}}} for recipe in kept]
     return kept
+
+
+def _with_names_of_both(recipe: dict[str, Any], recipes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    both = set[str].intersection(*(set(named_in(one)) for one in recipes))
+    return {**recipe, DATA_DERIVED: {name: source for name, source in named_in(recipe).items() if name in both}}
 
 
 def _differences(stored: Any, wanted: Any, path: str, unset: Collection[str]) -> Iterable[Difference]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..data_derived import with_named
 from ..errors import RecipeError, StateError, StoreError
 from ..plan.tree import Stage
 from .deletion import take_over
@@ -130,9 +131,10 @@ def check_same_store(ours: Manifest, theirs: Manifest) -> None:
 
 
 def _newest_recipe(manifest: Manifest, other: Manifest) -> Manifest:
-    """A manifest with the recipe of the one of two for which more settings were accepted."""
+    """A manifest with the recipe of the one of two for which more settings were accepted, and what both name."""
     newest = max(manifest, other, key=lambda one: len(one.accepted))
-    return replace(manifest, recipe=newest.recipe, accepted=newest.accepted)
+    recipe = with_named(with_named(newest.recipe, manifest.recipe), other.recipe)
+    return replace(manifest, recipe=recipe, accepted=newest.accepted)
 
 
 # ---- pulling ----

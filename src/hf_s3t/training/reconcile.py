@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..data_derived import with_named
 from ..errors import DatasetError, StateError
 from ..files import remove
 from ..lora.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -63,7 +64,7 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
         check_generation(store, manifest, state)
     check_agreement(store, manifest)
     with store.reading() as state:
-        rows = _unburied(wanted.rows.entries, state)
+        rows = unburied(wanted.rows.entries, state)
         comparison = compare(state.examples(), rows)
     vanished = bool(manifest.stages and (comparison.missing or comparison.changed))
     if vanished and wanted.missing == "error":
@@ -74,6 +75,10 @@ def reconcile(store: S3TStore, config: S3TConfig, wanted: Wanted) -> Manifest:
         )
     if differences:  # nothing is refused any more
         manifest = _with_new_settings(store, manifest, wanted.recipe, differences)
+    recipe = with_named(manifest.recipe, wanted.recipe)
+    if recipe != manifest.recipe:  # what the config names now and did not before: receipts are to tell of it
+        manifest = replace(manifest, recipe=recipe)
+        store.write_manifest(manifest)
     if vanished and wanted.missing == "delete":
         manifest = _delete_vanished(store, comparison)
         with store.reading() as state:
@@ -89,6 +94,7 @@ def _with_new_settings(
     """Puts settings on record that were accepted, before anything trains with them."""
     remove(store.private / "running")  # begun with other settings
     accepted = tuple(difference.accepted(manifest.generation) for difference in differences)
+    recipe = with_named(recipe, manifest.recipe)
     manifest = replace(manifest, recipe=recipe, accepted=(*manifest.accepted, *accepted))
     store.write_manifest(manifest)
     logger.warning("settings are other ones from now on (%s). %s.", "; ".join(map(str, accepted)), NOT_BIT_EQUAL)
@@ -150,7 +156,7 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted, plan: Plan) -> M
             )
         state.begin(key_check, places)
         state.keep_records(())
-        rows = _unburied(wanted.rows.entries, state)
+        rows = unburied(wanted.rows.entries, state)
         log, digest, comparison = state.log(), state.tombstones_hmac(key), compare(state.examples(), rows)
     warn_of_empty_slices(rows, key, config)
     logger.warning(
@@ -210,7 +216,8 @@ def check_generation(store: S3TStore, manifest: Manifest, state: StateDatabase) 
     )
 
 
-def _unburied(rows: Mapping[str, Entry], state: StateDatabase) -> Mapping[str, Entry]:
+def unburied(rows: Mapping[str, Entry], state: StateDatabase) -> Mapping[str, Entry]:
+    """The rows of a train set that no tombstone stands for."""
     buried = state.buried()
     if not any(buried.values()):
         return rows

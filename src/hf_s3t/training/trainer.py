@@ -36,6 +36,8 @@ from ..store.store import S3TStore
 from ..trunk.row_states import ActivationCache, check_cache
 from .apart import apart_here
 from .callbacks import PlanProgressCallback, StageCallbackHandler, StageGuard
+from .carried_along import tell
+from .evaluation_rows import check_evaluation
 from .marked_rows import MarkedRowsMixin, drawn_beyond
 from .processes import check_processes, check_ranks, is_bar_shown, on_main_process
 from .reconcile import Missing, Wanted, plan_repair, reconcile, warn_of_other_stacks
@@ -125,7 +127,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         self.base_model_id = base_model_id or public_id(model)
         self.s3t_config.base_model_name_or_path = self.base_model_id
         check_processes(args)
-        self._rows = None
+        self._rows, self._given_evaluation = None, kwargs.get("eval_dataset")
         if train_dataset is not None:
             if apart is None:
                 key, bar = on_main_process(args, self.store.ensure_key), is_bar_shown(args)
@@ -154,8 +156,6 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         self.progress = PlanProgressCallback(self.s3t_config.replay)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
-
-    # ---- training ----
 
     def train(
         self,
@@ -226,6 +226,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
             self.data_collator, self.base_model_id, self._drawn_heads,
             user_code=(self.optimizer_cls_and_kwargs, self.compute_loss_func), cached_trunk=self.trunk_cache.way(),
             steering=steering_by(self.args, with_state(self.callback_handler.callbacks), self.eval_dataset),
+            metrics=(self.compute_metrics, self.preprocess_logits_for_metrics),
         )  # fmt: skip
         return {**recipe, "processes": self.stage_processes or self.args.world_size}
 
@@ -235,6 +236,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         prior = self.s3t_config.deletion_prior
         wanted_plan = make_plan(self.s3t_config, self.args.seed) if cost_budget is None else None
         wanted = Wanted(recipe, wanted_plan, prior, self.rows, self.missing, self.extend, self.accept_recipe)
+        check_evaluation(self.store, self.rows, recipe, (self._given_evaluation, self.eval_dataset))
         with self.store.writing():
             manifest = reconcile(self.store, self.s3t_config, wanted)
         if cost_budget is not None:
@@ -243,10 +245,10 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin):
         missing = plan.missing(manifest.stages)
         if missing:
             warn_of_other_stacks(self.store, manifest)
-        cost = round(sum(stage.passes(self.s3t_config.replay) for stage in missing), 2)
+            tell(self, manifest)
+        cost = self.progress.total = round(sum(stage.passes(self.s3t_config.replay) for stage in missing), 2)
         layout = self.tuner.layout
         numel = sum(self.tuner.stage_numel(owned_layers(self.s3t_config, layout, stage.depth)) for stage in missing)
-        self.progress.total = cost
         return (
             f"{len(missing)} of {len(plan.stages)} stages to train, {cost} slice passes = "
             f"{cost / (plan.num_shards * plan.num_slices):.1f} x one plain fine-tuning, "
