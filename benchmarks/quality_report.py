@@ -324,7 +324,7 @@ def short(found: Found, figures: dict[str, Any], settings: Settings) -> str:
     commits = ", ".join(sorted({one["commit"] for part in found.values() for one in part.values()}))
     about = (
         f"Seeds {seeds} (streams: {streams}); {os.cpu_count()} CPU cores, {platform.machine()}; commit {commits}. "
-        "Sizes, all tables and what was left out: [docs/quality.md](docs/quality.md)."
+        "Sizes and all tables are below."
     )
     return table("Quality", ["figure", "here", "the paper", "what differs"], rows) + "\n\n" + about
 

@@ -134,3 +134,9 @@ assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType("S3T")].__name__ == "S3TModel"
 )
 def test_peft_knows_the_config_whatever_is_imported_first(first: str) -> None:
     loaded(f"{first}\n{REGISTERED}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", sorted(p.stem for p in (Path(hf_s3t.__file__).parent / "lora").glob("[a-z]*.py")))
+def test_each_module_that_knows_peft_can_be_the_first_one(module: str) -> None:
+    loaded(f"import hf_s3t.lora.{module}\n")

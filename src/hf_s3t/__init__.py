@@ -37,7 +37,7 @@ if typing.TYPE_CHECKING:
     from .store.store import S3TStore
     from .training.trainer import S3TMixin, S3TTrainer
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "AnswerCutOffError",

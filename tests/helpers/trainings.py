@@ -45,7 +45,6 @@ class Case:
     make_model: Callable[[], Any]
     rows: Callable[..., Dataset]
     config: dict[str, Any]
-    auto_class: str
     layer_path: str
     layers: int
     heads: tuple[str, ...] = ()
@@ -56,17 +55,17 @@ CASES = {
     "llama": Case(
         "llama", partial(models.tiny_llama, num_hidden_layers=6), models.llama_rows,
         {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]},
-        "AutoModelForCausalLM", "model.layers", 6,
+        "model.layers", 6,
     ),
     "bert": Case(
         "bert", models.tiny_bert, models.bert_rows,
         {"task_type": "SEQ_CLS", "target_modules": ["query", "intermediate.dense"]},
-        "AutoModelForSequenceClassification", "bert.encoder.layer", 4, ("classifier",),
+        "bert.encoder.layer", 4, ("classifier",),
     ),
     "vit": Case(
         "vit", models.tiny_vit, models.vit_rows,
         {"target_modules": ["q_proj", "fc1"], "modules_to_save": ["classifier"]},
-        "AutoModelForImageClassification", "vit.layers", 4, ("classifier",),
+        "vit.layers", 4, ("classifier",),
     ),
 }  # fmt: skip
 

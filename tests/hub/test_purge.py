@@ -203,7 +203,7 @@ def test_other_refs_are_refused_and_named_unless_it_is_said_what_to_do(new_case:
     case = new_case()
     before = state_of(case)
     name, message = case.machine(refused, name=NAME, folder=case.folder, keep_refs=None)
-    assert name == "ValueError" and "refs/heads/dev, refs/tags/v1, refs/pr/1" in message and "--drop-refs" in message
+    assert name == "ValueError" and "refs/heads/dev, refs/tags/v1, refs/pr/1" in message and "keep_refs=[]" in message
     name, message = case.machine(refused, name=NAME, folder=case.folder, keep_refs=["nowhere"])
     assert name == "ValueError" and "refs/heads/nowhere" in message and state_of(case) == before
     assert "Nothing was changed" in case.machine(delete_too, name=NAME, folder=case.folder)

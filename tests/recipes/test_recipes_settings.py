@@ -179,11 +179,11 @@ def test_rank_groups_take_a_preset_without_its_layers(name, tmp_path):
 def test_ids_are_read_as_the_command_line_reads_them(tmp_path):
     file = tmp_path / "ids.txt"
     file.write_bytes(b"\xef\xbb\xbfrow 1\r\n\r\n 2\x1c\n")
-    assert common.read_ids(str(file)) == wanted_names(None, file, None, None)["ids"] == ["row 1", " 2\x1c"]
+    assert common.read_ids(str(file)) == wanted_names(None, file, None, None).ids == ["row 1", " 2\x1c"]
 
 
 def test_the_commands_of_the_readme_are_understood(tmp_path):
-    lines = re.findall(r"^accelerate launch recipes/(\w+)\.py ([^#\n]+)", (ROOT / "README.md").read_text(), re.M)
+    lines = re.findall(r"^accelerate launch recipes/(\w+)\.py ([^#\n]+)", (ROOT / "docs/recipes.md").read_text(), re.M)
     assert [name for name, _ in lines] == ["glue", "vision", "alpaca"]
     recipes = {"glue": glue, "vision": vision, "alpaca": alpaca}
     found = [read(recipes[name], *told.split(), "--output_dir", str(tmp_path))[0] for name, told in lines]

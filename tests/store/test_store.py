@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from hf_s3t.files import read_limited
 from hf_s3t.lora.adapter import WEIGHTS_FILE, average, join
 from hf_s3t.plan.sequences import cyclic
 from hf_s3t.serving.loading import read_members
+from hf_s3t.store.card import render_card
 from hf_s3t.store.receipts import read_receipts
 from stores import EXPORTS, KEY, RECEIPTS, Known, make_store, stage_adapter, stage_folders, state_of, tree
 
@@ -100,6 +102,31 @@ def test_prefixes_and_the_root_adapter_are_the_stages_joined(store):
     assert stored.keys() == root.tensors.keys()
     assert all(torch.equal(stored[name], value) for name, value in root.tensors.items())
     assert json.loads((store.path / "adapter_config.json").read_bytes()) == root.config
+
+
+@pytest.mark.parametrize(
+    ("base", "line"),
+    [
+        ({"class": "LlamaForCausalLM", "revision": "v1"}, 'ForCausalLM.from_pretrained("me/base", revision="v1")'),
+        (
+            {"class": "ViTForImageClassification", "num_labels": 3},
+            'ForImageClassification.from_pretrained("me/base", num_labels=3)',
+        ),
+        ({"class": "Something(os.system('x'))"}, '.from_pretrained("me/base")'),
+    ],
+)
+def test_the_card_loads_the_base_as_it_was(tmp_path, base, line):
+    manifest = make_store(tmp_path / "out").manifest()
+    config = {**manifest.recipe["config"], "task_type": None}
+    named = dataclasses.replace(manifest, recipe={"base": {"id": "me/base", **base}, "config": config})
+    blocks = re.findall("```python\n(.*?)```", render_card(named), re.DOTALL)
+    assert len(blocks) == 3 and all(f"\nbase = AutoModel{line}\n" in blocks[at] for at in (0, 2))
+
+
+def test_the_card_of_a_base_without_an_id_has_no_placeholder(tmp_path):
+    card = (make_store(tmp_path / "out").path / "README.md").read_text()
+    assert "base_model_id=" in card and "base =" not in card and "from_pretrained(base, store)" in card
+    assert re.findall("```python\n(.*?)```", card, re.DOTALL)[0].startswith("store = ")
 
 
 def test_several_shards_with_heads_have_no_root_adapter_until_one_is_left(tmp_path):

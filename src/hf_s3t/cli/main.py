@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Group
 
+from ..errors import UnknownExampleError
 from ..files import resolved
 from . import hub as cli_hub
 from . import plan as cli_plan
@@ -27,6 +28,7 @@ from .hub import unpurged_of
 from .options import (
     AsJson,
     AtMost,
+    Column,
     DropRefs,
     DryRun,
     Groups,
@@ -45,6 +47,7 @@ from .options import (
     Slices,
     StateFolder,
     Stores,
+    Wanted,
     digests_not_in,
     load_factory,
     parse_prior,
@@ -119,16 +122,19 @@ def locate(
     ids_file: IdsFile = None,
     groups: Groups = None,
     groups_file: GroupsFile = None,
+    column: Column = None,
     key_file: KeyFile = None,
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Whether and where ids and groups are, and which live stages saw them."""
-    wanted = wanted_names(ids, ids_file, groups, groups_file)
+    wanted = wanted_names(ids, ids_file, groups, groups_file, column)
 
     def verb(store: S3TStore) -> Outcome:
-        found = store.locate(**wanted)
+        found = store.locate(**wanted.names)
         code = UNKNOWN if any(location.found == "unknown" for location in found) else DONE
+        if code == UNKNOWN:
+            _tell(wanted.hints)
         shown = display.show_locations(str(store.path), found)
         return Outcome(str(store.path), code, [asdict(location) for location in found], shown)
 
@@ -142,6 +148,7 @@ def delete(
     ids_file: IdsFile = None,
     groups: Groups = None,
     groups_file: GroupsFile = None,
+    column: Column = None,
     not_in: NotIn = None,
     at_most: AtMost = "10%",
     slices: Slices = None,
@@ -157,27 +164,29 @@ def delete(
     as_json: AsJson = False,
 ) -> None:
     """Remove everything that depends on some examples. Needs no model, no dataset and no GPU."""
-    wanted = wanted_names(ids, ids_file, groups, groups_file)
+    wanted = wanted_names(ids, ids_file, groups, groups_file, column)
     places, share = [parse_slice(text) for text in slices or ()], parse_share(at_most)
 
     def verb(store: S3TStore) -> Outcome:
         path = str(store.path)
         digests = digests_not_in(store, not_in, share) if not_in else []
-        if not_in and not any((digests, *wanted.values(), places)):
+        if not_in and not any((digests, *wanted.names.values(), places)):
             return Outcome(path, DONE, None, f"Every example of {path} is in {not_in}. Nothing was changed.")
         receipt = store._delete(
-            {**wanted, "slices": places, "digests": digests},
+            {**wanted.names, "slices": places, "digests": digests},
             dry_run=dry_run, reference=reference, missing_ok=missing_ok, refresh_exports=refresh_exports,
             purge=purge, keep_refs=keep_refs or ([] if drop_refs else None),
         )  # fmt: skip
         unpurged = {} if dry_run or store.source.repo_id is None else unpurged_of(store)
         pending = receipt.exports or receipt.still_served_at or receipt.status == "pending" or unpurged
         code = PENDING if pending and not dry_run else DONE
+        if receipt.found + receipt.already_deleted < receipt.asked:
+            _tell(wanted.hints)
         if receipt.asked and receipt.found == receipt.already_deleted == 0:  # --missing-ok, of which nothing was found
             code = UNKNOWN
         return Outcome(path, code, receipt.to_json(), display.show_receipt(path, receipt, unpurged))
 
-    run(stores, key_file, as_json, verb, state)
+    run(stores, key_file, as_json, _hinted(wanted, verb), state)
 
 
 @app.command()
@@ -187,16 +196,17 @@ def readmit(
     ids_file: IdsFile = None,
     groups: Groups = None,
     groups_file: GroupsFile = None,
+    column: Column = None,
     reference: Reference = None,
     key_file: KeyFile = None,
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Lift tombstones, for rectified data or renewed consent. Then train again with the rows."""
-    wanted = wanted_names(ids, ids_file, groups, groups_file)
+    wanted = wanted_names(ids, ids_file, groups, groups_file, column)
 
     def verb(store: S3TStore) -> Outcome:
-        receipt = store.readmit(**wanted, reference=reference)
+        receipt = store.readmit(**wanted.names, reference=reference)
         shown = display.show_readmission(str(store.path), receipt)
         return Outcome(str(store.path), DONE, receipt.to_json(), shown)
 
@@ -289,10 +299,27 @@ def _check_export(store: S3TStore, target: Path, prefix: str | None) -> None:
 # ---- running a verb ----
 
 
-def _asking(wanted: dict[str, list[str]], verb: Verb) -> Verb:
-    if not any(wanted.values()):
+def _asking(wanted: Wanted, verb: Verb) -> Verb:
+    if not any(wanted.names.values()):
         raise typer.BadParameter("Nothing is asked for. Give --ids, --ids-file, --groups or --groups-file.")
-    return verb
+    return _hinted(wanted, verb)
+
+
+def _hinted(wanted: Wanted, verb: Verb) -> Verb:
+    """Says what the files of names look like where something in them is not known."""
+
+    def hinted(store: S3TStore) -> Outcome:
+        try:
+            return verb(store)
+        except UnknownExampleError as error:
+            raise UnknownExampleError(" ".join([str(error), *wanted.hints])) from None
+
+    return hinted
+
+
+def _tell(hints: tuple[str, ...]) -> None:
+    for line in hints:
+        typer.echo(line, err=True)
 
 
 def _retrainer(factory: str, data: Path) -> Callable[[str], Any]:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..plain_data import plain_json
+from .name_files import names_in
 
 if TYPE_CHECKING:
     from ..store.store import S3TStore
@@ -37,6 +39,9 @@ Ids = Annotated[list[str] | None, typer.Option("--ids", help="An id; give the op
 IdsFile = Annotated[Path | None, typer.Option("--ids-file", help="File with one id per line; - is standard input.")]
 Groups = Annotated[list[str] | None, typer.Option("--groups", help="A group; give the option again for another one.")]
 GroupsFile = Annotated[Path | None, typer.Option("--groups-file", help="File with one group per line.")]
+Column = Annotated[
+    str | None, typer.Option(help="The file of ids or groups is a table (CSV, JSON): the column to take.")
+]
 Reference = Annotated[str | None, typer.Option(help="Your name for the request, kept in the private receipt.")]
 KeyFile = Annotated[Path | None, typer.Option(help="File with the partition key, where .s3t/ does not hold it.")]
 StateFolder = Annotated[
@@ -63,30 +68,41 @@ Prior = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document: a list with an outcome per store.")]
 
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a request names.
+
+    Args:
+        ids, groups (`list[str]`): from options and files.
+        hints (`tuple[str, ...]`): what its files look like, to be told where something is not known.
+    """
+
+    ids: list[str]
+    groups: list[str]
+    hints: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """As the store's verbs take them."""
+        return {"ids": self.ids, "groups": self.groups}
+
+
 def wanted_names(
-    ids: list[str] | None, ids_file: Path | None, groups: list[str] | None, groups_file: Path | None
-) -> dict[str, list[str]]:
+    ids: list[str] | None,
+    ids_file: Path | None,
+    groups: list[str] | None,
+    groups_file: Path | None,
+    column: str | None = None,
+) -> Wanted:
     """The ids and groups of a request, from the options and the files."""
-    return {"ids": [*(ids or ()), *_lines(ids_file)], "groups": [*(groups or ()), *_lines(groups_file)]}
-
-
-def _lines(file: Path | None) -> list[str]:
-    """The lines of a file or of standard input that are not empty. UTF-8, or UTF-16 with its mark."""
-    if file is None:
-        return []
-    try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        text = data.decode("utf-16" if data[:2] in UTF16_MARKS else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        message = f"{file} is no UTF-8 text ({error}): save it as UTF-8, or names with accents would not be found."
-        raise typer.BadParameter(message) from None
-    except OSError as error:
-        raise typer.BadParameter(f"{file} cannot be read: {error}") from None
-    return [line for line in re.split("\r\n|\r|\n", text) if line.strip()]
+    if column is not None and (ids_file is None) == (groups_file is None):
+        raise typer.BadParameter("--column says which column of one file to take: give --ids-file or --groups-file.")
+    (more_ids, of_ids), (more_groups, of_groups) = names_in(ids_file, column), names_in(groups_file, column)
+    hints = tuple(filter(None, (of_ids, of_groups)))
+    return Wanted([*(ids or ()), *more_ids], [*(groups or ()), *more_groups], hints)
 
 
 def parse_slice(text: str) -> tuple[int, int]:

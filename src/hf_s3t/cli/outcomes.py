@@ -30,6 +30,7 @@ from ..errors import (
     UnknownExampleError,
 )
 from .options import width
+from .wording import in_options
 
 if TYPE_CHECKING:  # `--help` needs no store
     from ..store.store import S3TStore
@@ -108,7 +109,7 @@ def outcome_of(name: str, verb: Callable[[], Outcome]) -> Outcome:
             return verb()
         except Exception as error:
             if isinstance(error, S3TError | ValueError | OSError):
-                code, message = _exit_code(error), str(error)
+                code, message = _exit_code(error), in_options(str(error))
             elif _is_of_the_hub(error):
                 code = BAD_INPUT
                 message = f"the Hub did not answer ({error}). Run it again later: it goes on from there."

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from .options import parse_count, parse_prior, read_curve
 from .outcomes import BAD_INPUT, DONE, console
+from .wording import in_options
 
 if TYPE_CHECKING:  # the other verbs need no planner
     from ..planner.candidates import Candidate
@@ -86,8 +87,9 @@ def plan(
         if plot:
             _draw(asked, plot)
     except (ValueError, FileNotFoundError, ImportError) as error:
-        typer.echo(str(error), err=True)
-        _end(as_json, BAD_INPUT, None, {"type": type(error).__name__, "message": str(error)})
+        message = in_options(str(error))
+        typer.echo(message, err=True)
+        _end(as_json, BAD_INPUT, None, {"type": type(error).__name__, "message": message})
     if not as_json:
         console().print(show_plan(asked, metric), crop=False)
     _end(as_json, DONE, found, None)

@@ -91,7 +91,7 @@ def open_one(
     as_json: AsJson = False,
 ) -> None:
     """Write what opens the commitments of a receipt: that exactly its examples went, as keyed digests."""
-    wanted = wanted_names(ids, ids_file, None, None)["ids"]
+    wanted = wanted_names(ids, ids_file, None, None).ids
 
     def verb(store: S3TStore) -> Outcome:
         from ..files import PRIVATE, json_bytes, write_atomic

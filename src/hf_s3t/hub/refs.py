@@ -18,7 +18,7 @@ def sort_refs(repo: HubRepo, keep_refs: Iterable[str] | None) -> tuple[list[str]
     if keep_refs is None and others:
         raise ValueError(
             f"{repo.repo_id} has other refs, whose history may serve what is to be purged: {', '.join(others)}. "
-            "Nothing was changed. Say which ones to keep (`keep_refs=[...]`, `--keep-ref`; none: `--drop-refs`); the "
+            "Nothing was changed. Say which ones to keep (`keep_refs=[...]`; none: `keep_refs=[]`); the "
             "others are removed."
         )
     wanted = {_full_name(repo, name, refs) for name in keep_refs or ()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
@@ -16,8 +16,10 @@ from torch import nn
 
 from ..seams.tuners import is_targeted, name_all_linear
 from .adapter import split_layer_path
-from .config import S3TConfig
 from .heads import find_heads
+
+if TYPE_CHECKING:  # it registers the tuner, which needs this module
+    from .config import S3TConfig
 
 logger = logging.getLogger(__name__)
 

@@ -207,8 +207,8 @@ class Plan:
         Returns:
             `tuple[Stage, ...]`: The stages, in training order. A pair that does not exist is a `ValueError`.
 
-        >>> [stage.name for stage in Plan.make(1, 2, [(0, 1), (1, 0)]).affected([(0, 1)])]
-        ['shard-00/0-1', 'shard-00/1']
+        >>> " ".join(stage.name for stage in Plan.make(1, 2, [(0, 1), (1, 0)]).affected([(0, 1)]))
+        'shard-00/0-1 shard-00/1'
         """
         hit = set(slices)
         for shard, slice_id in hit:

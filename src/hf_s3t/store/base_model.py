@@ -121,5 +121,5 @@ def check_unquantised(config: Any, name: str) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"{name} is quantised, and an adapter is merged into unquantised weights only. Name the unquantised base "
-            "(`base_model=`, `--base`), or export the adapter alone."
+            "(`base_model=`), or export the adapter alone."
         )

@@ -24,7 +24,19 @@ AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "text2text-generation"),
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
     "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
+    "IMAGE_CLS": ("AutoModelForImageClassification", "image-classification"),
 }
+
+ENDINGS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForImageClassification": "IMAGE_CLS",
+}
+"""What a base is for, by the end of its class's name, where the config does not say."""
 
 PREFIX_LINES = """\
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -74,9 +86,8 @@ out the stages whose names contain its slice. Generation {generation}.
 
 ## Load the served model
 
-```python
-store = "."  # this folder, or what huggingface_hub.snapshot_download returns for this repository
-{base_line}
+{base_text}```python
+{base_lines}store = "."  # this folder, or what huggingface_hub.snapshot_download returns for this repository
 ```
 
 {root_text}
@@ -84,10 +95,10 @@ store = "."  # this folder, or what huggingface_hub.snapshot_download returns fo
 ## Load any prefix
 
 A stage is an increment: loaded alone, any but the first of a sequence answers as a model that never existed. Name all
-stages along the prefix, here {example}:
+stages along the prefix, here {example}. Load the base anew for each adapter, as PEFT writes into it:
 
 ```python
-{prefix_lines}```
+{base_lines}{prefix_lines}```
 
 ## Live stages
 
@@ -118,9 +129,16 @@ While stages were live, these settings became others. {claim}.
 """
 
 
+NO_BASE = """\
+The training did not name its base on the Hub. Whoever trains can: `S3TTrainer(..., base_model_id="owner/model")`. Load
+the base model as it was loaded for the training, as `base`, and then:
+
+"""
+
+
 def render_card(manifest: Manifest) -> str:
     """The `README.md` of a store. What cannot be told of it is left out, with an error in the log."""
-    base, task = manifest.recipe["base"].get("id"), manifest.recipe["config"].get("task_type")
+    base, task = manifest.recipe["base"].get("id"), _task(manifest)
     served = manifest.served_ends
     example = served[0] if served else None
     plan = manifest.plan
@@ -129,7 +147,8 @@ def render_card(manifest: Manifest) -> str:
         shards=plan.num_shards,
         slices=plan.num_slices,
         generation=manifest.generation,
-        base_line=_told("its task", lambda: _base_line(base, task), _base_line(base, None)),
+        base_text="" if base else NO_BASE,
+        base_lines=_told("its base", lambda: _base_lines(manifest, task)) if base else "",
         root_text=_root_text(manifest, len(served)),
         example=f"`{example.name}`" if example else "of a store that has live stages",
         prefix_lines=_told("its prefixes", lambda: _example_lines(example, manifest), "# see `hf-s3t export`\n"),
@@ -149,10 +168,24 @@ def _told(what: str, make: Callable[[], str], otherwise: str = "") -> str:
         return otherwise
 
 
-def _base_line(base: str | None, task: str | None) -> str:
-    auto_class, _ = AUTO_CLASSES.get(task or "", ("AutoModel", None))
-    name = base or "the base model that this was trained on"
-    return f"base = transformers.{auto_class}.from_pretrained({json.dumps(name)})"
+def _task(manifest: Manifest) -> str | None:
+    """What the base is for: as the config says, else by its class."""
+    task = manifest.recipe.get("config", {}).get("task_type")
+    if task is None:
+        name = str(manifest.recipe.get("base", {}).get("class"))
+        task = next((task for ending, task in ENDINGS.items() if name.endswith(ending)), None)
+    return task
+
+
+def _base_lines(manifest: Manifest, task: str | None) -> str:
+    base = manifest.recipe["base"]
+    auto_class, _ = AUTO_CLASSES.get(str(task), ("AutoModel", None))
+    given = [json.dumps(base["id"])]
+    if isinstance(base.get("revision"), str):
+        given.append(f"revision={json.dumps(base['revision'])}")
+    if isinstance(base.get("num_labels"), int) and task in ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS"):
+        given.append(f"num_labels={base['num_labels']}")
+    return f"from transformers import {auto_class}\n\nbase = {auto_class}.from_pretrained({', '.join(given)})\n"
 
 
 def _example_lines(example: Stage | None, manifest: Manifest) -> str:

@@ -42,8 +42,8 @@ def _copy_key(store: StoreFolder, file: Path) -> None:
         raise ValueError(f"{file} exists already, and is not this store's key. Nothing was changed. Name a new file.")
     if store.key_file is None:
         raise StateError(
-            f"There is no {KEY_FILE} in {store.private}: the key is kept elsewhere already ({KEY_VARIABLE}, `key=`, "
-            "`--key-file`), or it is lost. Nothing was changed."
+            f"There is no {KEY_FILE} in {store.private}: the key is kept elsewhere already ({KEY_VARIABLE}, `key=`), "
+            "or it is lost. Nothing was changed."
         )
     text = store.key_text(store.key_file)
     if key_check_value(as_key(text)) != store.manifest().key_check:

@@ -166,7 +166,7 @@ class StateFiles:
         lost = "With the state lost, `delete(slices=...)` still works."
         if self.knows_state:
             return f"restore {self.private} from its backup (`hf-s3t state import`). {lost}"
-        return f"name the folder of the state: `state=`, `--state` or {STATE_VARIABLE}. {lost}"
+        return f"name the folder of the state: `state=` or {STATE_VARIABLE}. {lost}"
 
     def loose_receipt(self, name: str) -> Path:
         """The file of a receipt that could not be written into the database; its name begins with `receipt-`."""

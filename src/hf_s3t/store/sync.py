@@ -46,7 +46,7 @@ def push(
         what = "no tombstones may travel in it" if tombstones else "a store is private unless it is told otherwise"
         raise ValueError(
             f"{source.repo.repo_id} is public, and {what}. Nothing was pushed. Make it private on the Hub, or push "
-            "with `private=False` (`--public`), without tombstones."
+            "with `private=False`, without tombstones."
         )
     return on_top(partial(_push_once, store, target, source, tombstones, message), source.look)
 

@@ -63,7 +63,7 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
         model (`PreTrainedModel`): the base model, or a [`~peft.PeftModel`] made with an [`S3TConfig`].
         args ([`~transformers.TrainingArguments`]): `output_dir` is the store; epochs, steps, learning rate, scheduler,
             evaluation and saving are per stage.
-        train_dataset: as for the Trainer; it is partitioned before anything else touches it.
+        train_dataset (`Dataset`): as for the Trainer; it is partitioned before anything else touches it.
         peft_config ([`S3TConfig`], *optional*): what a stage trains.
         partition_key (`str` or `bytes`, *optional*): decides which slice an example lies in; written to `.s3t/` only.
             `None`: `HF_S3T_KEY`, else a new random key.
