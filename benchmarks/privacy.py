@@ -18,7 +18,8 @@ compares it with the one after the deletion (Chen et al. 2021). More of him, per
 slice a request hit; `mates`, does he tell the deleted from the others of their slice before the repair; and
 `mates_repaired`, after it. `no_old` compares the models after deletion and after repair only.
 
-Figures: `mia_auc_TIME`, the area under the curve of `lira`, mean of both tasks; `canary_exposure_TIME` in bits;
+Figures: `mia_auc_TIME`, the area under the curve, mean of both tasks, each by the attack that is best at it before the
+deletion; `canary_exposure_TIME` in bits;
 `TASK_mia_auc_TIME_ATTACK` and `TASK_mia_tpr_TIME_ATTACK`, the true positives at 1 % false ones, where enough rows were
 never seen. All are means over seeds; `_low` and `_high` are the 95 % interval by bootstrap over seeds and rows.
 
@@ -66,17 +67,19 @@ MODELS = {  # whose signals, less whose; and which shadows are like that
 class Settings:
     """What a run is made of; written to the JSON file as it is."""
 
-    alpaca: Subject = Subject(rows=400, epochs=8, rate=1e-2, r=16, shadows=4, max_length=96, canaries=20)
-    sst2: Subject = Subject(rows=240, epochs=8, rate=2e-3, r=16, shadows=4, max_length=64)
+    alpaca: Subject = Subject(
+        rows=300, epochs=8, rate=1e-2, r=16, shadows=3, max_length=96, canaries=16, repeats=8
+    )
+    sst2: Subject = Subject(rows=160, epochs=8, rate=2e-3, r=16, shadows=3, max_length=64)
     choose: str = (
-        "few rows, many epochs and a high rate, so that members are learned by heart; tried on seed 0 before any "
-        "deletion was looked at"
+        "few rows, many epochs, a high rate and repeated canaries, so that members are learned by heart; by the control "
+        "before the deletion, on seed 7 (Alpaca: 6 epochs; SST-2: 6 epochs of 240 rows, then fewer rows and 8 epochs)"
     )
 
 
 QUICK = Settings(
-    alpaca=Subject(rows=40, epochs=10, rate=2e-2, r=16, shadows=2, max_length=96, canaries=4),
-    sst2=Subject(rows=40, epochs=12, rate=3e-3, r=16, shadows=2, max_length=64),
+    alpaca=Subject(rows=24, epochs=8, rate=2e-2, r=16, shadows=2, max_length=96, canaries=4),
+    sst2=Subject(rows=24, epochs=10, rate=3e-3, r=16, shadows=2, max_length=64),
 )
 
 

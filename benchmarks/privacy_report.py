@@ -32,7 +32,8 @@ COMPARISONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
     ),
 }  # fmt: skip
 CONTROLS = ("before", "after_control", "repaired_control")
-ENOUGH_NEVER = 200  # of a seed, for the rate at 1 % false positives
+UNSEEN = ("after", "repaired", "no_old")  # the deleted rows are to be as those never seen
+ENOUGH_NEVER = 150  # of a seed, for the rate at 1 % false positives
 CONTROL_AUC = 0.6
 CONTROL_BITS = 2.0  # above what blind guessing has
 
@@ -68,26 +69,36 @@ def with_interval(name: str, value: float, replicates: np.ndarray) -> dict[str, 
 
 
 def membership(found: Found, random: np.random.Generator) -> dict[str, float]:
-    """Areas under the curve and true positives at 1 % false ones; then the means of `lira` over tasks."""
+    """Areas under the curve and true positives at 1 % false ones; then the means over tasks of the best attack."""
     figures: dict[str, float] = {}
-    replicates: dict[str, list[np.ndarray]] = {}
+    replicates: dict[str, np.ndarray] = {}
     for task, parts in found.items():
         for comparison, (when, *_) in COMPARISONS.items():
             for attack in parts[0]["scores"][when]:
                 pairs = pairs_of(parts, comparison, attack)
-                drawn = resampled(pairs, auc, random)
                 name = f"{task}_mia_auc_{comparison}_{attack}"
-                figures |= with_interval(name, float(np.mean([auc(pair) for pair in pairs])), drawn)
-                if attack == "lira":
-                    replicates.setdefault(comparison, []).append(drawn)
+                replicates[name] = resampled(pairs, auc, random)
+                figures |= with_interval(name, float(np.mean([auc(pair) for pair in pairs])), replicates[name])
                 if comparison in HEADLINES and min(len(other) for _, other in pairs) >= ENOUGH_NEVER:
                     rate = float(np.mean([rate_at_few(pair) for pair in pairs]))
                     drawn = resampled(pairs, rate_at_few, random)
                     figures |= with_interval(f"{task}_mia_tpr_{comparison}_{attack}", rate, drawn)
+    best = best_attacks(figures)
     for comparison in HEADLINES:
-        mean = float(np.mean([figures[f"{task}_mia_auc_{comparison}_lira"] for task in found]))
-        figures |= with_interval(f"mia_auc_{comparison}", mean, np.mean(replicates[comparison], axis=0))
+        names = [f"{task}_mia_auc_{comparison}_{best[task]}" for task in found]
+        mean = float(np.mean([figures[name] for name in names]))
+        figures |= with_interval(f"mia_auc_{comparison}", mean, np.mean([replicates[name] for name in names], axis=0))
     return figures
+
+
+def best_attacks(figures: dict[str, float]) -> dict[str, str]:
+    """By task the attack that finds members best before the deletion; what it does afterwards plays no part."""
+    found: dict[str, tuple[float, str]] = {}
+    for name, value in figures.items():
+        task, _, attack = name.partition("_mia_auc_before_")
+        if attack in ("loss", "min_k", "lira"):
+            found[task] = max(found.get(task, (0.0, "")), (value, attack))
+    return {task: attack for task, (_, attack) in found.items()}
 
 
 def canaries(found: Found, random: np.random.Generator) -> dict[str, float]:
@@ -113,18 +124,17 @@ def verdicts(figures: dict[str, float]) -> list[tuple[bool, str]]:
         `list`: for each line, whether it is as it should be, and the line.
     """
     found = []
-    for name in [name for name in figures if name.endswith("_lira") and "_mia_auc_" in name]:
-        task, comparison = name.removesuffix("_lira").split("_mia_auc_")
-        low, high = figures[f"{name}_low"], figures[f"{name}_high"]
-        shown = f"{TITLES[task]}, {COMPARISONS[comparison][3]}: AUC {low:.3f} to {high:.3f}"
-        if comparison in CONTROLS:
-            right = low > CONTROL_AUC
-            text = "the attack works" if right else "CONTROL FAILED: the attack finds no member, so it proves nothing"
-            found.append((right, f"{shown}: {text}"))
-        elif comparison in ("after", "repaired", "no_old"):
-            right = low <= 0.5
-            text = "LEAK" if not right else "as rows never seen" if high >= 0.5 else "below chance: look at it"
-            found.append((right, f"{shown}: {text}"))
+    for task, attack in best_attacks(figures).items():
+        for comparison in [*CONTROLS, *UNSEEN]:
+            low, high = (figures[f"{task}_mia_auc_{comparison}_{attack}_{end}"] for end in ("low", "high"))
+            if comparison in CONTROLS:
+                right = low > CONTROL_AUC
+                text = "the attack works" if right else "CONTROL FAILED: the attack shows nothing, as it finds no member"
+            else:
+                right = low <= 0.5
+                text = "LEAK" if not right else "as rows never seen" if high >= 0.5 else "below chance: look at it"
+            about = f"{TITLES[task]}, {TITLES[attack]}, {COMPARISONS[comparison][3]}"
+            found.append((right, f"{about}: {low:.3f} to {high:.3f}: {text}"))
     blind = figures.get("canary_exposure_blind")
     for when in ("before", "after", "repaired") if blind else ():
         low, high = figures[f"canary_exposure_{when}_low"], figures[f"canary_exposure_{when}_high"]
@@ -188,7 +198,7 @@ def summary_table(figures: dict[str, float]) -> str:
         [f"`canary_exposure_{name}`", cell(figures, f"canary_exposure_{name}", 2)]
         for name in ("before", "after", "repaired") if f"canary_exposure_{name}" in figures
     ]  # fmt: skip
-    return table("In short: LiRA, mean of the tasks; and canaries, in bits", ["figure", "value (95 % interval)"], rows)
+    return table("In short: the best attack, mean of the tasks; and canaries, in bits", ["figure", "value (95 % interval)"], rows)
 
 
 def sizes(found: Found) -> str:
