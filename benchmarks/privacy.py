@@ -43,43 +43,34 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import transformers
 from filelock import FileLock, Timeout
-from privacy_attacks import lira
 from privacy_report import report
-from privacy_subjects import Attacked, Shadows, Subject, attacked_store, make_rows, make_task, shadow_models
+from privacy_subjects import Subject, attacked_store, make_rows, make_task, shadow_models
 from quality_report import commit_of
 
 SEEDS = (0, 1, 2)
-MODELS = {  # whose signals, less whose; and which shadows are like that
-    "before": ("before", None, "whole"),
-    "after": ("after", None, "part"),
-    "repaired": ("repaired", None, "whole"),
-    "two_models": ("before", "after", "difference"),
-    "two_models_repaired": ("before", "repaired", None),
-    "no_old": ("repaired", "after", "difference"),
-}
-
 
 @dataclass(frozen=True)
 class Settings:
     """What a run is made of; written to the JSON file as it is."""
 
     alpaca: Subject = Subject(
-        rows=300, epochs=8, rate=1e-2, r=16, shadows=3, max_length=96, canaries=16, repeats=8
+        rows=160, epochs=6, rate=2e-2, r=32, max_length=96, canaries=12, repeats=8
     )
-    sst2: Subject = Subject(rows=160, epochs=8, rate=2e-3, r=16, shadows=3, max_length=64)
+    sst2: Subject = Subject(rows=100, epochs=8, rate=5e-3, r=16, max_length=16)
+    shadows: int = 3
     choose: str = (
-        "few rows, many epochs, a high rate and repeated canaries, so that members are learned by heart; by the control "
-        "before the deletion, on seed 7 (Alpaca: 6 epochs; SST-2: 6 epochs of 240 rows, then fewer rows and 8 epochs)"
+        "few short rows, many epochs, a high rate and repeated canaries, so that members are learned by heart; by the "
+        "control before any deletion, on seed 7"
     )
 
 
 QUICK = Settings(
-    alpaca=Subject(rows=24, epochs=8, rate=2e-2, r=16, shadows=2, max_length=96, canaries=4),
-    sst2=Subject(rows=24, epochs=10, rate=3e-3, r=16, shadows=2, max_length=64),
+    alpaca=Subject(rows=24, epochs=6, rate=2e-2, r=32, max_length=96, canaries=4),
+    sst2=Subject(rows=24, epochs=8, rate=5e-3, r=16, max_length=16),
+    shadows=2,
 )
 
 
@@ -96,52 +87,47 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def scores(attacked: Attacked, shadows: dict[str, Shadows]) -> dict[str, dict[str, list[float]]]:
-    """By time and attack, the score of each row of the pool."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for name, (minuend, subtrahend, like) in MODELS.items():
-        observed = dict(attacked.signals[minuend])
-        if subtrahend:
-            observed = {signal: observed[signal] - attacked.signals[subtrahend][signal] for signal in observed}
-        found[name] = {signal: values.tolist() for signal, values in observed.items()}
-        if like:
-            of_shadows = np.stack([one["loss"] for one in shadows[like].signals])
-            found[name]["lira"] = lira(observed["loss"], of_shadows, np.stack(shadows[like].seen)).tolist()
-    return found
-
-
 def attack(name: str, subject: Subject, seed: int, scratch: Path) -> dict[str, Any]:
-    """Trains, deletes, repairs and attacks one task with one seed."""
-    task = make_task(name, subject, seed)
-    rows = make_rows(task, subject, seed)
-    attacked = attacked_store(task, subject, rows, scratch / "attacked", seed)
-    shadows = shadow_models(task, subject, rows, scratch / "shadows", seed)
-    exposures = {
-        when: {kind: values.tolist() for kind, values in kinds.items()} for when, kinds in attacked.exposures.items()
-    }
-    return {"kinds": attacked.kinds, "scores": scores(attacked, shadows), "exposures": exposures}
+    """Trains, deletes, repairs and asks: one task with one seed."""
+    task = make_task(name, subject)
+    found = attacked_store(task, subject, make_rows(task, subject, seed), scratch / "store", seed)
+    return plain(asdict(found))
 
 
-def run_part(name: str, seed: int, settings: Settings, results: Path) -> None:
-    """Attacks one task with one seed and writes a file, unless it is there or another process runs it."""
-    file, subject = results / f"{name}-{seed}.json", getattr(settings, name)
+def shadow(name: str, subject: Subject, number: int, scratch: Path) -> dict[str, Any]:
+    """One of the attacker's stores."""
+    task = make_task(name, subject)
+    pool = make_rows(task, subject, 0).pool
+    return plain({kind: asdict(one) for kind, one in shadow_models(task, subject, pool, scratch, number).items()})
+
+
+def plain(value: Any) -> Any:
+    """Arrays as lists, for JSON."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list) else getattr(value, "tolist", lambda: value)()
+
+
+def run_part(kind: str, name: str, number: int, settings: Settings, results: Path) -> None:
+    """Attacks one task with one seed, or trains a shadow store; writes a file, unless it is there or being made."""
+    file, subject = results / f"{name}-{kind}-{number}.json", getattr(settings, name)
     wanted = asdict(subject)
     try:
         with FileLock(file.with_suffix(".lock"), timeout=0):
             if file.exists() and json.loads(file.read_text())["settings"] == wanted:
-                print(f"{name}, seed {seed}: done already", flush=True)
+                print(f"{name}, {kind} {number}: done already", flush=True)
                 return
             started = time.monotonic()
             with tempfile.TemporaryDirectory() as scratch:
-                found = attack(name, subject, seed, Path(scratch))
+                found = (attack if kind == "seed" else shadow)(name, subject, number, Path(scratch))
             seconds = time.monotonic() - started
-            about = {"task": name, "seed": seed, "commit": commit_of(), "seconds": seconds, "settings": wanted}
+            about = {"number": number, "commit": commit_of(), "seconds": seconds, "settings": wanted}
             written = file.with_suffix(".part")
-            written.write_text(json.dumps(about | found) + "\n")
+            written.write_text(json.dumps(about | {"found": found}) + "\n")
             written.replace(file)
-            print(f"{name}, seed {seed}: {seconds:.0f} s", flush=True)
+            print(f"{name}, {kind} {number}: {seconds:.0f} s", flush=True)
     except Timeout:
-        print(f"{name}, seed {seed}: runs in another process", flush=True)
+        print(f"{name}, {kind} {number}: runs in another process", flush=True)
 
 
 def main() -> int:
@@ -158,9 +144,10 @@ def main() -> int:
         results = options.results or Path(passing)
         results.mkdir(parents=True, exist_ok=True)
         if not options.report:
-            for seed in options.seed or (SEEDS[:1] if options.quick else SEEDS):
+            parts = [("seed", seed) for seed in options.seed or (SEEDS[:1] if options.quick else SEEDS)]
+            for kind, number in parts + [("shadow", number) for number in range(settings.shadows)]:
                 for name in options.task:
-                    run_part(name, seed, settings, results)
+                    run_part(kind, name, number, settings, results)
         if options.report or options.quick:
             return report(results, settings, json_file=options.json, docs=options.docs)
     return 0

@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from privacy_attacks import Pair, auc, blind_exposure, interval, rate_at_few, resampled, resampled_means
+from privacy_attacks import Pair, auc, blind_exposure, interval, lira, rate_at_few, resampled, resampled_means
 from privacy_subjects import DIGITS
 from quality_report import record, rewrite, table
 
 Found = dict[str, list[dict[str, Any]]]  # finished parts by task
 TITLES = {"alpaca": "Alpaca", "sst2": "SST-2", "loss": "loss", "min_k": "min-k%", "lira": "LiRA"}
+# Whose signals, less whose; and the shadows that are like that.
+SCORES: dict[str, tuple[str, str | None, str | None]] = {
+    "before": ("before", None, "whole"),
+    "after": ("after", None, "part"),
+    "repaired": ("repaired", None, "whole"),
+    "two_models": ("before", "after", "difference"),
+    "two_models_repaired": ("before", "repaired", None),
+    "no_old": ("repaired", "after", "difference"),
+}
 HEADLINES = ("before", "after", "repaired", "two_models")
 # Whose scores; the kinds that are looked for, and from which they are told; and what the table says.
 COMPARISONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
@@ -39,14 +48,32 @@ CONTROL_BITS = 2.0  # above what blind guessing has
 
 
 def load(results: Path, settings: Any) -> Found:
-    """Finished parts of these settings."""
+    """What is finished of these settings, with the scores of all attacks that it allows, by task."""
     found: Found = {}
     for name in ("alpaca", "sst2"):
-        parts = [json.loads(file.read_text()) for file in sorted(results.glob(f"{name}-*.json"))]
-        parts = [part for part in parts if part["settings"] == asdict(getattr(settings, name))]
-        if parts:
-            found[name] = parts
+        wanted = asdict(getattr(settings, name))
+        files = {kind: sorted(results.glob(f"{name}-{kind}-*.json")) for kind in ("seed", "shadow")}
+        read = {kind: [json.loads(file.read_text()) for file in files[kind]] for kind in files}
+        seeds, shadows = ([one for one in read[kind] if one["settings"] == wanted] for kind in files)
+        if seeds:
+            found[name] = [part | part["found"] | {"scores": scores(part["found"], shadows)} for part in seeds]
     return found
+
+
+def scores(found: dict[str, Any], shadows: list[dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+    """The scores of all rows of a pool, by what is asked and attack; without shadow stores there is no `lira`."""
+    by_model: dict[str, dict[str, np.ndarray]] = {}
+    for name, (minuend, subtrahend, like) in SCORES.items():
+        observed = {signal: np.array(values) for signal, values in found["signals"][minuend].items()}
+        if subtrahend:
+            observed = {signal: observed[signal] - found["signals"][subtrahend][signal] for signal in observed}
+        by_model[name] = dict(observed)
+        if like and shadows:
+            seen, values = (
+                np.concatenate([np.array(one["found"][like][part]) for one in shadows]) for part in ("seen", "signals")
+            )
+            by_model[name]["lira"] = lira(observed["loss"], values, seen)
+    return by_model
 
 
 # ---- figures ----

@@ -31,11 +31,11 @@ WHOLE, FIRST, SECOND = (0, 1), (0,), (1,)
 class Subject:
     """Sizes and settings of one task that is attacked."""
 
-    rows: int  # trained on, and as many that are never seen
+    rows: int  # trained on, and as many that never are
     epochs: float
     rate: float
     r: int
-    shadows: int
+    layers_per_slice: int = 1  # from the top
     batch_size: int = 16
     max_length: int = 128
     canaries: int = 0
@@ -44,39 +44,44 @@ class Subject:
 
 @dataclass
 class Rows:
-    """Rows of one seed, cut from one permutation: trained on, never seen, and canaries of either kind.
+    """Rows of one task, half of which are trained on, and canaries of which half are planted; which, the seed says.
 
     Args:
-        pool (`Dataset`): the members and then the rows never seen, each with a `person` of its own.
-        members (`int`): so many rows of the pool are trained on.
-        canaries (`list[tuple[str, str]]`): names and codes; the first half is planted.
+        pool (`Dataset`): distinct rows, each with a `person` of its own.
+        members (`np.ndarray`): which rows of the pool are trained on, `(rows,)`.
+        planted (`list[tuple[str, str]]`): names and codes.
+        never (`list[tuple[str, str]]`): the same, never planted.
     """
 
     pool: Dataset
-    members: int
-    canaries: list[tuple[str, str]] = field(default_factory=list)
+    members: np.ndarray
+    planted: list[tuple[str, str]]
+    never: list[tuple[str, str]]
 
 
-def make_task(name: str, subject: Subject, seed: int) -> Task:
-    """The task as `quality_tasks.py` knows it, its train rows long enough for members and rows never seen."""
+def make_task(name: str, subject: Subject) -> Task:
+    """The task as `quality_tasks.py` knows it, with more train rows than the pool needs."""
     settings = TaskSettings(
-        train_rows=4 * subject.rows + 40, validation_rows=0, test_rows=1, prefix_rows=1, num_slices=2, epochs=subject.epochs,
-        rates={"layer_group": subject.rate}, batch_size=subject.batch_size, r=subject.r, max_length=subject.max_length,
+        train_rows=8 * subject.rows + 40, validation_rows=0, test_rows=1, prefix_rows=1, num_slices=2,
+        epochs=subject.epochs, rates={"layer_group": subject.rate}, batch_size=subject.batch_size, r=subject.r,
+        max_length=subject.max_length,
     )  # fmt: skip
-    return AlpacaTask(settings, seed) if name == "alpaca" else TextTask(name, settings, seed)
+    return AlpacaTask(settings, seed=0) if name == "alpaca" else TextTask(name, settings, seed=0)
 
 
 def make_rows(task: Task, subject: Subject, seed: int) -> Rows:
-    """Distinct rows in the order of the seed's permutation: no row never seen is a copy of one trained on."""
+    """The pool, which is the same for all seeds, and the seed's members: no row never seen is a copy of one of them."""
     found: dict[tuple[int, ...], dict[str, Any]] = {}
     for row in task.rows["train"]:
-        long_enough = task.head or sum(label != alpaca.IGNORED for label in row["labels"]) >= LEAST_RESPONSE
-        if long_enough:
+        if task.head or sum(label != alpaca.IGNORED for label in row["labels"]) >= LEAST_RESPONSE:
             found.setdefault(tuple(row["input_ids"]), row)
     if len(found) < 2 * subject.rows:
         raise ValueError(f"{task.name} has {len(found)} fitting rows here, {2 * subject.rows} are needed.")
     pool = [row | {"person": row["id"]} for row in list(found.values())[: 2 * subject.rows]]
-    return Rows(Dataset.from_list(pool), subject.rows, make_canaries(2 * subject.canaries, seed))
+    members = np.zeros(len(pool), dtype=bool)
+    members[np.random.default_rng((seed, 0)).permutation(len(pool))[: subject.rows]] = True
+    canaries = make_canaries(2 * subject.canaries, seed)
+    return Rows(Dataset.from_list(pool), members, canaries[: subject.canaries], canaries[subject.canaries :])
 
 
 # ---- canaries ----
@@ -174,7 +179,8 @@ def make_trainer(
         data_collator=task.collate,
         train_dataset=rows,
         peft_config=S3TConfig(
-            r=subject.r, lora_alpha=subject.r, num_slices=2, id_column="id", group_column="person", **task.lora, **config
+            r=subject.r, lora_alpha=subject.r, num_slices=2, layers_per_slice=subject.layers_per_slice, id_column="id",
+            group_column="person", **task.lora, **config,
         ),
         partition_key=f"benchmarks/privacy.py, {task.name}, {key}",
         activation_cache="memory",
@@ -216,32 +222,37 @@ def attacked_store(task: Task, subject: Subject, rows: Rows, folder: Path, seed:
 
     One shard: averaging over shards would only hide a member better.
     """
-    members = rows.pool.select(range(rows.members)).to_list()
-    planted, never = rows.canaries[: subject.canaries], rows.canaries[subject.canaries :]
-    copies = [canary_row(task, *canary, number) for canary in planted for number in range(subject.repeats)]
+    members = [row for row, member in zip(rows.pool, rows.members, strict=True) if member]
+    copies = [canary_row(task, *canary, number) for canary in rows.planted for number in range(subject.repeats)]
     trainer = make_trainer(
         task, subject, folder, Dataset.from_list(members + copies), f"seed {seed}", seed, num_shards=1, budget=2
     )
     random = np.random.default_rng((seed, 2))
     hit = int(random.integers(2))
-    where = places(trainer, [row["person"] for row in members])[:, 1]
-    chosen = set(random.permutation(np.flatnonzero(where == hit))[: (where == hit).sum() // 2].tolist())
-    kinds = ["deleted" if number in chosen else "mate" if where[number] == hit else "kept" for number in range(len(where))]
-    of_canaries = places(trainer, [f"vault-{name}" for name, _ in planted])
-    gone = [canary for canary, (_, slice_) in zip(planted, of_canaries, strict=True) if slice_ == hit] if planted else []
-    asked = {"deleted": gone, "never": never} if planted else {}
+    kinds = np.where(rows.members, "kept", "never").astype(object)
+    in_slice = np.flatnonzero(rows.members)[places(trainer, [row["person"] for row in members])[:, 1] == hit]
+    kinds[in_slice] = "mate"
+    kinds[random.permutation(in_slice)[: len(in_slice) // 2]] = "deleted"
+    of_canaries = places(trainer, [f"vault-{name}" for name, _ in rows.planted])[:, 1] if rows.planted else []
+    gone = [canary for canary, slice_ in zip(rows.planted, of_canaries, strict=True) if slice_ == hit]
+    asked = {"deleted": gone, "never": rows.never} if rows.planted else {}
 
-    found = Attacked(kinds + ["never"] * (len(rows.pool) - rows.members))
+    found = Attacked(kinds.tolist())
     found.ask("before", trainer, task, rows, asked)
-    persons = [members[number]["person"] for number in sorted(chosen)] + [f"vault-{name}" for name, _ in gone]
-    receipt = trainer.delete(groups=persons)
-    wanted = len(chosen) + len(gone) * subject.repeats
+    persons = [person for person, kind in zip(rows.pool["person"], kinds, strict=True) if kind == "deleted"]
+    receipt = trainer.delete(groups=persons + [f"vault-{name}" for name, _ in gone])
+    wanted = len(persons) + len(gone) * subject.repeats
     if receipt.examples != wanted or receipt.served_after != {"0": [1 - hit]}:
-        raise RuntimeError(f"{receipt.examples} examples went and {receipt.served_after} answers; {wanted} were to go.")
+        raise RuntimeError(f"{wanted} examples were to go: {receipt.examples} went, {receipt.served_after} answers.")
     found.ask("after", trainer, task, rows, asked)
     run(trainer)
     found.ask("repaired", trainer, task, rows, asked)
     return found
+
+
+# ---- shadows ----
+
+SHADOW_SEED = 1000
 
 
 @dataclass
@@ -249,40 +260,33 @@ class Shadows:
     """Signals of shadow models, `(models, rows)` for each signal, and which of them saw which row."""
 
     seen: list[np.ndarray] = field(default_factory=list)
-    signals: list[Signals] = field(default_factory=list)
-
-    def add(self, seen: np.ndarray, signals: Signals) -> None:
-        """One more shadow model."""
-        self.seen.append(seen)
-        self.signals.append(signals)
+    signals: list[np.ndarray] = field(default_factory=list)
 
 
-def shadow_models(task: Task, subject: Subject, rows: Rows, folder: Path, seed: int) -> dict[str, Shadows]:
-    """Stages of the attacker's own stores. He has the recipe, the base and all rows of the pool, in any order.
+def shadow_models(task: Task, subject: Subject, pool: Dataset, folder: Path, number: int) -> dict[str, Shadows]:
+    """The loss signals of the stages of one of the attacker's stores. He has recipe, base and pool, not the partition.
 
-    A store of two shards over the pool trains each shard on half of it, as the attacked one: `whole` are its full
-    sequences, which each row is in one of two of; `part` its stages of one slice, which each row is in one of four of;
-    `difference` is a whole one less a stage of one slice of the same shard that has not seen the row: what a deletion
-    changes, if the row was there (seen) and if it was in neither.
+    Each of two shards is trained on half of the pool, as the attacked store is: `whole` are the full sequences, which
+    each row is in one of two of; `part` the stages of one slice, which each row is in one of four of; `difference` is a
+    whole one less a stage of one slice of the same shard that has not seen the row: what a deletion changes, if the
+    row was there (seen) and if it was not.
     """
+    trainer = make_trainer(
+        task, subject, folder, pool, f"shadow {number}", SHADOW_SEED + number,
+        num_shards=2, sequence_selection=[list(WHOLE), list(SECOND)],
+    )  # fmt: skip
     found = {name: Shadows() for name in ("whole", "part", "difference")}
-    for number in range(subject.shadows):
-        trainer = make_trainer(
-            task, subject, folder / str(number), rows.pool, f"seed {seed}, shadow {number}", 1000 + 100 * seed + number,
-            num_shards=2, sequence_selection=[list(WHOLE), list(SECOND)],
-        )  # fmt: skip
-        where = places(trainer, rows.pool["person"])
-        for shard in (0, 1):
-            answers = {
-                prefix: signals(task, served(trainer, trainer.store.assemble(shard, prefix)), rows.pool)
-                for prefix in (WHOLE, FIRST, SECOND)
-            }
-            inside = where[:, 0] == shard
-            found["whole"].add(inside, answers[WHOLE])
-            for slice_, prefix in enumerate((FIRST, SECOND)):
-                found["part"].add(inside & (where[:, 1] == slice_), answers[prefix])
-            other = {
-                name: np.where(where[:, 1] == 0, answers[SECOND][name], answers[FIRST][name]) for name in answers[WHOLE]
-            }
-            found["difference"].add(inside, {name: answers[WHOLE][name] - other[name] for name in other})
+    shards, slices = places(trainer, pool["person"]).T
+    for shard in (0, 1):
+        whole, first, second = (
+            signals(task, served(trainer, trainer.store.assemble(shard, prefix)), pool)["loss"]
+            for prefix in (WHOLE, FIRST, SECOND)
+        )
+        inside = shards == shard
+        found["whole"].seen.append(inside)
+        found["whole"].signals.append(whole)
+        found["part"].seen += [inside & (slices == 0), inside & (slices == 1)]
+        found["part"].signals += [first, second]
+        found["difference"].seen.append(inside)
+        found["difference"].signals.append(whole - np.where(slices == 0, second, first))
     return found
