@@ -52,13 +52,12 @@ from quality_report import commit_of
 
 SEEDS = (0, 1, 2)
 
+
 @dataclass(frozen=True)
 class Settings:
     """What a run is made of; written to the JSON file as it is."""
 
-    alpaca: Subject = Subject(
-        rows=160, epochs=6, rate=2e-2, r=32, max_length=96, canaries=12, repeats=8
-    )
+    alpaca: Subject = Subject(rows=160, epochs=6, rate=2e-2, r=32, max_length=96, canaries=12, repeats=8)
     sst2: Subject = Subject(rows=100, epochs=8, rate=5e-3, r=16, max_length=16)
     shadows: int = 3
     choose: str = (

@@ -18,8 +18,8 @@ FALSE_POSITIVES = 0.01
 def lira(observed: np.ndarray, shadows: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """The likelihood ratio attack, online (Carlini et al. 2022, "Membership Inference Attacks From First Principles").
 
-    Gaussians of the signals of shadow models that saw a row, and of those that did not. Each row has a mean of its own;
-    a deviation is shared by all rows, as the paper has it where shadow models are few.
+    Gaussians of the signals of shadow models that saw a row, and of those that did not. Each row has a mean of its
+    own; a deviation is shared by all rows, as the paper has it where shadow models are few.
 
     Args:
         observed (`np.ndarray`): signals of the attacked model, `(rows,)`.
@@ -43,40 +43,37 @@ def lira(observed: np.ndarray, shadows: np.ndarray, seen: np.ndarray) -> np.ndar
 # ---- how well two kinds are told apart ----
 
 
-def auc(pair: Pair) -> float:
-    """The chance that a row of the first kind has the higher score; half of it for equal ones."""
-    first, other = pair
-    ranks = rankdata(np.concatenate(pair))[: len(first)]
-    return float((ranks.sum() - len(first) * (len(first) + 1) / 2) / (len(first) * len(other)))
+def auc(first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The chance that a row of the first kind has the higher score, half of it for equal ones; over the last axis."""
+    count = first.shape[-1]
+    ranks = rankdata(np.concatenate((first, other), axis=-1), axis=-1)[..., :count].sum(-1)
+    return (ranks - count * (count + 1) / 2) / (count * other.shape[-1])
 
 
-def rate_at_few(pair: Pair) -> float:
-    """The share of the first kind above a threshold that at most 1 % of the other kind pass."""
-    first, other = pair
-    threshold = np.sort(other)[-1 - int(FALSE_POSITIVES * len(other))]
-    return float((first > threshold).mean())
+def rate_at_few(first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The share of the first kind above a threshold that at most 1 % of the other kind pass; over the last axis."""
+    threshold = np.sort(other, axis=-1)[..., -1 - int(FALSE_POSITIVES * other.shape[-1]), None]
+    return (first > threshold).mean(-1)
 
 
-def resampled(pairs: Sequence[Pair], measure: Callable[[Pair], float], random: np.random.Generator) -> np.ndarray:
-    """Bootstrap replicates of the mean over seeds, `(REPLICATES,)`: seeds are drawn anew, and the rows of each."""
-    found = np.zeros(REPLICATES)
-    for number in range(REPLICATES):
-        drawn = [pairs[seed] for seed in random.integers(len(pairs), size=len(pairs))]
-        found[number] = np.mean([measure((_again(a, random), _again(b, random))) for a, b in drawn])
-    return found
+def resampled(
+    samples: Sequence[Sequence[np.ndarray]], measure: Callable[..., np.ndarray], random: np.random.Generator
+) -> np.ndarray:  # fmt: skip
+    """Bootstrap replicates of the mean over seeds, `(REPLICATES,)`: seeds are drawn anew, and the rows of each.
 
-
-def resampled_means(samples: Sequence[np.ndarray], random: np.random.Generator) -> np.ndarray:
-    """The same for the mean of one kind."""
-    found = np.zeros(REPLICATES)
-    for number in range(REPLICATES):
-        drawn = [samples[seed] for seed in random.integers(len(samples), size=len(samples))]
-        found[number] = np.mean([_again(values, random).mean() for values in drawn])
-    return found
-
-
-def _again(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    return values[random.integers(len(values), size=len(values))]
+    Args:
+        samples (`Sequence`): of each seed what the measure takes: scores of rows, by kind.
+        measure (`Callable`): of arrays, over their last axis.
+        random (`np.random.Generator`): what draws.
+    """
+    found = np.zeros((len(samples), REPLICATES))
+    for means in found:
+        chosen = random.integers(len(samples), size=REPLICATES)
+        for seed, kinds in enumerate(samples):
+            count = (chosen == seed).sum()
+            drawn = [kind[random.integers(len(kind), size=(count, len(kind)))] for kind in kinds]
+            means[chosen == seed] = measure(*drawn) if count else 0
+    return found.mean(0)
 
 
 def interval(replicates: np.ndarray) -> tuple[float, float]:
@@ -89,8 +86,9 @@ def interval(replicates: np.ndarray) -> tuple[float, float]:
 
 
 def exposure(logs: np.ndarray, code: int) -> float:
-    """Exposure in bits: log2 of the number of candidates, less log2 of the code's rank among them (Carlini et al. 2019,
-    "The Secret Sharer").
+    """Exposure in bits: log2 of the number of candidates, less log2 of the code's rank among them.
+
+    Carlini et al. 2019, "The Secret Sharer", section 4.
 
     Args:
         logs (`np.ndarray`): log-likelihoods of all candidates.
@@ -100,5 +98,5 @@ def exposure(logs: np.ndarray, code: int) -> float:
 
 
 def blind_exposure(candidates: int) -> float:
-    """The mean exposure of a secret that the model knows nothing of: every rank is as likely. Near 1.44 bits, not 0."""
+    """The mean exposure of a secret that a model knows nothing of, any rank is as likely: 1.44 bits, not 0."""
     return float(np.log2(candidates) - np.log2(np.arange(1, candidates + 1)).mean())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from privacy_attacks import Pair, auc, blind_exposure, interval, lira, rate_at_few, resampled, resampled_means
+from privacy_attacks import Pair, auc, blind_exposure, interval, lira, rate_at_few, resampled
 from privacy_subjects import DIGITS
 from quality_report import record, rewrite, table
 
@@ -31,10 +32,14 @@ COMPARISONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
     "after": ("after", ("deleted",), ("never",), "after the deletion: deleted or never seen"),
     "after_control": ("after", ("kept",), ("never",), "after the deletion: still served or never seen (control)"),
     "repaired": ("repaired", ("deleted",), ("never",), "after the repair: deleted or never seen"),
-    "repaired_control": ("repaired", ("mate", "kept"), ("never",), "after the repair: trained on or never seen (control)"),
+    "repaired_control": (
+        "repaired", ("mate", "kept"), ("never",), "after the repair: trained on or never seen (control)",
+    ),
     "no_old": ("no_old", ("deleted",), ("never",), "both models since the deletion: deleted or never seen"),
     "two_models": ("two_models", ("deleted",), ("never",), "models before and after: deleted or never seen"),
-    "hit_slice": ("two_models", ("deleted", "mate"), ("kept",), "models before and after: slice that was hit or the other"),
+    "hit_slice": (
+        "two_models", ("deleted", "mate"), ("kept",), "models before and after: slice that was hit or the other",
+    ),
     "mates": ("two_models", ("deleted",), ("mate",), "models before and after: deleted or of the same slice"),
     "mates_repaired": (
         "two_models_repaired", ("deleted",), ("mate",), "models before and repaired: deleted or of the same slice",
@@ -105,9 +110,9 @@ def membership(found: Found, random: np.random.Generator) -> dict[str, float]:
                 pairs = pairs_of(parts, comparison, attack)
                 name = f"{task}_mia_auc_{comparison}_{attack}"
                 replicates[name] = resampled(pairs, auc, random)
-                figures |= with_interval(name, float(np.mean([auc(pair) for pair in pairs])), replicates[name])
+                figures |= with_interval(name, float(np.mean([auc(*pair) for pair in pairs])), replicates[name])
                 if comparison in HEADLINES and min(len(other) for _, other in pairs) >= ENOUGH_NEVER:
-                    rate = float(np.mean([rate_at_few(pair) for pair in pairs]))
+                    rate = float(np.mean([rate_at_few(*pair) for pair in pairs]))
                     drawn = resampled(pairs, rate_at_few, random)
                     figures |= with_interval(f"{task}_mia_tpr_{comparison}_{attack}", rate, drawn)
     best = best_attacks(figures)
@@ -134,9 +139,10 @@ def canaries(found: Found, random: np.random.Generator) -> dict[str, float]:
     if "alpaca" in found:
         cases = {when: (when, "deleted") for when in ("before", "after", "repaired")} | {"never": ("before", "never")}
         for name, (when, kind) in cases.items():
-            samples = [np.array(part["exposures"][when][kind]) for part in found["alpaca"]]
-            mean = float(np.mean([values.mean() for values in samples]))
-            figures |= with_interval(f"canary_exposure_{name}", mean, resampled_means(samples, random))
+            samples = [[np.array(part["exposures"][when][kind])] for part in found["alpaca"]]
+            mean = float(np.mean([values.mean() for (values,) in samples]))
+            drawn = resampled(samples, partial(np.mean, axis=-1), random)
+            figures |= with_interval(f"canary_exposure_{name}", mean, drawn)
         figures["canary_exposure_blind"] = blind_exposure(10**DIGITS)
     return figures
 
@@ -156,7 +162,7 @@ def verdicts(figures: dict[str, float]) -> list[tuple[bool, str]]:
             low, high = (figures[f"{task}_mia_auc_{comparison}_{attack}_{end}"] for end in ("low", "high"))
             if comparison in CONTROLS:
                 right = low > CONTROL_AUC
-                text = "the attack works" if right else "CONTROL FAILED: the attack shows nothing, as it finds no member"
+                text = "the attack works" if right else "CONTROL FAILED: it finds no member, so it shows nothing"
             else:
                 right = low <= 0.5
                 text = "LEAK" if not right else "as rows never seen" if high >= 0.5 else "below chance: look at it"
@@ -225,7 +231,8 @@ def summary_table(figures: dict[str, float]) -> str:
         [f"`canary_exposure_{name}`", cell(figures, f"canary_exposure_{name}", 2)]
         for name in ("before", "after", "repaired") if f"canary_exposure_{name}" in figures
     ]  # fmt: skip
-    return table("In short: the best attack, mean of the tasks; and canaries, in bits", ["figure", "value (95 % interval)"], rows)
+    title = "In short: the best attack, mean of the tasks; and canaries, in bits"
+    return table(title, ["figure", "value (95 % interval)"], rows)
 
 
 def sizes(found: Found) -> str:

@@ -70,7 +70,7 @@ def make_task(name: str, subject: Subject) -> Task:
 
 
 def make_rows(task: Task, subject: Subject, seed: int) -> Rows:
-    """The pool, which is the same for all seeds, and the seed's members: no row never seen is a copy of one of them."""
+    """The pool, the same for all seeds, and the seed's members. No two rows of the pool are equal."""
     found: dict[tuple[int, ...], dict[str, Any]] = {}
     for row in task.rows["train"]:
         if task.head or sum(label != alpaca.IGNORED for label in row["labels"]) >= LEAST_RESPONSE:
@@ -157,7 +157,8 @@ def signals(task: Task, model: Any, rows: Dataset) -> Signals:
     loss, and its distribution nearer to a Gaussian.
     """
     if task.head:
-        chosen = task.probabilities(model, rows.remove_columns("person"))[torch.arange(len(rows)), torch.tensor(rows["labels"])]
+        likelihoods = task.probabilities(model, rows.remove_columns("person"))
+        chosen = likelihoods[torch.arange(len(rows)), torch.tensor(rows["labels"])]
         found = {"loss": chosen.double().clamp(1e-12, 1 - 1e-12).log().numpy()}
     else:
         found = response_signals(task, model, rows)
@@ -266,8 +267,8 @@ class Shadows:
 def shadow_models(task: Task, subject: Subject, pool: Dataset, folder: Path, number: int) -> dict[str, Shadows]:
     """The loss signals of the stages of one of the attacker's stores. He has recipe, base and pool, not the partition.
 
-    Each of two shards is trained on half of the pool, as the attacked store is: `whole` are the full sequences, which
-    each row is in one of two of; `part` the stages of one slice, which each row is in one of four of; `difference` is a
+    Each of two shards is trained on half of the pool, as the attacked store is. `whole` are the two full sequences:
+    each row is in one of them; `part` the four stages of one slice: each row is in one of them; `difference` is a
     whole one less a stage of one slice of the same shard that has not seen the row: what a deletion changes, if the
     row was there (seen) and if it was not.
     """
