@@ -1,6 +1,6 @@
 """Attacks as audits: what somebody can find out about deleted rows before, after and from both.
 
-A store is trained, half of the persons of one slice are deleted, and it is repaired: `S3TTrainer.train`, `delete`,
+A store is trained, three quarters of the persons of one slice are deleted, and it is repaired: `S3TTrainer.train`, `delete`,
 `train`. After each step an attacker asks the served model and tries to tell the deleted rows, which were members, from
 rows of the same source that were never seen. Before the deletion he must succeed, or his failure afterwards shows
 nothing: the benchmark then says so and ends with 1. It ends with 1, too, if he succeeds after the deletion.
@@ -57,9 +57,9 @@ SEEDS = (0, 1, 2)
 class Settings:
     """What a run is made of; written to the JSON file as it is."""
 
-    alpaca: Subject = Subject(rows=160, epochs=6, rate=2e-2, r=32, max_length=96, canaries=12, repeats=8)
-    sst2: Subject = Subject(rows=100, epochs=8, rate=5e-3, r=16, max_length=16)
-    shadows: int = 3
+    alpaca: Subject = Subject(rows=80, epochs=5, rate=2e-2, r=32, max_length=96, batch_size=8, canaries=8, repeats=8)
+    sst2: Subject = Subject(rows=80, epochs=10, rate=2e-3, r=16, max_length=16)
+    shadows: int = 2
     choose: str = (
         "few short rows, many epochs, a high rate and repeated canaries, so that members are learned by heart; by the "
         "control before any deletion, on seed 7"
@@ -67,8 +67,8 @@ class Settings:
 
 
 QUICK = Settings(
-    alpaca=Subject(rows=24, epochs=6, rate=2e-2, r=32, max_length=96, canaries=4),
-    sst2=Subject(rows=24, epochs=8, rate=5e-3, r=16, max_length=16),
+    alpaca=Subject(rows=24, epochs=5, rate=2e-2, r=32, max_length=96, batch_size=8, canaries=4),
+    sst2=Subject(rows=24, epochs=8, rate=2e-3, r=16, max_length=16),
     shadows=2,
 )
 

@@ -24,6 +24,7 @@ Signals = dict[str, np.ndarray]
 LEAST_RESPONSE = 16  # tokens
 LOWEST_SHARE = 0.2  # of the response tokens, for min-k%
 DIGITS = 3
+DELETED_SHARE = 0.75  # of a slice
 WHOLE, FIRST, SECOND = (0, 1), (0,), (1,)
 
 
@@ -219,7 +220,7 @@ class Attacked:
 
 
 def attacked_store(task: Task, subject: Subject, rows: Rows, folder: Path, seed: int) -> Attacked:
-    """Trains a store, deletes half of the persons of one slice and all its canaries, and repairs.
+    """Trains a store, deletes most persons of one slice and all its canaries, and repairs.
 
     One shard: averaging over shards would only hide a member better.
     """
@@ -233,7 +234,7 @@ def attacked_store(task: Task, subject: Subject, rows: Rows, folder: Path, seed:
     kinds = np.where(rows.members, "kept", "never").astype(object)
     in_slice = np.flatnonzero(rows.members)[places(trainer, [row["person"] for row in members])[:, 1] == hit]
     kinds[in_slice] = "mate"
-    kinds[random.permutation(in_slice)[: len(in_slice) // 2]] = "deleted"
+    kinds[random.permutation(in_slice)[: round(DELETED_SHARE * len(in_slice))]] = "deleted"
     of_canaries = places(trainer, [f"vault-{name}" for name, _ in rows.planted])[:, 1] if rows.planted else []
     gone = [canary for canary, slice_ in zip(rows.planted, of_canaries, strict=True) if slice_ == hit]
     asked = {"deleted": gone, "never": rows.never} if rows.planted else {}
