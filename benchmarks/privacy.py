@@ -1,9 +1,9 @@
 """Attacks as audits: what somebody can find out about deleted rows before, after and from both.
 
-A store is trained, three quarters of the persons of one slice are deleted, and it is repaired: `S3TTrainer.train`, `delete`,
-`train`. After each step an attacker asks the served model and tries to tell the deleted rows, which were members, from
-rows of the same source that were never seen. Before the deletion he must succeed, or his failure afterwards shows
-nothing: the benchmark then says so and ends with 1. It ends with 1, too, if he succeeds after the deletion.
+A store is trained, three quarters of the persons of one slice are deleted, and it is repaired: `S3TTrainer.train`,
+`delete`, `train`. After each step an attacker asks the served model and tries to tell the deleted rows, which were
+members, from rows of the same source that were never seen. Before the deletion he must succeed, or his failure
+afterwards shows nothing: the benchmark then says so and ends with 1. It ends with 1, too, if he succeeds after it.
 
 Attacks:
 
@@ -19,9 +19,9 @@ slice a request hit; `mates`, does he tell the deleted from the others of their 
 `mates_repaired`, after it. `no_old` compares the models after deletion and after repair only.
 
 Figures: `mia_auc_TIME`, the area under the curve, mean of both tasks, each by the attack that is best at it before the
-deletion; `canary_exposure_TIME` in bits;
-`TASK_mia_auc_TIME_ATTACK` and `TASK_mia_tpr_TIME_ATTACK`, the true positives at 1 % false ones, where enough rows were
-never seen. All are means over seeds; `_low` and `_high` are the 95 % interval by bootstrap over seeds and rows.
+deletion; `canary_exposure_TIME` in bits; `TASK_mia_auc_TIME_ATTACK`, and `TASK_mia_tpr_TIME_ATTACK`, the true positives
+at 1 % false ones, of all seeds together, if there are enough rows never seen. The others are means over seeds; `_low`
+and `_high` are the 95 % interval by bootstrap over seeds and rows.
 
 Several processes may run the same command side by side: each takes what no other one has begun.
 

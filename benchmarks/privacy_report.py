@@ -47,7 +47,7 @@ COMPARISONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
 }  # fmt: skip
 CONTROLS = ("before", "after_control", "repaired_control")
 UNSEEN = ("after", "repaired", "no_old")  # the deleted rows are to be as those never seen
-ENOUGH_NEVER = 100  # of a seed, for the rate at 1 % false positives
+ENOUGH_NEVER = 200  # of all seeds, for the rate at 1 % false positives
 CONTROL_AUC = 0.6
 CONTROL_BITS = 2.0  # above what blind guessing has
 
@@ -111,10 +111,11 @@ def membership(found: Found, random: np.random.Generator) -> dict[str, float]:
                 name = f"{task}_mia_auc_{comparison}_{attack}"
                 replicates[name] = resampled(pairs, auc, random)
                 figures |= with_interval(name, float(np.mean([auc(*pair) for pair in pairs])), replicates[name])
-                if comparison in HEADLINES and min(len(other) for _, other in pairs) >= ENOUGH_NEVER:
-                    rate = float(np.mean([rate_at_few(*pair) for pair in pairs]))
-                    drawn = resampled(pairs, rate_at_few, random)
-                    figures |= with_interval(f"{task}_mia_tpr_{comparison}_{attack}", rate, drawn)
+                first, other = (np.concatenate(scores) for scores in zip(*pairs, strict=True))
+                if comparison in HEADLINES and len(other) >= ENOUGH_NEVER:
+                    drawn = resampled([(first, other)], rate_at_few, random)
+                    name = f"{task}_mia_tpr_{comparison}_{attack}"
+                    figures |= with_interval(name, float(rate_at_few(first, other)), drawn)
     best = best_attacks(figures)
     for comparison in HEADLINES:
         names = [f"{task}_mia_auc_{comparison}_{best[task]}" for task in found]
@@ -210,7 +211,7 @@ def rates_table(found: Found, figures: dict[str, float]) -> str:
         [when.replace("_", " "), *(cell(percent, f"{task}_mia_tpr_{when}_{attack}", 1) for task, attack in columns)]
         for when in HEADLINES
     ]
-    return table("True positives in percent, at no more than 1 % false ones", head, rows)
+    return table("True positives in percent, at no more than 1 % false ones, all seeds together", head, rows)
 
 
 def canary_table(figures: dict[str, float]) -> str:
