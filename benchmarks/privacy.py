@@ -18,7 +18,7 @@ compares it with the one after the deletion (Chen et al. 2021). More of him, per
 slice a request hit; `mates`, does he tell the deleted from the others of their slice before the repair; and
 `mates_repaired`, after it. `no_old` compares the models after deletion and after repair only.
 
-Figures: `mia_auc_TIME`, the area under the curve, mean of both tasks, each by the attack that is best at it before the
+Figures: `mia_auc_TIME`, the area under the curve, mean of both tasks, each by the attack that is best before the
 deletion; `canary_exposure_TIME` in bits; `TASK_mia_auc_TIME_ATTACK`, and `TASK_mia_tpr_TIME_ATTACK`, the true positives
 at 1 % false ones, of all seeds together, if there are enough rows never seen. The others are means over seeds; `_low`
 and `_high` are the 95 % interval by bootstrap over seeds and rows.
