@@ -19,7 +19,7 @@ slice a request hit; `mates`, does he tell the deleted from the others of their 
 `mates_repaired`, after it. `no_old` compares the models after deletion and after repair only.
 
 Figures: `mia_auc_TIME`, the area under the curve, mean of both tasks, each by the attack that is best before the
-deletion; `canary_exposure_TIME` in bits; `TASK_mia_auc_TIME_ATTACK`, and `TASK_mia_tpr_TIME_ATTACK`, the true positives
+deletion; `canary_exposure_TIME` in bits; `TASK_mia_auc_TIME_ATTACK`; and `TASK_mia_tpr_TIME_ATTACK`, the true positives
 at 1 % false ones, of all seeds together, if there are enough rows never seen. The others are means over seeds; `_low`
 and `_high` are the 95 % interval by bootstrap over seeds and rows.
 
@@ -57,9 +57,9 @@ SEEDS = (0, 1, 2)
 class Settings:
     """What a run is made of; written to the JSON file as it is."""
 
-    alpaca: Subject = Subject(rows=80, epochs=5, rate=2e-2, r=32, max_length=96, batch_size=8, canaries=8, repeats=8)
-    sst2: Subject = Subject(rows=80, epochs=10, rate=2e-3, r=16, max_length=16)
-    shadows: int = 2
+    alpaca: Subject = Subject(rows=160, epochs=5, rate=2e-2, r=32, max_length=96, batch_size=8, canaries=12, repeats=8)
+    sst2: Subject = Subject(rows=160, epochs=10, rate=2e-3, r=16, max_length=16)
+    shadows: int = 3
     choose: str = (
         "few short rows, many epochs, a high rate and repeated canaries, so that members are learned by heart; by the "
         "control before any deletion, on seed 7"

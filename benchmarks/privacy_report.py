@@ -248,7 +248,7 @@ def sizes(found: Found) -> str:
         )  # fmt: skip
         planted = sum(len(part["exposures"]["before"].get("deleted", ())) for part in parts)
         more = f", {planted} canaries deleted" if planted else ""
-        lines.append(f"{TITLES[task]}: {counted}{more}; seeds {_listed(part['seed'] for part in parts)}; "
+        lines.append(f"{TITLES[task]}: {counted}{more}; seeds {_listed(part['number'] for part in parts)}; "
                      f"commit {_listed({part['commit'] for part in parts})}.")  # fmt: skip
     return "Rows of all seeds. " + " ".join(lines)
 
