@@ -19,9 +19,9 @@ slice a request hit; `mates`, does he tell the deleted from the others of their 
 `mates_repaired`, after it. `no_old` compares the models after deletion and after repair only.
 
 Figures: `mia_auc_TIME`, the area under the curve, mean of both tasks, each by the attack that is best before the
-deletion; `canary_exposure_TIME` in bits; `TASK_mia_auc_TIME_ATTACK`; and `TASK_mia_tpr_TIME_ATTACK`, the true positives
-at 1 % false ones, of all seeds together, if there are enough rows never seen. The others are means over seeds; `_low`
-and `_high` are the 95 % interval by bootstrap over seeds and rows.
+deletion; `canary_exposure_TIME` in bits; `TASK_mia_auc_TIME_ATTACK`; `TASK_mia_tpr_TIME_ATTACK`, the true positives at
+1 % false ones, of all seeds together, if there are enough rows never seen. The others are means over seeds; `_low` and
+`_high` are the 95 % interval by bootstrap over seeds and rows.
 
 Several processes may run the same command side by side: each takes what no other one has begun.
 
