@@ -58,11 +58,12 @@ class Settings:
     """What a run is made of; written to the JSON file as it is."""
 
     alpaca: Subject = Subject(rows=160, epochs=5, rate=2e-2, r=32, max_length=96, batch_size=8, canaries=12, repeats=8)
-    sst2: Subject = Subject(rows=160, epochs=10, rate=2e-3, r=16, max_length=16)
+    sst2: Subject = Subject(rows=160, epochs=20, rate=2e-3, r=16, max_length=16)
     shadows: int = 3
     choose: str = (
         "few short rows, many epochs, a high rate and repeated canaries, so that members are learned by heart; by the "
-        "control before any deletion, on seed 7"
+        "control before the deletion, on seed 7. SST-2 with 10 epochs: one control on seeds 0 to 2 was 0.60 to 0.80 "
+        "and so failed; hence 20"
     )
 
 
