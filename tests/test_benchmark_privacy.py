@@ -29,7 +29,8 @@ def attacks(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+def report(attacks: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(attacks, "REPLICATES", 200)
     return benchmark("privacy_report", monkeypatch)
 
 
@@ -53,6 +54,7 @@ def test_the_bootstrap_draws_rows_and_seeds(attacks: Any) -> None:
     assert replicates.std() == pytest.approx(rows.std() / 20, rel=0.15)
     seeds = [[np.full(5, value)] for value in (0.0, 3.0, 9.0)]  # only seeds vary
     replicates = attacks.resampled(seeds, lambda values: values.mean(-1), random)
+    assert replicates.std() == pytest.approx(np.std([0, 3, 9]) / 3**0.5, rel=0.1)
     assert replicates.mean() == pytest.approx(4, abs=0.3) and replicates.min() == 0 and replicates.max() == 9
     low, high = attacks.interval(np.arange(1001.0))
     assert (low, high) == (25, 975)
@@ -81,8 +83,9 @@ def test_exposure_is_by_rank_and_of_chance_without_knowledge(attacks: Any) -> No
     assert attacks.blind_exposure(1000) == pytest.approx(mean) == pytest.approx(1.44, abs=0.01)
 
 
-def finished(member: float, deleted: float, exposed: int) -> list[dict[str, Any]]:
-    """Three seeds: by how much scores of members and of deleted rows lie above others, and the bits of a canary."""
+def finished(member: float, deleted: float, exposed: float, exposed_later: float) -> list[dict[str, Any]]:
+    """Three seeds: by how much scores of members and of deleted rows lie above others, and the bits of a
+    canary before the deletion, and later above what is blind."""
     parts = []
     for seed in range(3):
         random = np.random.default_rng(seed)
@@ -92,8 +95,8 @@ def finished(member: float, deleted: float, exposed: int) -> list[dict[str, Any]
             shift = np.where(np.isin(kinds, seen.split()), member, np.where(kinds == "deleted", deleted, 0))
             signals[when] = {"loss": random.normal(size=480) + shift}
         blind = np.log2(1000 / random.integers(1, 1001, size=(4, 60)))
-        exposures = {"before": {"deleted": np.full(60, float(exposed)), "never": blind[0]}}
-        exposures |= {when: {"deleted": blind[1]} for when in ("after", "repaired")}
+        exposures = {"before": {"deleted": np.full(60, exposed), "never": blind[0]}}
+        exposures |= {when: {"deleted": blind[1] + exposed_later} for when in ("after", "repaired")}
         found = {"kinds": kinds.tolist(), "signals": signals, "exposures": exposures}
         parts.append({"number": seed, "commit": "abc", "seconds": 1.0, "found": found})
     return parts
@@ -110,7 +113,7 @@ def figures_of(report: Any, *case: Any) -> tuple[dict[str, float], list[str]]:
 
 
 def test_verdicts_pass_where_members_are_found_and_deleted_rows_are_not(report: Any) -> None:
-    figures, wrong = figures_of(report, 2.0, 0.0, 8)
+    figures, wrong = figures_of(report, 2.0, 0.0, 8.0, 0.0)
     assert wrong == []
     for name in (*MEAN, "alpaca_mia_tpr_after_loss"):
         assert figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"]
@@ -120,12 +123,14 @@ def test_verdicts_pass_where_members_are_found_and_deleted_rows_are_not(report: 
 
 
 def test_verdicts_fail_where_the_attack_shows_nothing_and_where_it_finds_the_deleted(report: Any) -> None:
-    wrong = figures_of(report, 0.1, 0.0, 8)[1]
+    wrong = figures_of(report, 0.1, 0.0, 8.0, 0.0)[1]
     assert len(wrong) == 6 and all("CONTROL FAILED" in line for line in wrong)
-    wrong = figures_of(report, 2.0, 0.5, 8)[1]
+    wrong = figures_of(report, 2.0, 0.5, 8.0, 0.0)[1]
     assert len([line for line in wrong if "LEAK" in line]) == 4  # after and repaired, of two tasks
-    wrong = figures_of(report, 2.0, 0.0, 3)[1]
+    wrong = figures_of(report, 2.0, 0.0, 3.0, 0.0)[1]
     assert len(wrong) == 1 and "no canary is found" in wrong[0]
+    wrong = figures_of(report, 2.0, 0.0, 8.0, 1.0)[1]
+    assert len(wrong) == 2 and all("canaries" in line and "LEAK" in line for line in wrong)
 
 
 @pytest.mark.slow
