@@ -58,12 +58,12 @@ class Settings:
     """What a run is made of; written to the JSON file as it is."""
 
     alpaca: Subject = Subject(rows=160, epochs=5, rate=2e-2, r=32, max_length=96, batch_size=8, canaries=12, repeats=8)
-    sst2: Subject = Subject(rows=160, epochs=20, rate=2e-3, r=16, max_length=16)
-    shadows: int = 3
+    sst2: Subject = Subject(rows=120, epochs=15, rate=1e-3, r=16, layers_per_slice=2, max_length=16)
+    shadows: int = 6
     choose: str = (
-        "few short rows, many epochs, a high rate and repeated canaries, so that members are learned by heart; by the "
-        "control before the deletion, on seed 7. SST-2 with 10 epochs: one control on seeds 0 to 2 was 0.60 to 0.80 "
-        "and so failed; hence 20"
+        "few short rows, many epochs and repeated canaries, so that members are learned by heart; by the control before "
+        "the deletion, on seed 7: Alpaca of two settings; SST-2 of rates from 5e-4 to 5e-3 and 1 to 3 layers a slice. A "
+        "first run of SST-2 on seeds 0 to 2 (160 rows, rate 2e-3, 1 layer) had controls of 0.60 to 0.73 and was dropped"
     )
 
 
