@@ -82,7 +82,8 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
         eval_trunk (`bool`): with a cache, whether layers that drop out in training may run without, below a stage.
         charts_per_stage (`bool`): whether logged metrics carry the stage's name (`shard-00/0-1/loss`), so that
             trackers draw a chart for each stage. By default all stages share their names, on one count of steps.
-        given, kwargs: everything else that the Trainer takes, by position or by name, in its own order.
+        given: what the Trainer takes by position, in its own order.
+        kwargs: everything else that the Trainer takes.
 
     Example:
 
