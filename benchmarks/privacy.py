@@ -61,9 +61,10 @@ class Settings:
     sst2: Subject = Subject(rows=120, epochs=15, rate=1e-3, r=16, layers_per_slice=2, max_length=16)
     shadows: int = 6
     choose: str = (
-        "few short rows, many epochs and repeated canaries, so that members are learned by heart; by the control before "
-        "the deletion, on seed 7: Alpaca of two settings; SST-2 of rates from 5e-4 to 5e-3 and 1 to 3 layers a slice. A "
-        "first run of SST-2 on seeds 0 to 2 (160 rows, rate 2e-3, 1 layer) had controls of 0.60 to 0.73 and was dropped"
+        "few short rows, many epochs and repeated canaries, so that members are learned by heart; by the control "
+        "before the deletion, on seed 7: Alpaca of two settings; SST-2 of rates from 5e-4 to 5e-3 and 1 to 3 layers a "
+        "slice. Runs of SST-2 on seeds 0 to 2 with 160 rows, rate 2e-3, 1 layer and 10 or 20 epochs had controls near "
+        "the bound and were dropped"
     )
 
 
