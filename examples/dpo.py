@@ -1,7 +1,4 @@
-"""Preferences that can be forgotten: DPO on a small Llama, one person's choices deleted, and repaired.
-
-    python examples/dpo.py
-"""
+"""Preferences that can be forgotten, with TRL's DPO on a small Llama: `python examples/dpo.py`."""
 
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer

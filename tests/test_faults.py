@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from lifecycle import OPERATIONS, Operation, check, make_root, named, open_store, picture, without
+from lifecycle import OPERATIONS, Operation, check, make_root, named, open_store, picture, unnamed, without
 from seam import DISKS, KILLS, strikes, struck
 from stores import Known
 
@@ -75,6 +75,7 @@ def lives() -> Iterator[dict[str, Life]]:
         named("receipt-1")
         known = make_root(folder / "root")
         shutil.copytree(folder / "root", folder / "made")
+        unnamed()
         yield {
             name: Life(operation, folder / "made", known, folder / f"life-{number}", folder / "root")
             for number, (name, operation) in enumerate(OPERATIONS.items())
@@ -82,13 +83,11 @@ def lives() -> Iterator[dict[str, Life]]:
 
 
 @pytest.fixture(autouse=True)
-def names(monkeypatch: pytest.MonkeyPatch) -> None:
+def names() -> Iterator[None]:
     """What `named` sets is taken back."""
-    from hf_s3t.store import deletion, lost_state, tombstones
-
-    for module in (deletion, lost_state, tombstones):
-        monkeypatch.setattr(module, "receipt_name", module.receipt_name)
     named("receipt-3")
+    yield
+    unnamed()
 
 
 def every(step: int, life: Life, faults: tuple[str, ...]) -> list[tuple[int, str]]:

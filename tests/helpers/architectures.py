@@ -201,8 +201,8 @@ _qv = {"target_modules": ["q_proj", "v_proj"]}
 _attention = {"task_type": "CAUSAL_LM", **_qv}
 
 
-def _case(name: str, make: Callable[..., Any], rows: Any, config: dict[str, Any], auto: str, path: str, **more: Any):
-    return Case(name, make, rows, config, f"AutoModelFor{auto}", path, LAYERS, **more)
+def _case(name: str, make: Callable[..., Any], rows: Any, config: dict[str, Any], path: str, **more: Any):
+    return Case(name, make, rows, config, path, LAYERS, **more)
 
 
 ARCHITECTURES = {
@@ -210,23 +210,23 @@ ARCHITECTURES = {
     for case in (
         _case("t5", partial(tiny_t5, dropout_rate=0.0), pair_rows,
               {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "v"], "layers_pattern": "decoder.block"},
-              "Seq2SeqLM", "decoder.block"),
+              "decoder.block"),
         _case("bart", tiny_bart, pair_rows,
               {"task_type": "SEQ_2_SEQ_LM", **_qv, "layers_pattern": "decoder.layers"},
-              "Seq2SeqLM", "model.decoder.layers"),
+              "model.decoder.layers"),
         _case("whisper", tiny_whisper, sound_rows,
               {**_qv, "layers_pattern": "decoder.layers"},
-              "SpeechSeq2Seq", "model.decoder.layers"),
+              "model.decoder.layers"),
         _case("bert-qa", tiny_bert_qa, span_rows,
               {"task_type": "QUESTION_ANS", "target_modules": ["query", "value"]},
-              "QuestionAnswering", "bert.encoder.layer", heads=("qa_outputs",)),
+              "bert.encoder.layer", heads=("qa_outputs",)),
         _case("bert-tokens", tiny_bert_tokens, tag_rows,
               {"task_type": "TOKEN_CLS", "target_modules": ["query", "value"]},
-              "TokenClassification", "bert.encoder.layer", heads=("classifier",)),
-        _case("mixtral", tiny_mixtral, models.llama_rows, _attention, "CausalLM", "model.layers"),
-        _case("qwen3-moe", tiny_qwen3_moe, models.llama_rows, _attention, "CausalLM", "model.layers"),
+              "bert.encoder.layer", heads=("classifier",)),
+        _case("mixtral", tiny_mixtral, models.llama_rows, _attention, "model.layers"),
+        _case("qwen3-moe", tiny_qwen3_moe, models.llama_rows, _attention, "model.layers"),
         _case("qwen2-vl", tiny_qwen2_vl, picture_rows,
               {**_attention, "layers_pattern": "language_model.layers"},
-              "ImageTextToText", "model.language_model.layers", collate=collate_pictures),
+              "model.language_model.layers", collate=collate_pictures),
     )
 }  # fmt: skip

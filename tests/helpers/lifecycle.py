@@ -12,6 +12,7 @@ root/  out/       the store: two shards of two slices, somebody deleted, a copy 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -24,25 +25,44 @@ from typing import Any
 
 from hf_s3t import Plan, S3TStore, StoreError
 from hf_s3t.serving.loading import read_members
-from hf_s3t.store import deletion, lost_state, tombstones
+from hf_s3t.store import deletion, lost_state, obeyed, receipts, tombstones
 from hf_s3t.store.audit import verify
 from hf_s3t.store.schema import DATABASE
 from seam import Outcome
-from stores import KEY, PASSING, Known, edit_database, make_store, people
+from stores import KEY, PASSING, Known, make_store, people
 
 ROWS = people(24)
 PLAN = Plan.make(2, 2, [(0, 1), (1, 0)], prune=False)
-TIMES = ("requested_at", "inactive_since")
+VARYING = ("requested_at", "inactive_since", "still_served_at", "salts", "copies")
+"""Fields of receipts: times, names of commits, which have times, and what is drawn when a deletion ends."""
 TYPED = ("OSError", "UnfinishedDeletionError", "StateError", "StoreError")
 """What a disk that fails may end in; the class of an `OSError` may be one of its own."""
 VICTIM = "row-23"
 """Deleted before anything is struck."""
 
 
+LONG_AGO = "2020-01-01T00:00:00.000+00:00"
+FIXED = {
+    **{(module, "receipt_name"): lambda name, number: name for module in (deletion, lost_state, tombstones)},
+    (obeyed, "receipt_name"): lambda name, number: f"{name}-obeyed-{number}",
+    **{(module, "utc_now"): lambda name, number: LONG_AGO for module in (deletion, lost_state, obeyed)},
+    (receipts, "new_salt"): lambda name, number: "5a" * 16,
+}
+"""What differs from run to run in a deletion's records, and what it is made instead."""
+FREE = {(module, attribute): getattr(module, attribute) for module, attribute in FIXED}
+
+
 def named(name: str) -> None:
-    """Deletions get this name from now on, so that they have the same one in every run."""
-    for module in (deletion, lost_state, tombstones):
-        module.receipt_name = lambda: name
+    """Deletions get this name from now on, one time and one salt, so that they have the same records in every run."""
+    for (module, attribute), make in FIXED.items():
+        count = itertools.count()
+        setattr(module, attribute, lambda make=make, count=count: make(name, next(count)))
+
+
+def unnamed() -> None:
+    """Takes back what `named` set."""
+    for (module, attribute), value in FREE.items():
+        setattr(module, attribute, value)
 
 
 def open_store(root: Path, key: bytes | None = None) -> S3TStore:
@@ -136,13 +156,6 @@ def _older_files(root: Path, known: Known) -> None:
     (root / "kept").rename(root / "out")
 
 
-def _age(root: Path, known: Known) -> None:
-    edit_database(root / "out", "UPDATE receipts SET receipt = replace(receipt, '\"requested_at\": \"2', "
-                  "'\"requested_at\": \"1')")  # fmt: skip
-    with open_store(root).changing() as state:
-        state.rewrite_receipts({})
-
-
 def _begin(root: Path, known: Known) -> None:
     """A deletion is on record, and nothing else is done."""
     carry_out = deletion.carry_out
@@ -208,7 +221,7 @@ OPERATIONS = {
         lambda root, known: open_store(root).import_state(root / "latest"), _damage, loose=STATE, sound=False
     ),
     "move the key": Operation(_move_key, loose="key$"),
-    "expire": Operation(lambda root, known: open_store(root).expire("2y"), _age),
+    "expire": Operation(lambda root, known: open_store(root).expire("2y")),
     "accept a loss": Operation(lambda root, known: open_store(root).accept_loss("DSR-3"), _lost_deletion, sound=False),
 }  # fmt: skip
 
@@ -249,7 +262,7 @@ def tables_of(file: Path) -> dict[str, list[Any]] | None:
                 values = values.replace("event", "(SELECT name FROM events AS e WHERE e.number = event)")
             rows = connection.execute(f"SELECT {values} FROM {table}").fetchall()
             if table == "receipts":
-                rows = [json.dumps({k: v for k, v in json.loads(row[-1]).items() if k not in TIMES}) for row in rows]
+                rows = [json.dumps({k: v for k, v in json.loads(row[-1]).items() if k not in VARYING}) for row in rows]
             if rows:
                 found[table] = rows if table == "receipts" else sorted(map(repr, rows))
         return found

@@ -105,7 +105,8 @@ def repair(path):
         with store.changing() as state:
             for stage in stages:
                 if state.record(stage.name) is None:
-                    state.write_record(stage.name, {"generation": state.generation, "examples": 0, "steps": 1})
+                    record = {"generation": state.generation, "examples": 0, "data": "", "steps": 1}
+                    state.write_record(stage.name, record)
 
 
 def dies(path, when, name):

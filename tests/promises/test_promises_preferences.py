@@ -97,9 +97,8 @@ def case_of(name: str) -> Case:
     """The case of a trainer."""
     _, _, _, make_model, columns = TRAINERS[name]
     task, heads = ("SEQ_CLS", ("score",)) if name == "reward" else ("CAUSAL_LM", ())
-    auto = "AutoModelForSequenceClassification" if heads else "AutoModelForCausalLM"
     config = {"task_type": task, "target_modules": ["q_proj", "v_proj"]}
-    return Case(name, make_model, partial(preferences, columns), config, auto, "model.layers", 3, heads, tokens)
+    return Case(name, make_model, partial(preferences, columns), config, "model.layers", 3, heads, tokens)
 
 
 @dataclass

@@ -106,9 +106,10 @@ def test_a_state_that_was_copied_while_it_was_written_is_whole_or_damaged(
     times = snapshots(store, tmp_path / "times", "delete", ids=names)
     old, new = (path / ".s3t/state.sqlite" for path in (times[0], times[-1]))
     before, after = old.read_bytes(), new.read_bytes()
-    assert len(before) == len(after) > 3 * 4096
+    pages = min(len(before), len(after)) // 4096
+    assert pages > 3
     torn = told = 0
-    for page in range(1, len(before) // 4096):
+    for page in range(1, pages):
         for first, second in ((before, after), (after, before)):
             mixed = first[: page * 4096] + second[page * 4096 :]
             if mixed in (before, after):
@@ -123,12 +124,12 @@ def test_a_state_that_was_copied_while_it_was_written_is_whole_or_damaged(
             assert not any({made[1].places[name] for name in names} & stage.slices for stage in opened.live().stages)
             whole = verify(opened).ok
             found, expected = (
-                {name: rows for name, rows in tables_of(file).items() if name not in TOLD}
+                {name: rows for name, rows in (tables_of(file) or {}).items() if name not in TOLD}
                 for file in (opened.database, new)
             )
             assert not whole or found == expected, {k for k in expected if found.get(k) != expected[k]}
             told += not whole
-    assert torn > told > 3
+    assert torn >= told > 3
 
 
 # ---- two that write ----

@@ -23,6 +23,7 @@ OPTIONS = {
     "missing_ok": "--missing-ok",
     "older_than": "--older-than",
     "prefix": "--prefix",
+    "public_key": "--public-key",
     "purge": "--purge",
     "reference": "--reference",
     "refresh_exports": "--refresh-exports",

@@ -40,6 +40,7 @@ def load(
         OSError: the base or the tokenizer cannot be loaded.
     """
     opened = S3TStore(store, state=state)
+    opened.reads_state = state is not None
     if state is not None:
         opened.key  # noqa: B018  a deletion would need it: said now, and not when somebody asks for one
     stored = opened.manifest().recipe["base"]

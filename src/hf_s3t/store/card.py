@@ -24,10 +24,14 @@ AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "text2text-generation"),
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
     "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
+    "SPEECH": ("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
+    "IMAGE_TEXT": ("AutoModelForImageTextToText", "image-text-to-text"),
     "IMAGE_CLS": ("AutoModelForImageClassification", "image-classification"),
 }
 
 ENDINGS = {
+    "WhisperForConditionalGeneration": "SPEECH",
+    "VLForConditionalGeneration": "IMAGE_TEXT",
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
@@ -36,7 +40,7 @@ ENDINGS = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForImageClassification": "IMAGE_CLS",
 }
-"""What a base is for, by the end of its class's name, where the config does not say."""
+"""What a base is for, by the end of its class's name: the first that fits."""
 
 PREFIX_LINES = """\
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -169,12 +173,9 @@ def _told(what: str, make: Callable[[], str], otherwise: str = "") -> str:
 
 
 def _task(manifest: Manifest) -> str | None:
-    """What the base is for: as the config says, else by its class."""
-    task = manifest.recipe.get("config", {}).get("task_type")
-    if task is None:
-        name = str(manifest.recipe.get("base", {}).get("class"))
-        task = next((task for ending, task in ENDINGS.items() if name.endswith(ending)), None)
-    return task
+    """What the base is for: by its class, else as the config says."""
+    name, said = str(manifest.recipe["base"].get("class")), manifest.recipe["config"].get("task_type")
+    return next((task for ending, task in ENDINGS.items() if name.endswith(ending)), said)
 
 
 def _base_lines(manifest: Manifest, task: str | None) -> str:

@@ -40,8 +40,8 @@ def sealed(salt: str, value: Any) -> str:
 
 
 def new_salt() -> str:
-    """128 random bits, in hexadecimal."""
-    return secrets.token_hex(16)
+    """256 random bits, in hexadecimal."""
+    return secrets.token_hex(32)
 
 
 def weights_of(manifest: Manifest) -> dict[str, str]:

@@ -87,6 +87,9 @@ def digests(files: Mapping[str, bytes]) -> dict[str, str]:
 class StoreFolder(StateFiles):
     """Files of one store, whose folder need not exist yet. [`S3TStore`] says what the arguments mean."""
 
+    reads_state = True
+    """Whether whatever reads this store may open its private state: an endpoint may not."""
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -147,7 +150,7 @@ class StoreFolder(StateFiles):
 
     def _newer_log(self, manifest: Manifest) -> Log:
         """The log of the state beside a folder, if it is there and this store's."""
-        if not isinstance(self.source, FolderSource) or self._private_file(DATABASE) is None:
+        if not (self.reads_state and isinstance(self.source, FolderSource)) or self._private_file(DATABASE) is None:
             return {}
         try:
             with self.reading(lost=True) as state:

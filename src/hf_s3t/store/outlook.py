@@ -79,7 +79,7 @@ def lost_places(before: Served, after: Served) -> set[Place]:
 def dark_rows(folder: StoreFolder, before: Served, after: Served) -> int | None:
     """How many rows went dark, by the state; `None` where the state is not here, or not readable."""
     try:
-        if not folder.has_state:
+        if not (folder.reads_state and folder.has_state):
             return None
         with folder.reading() as state:
             counts = state.counts()

@@ -90,7 +90,7 @@ def _signature(receipt: Mapping[str, Any], public_key: bytes | None) -> Findings
     if finding:
         yield finding
     elif public_key is None:
-        yield NotChecked("The key that signed it is its own word: give --public-key.")
+        yield NotChecked("The key that signed it is its own word: give `public_key=`.")
 
 
 def _named(receipt: Mapping[str, Any], manifest: Manifest) -> Findings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import version
@@ -161,7 +161,7 @@ def linked(folder: StoreFolder, receipt: Receipt, state: StateDatabase | None = 
     number, previous = max(_links(folder, state), default=(0, ""))
     salts = {name: new_salt() for name in SEALED}
     receipt = replace(
-        receipt, number=number + 1, previous=previous, salt=secrets.token_hex(32), salts=salts,
+        receipt, number=number + 1, previous=previous, salt=new_salt(), salts=salts,
         sealed={name: sealed(salts[name], getattr(receipt, name)) for name in SEALED},
     )  # fmt: skip
     return replace(receipt, digest=evidence_digest(receipt.to_json()))
@@ -169,9 +169,9 @@ def linked(folder: StoreFolder, receipt: Receipt, state: StateDatabase | None = 
 
 def _links(folder: StoreFolder, state: StateDatabase | None) -> list[tuple[int, str]]:
     """Number and digest of the newest receipts, wherever they are."""
-    told = [intent["receipt"] for intent in folder.readable_intents()]
-    told += [read_json(path) for path in folder.loose_receipts()]
-    found = [(receipt["number"], receipt["digest"]) for receipt in told if receipt.get("digest")]
+    told = [Receipt.from_json(intent["receipt"]) for intent in folder.readable_intents()]
+    told += [receipt for _, receipt in _readable(folder)]
+    found = [(receipt.number, receipt.digest) for receipt in told if receipt.digest]
     try:
         if state is not None:
             found += state.newest_links()
@@ -211,15 +211,19 @@ def append_receipt(folder: StoreFolder, receipt: Receipt) -> Receipt:
 
 def take_in_loose_receipts(folder: StoreFolder) -> None:
     """Puts receipts that are files of their own where the others are."""
+    for path, receipt in _readable(folder):
+        with folder.changing(create=True) as state:
+            state.add_receipt(receipt.receipt, receipt.to_json())
+        remove(path)
+
+
+def _readable(folder: StoreFolder) -> Iterator[tuple[Path, Receipt]]:
+    """Receipts that are files of their own; one that cannot be read stays, and keeps nobody from deleting."""
     for path in folder.loose_receipts():
         try:
-            receipt = Receipt.from_json(read_json(path)).to_json()
-        except StoreError as error:  # it stays where it is, and keeps nobody from deleting
+            yield path, Receipt.from_json(read_json(path))
+        except StoreError as error:
             logger.error("%s: %s", path, error)
-            continue
-        with folder.changing(create=True) as state:
-            state.add_receipt(receipt["receipt"], receipt)
-        remove(path)
 
 
 def read_receipts(folder: StoreFolder) -> list[dict[str, Any]]:

@@ -75,7 +75,8 @@ class RetrainingMixin(TrainerSeam):
         with self._training_lock():
             try:
                 report: VerifyReport = store.verify(
-                    retrain, sample=sample, seed=seed, make_trainer=moved, scan_for=scan_for
+                    retrain, sample=sample, seed=seed, scan_for=scan_for,
+                    make_trainer=None if retrain is None and sample is None else moved,
                 )
             finally:
                 self.store, self.watch = store, watch
