@@ -4,7 +4,7 @@
 #   sbatch cluster_configs/slurm.sh my_training.py
 #
 # my_training.py calls `hf_s3t.ray.train(make_trainer, workers=32)`. It runs once, on the first node: that is the driver.
-# Killed or out of time, submit it again: it goes on with the stages that are in the store.
+# If it is killed or runs out of time, submit it again: it continues from the stages in the store.
 #
 # What was run: `ray symmetric-run` with one node, without SLURM. Not run: SLURM, and several nodes.
 
@@ -16,7 +16,7 @@
 #SBATCH --gpus-per-node=8
 # One for each GPU at least; more where rows are prepared while a stage trains.
 #SBATCH --cpus-per-task=64
-# Back into the queue when a node fails: nothing that is in the store is trained again.
+# Requeue when a node fails: no stage in the store is trained again.
 #SBATCH --requeue
 
 set -euo pipefail
