@@ -23,7 +23,7 @@ PROOF = (
      (("number=number + 1, previous=previous, salt", 'number=number + 1, previous="", salt'),),
      (RECEIPTS + "each_receipt_names_the_one_before_it_and_the_manifest_names_its_digest",)),
     (13, "a deletion that was begun has no place in the chain", "store/receipts.py",
-     (('    told = [intent["receipt"] for intent in folder.readable_intents()]\n', "    told = []\n"),),
+     (("            found.append((number, digest))\n", "            pass\n"),),
      (RECEIPTS + "a_receipt_follows_a_deletion_that_was_begun_and_is_not_done",)),
     (13, "a receipt that a later one follows may be gone", "store/receipt_audit.py",
      (("        gone = [name for name in before if name not in linked]", "        gone = []  # type: ignore"),

@@ -169,9 +169,11 @@ def linked(folder: StoreFolder, receipt: Receipt, state: StateDatabase | None = 
 
 def _links(folder: StoreFolder, state: StateDatabase | None) -> list[tuple[int, str]]:
     """Number and digest of the newest receipts, wherever they are."""
-    told = [Receipt.from_json(intent["receipt"]) for intent in folder.readable_intents()]
-    told += [receipt for _, receipt in _readable(folder)]
-    found = [(receipt.number, receipt.digest) for receipt in told if receipt.digest]
+    found = [(receipt.number, receipt.digest) for _, receipt in _readable(folder) if receipt.digest]
+    for intent in folder.readable_intents():
+        number, digest = intent["receipt"].get("number"), intent["receipt"].get("digest")
+        if isinstance(number, int) and isinstance(digest, str) and digest:
+            found.append((number, digest))
     try:
         if state is not None:
             found += state.newest_links()
