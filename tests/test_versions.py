@@ -25,7 +25,10 @@ BUILD = [Requirement(line) for line in PROJECT["build-system"]["requires"]]
 PINS = (REPOSITORY / "constraints" / "tested.txt").read_text().splitlines()[1:]
 PINNED = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in PINS}
 
-EXTRAS_OF = {"src": ("plots", "quantization", "ray", "serve", "signing"), "recipes": ("quantization", "eval", "recipes")}
+EXTRAS_OF = {
+    "src": ("plots", "quantization", "ray", "serve", "signing"),
+    "recipes": ("quantization", "eval", "recipes"),
+}
 """Folders of the repository, and the extras that what lies there may import from."""
 
 BROUGHT = {
