@@ -32,7 +32,7 @@ FUZZ = (
      (("            return read_as(cls, {\"format\": 1, **data})\n", "            return cls(**data)\n"),),
      (PRIVATE + "a_receipt[few]",)),
     (3, "a damaged receipt beside the state stalls every deletion", "store/receipts.py",
-     (("        except StoreError as error:\n            logger.error(\"%s: %s\"", "        except OSError as error:\n            logger.error(\"%s: %s\""),),
+     (("        except StoreError as error:\n            logger.error(", "        except OSError as error:\n            logger.error("),),
      (PRIVATE + "a_receipt_beside_the_state[few]",)),
     (3, "tables that somebody changed are believed", "store/schema.py",
      (("    if found != known:", "    if False:"),),
