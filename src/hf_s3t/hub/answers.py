@@ -1,7 +1,7 @@
 """What the Hub answers, read strictly: whoever runs it, or stands between, may answer anything.
 
-The client takes lists as they come. What it makes of them is looked at here before anybody rests on it, and what it does
-not understand becomes a [`HubError`].
+The client takes lists as they come. What it makes of them is looked at here before anybody rests on it, and what it
+does not understand becomes a [`HubError`].
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 @contextmanager
 def reading(repo_id: str, what: str) -> Iterator[None]:
-    """Raises a [`HubError`] in it where an answer about a repository is none; a request that fails stays what it is."""
+    """Raises a [`HubError`] in it where an answer about a repository is none; failed requests stay what they are."""
     try:
         yield
     except (S3TError, HFValidationError, OSError, seam.http_error()):

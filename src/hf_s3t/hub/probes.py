@@ -21,8 +21,8 @@ from huggingface_hub import hf_hub_url
 from ..errors import CompatibilityError, HubError
 from ..files import utc_now
 from ..seams import hub as seam
-from .purge_report import Probe, PurgeReport
 from .answers import reading
+from .purge_report import Probe, PurgeReport
 from .repo import HubRepo
 
 WORKERS = 8

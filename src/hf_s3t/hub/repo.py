@@ -297,7 +297,7 @@ class HubRepo:
         """Whether only those with access can read the repository. A [`HubError`] where that is not said."""
         private = getattr(self.info(), "private", None)
         if not isinstance(private, bool):
-            raise HubError(f"The Hub does not say whether {self.repo_id} is private. Nothing is sent that must not be.")
+            raise HubError(f"The Hub does not say whether {self.repo_id} is private. Nothing was sent.")
         return private
 
     # ---- the history ----
