@@ -195,7 +195,7 @@ LIES = {
     "half a character": ("history", "refs", lambda refs: refs["tags"][0].update(ref="\ud800"), "HubError: .*refs"),
     "what is no sha256": ("purge", "tree", lambda tree: of_weights(tree, oid="x"), "HubError: The purge .*sha256"),
     "a live file by another name": (
-        "purge", "large files", lambda files: [file.update(fileOid="x" * 64) for file in files], "CompatibilityError: ",
+        "purge", "large files", lambda files: [one.update(fileOid="x" * 64) for one in files], "CompatibilityError: ",
     ),
     "neither private nor public": (
         "push", "info", lambda info: info.update(private="no"), "HubError: The Hub does not say whether .* is private",
