@@ -26,6 +26,7 @@ def server(running: Server) -> Iterator[Server]:
     """The server with every switch off; afterwards nothing is left in it."""
     yield running
     vars(running.faults).update(vars(Faults()))
+    running.hub.odd = None
     for name in list(running.hub.repositories):
         running.hub.delete(name)
 

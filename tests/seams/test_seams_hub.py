@@ -57,8 +57,8 @@ def test_a_listing_of_another_form_is_an_error(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_listing_may_have_files_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils, "paginate", lambda *args, **kwargs: iter([{"fileOid": "1"}]))
-    assert hub.list_large_files(HfApi(token="x"), "me/model") == {"1": 1}
+    monkeypatch.setattr(utils, "paginate", lambda *args, **kwargs: iter([{"fileOid": "1" * 64}]))
+    assert hub.list_large_files(HfApi(token="x"), "me/model") == {"1" * 64: 1}
 
 
 def test_a_deletion_of_large_files_with_other_parameters_is_an_error() -> None:

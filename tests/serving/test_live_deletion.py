@@ -263,6 +263,18 @@ def test_a_cache_of_other_members_is_refused(store: S3TStore, ensemble: S3TEnsem
                 ask(tokens[:, 7:], **kept)
 
 
+def test_a_cache_from_before_the_trunk_moved_up_is_refused(ensemble: S3TEnsemble) -> None:
+    """The same members made it, and have rows in other layers."""
+    tokens = inputs_of("llama")["input_ids"]
+    ensemble.delete(slices=[(0, 1), (1, 1), (2, 1)])
+    with torch.no_grad():
+        kept = caches_in(ensemble(tokens[:, :7], use_cache=True))
+        assert not ensemble.refresh()
+        for ask in (ensemble, ensemble.generate):
+            with pytest.raises(ValueError, match="of other members"):
+                ask(tokens[:, 7:], **kept)
+
+
 # A compiled model
 
 

@@ -18,9 +18,10 @@ from urllib.parse import parse_qs, urlsplit
 
 from huggingface_hub import hf_hub_url
 
-from ..errors import CompatibilityError
+from ..errors import CompatibilityError, HubError
 from ..files import utc_now
 from ..seams import hub as seam
+from .answers import reading
 from .purge_report import Probe, PurgeReport
 from .repo import HubRepo
 
@@ -52,7 +53,7 @@ def _asked(repo: HubRepo, report: PurgeReport) -> PurgeReport:
     report = replace(report, probes=sorted(probes, key=lambda probe: (probe.oid, probe.way, probe.at)))
     try:
         head = repo.branch_head() or ""
-    except (seam.http_error(), OSError):
+    except (seam.http_error(), HubError, OSError):
         head = report.head
     status = "pending" if report.pending else "no_longer_served"
     return replace(report, head=head, ended_at=utc_now(), status="begun" if report.status == "begun" else status)
@@ -63,7 +64,7 @@ def ask(repo: HubRepo, probes: Iterable[Probe]) -> list[Probe]:
     probes = list(probes)
     try:
         hidden = None if repo.info() is not None else "the repository is not there, or hidden from this token"
-    except (seam.http_error(), OSError) as error:
+    except (seam.http_error(), HubError, OSError) as error:
         hidden = f"no answer: {_short(error)}"
     if hidden is not None:
         return [replace(probe, answer=hidden, served=None, seen_at=utc_now()) for probe in probes]
@@ -97,7 +98,7 @@ def _answer(repo: HubRepo, probe: Probe, listing: set[str] | str, objects: Mappi
         if probe.way == "object":
             return objects[probe.oid]
         return _judge(head_of(repo, *probe.at.split(":", 1)), probe.oid)
-    except (seam.http_error(), OSError) as error:
+    except (seam.http_error(), HubError, OSError) as error:
         return None, f"no answer: {_short(error)}"
 
 
@@ -128,7 +129,7 @@ def _objects(repo: HubRepo, probes: Iterable[Probe]) -> dict[str, Answer]:
         batch = oids[start : start + BATCH]
         try:
             answers |= dict.fromkeys(batch, (None, "not answered")) | _batch(repo, {oid: sizes[oid] for oid in batch})
-        except (seam.http_error(), OSError, KeyError, ValueError) as error:
+        except (seam.http_error(), HubError, OSError) as error:
             answers |= dict.fromkeys(batch, (None, f"no answer: {_short(error)}"))
     return answers
 
@@ -144,14 +145,16 @@ def _batch(repo: HubRepo, sizes: Mapping[str, int]) -> dict[str, Answer]:
     )  # fmt: skip
     if response.status_code >= 400:
         return dict.fromkeys(sizes, (None, f"HTTP {response.status_code}"))
-    return {found["oid"]: _object_answer(found) for found in response.json()["objects"]}
+    with reading(repo.repo_id, "large files"):
+        found = {one["oid"]: _object_answer(one) for one in response.json()["objects"]}
+    return {oid: found[oid] for oid in sizes if oid in found}
 
 
 def _object_answer(found: Mapping[str, Any]) -> Answer:
     if "download" in found.get("actions", {}):
         return True, "downloadable"
     code = found.get("error", {}).get("code")
-    return False if code in (404, 410) else None, f"object error {code}"
+    return False if code in (404, 410) else None, f"object error {code if type(code) is int else 'without a code'}"
 
 
 def _address(probe: Probe) -> Probe:

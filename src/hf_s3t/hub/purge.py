@@ -122,7 +122,7 @@ def _stopping(repo: HubRepo) -> Iterator[None]:
     """Tells how to go on with a purge that is stopped in this block."""
     try:
         yield
-    except (HfHubHTTPError, seam.transport_error()) as error:
+    except (HfHubHTTPError, HubError, seam.transport_error()) as error:
         raise HubError(
             f"The purge of {repo.repo_id} stopped: {error}. What was done stays done, and nothing that is kept was "
             "removed. It needs a token with write access; purge again to go on."

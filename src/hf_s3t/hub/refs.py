@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..seams import hub as seam
+from .answers import reading
 from .repo import HubRepo
 
 
@@ -26,7 +27,7 @@ def sort_refs(repo: HubRepo, keep_refs: Iterable[str] | None) -> tuple[list[str]
     if wanted - set(refs):
         absent = ", ".join(sorted(wanted - set(refs)))
         raise ValueError(f"{repo.repo_id} has no {absent}; it has {', '.join(refs)}. Nothing was changed.")
-    stuck = [ref for ref in dropped if not re.match("refs/(heads|tags|pr)/", ref)]
+    stuck = [ref for ref in dropped if not re.fullmatch(r"refs/((heads|tags)/.+|pr/\d{1,9})", ref)]
     if stuck:
         raise ValueError(
             f"{', '.join(stuck)} of {repo.repo_id} cannot be removed from here. Nothing was changed. Remove it on "
@@ -59,8 +60,9 @@ def drop_ref(repo: HubRepo, ref: str) -> None:
             api.delete_tag(name, tag=ref.removeprefix("refs/tags/"))
         else:
             number = int(ref.removeprefix("refs/pr/"))
-            if api.get_discussion_details(name, number).status in ("open", "draft"):
-                api.change_discussion_status(name, number, "closed")
+            with reading(name, f"pull request {number}"):
+                if api.get_discussion_details(name, number).status in ("open", "draft"):
+                    api.change_discussion_status(name, number, "closed")
             seam.delete_pull_request_ref(api, name, number)
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
@@ -71,4 +73,6 @@ def drop_ref(repo: HubRepo, ref: str) -> None:
 def squash(repo: HubRepo, ref: str) -> None:
     """Makes one commit of a branch's history; other refs, and a branch that is one commit, stay."""
     if is_branch(ref) and len(repo.commits(ref)) > 1:
-        repo.api.super_squash_history(repo.repo_id, branch=ref.removeprefix("refs/heads/"), commit_message="Squash")
+        branch = ref.removeprefix("refs/heads/")
+        with reading(repo.repo_id, "a squash"):
+            repo.api.super_squash_history(repo.repo_id, branch=branch, commit_message="Squash")

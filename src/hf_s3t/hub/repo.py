@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from ..errors import HeadMovedError, HubError, StoreError
 from ..files import write_atomic
 from ..seams import hub as seam
+from .answers import commit_name, entry, reading, surfacing, text
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +50,23 @@ class HubRepo:
         self.repo_id = repo_id
         self.api = HfApi(token=token, library_name="hf_s3t")
 
+    @surfacing
     def create(self, private: bool = True) -> None:
         """Makes the repository where there is none."""
-        self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+        with reading(self.repo_id, "the making"):
+            self.api.create_repo(self.repo_id, private=private, exist_ok=True)
 
     def info(self, revision: str | None = None) -> Any:
         """What the Hub tells of a revision; `None` where there is no such repository or revision."""
         try:
-            return self.api.repo_info(self.repo_id, revision=revision or self.branch)
+            with reading(self.repo_id, "a revision"):
+                found = self.api.repo_info(self.repo_id, revision=revision or self.branch)
+                commit_name(found.sha)
+                return found
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return None
 
+    @surfacing
     def head(self, revision: str | None = None) -> str:
         """The full sha of a revision, by default of the branch's newest commit.
 
@@ -93,20 +100,27 @@ class HubRepo:
 
     def branch_head(self) -> str | None:
         """The branch's newest commit. After a rewrite of the history the info may name an older one for a while."""
-        branches = self.api.list_repo_refs(self.repo_id).branches
-        return next((ref.target_commit for ref in branches if ref.name == self.branch), None)
+        with reading(self.repo_id, "the branches"):
+            branches = self.api.list_repo_refs(self.repo_id).branches
+            return next((commit_name(ref.target_commit) for ref in branches if ref.name == self.branch), None)
 
+    @surfacing
     def has(self, path: str, revision: str) -> bool:
         """Whether a revision has a file. A [`HubError`] if it is not in the cache, and the Hub cannot be reached."""
         if self.is_cached(path, revision):
             return True
         try:
-            return bool(self.api.get_paths_info(self.repo_id, [path], revision=revision))
+            return any(found.path == path for found in self._entries_of(path, revision))
         except (OfflineModeIsEnabled, seam.transport_error()) as error:
             raise HubError(
                 f"{path} of {self.repo_id} at {revision} is not in the cache, and the Hub cannot be reached: {error}"
             ) from None
 
+    def _entries_of(self, path: str, revision: str) -> list[Any]:
+        with reading(self.repo_id, path):
+            return [entry(found) for found in self.api.get_paths_info(self.repo_id, [path], revision=revision)]
+
+    @surfacing
     def file(self, path: str, revision: str, limit: int | None = None) -> Path:
         """A file of a revision, from the cache where it is there.
 
@@ -114,11 +128,12 @@ class HubRepo:
         """
         try:
             if limit is not None and not self.is_cached(path, revision):
-                for entry in self.api.get_paths_info(self.repo_id, [path], revision=revision):
-                    size = getattr(entry, "size", 0)
+                for found in self._entries_of(path, revision):
+                    size = getattr(found, "size", 0)
                     if size > limit:
                         raise StoreError(f"{path} of {self.repo_id} has {size} bytes, more than the {limit} allowed.")
-            return Path(self.api.hf_hub_download(self.repo_id, path, revision=revision))
+            with reading(self.repo_id, path):
+                return Path(self.api.hf_hub_download(self.repo_id, path, revision=revision))
         except LocalEntryNotFoundError as error:
             raise StoreError(
                 f"{path} of {self.repo_id} is not in the cache, and the Hub cannot be reached."
@@ -150,11 +165,18 @@ class HubRepo:
 
     def tree(self, revision: str) -> dict[str, Any]:
         """Every file of a revision, by its path."""
-        found = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
-        return {entry.path: entry for entry in found if hasattr(entry, "size")}
+        with reading(self.repo_id, "the files"):
+            found = map(entry, self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision))
+            return {one.path: one for one in found if hasattr(one, "size")}
+
+    @surfacing
+    def paths(self, revision: str) -> set[str]:
+        """The paths of every file of a revision."""
+        return set(self.tree(revision))
 
     # ---- writing ----
 
+    @surfacing
     def commit(
         self, message: str, parent: str, files: Mapping[str, bytes | Path], removed: Iterable[str] = ()
     ) -> CommitInfo:
@@ -195,7 +217,7 @@ class HubRepo:
             return self._commit_once(message, parent, files, removed)
         except RepositoryNotFoundError:
             raise
-        except (HfHubHTTPError, OSError, seam.transport_error()) as error:
+        except (HfHubHTTPError, HubError, OSError, seam.transport_error()) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in (401, 403):
                 raise self._no_right(error) from None
@@ -217,7 +239,8 @@ class HubRepo:
             source = content if isinstance(content, bytes) else str(content)
             additions[os.path.dirname(path)].append(CommitOperationAdd(path, source))
         for operations in additions.values():
-            self.api.preupload_lfs_files(self.repo_id, operations, revision=self.branch)
+            with reading(self.repo_id, "an upload"):
+                self.api.preupload_lfs_files(self.repo_id, operations, revision=self.branch)
         operations = [operation for group in additions.values() for operation in group]
         plain = [
             operation.path_in_repo
@@ -230,15 +253,20 @@ class HubRepo:
                 "Its .gitattributes has to track *.safetensors as large files."
             )
         operations += [CommitOperationDelete(path, is_folder=path.endswith("/")) for path in removed]
-        return self.api.create_commit(
-            self.repo_id, operations, commit_message=message, revision=self.branch, parent_commit=parent
-        )
+        with reading(self.repo_id, "a commit"):
+            made = self.api.create_commit(
+                self.repo_id, operations, commit_message=message, revision=self.branch, parent_commit=parent
+            )
+            commit_name(made.oid)
+            return made
 
+    @surfacing
     def check_writable(self) -> None:
         """Asks what every upload asks first; uploads nothing. A [`HubError`] if there is no right to write."""
         try:
             asked = [CommitOperationAdd("README.md", b"#")]
-            self.api.preupload_lfs_files(self.repo_id, asked, revision=self.branch)
+            with reading(self.repo_id, "an upload"):
+                self.api.preupload_lfs_files(self.repo_id, asked, revision=self.branch)
         except HfHubHTTPError as error:
             if error.response.status_code not in (401, 403):
                 raise
@@ -251,21 +279,26 @@ class HubRepo:
 
     def landed(self, message: str) -> CommitInfo | None:
         """The commit with this message, if it is among the newest ones after all."""
-        for commit, _ in zip(self.api.list_repo_commits(self.repo_id, revision=self.branch), range(20), strict=False):
+        for commit in self._commits(self.branch)[:20]:
             if commit.title == message:
                 url = f"{self.api.endpoint}/{self.repo_id}/commit/{commit.commit_id}"
                 return CommitInfo(commit_url=url, commit_message=message, commit_description="", oid=commit.commit_id)
         return None
 
+    @surfacing
     def last_commit(self, revision: str) -> CommitInfo:
         """A commit that is there already, as one that was just made."""
-        commit = next(iter(self.api.list_repo_commits(self.repo_id, revision=revision)))
+        commit = self._commits(revision)[0]
         url = f"{self.api.endpoint}/{self.repo_id}/commit/{revision}"
         return CommitInfo(commit_url=url, commit_message=commit.title, commit_description="", oid=revision)
 
+    @surfacing
     def is_private(self) -> bool:
-        """Whether only those with access can read the repository."""
-        return bool(self.info().private)
+        """Whether only those with access can read the repository. A [`HubError`] where that is not said."""
+        private = getattr(self.info(), "private", None)
+        if not isinstance(private, bool):
+            raise HubError(f"The Hub does not say whether {self.repo_id} is private. Nothing was sent.")
+        return private
 
     # ---- the history ----
 
@@ -275,13 +308,24 @@ class HubRepo:
 
     def refs(self) -> list[tuple[str, str]]:
         """Full names of branches, tags, pull requests and converted files, with the commit that each leads to."""
-        refs = self.api.list_repo_refs(self.repo_id, include_pull_requests=True)
-        found = (*refs.branches, *refs.tags, *(refs.pull_requests or ()), *refs.converts)
-        return [(ref.ref, ref.target_commit) for ref in found]
+        with reading(self.repo_id, "the refs"):
+            refs = self.api.list_repo_refs(self.repo_id, include_pull_requests=True)
+            found = (*refs.branches, *refs.tags, *(refs.pull_requests or ()), *refs.converts)
+            return [(text(ref.ref), commit_name(ref.target_commit)) for ref in found]
 
     def commits(self, revision: str) -> list[str]:
         """The commits that a revision leads to, newest first."""
-        return [commit.commit_id for commit in self.api.list_repo_commits(self.repo_id, revision=revision)]
+        return [commit.commit_id for commit in self._commits(revision)]
+
+    def _commits(self, revision: str) -> list[Any]:
+        """At least one: a revision that is there leads to a commit."""
+        with reading(self.repo_id, "the commits"):
+            found = list(self.api.list_repo_commits(self.repo_id, revision=revision))
+            for commit in found:
+                commit_name(commit.commit_id), text(commit.title)
+            if not found:
+                raise ValueError("there are none")
+            return found
 
     def revisions_with(self, wanted: Callable[[str, Any], bool]) -> list[str]:
         """Refs and commits that have a file for which `wanted` says so, given its path and its entry in the tree."""
@@ -295,6 +339,6 @@ class HubRepo:
                         serves[revision] = any(wanted(path, entry) for path, entry in self.tree(revision).items())
                 if serves[commits[0]]:
                     names.append(name)
-        except (OfflineModeIsEnabled, seam.transport_error()) as error:
+        except (HfHubHTTPError, OfflineModeIsEnabled, seam.transport_error()) as error:
             raise HubError(f"The history of {self.repo_id} cannot be looked at: {error}") from None
         return [*names, *(revision for revision, found in serves.items() if found)]

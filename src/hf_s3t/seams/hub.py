@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from operator import attrgetter
@@ -86,11 +87,17 @@ def list_large_files(api: Any, repo_id: str) -> dict[str, int]:
     from huggingface_hub.utils import paginate
 
     url = f"{api.endpoint}/api/models/{repo_id}/lfs-files"
-    found = list(paginate(url, {}, headers(api.token, api.library_name), timeout=TIMEOUT))
+    item = None
     try:
-        return {str(item["fileOid"]): int(item.get("size", 1)) for item in found}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise broken("large_file_listing", f"{url} answered with {found[0]!r:.200} ({error!r})") from None
+        sizes = {}
+        for item in paginate(url, {}, headers(api.token, api.library_name), timeout=TIMEOUT):
+            size = item.get("size", 1)
+            if not re.fullmatch("[0-9a-f]{64}", item["fileOid"]) or type(size) is not int or size < 0:
+                raise ValueError("no sha256 with a size")  # taken for one, it would be purged, whatever it is
+            sizes[item["fileOid"]] = size
+        return sizes
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise broken("large_file_listing", f"{url} answered with {item!a:.200} ({error!a:.200})") from None
 
 
 def check_large_file_deletion(api: Any) -> None:

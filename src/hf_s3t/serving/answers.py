@@ -117,6 +117,11 @@ class Answers(Generic[T]):
         return held.state
 
     @property
+    def begun_on(self) -> T:
+        """The state of this thread's answer, however long ago another one took its place."""
+        return self._running[-1].state
+
+    @property
     def running(self) -> bool:
         """Whether this thread is in an answer."""
         return bool(self._running)

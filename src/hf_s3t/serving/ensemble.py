@@ -27,6 +27,7 @@ from .decoding import BLOCK
 from .following import Follower, State
 from .loading import base_of, opened, stacked
 from .members import Members, Serving
+from .passes import PASS, begin_pass, end_pass, give_caches, take_caches
 from .stack import Stack
 
 OTHER_WAYS = frozenset({"assistant_model", "custom_generate", "penalty_alpha", "prompt_lookup_num_tokens"})
@@ -76,8 +77,8 @@ class S3TEnsemble(nn.Module):
         self._answers = Answers(nobody, stack.slots, lambda number: self._followed().clear(number), seconds)
         self._members = Members(stack, combine, lambda: self._state.serving)
         self._follower: Follower | None = None
-        self.register_forward_pre_hook(_begin_pass, with_kwargs=True)
-        self.register_forward_hook(_end_pass, always_call=True)
+        self.register_forward_pre_hook(begin_pass, with_kwargs=True)
+        self.register_forward_hook(end_pass, always_call=True)
 
     @classmethod
     def from_pretrained(
@@ -186,7 +187,8 @@ class S3TEnsemble(nn.Module):
         serving = kwargs.pop(PASS, None)
         if serving is None:  # not called through `__call__`
             with self._answers.answering() as state:
-                return self._members.answer(state.serving, args, kwargs)
+                take_caches(state, args, kwargs)
+                return give_caches(state, self._members.answer(state.serving, args, kwargs))
         return self._members.answer(serving, args, kwargs)
 
     @contextmanager
@@ -201,16 +203,18 @@ class S3TEnsemble(nn.Module):
         The whole generation is one answer: it ends on the state that it began with.
 
         Raises:
-            ValueError: members that differ in an encoder, or a kind of cache that cannot hold several of them.
+            ValueError: members that differ in an encoder, a kind of cache that cannot hold several of them, or one of
+                members that answer no more.
             AnswerCutOffError: a deletion came meanwhile, and it went on for too long.
         """
         with self._answers.answering() as state, ExitStack() as until_its_end:
+            take_caches(state, args, kwargs)
             serving = state.serving
             if serving.members == 1:  # the base's `generate` may run parts of an encoder-decoder beside its `forward`
                 until_its_end.enter_context(self._stack.route.taking(self._members.pass_of(serving)))
             if serving.members:
                 kwargs = self._with_cache(until_its_end, serving, args, kwargs)
-            return self._members.base.generate(*args, **kwargs)
+            return give_caches(state, self._members.base.generate(*args, **kwargs))
 
     @property
     def decode_graphs(self) -> bool:
@@ -332,18 +336,3 @@ class S3TEnsemble(nn.Module):
     def _follow_deletion(self) -> None:
         """Under the store's lock, for which others wait: it must wait for no answer."""
         self._followed().follow(strict=False, wait=False)
-
-
-PASS = "_s3t_serving"
-"""The argument by which a forward pass is told who answers: what runs before it is not compiled with it."""
-
-
-@torch.compiler.disable
-def _begin_pass(ensemble: S3TEnsemble, args: Any, kwargs: dict[str, Any]) -> Any:
-    ensemble._answers.begin()
-    return args, {**kwargs, PASS: ensemble._answers.state.serving}
-
-
-@torch.compiler.disable
-def _end_pass(ensemble: S3TEnsemble, args: Any, output: Any) -> None:
-    ensemble._answers.end()

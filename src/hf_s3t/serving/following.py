@@ -36,6 +36,12 @@ class State:
     names: tuple[str, ...]  # of the members
     serving: Serving
     held: Mapping[int, Slot] = field(default_factory=dict)  # by shard
+    paths: tuple[tuple[str, ...], ...] = ()  # of the members: what each slot held, as slots are written over later
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """The same for two states whose members have the same tensors, in plain data."""
+        return self.names, self.paths
 
 
 class Follower:
@@ -189,7 +195,8 @@ class Follower:
             lowest = min(lowest, before.serving.lowest_layer)
         numbers = torch.tensor([slot.number for slot in held.values()], dtype=torch.long)
         serving = Serving(numbers.to(self.stack.base.device), lowest)
-        return State(generation, tuple(map(member_name, held)), serving, held)
+        paths = tuple(tuple(f"{stage.name} {sha}" for stage, sha in slot.path) for slot in held.values())
+        return State(generation, tuple(map(member_name, held)), serving, held, paths)
 
     def _read_changes(self) -> tuple[Manifest, dict[int, Change], list[StoreError]]:
         """What has to change, read while answers go on; anew where the store changed meanwhile."""

@@ -79,3 +79,11 @@ class MemberCache(Cache):
         raise ValueError(
             "Rows cannot be selected from the cache of several members. Use another generation strategy."
         )
+
+
+def of_other_members(name: str) -> ValueError:
+    """The error for a cache that members filled who do not answer now."""
+    return ValueError(
+        f"`{name}` is a cache of other members than those that answer now: the store has changed since. Begin anew "
+        "without it."
+    )

@@ -40,7 +40,7 @@ from ..seams.answering import (
 from ..seams.models import asked_alone, encoder_modules, is_encoder_decoder
 from .averages import Combine, average_logits, by_token
 from .decoding import BLOCK, Decoding
-from .member_cache import MemberCache
+from .member_cache import MemberCache, of_other_members
 from .member_rows import MemberRows, Notes
 from .stack import Pass, Stack
 from .trial import Trial
@@ -226,10 +226,7 @@ class Members(MemberRows):
                 "dynamic cache is made for the members, and returned."
             )
         if (cache.copies, cache.turns) != self.shape(serving):
-            raise ValueError(
-                f"`{name}` is a cache of other members than those that answer now: the store has changed since. Begin "
-                "anew without it."
-            )
+            raise of_other_members(name)
 
     def together(self, serving: Serving, kwargs: dict[str, Any], notes: Notes | None = None) -> ModelOutput:
         """The answer to the arguments of a forward pass, in which every member has its rows."""

@@ -208,7 +208,7 @@ class RepoSource:
         was changed.
         """
         self._check_head()
-        there = self.repo.tree(self.revision)
+        there = self.repo.paths(self.revision)
         if (self.waiting.get(TOMBSTONES) or TOMBSTONES in there) and not self.repo.is_private():
             logger.warning(
                 "%s is public now: its tombstones are removed at the head, and travel no more. Its history holds them "

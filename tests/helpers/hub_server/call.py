@@ -88,7 +88,8 @@ def _answer(hub: Hub, need: str | None, handler: Handler, request: Request, body
                 answer = handler(call)
     except HubError as error:
         answer = JSONResponse({"error": str(error)}, error.status, error.headers)
-    return answer if isinstance(answer, Response) else JSONResponse(answer)
+    response = answer if isinstance(answer, Response) else JSONResponse(answer)
+    return response if hub.odd is None else hub.odd(request, response)
 
 
 def application(hub: Hub, rows: list[Row]) -> Callable[[Any, Any, Any], Any]:

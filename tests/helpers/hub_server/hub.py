@@ -7,8 +7,12 @@ import hmac
 import secrets
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
 
 from .errors import HubError
 from .faults import Faults
@@ -30,6 +34,7 @@ class Hub:
     def __init__(self, folder: Path, faults: Faults):
         self.folder, self.faults = folder, faults
         self.endpoint = self.cdn = ""
+        self.odd: Callable[[Request, Response], Response] | None = None  # what somebody hostile answers instead
         self.lock = threading.RLock()
         self.accounts = {
             "hf_owner": Account("owner"),
