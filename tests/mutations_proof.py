@@ -10,6 +10,8 @@ ALTERED = RECEIPTS + "what_was_changed_removed_or_put_in_is_found"
 NOTHING = RECEIPTS + "a_deletion_that_removed_nothing_has_no_valid_receipt"
 BACK = RECEIPTS + "a_removed_stage_that_is_put_back_is_found"
 SIGNED = RECEIPTS + "receipts_are_signed_by_a_key_that_is_named_once"
+EARLIER = RECEIPTS + "a_receipt_that_passes_itself_off_as_of_an_earlier_version_is_told"
+EMPTY = RECEIPTS + "an_opening_of_nothing_opens_nothing"
 OPENED = RECEIPTS + "an_opening_shows_which_examples_went_and_to_nobody_else"
 CLI = "cli/test_cli_receipt.py::test_"
 
@@ -38,7 +40,32 @@ PROOF = (
      (("        elif chained or published:", "        elif False:"),),
      (ALTERED, RECEIPTS + "what_is_taken_over_from_elsewhere_gets_a_receipt_here")),
     (13, "the digests in the manifest are not looked at", "store/receipt_audit.py",
-     (("            if digest and published != (digest,):", "            if False:"),), (ALTERED,)),
+     (("            if published != ((digest,) if digest else ()):", "            if False:"),), (ALTERED,)),
+    (13, "a receipt that says that it is of an earlier version passes with whatever it says", "store/evidence.py",
+     (("        if any(receipt[name] for name in SINCE_2):", "        if False:"),), (EARLIER,)),
+    (13, "a receipt without a digest passes where the manifest names one", "store/receipt_check.py",
+     (("    if nameless and not (event.receipts if event else ()):", "    if nameless:"),), (EARLIER,)),
+    (13, "a receipt without a digest passes in a store whose manifest names one", "store/receipt_audit.py",
+     (("            if published != ((digest,) if digest else ()):", "            if digest and published != (digest,):"),),
+     (ALTERED,)),
+    (13, "a receipt tells of a deletion elsewhere that nobody knows", "store/receipt_audit.py",
+     (("    for name in sorted(told - state.log().keys()):", "    for name in ():"),), (ALTERED,)),
+    (13, "a deletion that says that it changed nothing escapes the checks", "store/evidence.py",
+     (('        if places or receipt["stages_removed"]:', "        if False:"),), (NOTHING,)),
+    (13, "a receipt names a deletion before it that never was", "store/receipt_check.py",
+     (('sorted({*receipt["deleted_by"]} - manifest.log.keys())', "[]  # type: ignore[var-annotated]"),),
+     (RECEIPTS + "a_deletion_before_it_that_the_manifest_does_not_know_is_told",)),
+    (13, "exports without a salt pass in silence", "store/receipt_check.py",
+     (('    elif "copies" not in receipt["salts"]:', "    elif False:"),),
+     (RECEIPTS + "exports_that_nothing_vouches_for_are_not_passed_in_silence",)),
+    (13, "an opening of a receipt without commitments passes", "store/opening.py",
+     (('        if not receipt["commitments"]:', "        if False:"),), (EMPTY,)),
+    (13, "an opening may show fewer examples than the receipt says went", "store/opening.py",
+     (('        if len(removed) != receipt["examples"]:', "        if False:"),), (EMPTY,)),
+    (13, "two digests in an opening may stand as one", "store/opening.py",
+     (("if len({*listed}) != len(listed) or not all(map(DIGEST.fullmatch, listed)):", "if False:"),), (EMPTY,)),
+    (13, "an opening that is null is not looked at", "cli/receipt.py",
+     (("read_json(opening) or {}", "read_json(opening)"),), (CLI + "it_is_opened_for_an_auditor",)),
     (13, "an event in the manifest names no receipt", "store/tombstones.py",
      (("    return Event(places, named, (digest,) if digest else ())", "    return Event(places, named)"),),
      (RECEIPTS + "each_receipt_names_the_one_before_it_and_the_manifest_names_its_digest",)),

@@ -88,6 +88,8 @@ def test_it_is_opened_for_an_auditor(store, tmp_path):
     opening.write_text(opening.read_text().replace('"row-1"', '"row-2"').replace('"key": "', '"key": "00'))
     assert run("receipt", "verify", file, "--opening", opening).exit_code == 5
     assert run("receipt", "open", store.path, receipt, opening, "--ids", "row-9").exit_code == 2
+    opening.write_text("null")
+    assert run("receipt", "verify", file, "--opening", opening).exit_code == 5
 
 
 def test_it_is_signed_when_it_is_handed_over(store, tmp_path):
