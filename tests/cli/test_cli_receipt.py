@@ -155,6 +155,8 @@ def test_the_page_says_what_a_reader_has_to_know(store):
     ):  # fmt: skip
         assert part in page.text, part
     assert "inactive" not in re.sub("Inactive since", "", page.text)
+    odd = Page(receipt_page(receipt, since_of(store, receipt), {}, "my store; rm -r x"))
+    assert "--store 'my store; rm -r x'" in odd.text, "whoever copies the command runs that alone"
 
 
 def test_every_kind_has_a_page(store):

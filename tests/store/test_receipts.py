@@ -357,6 +357,7 @@ def test_a_receipt_that_passes_itself_off_as_of_an_earlier_version_is_told(store
     assert "of an earlier version, which had no digests" in wrong(forged, folder=store, public_key=keys["mine public"])
     bare = replace(forged, digest="", previous="", number=0, salt="", sealed={}, commitments={}, signature=None)
     assert "the manifest names" in wrong(bare, folder=store) and not wrong(bare)
+    assert "the manifest knows no receipt-x" in wrong(replace(bare, receipt="receipt-x"), folder=store)
 
 
 def test_a_deletion_before_it_that_the_manifest_does_not_know_is_told(store):
@@ -428,8 +429,8 @@ def test_an_opening_of_nothing_opens_nothing(store):
     empty = {**store.open_receipt(receipt.receipt), "places": {}, "ids": {}}
     bare = replace(receipt, commitments={})
     assert "its receipt has no commitments" in wrong(bare, opening=empty)
-    opening = store.open_receipt(receipt.receipt)
-    assert "it shows that 1 examples went, and the receipt says 2" in wrong(replace(receipt, examples=2), opening=opening)
+    opening, more = store.open_receipt(receipt.receipt), replace(receipt, examples=2)
+    assert "it shows that 1 examples went, and the receipt says 2" in wrong(more, opening=opening)
     two = {name: [f"{at[0]}\n{at[1]}", *at[2:]] for (name, at) in next(iter(opening["places"].values())).items()}
     joined = {**opening, "places": {next(iter(opening["places"])): two}}
     assert "no keyed digests" in wrong(receipt, opening=joined)

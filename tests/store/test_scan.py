@@ -13,6 +13,7 @@ import random
 import sqlite3
 import tracemalloc
 import zipfile
+import zlib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -173,13 +174,22 @@ def test_what_is_packed_is_opened(store: S3TStore, outer: str, inner: str | None
     assert where[1].startswith("cache.bin") and where[1].endswith("at byte 50")
 
 
+def test_an_archive_that_begins_further_on_and_the_old_form_of_xz_are_opened(store: S3TStore) -> None:
+    data = b"y" * 50 + TEXT.encode() + bytes(5000)
+    (store.path / "a.exe").write_bytes(b"MZ" + bytes(40) + _zip(data))
+    (store.path / "b").write_bytes(lzma.compress(data, format=lzma.FORMAT_ALONE))
+    assert [where for _, where in hits(looked_for(store, TEXT))] == [
+        "a.exe: inner.txt at byte 50", "b, unpacked at byte 50",
+    ]  # fmt: skip
+
+
 def test_what_cannot_be_opened_is_named(store: S3TStore) -> None:
     deep = b"y" * 50 + TEXT.encode()
     for _ in range(scan.DEEPEST + 1):
         deep = gzip.compress(deep)
     files = {
         "a.zst": b"\x28\xb5\x2f\xfd123", "b.parquet": b"PAR1...", "c.gz": gzip.compress(b"abc" * 99)[:-9],
-        "d.zip": b"PK\3\4damaged", "e.gz": deep,
+        "d.zip": b"PK\3\4damaged", "e.gz": deep, "h": zlib.compress(b"blob 3\0abc"), "i": zlib.compress(b"abc", 1),
     }  # fmt: skip
     for name, data in files.items():
         (store.path / name).write_bytes(data)
@@ -189,6 +199,7 @@ def test_what_cannot_be_opened_is_named(store: S3TStore) -> None:
     assert check.outcome == "not checked"
     told = dict(text.split(": ", 1) for text in check.not_checked)
     assert told["a.zst"].startswith("packed by zstd") and told["b.parquet"].startswith("a Parquet file")
+    assert told["h"].startswith("maybe packed by zlib") and told["i"].startswith("maybe packed by zlib")
     assert "cannot be read to its end (EOFError)" in told["c.gz"] and "BadZipFile" in told["d.zip"]
     assert f"packed more than {scan.DEEPEST} times" in "".join(check.not_checked)
     assert told["f"] == "a link, which is not followed" and told["g"] == "no regular file"
@@ -241,6 +252,7 @@ def test_names_of_files_are_looked_at_and_not_shown(store: S3TStore) -> None:
         ("a.txt", "\n \n", "holds 0 texts"),
         ("a.jsonl", '"good enough"\n{"id": 17}\n', "Line 2 of .* has no text of 4"),
         ("a.jsonl", "{", "Line 1 of .* is no JSON"),
+        ("a.jsonl", "[" * 100_000, "Line 1 of .* is no JSON"),
         ("a.txt", "x" * 100_001, "100001 characters"),
     ],
 )

@@ -104,9 +104,11 @@ def _named(receipt: Mapping[str, Any], manifest: Manifest) -> Findings:
     unknown = sorted({*receipt["deleted_by"]} - manifest.log.keys())
     if unknown:
         yield f"it says that {unknown[0]:.80} had deleted it before, and the manifest knows no such deletion"
-    nameless = receipt["status"] == "unchanged" or receipt["kind"] == "obeyed" or receipt["format"] < 2
-    if nameless and not (event.receipts if event else ()):
-        yield NotChecked("It is one that no manifest names: it changed no stage here, or is of an earlier version.")
+    nameless = receipt["status"] == "unchanged" or receipt["kind"] == "obeyed"
+    if event is None and nameless:
+        yield NotChecked("It is one that no manifest names: it changed no stage here.")
+    elif event is not None and receipt["format"] < 2 and not event.receipts:
+        yield NotChecked("It is of an earlier version: the manifest knows the deletion, not what its receipt says.")
     elif event is None:
         yield f"the manifest knows no {name}: it is another store's, an older one, or was never carried out"
     elif event.receipts != (digest,):
