@@ -372,6 +372,7 @@ def test_a_deletion_before_it_that_the_manifest_does_not_know_is_told(store):
 def test_exports_that_nothing_vouches_for_are_not_passed_in_silence(store):
     receipt = store.delete(ids=["row-1"])
     forged = replace(receipt, exports=["/elsewhere"], salts={})
+    assert "the exports that it names were changed" in wrong(replace(receipt, exports=["/elsewhere"]))
     (check, *_) = check_receipt(forged)
     assert "Nothing vouches for the exports" in check.not_checked[0] and not check_receipt(receipt)[0].not_checked
 
@@ -382,6 +383,8 @@ def test_a_receipt_names_no_example_and_none_can_be_guessed(store):
     assert not [digest for digest in index_of(known) if digest in text]
     assert not [row for row in people() if row["id"] in text.replace(str(store.path), "") or row["text"] in text]
     assert len(receipt.salt) == 64 and receipt.salt not in (store.path / "s3t.json").read_text()
+    named = [store.delete(ids=[name], reference="DSR-1").sealed["reference"] for name in ("row-2", "row-3")]
+    assert named[0] != named[1], "who expects a reference cannot tell whether it is the one, once its salt is gone"
 
 
 # ---- commitments ----

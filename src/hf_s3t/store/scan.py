@@ -161,8 +161,8 @@ class Scan:
         if b"\\" in data and b"\0" not in data and ESCAPE.search(data):
             plain, starts, shifts = _unescaped(data)
             for hit in self.needles.find(plain):
-                start, end = (at + shifts[bisect_right(starts, at) - 1] for at in (hit.start, hit.end - 1))
-                if end >= seen and plain[hit.start : hit.end] != data[start : start + hit.end - hit.start]:
+                start, end = (at + shifts[bisect_right(starts, at) - 1] for at in (hit.start, hit.end))
+                if end > seen and plain[hit.start : hit.end] != data[start : start + hit.end - hit.start]:
                     self._note(shown, None if offset is None else offset + start, hit)
 
     def _note(self, shown: str, offset: int | None, hit: Hit) -> None:
