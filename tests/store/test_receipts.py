@@ -326,6 +326,7 @@ def test_a_stage_that_was_trained_again_to_the_same_bytes_is_told_by_its_record(
         ({"stages_removed": {}, "examples": 0}, "nothing was removed"),
         ({"places": []}, "nothing was removed"),
         ({"stages_after": {"shard-00/0": "a" * 64}}, "shard-00/0 saw one of its slices, and was not removed"),
+        ({"kind": "loss", "stages_after": {"shard-00/0": "a" * 64}}, "shard-00/0 saw one of its slices"),
         ({"served_after": {"0": [2, 0]}}, "shard 0 is served with a slice that it is about"),
         ({"stages_removed": {"shard-01/0": {}}}, "it removed shard-01/0, which saw none of its slices"),
         ({"stages_after": {"../x": "a"}}, "what it says of stages cannot be read"),
@@ -496,6 +497,9 @@ def test_receipts_are_signed_by_a_key_that_is_named_once(store, keys, monkeypatc
     for changes in ({"inactive_since": "2000-01-01"}, {"status": "unchanged"}, {"still_served_at": ["x"]},
                     {"signature": {**signed.signature, "public_key": "00" * 32}}):  # fmt: skip
         assert "changed after it was signed" in wrong(replace(signed, **changes))
+    write_back(store, [unsigned.to_json(), signed.to_json() | {"inactive_since": "2000-01-01"}])
+    assert "changed after it was signed" in broken(store)
+    write_back(store, [unsigned.to_json(), signed.to_json()])
     monkeypatch.setenv("HF_S3T_SIGNING_KEY", keys["other private"])
     assert not wrong(store.readmit(ids=["row-2"]), public_key=keys["other public"])
     with monkeypatch.context() as patch:
