@@ -16,6 +16,7 @@ import pytest
 from hf_s3t import S3TStore, StateError, UnfinishedDeletionError
 from hf_s3t.store import deletion
 from hf_s3t.store.audit import verify
+from hf_s3t.store.commitments import commitment
 from hf_s3t.store.evidence import EVIDENCE, evidence_digest
 from hf_s3t.store.manifest import Event, Manifest, merged
 from hf_s3t.store.receipt_audit import chain_findings
@@ -232,6 +233,10 @@ def test_what_is_taken_over_from_elsewhere_gets_a_receipt_here(store, tmp_path):
     assert obeyed.kind == "obeyed" and obeyed.obeys[elsewhere.receipt] == [elsewhere.digest]
     assert obeyed.obeys.keys() == store.manifest().log.keys() - {store.receipts()[0].receipt} and not broken(store)
     assert status_words(obeyed) == "taken over from elsewhere"
+    right = store.manifest()
+    edit_json(store.path / "s3t.json", lambda data: data["log"][elsewhere.receipt].update(receipts=["a" * 64]))
+    assert f"{elsewhere.receipt}: the manifest names the receipt aaaa" in broken(store)
+    store.write_manifest(right)
     write_back(store, [store.receipts()[0].to_json()])
     assert f"{elsewhere.receipt} has no receipt: it was removed" in broken(store)
 
@@ -426,6 +431,11 @@ def test_an_opening_shows_which_examples_went_and_to_nobody_else(store):
         other = json.loads(json.dumps(opening))
         change(other)
         assert wrong(receipt, opening=other)
+
+
+def test_commitments_of_two_slices_differ_and_the_order_of_the_examples_counts_for_nothing():
+    assert commitment(KEY, (0, 1), ["a", "b"]) == commitment(KEY, (0, 1), ["b", "a"])
+    assert len({commitment(KEY, place, ["a", "b"]) for place in ((0, 1), (1, 0), (0, 0))}) == 3
 
 
 def test_an_opening_of_nothing_opens_nothing(store):
