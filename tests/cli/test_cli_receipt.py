@@ -88,6 +88,8 @@ def test_it_is_opened_for_an_auditor(store, tmp_path):
     opening.write_text(opening.read_text().replace('"row-1"', '"row-2"').replace('"key": "', '"key": "00'))
     assert run("receipt", "verify", file, "--opening", opening).exit_code == 5
     assert run("receipt", "open", store.path, receipt, opening, "--ids", "row-9").exit_code == 2
+    opening.write_text("null")
+    assert run("receipt", "verify", file, "--opening", opening).exit_code == 5
 
 
 def test_it_is_signed_when_it_is_handed_over(store, tmp_path):
@@ -153,6 +155,8 @@ def test_the_page_says_what_a_reader_has_to_know(store):
     ):  # fmt: skip
         assert part in page.text, part
     assert "inactive" not in re.sub("Inactive since", "", page.text)
+    odd = Page(receipt_page(receipt, since_of(store, receipt), {}, "my store; rm -r x"))
+    assert "--store 'my store; rm -r x'" in odd.text, "whoever copies the command runs that alone"
 
 
 def test_every_kind_has_a_page(store):

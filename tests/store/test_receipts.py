@@ -16,6 +16,7 @@ import pytest
 from hf_s3t import S3TStore, StateError, UnfinishedDeletionError
 from hf_s3t.store import deletion
 from hf_s3t.store.audit import verify
+from hf_s3t.store.commitments import commitment
 from hf_s3t.store.evidence import EVIDENCE, evidence_digest
 from hf_s3t.store.manifest import Event, Manifest, merged
 from hf_s3t.store.receipt_audit import chain_findings
@@ -113,9 +114,25 @@ def reference_put_in(receipts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return receipts
 
 
+def of_an_earlier_version(receipts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As receipts were before there were digests: nothing in it vouches for anything."""
+    receipts[2] |= {"format": 1, "examples": 7, "salts": {}, "copies": ""}
+    receipts[2] |= {"digest": "", "previous": "", "number": 0, "salt": "", "sealed": {}, "commitments": {}}
+    return receipts
+
+
+def taken_over(receipts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With a last one that tells of a deletion elsewhere which nobody knows."""
+    last = {**receipts[2], "kind": "obeyed", "receipt": "receipt-new", "obeys": {"receipt-elsewhere": []}, "number": 4}
+    last |= {"previous": receipts[2]["digest"]}
+    return [*receipts, last | {"digest": evidence_digest(last)}]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (of_an_earlier_version, "the one here is of an earlier version, without a digest"),
+        (taken_over, "receipt-elsewhere was taken over from elsewhere, and the state does not know it"),
         (changed, "its digest is not that of what it says"),
         (changed_with_its_digest, "follows a receipt that is not here"),
         (rewritten, "the manifest names the receipt"),
@@ -216,6 +233,10 @@ def test_what_is_taken_over_from_elsewhere_gets_a_receipt_here(store, tmp_path):
     assert obeyed.kind == "obeyed" and obeyed.obeys[elsewhere.receipt] == [elsewhere.digest]
     assert obeyed.obeys.keys() == store.manifest().log.keys() - {store.receipts()[0].receipt} and not broken(store)
     assert status_words(obeyed) == "taken over from elsewhere"
+    right = store.manifest()
+    edit_json(store.path / "s3t.json", lambda data: data["log"][elsewhere.receipt].update(receipts=["a" * 64]))
+    assert f"{elsewhere.receipt}: the manifest names the receipt aaaa" in broken(store)
+    store.write_manifest(right)
     write_back(store, [store.receipts()[0].to_json()])
     assert f"{elsewhere.receipt} has no receipt: it was removed" in broken(store)
 
@@ -310,9 +331,12 @@ def test_a_stage_that_was_trained_again_to_the_same_bytes_is_told_by_its_record(
         ({"stages_removed": {}, "examples": 0}, "nothing was removed"),
         ({"places": []}, "nothing was removed"),
         ({"stages_after": {"shard-00/0": "a" * 64}}, "shard-00/0 saw one of its slices, and was not removed"),
+        ({"kind": "loss", "stages_after": {"shard-00/0": "a" * 64}}, "shard-00/0 saw one of its slices"),
         ({"served_after": {"0": [2, 0]}}, "shard 0 is served with a slice that it is about"),
         ({"stages_removed": {"shard-01/0": {}}}, "it removed shard-01/0, which saw none of its slices"),
         ({"stages_after": {"../x": "a"}}, "what it says of stages cannot be read"),
+        ({"status": "unchanged"}, "it says that it changed nothing, and names what it removed"),
+        ({"status": "dry run"}, "it is of a dry run: nothing was carried out"),
     ],
 )
 def test_a_deletion_that_removed_nothing_has_no_valid_receipt(store, changes, told):
@@ -330,12 +354,43 @@ def test_a_receipt_of_another_store_or_time_is_told(store, tmp_path):
     assert "the manifest names aaaa" in wrong(receipt, folder=store)
 
 
+def test_a_receipt_that_passes_itself_off_as_of_an_earlier_version_is_told(store, keys):
+    """Signature and manifest vouch for its digest, and nothing would for what it says."""
+    store.set_names(signing_key=keys["mine private"])
+    receipt = store.delete(ids=["row-1"])
+    assert not wrong(receipt, folder=store, public_key=keys["mine public"])
+    forged = replace(receipt, format=1, asked=7, examples=7)
+    assert "of an earlier version, which had no digests" in wrong(forged, folder=store, public_key=keys["mine public"])
+    bare = replace(forged, digest="", previous="", number=0, salt="", sealed={}, commitments={}, signature=None)
+    assert "the manifest names" in wrong(bare, folder=store) and not wrong(bare)
+    assert "the manifest knows no receipt-x" in wrong(replace(bare, receipt="receipt-x"), folder=store)
+
+
+def test_a_deletion_before_it_that_the_manifest_does_not_know_is_told(store):
+    store.delete(ids=["row-1"])
+    receipt = store.delete(ids=["row-1"])
+    assert receipt.status == "unchanged" and not wrong(receipt, folder=store)
+    forged = replace(receipt, deleted_by=["receipt-nobody"])
+    forged = replace(forged, digest=evidence_digest(forged.to_json()))
+    assert "it says that receipt-nobody had deleted it before" in wrong(forged, folder=store)
+
+
+def test_exports_that_nothing_vouches_for_are_not_passed_in_silence(store):
+    receipt = store.delete(ids=["row-1"])
+    forged = replace(receipt, exports=["/elsewhere"], salts={})
+    assert "the exports that it names were changed" in wrong(replace(receipt, exports=["/elsewhere"]))
+    (check, *_) = check_receipt(forged)
+    assert "Nothing vouches for the exports" in check.not_checked[0] and not check_receipt(receipt)[0].not_checked
+
+
 def test_a_receipt_names_no_example_and_none_can_be_guessed(store):
     receipt = store.delete(ids=["row-1"], slices=[(1, 1)])
     text, known = json.dumps(receipt.to_json()), make_store(store.path.parent / "again")
     assert not [digest for digest in index_of(known) if digest in text]
     assert not [row for row in people() if row["id"] in text.replace(str(store.path), "") or row["text"] in text]
     assert len(receipt.salt) == 64 and receipt.salt not in (store.path / "s3t.json").read_text()
+    named = [store.delete(ids=[name], reference="DSR-1").sealed["reference"] for name in ("row-2", "row-3")]
+    assert named[0] != named[1], "who expects a reference cannot tell whether it is the one, once its salt is gone"
 
 
 # ---- commitments ----
@@ -371,10 +426,28 @@ def test_an_opening_shows_which_examples_went_and_to_nobody_else(store):
         lambda o: o.update(digest="0" * 64),
         lambda o: o["places"].clear(),
         lambda o: o.pop("key"),
+        lambda o: o["places"][name].update({when: ["\n".join(at)] for when, at in o["places"][name].items()}),
     ):
         other = json.loads(json.dumps(opening))
         change(other)
         assert wrong(receipt, opening=other)
+
+
+def test_commitments_of_two_slices_differ_and_the_order_of_the_examples_counts_for_nothing():
+    assert commitment(KEY, (0, 1), ["a", "b"]) == commitment(KEY, (0, 1), ["b", "a"])
+    assert len({commitment(KEY, place, ["a", "b"]) for place in ((0, 1), (1, 0), (0, 0))}) == 3
+
+
+def test_an_opening_of_nothing_opens_nothing(store):
+    receipt = store.delete(ids=["row-1"])
+    empty = {**store.open_receipt(receipt.receipt), "places": {}, "ids": {}}
+    bare = replace(receipt, commitments={})
+    assert "its receipt has no commitments" in wrong(bare, opening=empty)
+    opening, more = store.open_receipt(receipt.receipt), replace(receipt, examples=2)
+    assert "it shows that 1 examples went, and the receipt says 2" in wrong(more, opening=opening)
+    two = {name: [f"{at[0]}\n{at[1]}", *at[2:]] for (name, at) in next(iter(opening["places"].values())).items()}
+    joined = {**opening, "places": {next(iter(opening["places"])): two}}
+    assert "no keyed digests" in wrong(receipt, opening=joined)
 
 
 def test_each_receipt_has_a_key_of_its_own(store):
@@ -434,6 +507,9 @@ def test_receipts_are_signed_by_a_key_that_is_named_once(store, keys, monkeypatc
     for changes in ({"inactive_since": "2000-01-01"}, {"status": "unchanged"}, {"still_served_at": ["x"]},
                     {"signature": {**signed.signature, "public_key": "00" * 32}}):  # fmt: skip
         assert "changed after it was signed" in wrong(replace(signed, **changes))
+    write_back(store, [unsigned.to_json(), signed.to_json() | {"inactive_since": "2000-01-01"}])
+    assert "changed after it was signed" in broken(store)
+    write_back(store, [unsigned.to_json(), signed.to_json()])
     monkeypatch.setenv("HF_S3T_SIGNING_KEY", keys["other private"])
     assert not wrong(store.readmit(ids=["row-2"]), public_key=keys["other public"])
     with monkeypatch.context() as patch:

@@ -13,6 +13,7 @@ import random
 import sqlite3
 import tracemalloc
 import zipfile
+import zlib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,18 @@ def test_no_place_in_a_stream_is_missed(tmp_path: Path, monkeypatch: pytest.Monk
     assert hits(check) == expected and len(check.broken) == len(expected)
 
 
+def test_what_is_escaped_is_found_once_wherever_a_read_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it ends within the escape of the last character."""
+    text, file = "Zoë is töld", tmp_path / "file"
+    escaped = "".join(f"\\u{ord(letter):04x}" for letter in text).encode()
+    monkeypatch.setattr(scan, "CHUNK", 256)
+    for before in range(150, 300):
+        file.write_bytes(b" " * before + escaped + b" " * 300)
+        search = scan.Scan(Needles([(1, text)]))
+        search.folder(tmp_path, "")
+        assert [f"at byte {before}," in where for where in search.found] == [True], before
+
+
 def test_each_of_thousands_is_found_and_no_other() -> None:
     draw = random.Random(3)
     texts = [(n, f"person-{n}" if n % 2 else draw.randbytes(12).hex()) for n in range(3000)]
@@ -173,13 +186,21 @@ def test_what_is_packed_is_opened(store: S3TStore, outer: str, inner: str | None
     assert where[1].startswith("cache.bin") and where[1].endswith("at byte 50")
 
 
+def test_an_archive_that_begins_further_on_and_the_old_form_of_xz_are_opened(store: S3TStore) -> None:
+    data = b"y" * 50 + TEXT.encode() + bytes(5000)
+    (store.path / "a.exe").write_bytes(b"MZ" + bytes(40) + _zip(data))
+    (store.path / "b").write_bytes(lzma.compress(data, format=lzma.FORMAT_ALONE))
+    found = {where for _, where in hits(looked_for(store, TEXT))}
+    assert found == {"a.exe: inner.txt at byte 50", "b, unpacked at byte 50"}
+
+
 def test_what_cannot_be_opened_is_named(store: S3TStore) -> None:
     deep = b"y" * 50 + TEXT.encode()
     for _ in range(scan.DEEPEST + 1):
         deep = gzip.compress(deep)
     files = {
         "a.zst": b"\x28\xb5\x2f\xfd123", "b.parquet": b"PAR1...", "c.gz": gzip.compress(b"abc" * 99)[:-9],
-        "d.zip": b"PK\3\4damaged", "e.gz": deep,
+        "d.zip": b"PK\3\4damaged", "e.gz": deep, "h": zlib.compress(b"blob 3\0abc"), "i": zlib.compress(b"abc", 1),
     }  # fmt: skip
     for name, data in files.items():
         (store.path / name).write_bytes(data)
@@ -189,9 +210,31 @@ def test_what_cannot_be_opened_is_named(store: S3TStore) -> None:
     assert check.outcome == "not checked"
     told = dict(text.split(": ", 1) for text in check.not_checked)
     assert told["a.zst"].startswith("packed by zstd") and told["b.parquet"].startswith("a Parquet file")
+    assert told["h"].startswith("maybe packed by zlib") and told["i"].startswith("maybe packed by zlib")
     assert "cannot be read to its end (EOFError)" in told["c.gz"] and "BadZipFile" in told["d.zip"]
     assert f"packed more than {scan.DEEPEST} times" in "".join(check.not_checked)
     assert told["f"] == "a link, which is not followed" and told["g"] == "no regular file"
+
+
+def test_a_database_in_an_archive_is_named(store: S3TStore) -> None:
+    (store.path / "b.zip").write_bytes(_zip(store.database.read_bytes(), "state"))
+    assert looked_for(store, TEXT).not_checked == (
+        "b.zip: state: a database, of which only the bytes were looked at",
+    )
+
+
+def test_a_folder_that_cannot_be_listed_is_named(store: S3TStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    (store.path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refused(path: str) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    (told,) = looked_for(store, TEXT).not_checked
+    assert told.endswith("closed: it cannot be read to its end (PermissionError)")
 
 
 def test_what_unpacks_without_end_is_read_to_a_limit(store: S3TStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +284,7 @@ def test_names_of_files_are_looked_at_and_not_shown(store: S3TStore) -> None:
         ("a.txt", "\n \n", "holds 0 texts"),
         ("a.jsonl", '"good enough"\n{"id": 17}\n', "Line 2 of .* has no text of 4"),
         ("a.jsonl", "{", "Line 1 of .* is no JSON"),
+        ("a.jsonl", "[" * 100_000, "Line 1 of .* is no JSON"),
         ("a.txt", "x" * 100_001, "100001 characters"),
     ],
 )

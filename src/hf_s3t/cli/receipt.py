@@ -126,7 +126,8 @@ def verify_one(
 
         receipt = read_receipt_file(file)
         folder = StoreFolder(store) if store is not None else None
-        key, opened = (str(public_key) if public_key else None), (read_json(opening) if opening else None)
+        key = str(public_key) if public_key else None
+        opened = None if opening is None else read_json(opening) or {}  # an empty one is looked at, too
         checks = check_receipt(receipt, folder, key, opened)
         code = BROKEN if any(check.broken for check in checks) else DONE
         result = {"receipt": receipt.receipt, "ok": code == DONE, "checks": [check.to_json() for check in checks]}

@@ -5,6 +5,7 @@ Every text that comes from a receipt or a person is escaped; the page runs no sc
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -165,7 +166,7 @@ def _check(receipt: Receipt, store: str) -> str:
     return shown + (
         "<p>The digest is in the public file <code>s3t.json</code> of the store, beside the name of the receipt. The "
         "file that belongs to this page is checked with the library, or without it by the script in "
-        f"docs/guarantees.md:</p><p><code>hf-s3t receipt verify FILE --store {escape(store)}</code></p>"
+        f"docs/guarantees.md:</p><p><code>hf-s3t receipt verify FILE --store {escape(shlex.quote(store))}</code></p>"
     )
 
 

@@ -25,6 +25,8 @@ EVIDENCE = (
 """Fields of a receipt that its digest covers."""
 SEALED = ("reference", "caches")
 """Fields of which the evidence has a hash alone."""
+SINCE_2 = ("digest", "previous", "number", "salt", "sealed", "commitments", "signature")
+"""Fields that receipts of format 1 lack."""
 COPIES = ("exports", "exports_refreshed", "exports_removed")
 """Fields that name copies of a model; of these the outcome has a hash."""
 
@@ -62,6 +64,8 @@ def copies_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
 def receipt_findings(receipt: Mapping[str, Any]) -> Iterator[str]:
     """What a receipt alone tells that is not right with it: whether it was changed, or shows no deletion."""
     if receipt["format"] < 2:
+        if any(receipt[name] for name in SINCE_2):
+            yield "it says that it is of an earlier version, which had no digests, and has one: it was changed"
         return
     if evidence_digest(receipt) != receipt["digest"]:
         yield "its digest is not that of what it says: it was changed"
@@ -81,7 +85,11 @@ def receipt_findings(receipt: Mapping[str, Any]) -> Iterator[str]:
 
 def _about_stages(receipt: Mapping[str, Any]) -> Iterator[str]:
     places = {(shard, slice_id) for shard, slice_id in receipt["places"]}
-    if receipt["kind"] not in ("delete", "loss") or receipt["status"] == "unchanged":
+    if receipt["kind"] not in ("delete", "loss"):
+        return
+    if receipt["status"] == "unchanged":
+        if places or receipt["stages_removed"]:
+            yield "it says that it changed nothing, and names what it removed"
         return
     if not places:
         yield "it names no slice: nothing was removed"

@@ -78,7 +78,7 @@ def _texts_of(path: Path, number: int, line: str) -> Iterator[str]:
     """Of a JSON text itself; of a row every text and number that is long enough, and the digest of the whole row."""
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Line {number} of {path} is no JSON ({error}). Write a text or a row.") from None
     if isinstance(value, dict):
         texts = [text for text in _leaves(value) if len(text) >= SHORTEST]

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import StateError
 from .commitments import commitment, commitment_key, name_of
 from .database import Place, StateDatabase
+from .deletion_records import DIGEST
 from .folder import StoreFolder
 from .ids import id_text
 from .manifest import DAMAGED
@@ -90,16 +91,23 @@ def opening_findings(opening: Any, receipt: Mapping[str, Any]) -> Findings:
         if opening["places"].keys() != receipt["commitments"].keys():
             yield "it opens other slices than the receipt has commitments of"
             return
+        if not receipt["commitments"]:
+            yield "its receipt has no commitments, so it shows nothing"
         key, removed = bytes.fromhex(opening["key"]), set()
         for name, told in receipt["commitments"].items():
             shard, slice_id = name.split(":")
             for when in ("before", "after"):
+                listed = opening["places"][name][when]
+                if len({*listed}) != len(listed) or not all(map(DIGEST.fullmatch, listed)):
+                    yield f"slice {name}: what it names {when} it are no keyed digests, or it names one twice"
                 if commitment(key, (int(shard), int(slice_id)), opening["places"][name][when]) != told[when]:
                     yield f"slice {name}: the examples {when} it are not those that the receipt commits to"
             before, after = ({*opening["places"][name][when]} for when in ("before", "after"))
             removed |= before - after
             if after - before:
                 yield f"slice {name}: examples came by the deletion"
+        if len(removed) != receipt["examples"]:
+            yield f"it shows that {len(removed)} examples went, and the receipt says {receipt['examples']}"
         for text, digest in opening["ids"].items():
             if digest not in removed:
                 yield f"{text!r:.80} is not among the examples that went"

@@ -91,12 +91,16 @@ def _events(
     own, obeyed = {receipt["receipt"]: receipt for receipt in receipts}, obeyed_events(folder)
     begun = {intent["receipt"]["receipt"] for intent in folder.readable_intents()}
     chained = any(receipt["digest"] for receipt in receipts)
+    told = {name for receipt in receipts for name in receipt["obeys"]}
+    for name in sorted(told - state.log().keys()):
+        yield f"{name} was taken over from elsewhere, and the state does not know it: it was removed, or put in"
     for name in sorted(state.log().keys() - begun):
         published = manifest.log[name].receipts if name in manifest.log else ()
         if name in own:
             digest = own[name]["digest"]
-            if digest and published != (digest,):
-                yield f"{name}: the manifest names {_told(published)}, and the one here is {digest[:12]}..."
+            if published != ((digest,) if digest else ()):
+                here = f"{digest[:12]}..." if digest else "of an earlier version, without a digest"
+                yield f"{name}: the manifest names {_told(published)}, and the one here is {here}"
         elif name in obeyed:
             if obeyed[name] and published != tuple(obeyed[name]):
                 yield f"{name}: the manifest names {_told(published)}, and it was taken over with another one"

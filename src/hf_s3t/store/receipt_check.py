@@ -74,9 +74,14 @@ def check_receipt(
 
 
 def _unchanged(receipt: Mapping[str, Any]) -> Findings:
-    if receipt["format"] < 2:
-        raise NotChecked("It is of an earlier version: not chained by digest, so a change of it is not seen.")
+    if receipt["status"] == "dry run":
+        yield "it is of a dry run: nothing was carried out"
+        return
     yield from receipt_findings(receipt)
+    if receipt["format"] < 2:
+        yield NotChecked("It is of an earlier version: not chained by digest, so a change of it is not seen.")
+    elif "copies" not in receipt["salts"]:
+        yield NotChecked("Nothing vouches for the exports that it names: a term ended for some, or they were changed.")
 
 
 def _signature(receipt: Mapping[str, Any], public_key: bytes | None) -> Findings:
@@ -95,10 +100,16 @@ def _signature(receipt: Mapping[str, Any], public_key: bytes | None) -> Findings
 
 def _named(receipt: Mapping[str, Any], manifest: Manifest) -> Findings:
     name, digest = receipt["receipt"], receipt["digest"]
-    if receipt["status"] == "unchanged" or receipt["kind"] == "obeyed" or not digest:
-        raise NotChecked("It is one that no manifest names: it changed no stage here, or is of an earlier version.")
     event = manifest.log.get(name)
-    if event is None:
+    unknown = sorted({*receipt["deleted_by"]} - manifest.log.keys())
+    if unknown:
+        yield f"it says that {unknown[0]:.80} had deleted it before, and the manifest knows no such deletion"
+    nameless = receipt["status"] == "unchanged" or receipt["kind"] == "obeyed"
+    if event is None and nameless:
+        yield NotChecked("It is one that no manifest names: it changed no stage here.")
+    elif event is not None and receipt["format"] < 2 and not event.receipts:
+        yield NotChecked("It is of an earlier version: the manifest knows the deletion, not what its receipt says.")
+    elif event is None:
         yield f"the manifest knows no {name}: it is another store's, an older one, or was never carried out"
     elif event.receipts != (digest,):
         yield f"the manifest names {', '.join(event.receipts) or 'no receipt'} for {name}, and this one is {digest}"

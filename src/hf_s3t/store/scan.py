@@ -37,12 +37,14 @@ PACKED: tuple[tuple[bytes, Any], ...] = (
     (b"\x1f\x8b", lambda stream: gzip.GzipFile(fileobj=stream, mode="rb")),
     (b"BZh", bz2.BZ2File),
     (b"\xfd7zXZ\0", lzma.LZMAFile),
+    (b"]\0\0", lzma.LZMAFile),
 )
 FOREIGN = (
     (b"\x28\xb5\x2f\xfd", "packed by zstd"), (b"PAR1", "a Parquet file"), (b"7z\xbc\xaf\x27\x1c", "packed by 7z"),
     (b"Rar!", "packed by rar"), (b"\x04\x22\x4d\x18", "packed by lz4"), (b"ARROW1", "an Arrow file, maybe packed"),
     (b"\x89HDF", "an HDF5 file, maybe packed"), (b"%PDF", "a PDF file"), (b"PACK", "a pack of git"),
     (b"\xff\x06\x00\x00sNaPpY", "packed by snappy"), (b"\x1f\x9d", "packed by compress"),
+    (b"x\x01", "maybe packed by zlib"), (b"x\x9c", "maybe packed by zlib"), (b"x\xda", "maybe packed by zlib"),
 )  # fmt: skip
 """How files begin that hold packed parts which nothing here opens. Their bytes are looked at all the same."""
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, S3TError)
@@ -159,8 +161,8 @@ class Scan:
         if b"\\" in data and b"\0" not in data and ESCAPE.search(data):
             plain, starts, shifts = _unescaped(data)
             for hit in self.needles.find(plain):
-                start, end = (at + shifts[bisect_right(starts, at) - 1] for at in (hit.start, hit.end - 1))
-                if end >= seen and plain[hit.start : hit.end] != data[start : start + hit.end - hit.start]:
+                start, end = (at + shifts[bisect_right(starts, at) - 1] for at in (hit.start, hit.end))
+                if end > seen and plain[hit.start : hit.end] != data[start : start + hit.end - hit.start]:
                     self._note(shown, None if offset is None else offset + start, hit)
 
     def _note(self, shown: str, offset: int | None, hit: Hit) -> None:
@@ -203,7 +205,7 @@ class Scan:
             stream.seek(0)
             with opener(stream) as inner:
                 self._packed(inner, f"{shown}, unpacked", limit, depth)
-        elif head.startswith(b"PK\3\4"):
+        elif head.startswith(b"PK\3\4") or (depth == 1 and zipfile.is_zipfile(stream)):  # it may begin further on
             stream.seek(0)
             with zipfile.ZipFile(stream) as archive:
                 for entry in archive.infolist():
