@@ -189,7 +189,7 @@ def test_a_curve_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
     ("wrong", "message"),
     [
         ("--examples 10MB", "'10MB' is not a number of rows. Write a whole number, or 52k, 1.5M, 2B."),
-        ("--gpus 8", "--gpus 8, but not how long they train. Give --gpu-hours-per-epoch, too."),
+        ("--gpus 8", "--gpus 8 needs the time that they train. Give --gpu-hours-per-epoch, too."),
         ("--horizon-days 0", "--horizon-days must be a number above 0, not 0.0. Correct it."),
         ("--prior 0.5,half", "The prior must be numbers with commas between them, such as 0.4,0.3,0.2,0.1,"),
     ],

@@ -125,7 +125,7 @@ def test_one_person_in_two_unicode_forms_is_named(tmp_path: Path, caplog: pytest
     found = store.locate(groups=[COMPOSED])
     assert [(location.asked, location.found) for location in found] == [(COMPOSED, "live"), (DECOMPOSED, "live")]
     assert store.delete(groups=[COMPOSED]).examples == 6
-    assert "Not deleted, as nobody asked for it" in caplog.text and ascii(DECOMPOSED) in caplog.text
+    assert "not deleted, because nobody asked for them" in caplog.text and ascii(DECOMPOSED) in caplog.text
     assert store.locate(groups=[DECOMPOSED])[0].found == "live"
 
 

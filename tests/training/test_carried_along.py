@@ -218,7 +218,7 @@ def test_a_class_that_only_deleted_examples_had_is_told(tmp_path: Path, caplog: 
     store = S3TStore(tmp_path)
     last, *others = [name for name, label in zip(rows["id"], rows["labels"], strict=True) if label == 1]
     limits = store.delete(ids=others).limits
-    assert "Classes and their names stay, also those that only deleted examples had." in limits
+    assert "Classes and their names stay, even those that only deleted examples had." in limits
     make_trainer(tmp_path, base="bert", args=args).train()
     assert told not in caplog.text, "one example of it is left"
     store.delete(ids=[last])
