@@ -430,7 +430,7 @@ def test_the_way_out_of_a_model_with_an_adapter_works(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("somebody's")
-    with pytest.raises(ValueError, match=f"holds {name} and no store"):
+    with pytest.raises(ValueError, match=f"holds {name} but no store"):
         make_trainer(tmp_path / "out").train()
     assert (tmp_path / "out" / name).read_text() == "somebody's"
     assert not (tmp_path / "out/s3t.json").exists()
