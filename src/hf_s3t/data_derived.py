@@ -76,9 +76,9 @@ def limits_of_data(recipe: Mapping[str, Any]) -> tuple[str, ...]:
         lines.append(f"{spoken(name)}: {kept}.")
     if recipe.get("steering") is not None:
         lines.append(
-            "An evaluation set chose weights, learning rates or when to stop: what it says is in every stage, and a "
-            "deletion does not reach it."
+            "An evaluation set chose weights, learning rates or when to stop: it shapes every stage, and a deletion "
+            "does not reach it."
         )
     if "Classification" in str((recipe.get("base") or {}).get("class")):
-        lines.append("Classes and their names stay, also those that only deleted examples had.")
+        lines.append("Classes and their names stay, even those that only deleted examples had.")
     return tuple(lines)

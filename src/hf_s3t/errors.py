@@ -6,13 +6,13 @@ S3TError
 ├── StoreError          the store cannot be read or written as asked
 │   ├── StateError      the private state is absent, foreign or older than the manifest
 │   ├── StoreLockedError  another writer or another training run holds the store
-│   ├── UnfinishedDeletionError  a deletion was begun, is obeyed, and is not finished
+│   ├── UnfinishedDeletionError  a deletion is obeyed, but its files are not all removed yet
 │   ├── HubError        a repository cannot be reached, or this token may not do that
-│   └── HeadMovedError  somebody else committed to the repository meanwhile
+│   └── HeadMovedError  somebody else has committed to the repository
 ├── RecipeError         settings that change bits differ from those of the store
 ├── DatasetError        rows have vanished or changed without a deletion
-├── AnswerCutOffError   an answer that began before a deletion went on for longer than it may
-├── CompatibilityError  another library is not as this one needs it to keep a promise
+├── AnswerCutOffError   an answer began before a deletion and went on for too long
+├── CompatibilityError  a promise needs another library to work in a way that it does not
 └── UnknownExampleError a request names an example that the store does not know
 ```
 
@@ -21,7 +21,7 @@ Bad arguments are plain `ValueError`s.
 
 
 class S3TError(Exception):
-    """Base class: a promise of the library cannot be kept as things stand."""
+    """Base class: the library cannot keep one of its promises."""
 
 
 class IsolationError(S3TError):
@@ -41,19 +41,19 @@ class StoreLockedError(StoreError):
 
 
 class UnfinishedDeletionError(StoreError):
-    """A deletion was begun and could not be finished: what it is about is not served, and still on the disk."""
+    """A deletion could not be finished. What it covers is no longer served, but is still on the disk."""
 
 
 class HeadMovedError(StoreError):
-    """The repository's head is not the one that a commit was made for: look again and make it anew."""
+    """Somebody else has committed to the repository: read the new head, and make the commit again."""
 
 
 class HubError(StoreError):
-    """A repository cannot be reached, is not there for this token, or may not be changed by it."""
+    """A repository cannot be reached, does not exist for this token, or the token may not change it."""
 
 
 class RecipeError(S3TError):
-    """A setting that changes bits differs from the one that the store was trained with."""
+    """A setting that changes the trained bits differs from that of the store."""
 
 
 class DatasetError(S3TError):
@@ -61,11 +61,11 @@ class DatasetError(S3TError):
 
 
 class CompatibilityError(S3TError):
-    """Another library, in the version that is installed, is not as this one needs it to keep a promise."""
+    """A promise needs another library to work in a way that its installed version does not."""
 
 
 class AnswerCutOffError(S3TError):
-    """An answer that began before a deletion went on for longer than old answers may."""
+    """An answer began before a deletion, and went on for longer than `old_answers_seconds`."""
 
 
 class UnknownExampleError(S3TError):

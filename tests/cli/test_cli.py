@@ -117,7 +117,7 @@ def test_status_tells_dead_shards_exports_and_interrupted_deletions(store: Path,
     run("delete", store, "--slices", "0:0", "--slices", "0:1", "--slices", "0:2")
     (store / ".s3t/intents").mkdir(exist_ok=True)
     text = run("status", store).stdout
-    assert "shard 0: nothing of it can be served" in plain(text) and "slices in use" in text
+    assert "shard 0: serves nothing until" in plain(text) and "slices in use" in text
     assert str(tmp_path / "out") in plain(text).replace(" ", "")
 
 
@@ -515,7 +515,7 @@ def test_export_without_the_right_base(store: Path, tmp_path: Path, options: tup
 def test_refreshed_exports_are_not_pending(store: Path, tmp_path: Path) -> None:
     run("export", store, tmp_path / "out")
     result = run("delete", store, "--ids", row_ids()[0], "--refresh-exports")
-    assert result.exit_code == 0 and "exports made anew" in result.stdout
+    assert result.exit_code == 0 and "exports rewritten" in result.stdout
     slices = [part for place in range(6) for part in ("--slices", f"{place // 3}:{place % 3}")]
     result = run("delete", store, *slices, "--refresh-exports")
     assert result.exit_code == 0 and "exports removed" in result.stdout and not (tmp_path / "out").exists()

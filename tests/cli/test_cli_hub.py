@@ -207,7 +207,7 @@ def test_status_tells_of_the_history_whoever_asks(server: Server, machine: Machi
 def test_a_folder_that_hides_a_repository_is_named(machine: Machine, tmp_path: Path) -> None:
     (machine.home / "owner/model").mkdir(parents=True)
     text = Terminal(machine)("status", "owner/model", code=2)
-    assert "the folder owner/model, which holds no store, hides a repository of that name" in text
+    assert "the folder owner/model holds no store, and hides the repository of that name" in text
 
 
 def test_a_stopped_purge_stays_pending_even_if_nothing_is_served(machine: Machine, tmp_path: Path) -> None:
@@ -216,4 +216,4 @@ def test_a_stopped_purge_stays_pending_even_if_nothing_is_served(machine: Machin
     run("delete", "owner/model", "--slices", "0:1", *here, code=3)
     run("purge", "owner/model", "--report", report, *here)
     report.write_text(json.dumps({**json.loads(report.read_text()), "status": "begun"}))
-    assert "End it: hf-s3t purge owner/model" in run("recheck", report, *here, code=3)
+    assert "To finish it, run hf-s3t purge owner/model" in run("recheck", report, *here, code=3)

@@ -78,7 +78,7 @@ def test_hours_and_megabytes_take_the_place_of_epochs_and_stages(planner: S3TPla
 
 def test_the_legend_and_the_help_say_what_is_taken_for_granted(planner: S3TPlanner) -> None:
     text = " ".join(" ".join(printed(planner)).split())
-    assert "nothing of some shard could be served" in text and "repairs are taken to need no time" in text
+    assert "some shard serves nothing" in text and "repairs are taken to need no time" in text
     shown = " ".join(run("--help").stdout.replace("│", " ").split())
     assert "at least --min-in-use of the slices" in shown and "is at most --max-dead" in shown
 
@@ -171,7 +171,7 @@ def test_counts_are_read(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "52,002", "1.5", "0.0001k", "10MB", "-5", "1e6", "ten"])
 def test_other_counts_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is no number of rows. Write a whole number, or 52k, 1.5M, 2B.$"):
+    with pytest.raises(ValueError, match=r"is not a number of rows. Write a whole number, or 52k, 1.5M, 2B.$"):
         parse_count(text)
 
 
@@ -188,8 +188,8 @@ def test_a_curve_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("--examples 10MB", "'10MB' is no number of rows. Write a whole number, or 52k, 1.5M, 2B."),
-        ("--gpus 8", "--gpus 8, but not how long they train. Give --gpu-hours-per-epoch, too."),
+        ("--examples 10MB", "'10MB' is not a number of rows. Write a whole number, or 52k, 1.5M, 2B."),
+        ("--gpus 8", "--gpus 8 needs the time that they train. Give --gpu-hours-per-epoch, too."),
         ("--horizon-days 0", "--horizon-days must be a number above 0, not 0.0. Correct it."),
         ("--prior 0.5,half", "The prior must be numbers with commas between them, such as 0.4,0.3,0.2,0.1,"),
     ],

@@ -70,8 +70,8 @@ def test_what_a_file_of_lines_looks_like(tmp_path: Path, text: str, told: str) -
     [
         (b"PAR1rest", "is a parquet file"),
         (b"PK\x03\x04rest", "an Excel or another zipped file"),
-        ("row-1\n".encode("utf-16-le"), "looks like UTF-16 without its mark"),
-        (b"Zo\xe9\n", "is no UTF-8 text"),
+        ("row-1\n".encode("utf-16-le"), "looks like UTF-16 without a byte order mark"),
+        (b"Zo\xe9\n", "is not UTF-8 text"),
     ],
 )
 def test_what_is_no_text(tmp_path: Path, data: bytes, told: str) -> None:
@@ -85,7 +85,7 @@ def test_what_is_no_text(tmp_path: Path, data: bytes, told: str) -> None:
     [
         ("id,why\nrow-1,x\n,y\n", "Row 2 of .* has nothing in column 'id'; it has the columns 'id', 'why'"),
         ("name,why\nrow-1,x\n", "has no column 'id'. Its first line has 'name', 'why'"),
-        ("{]\n", "is no JSON that can be read"),
+        ("{]\n", "cannot be read as JSON"),
         ("[1, 2]", "Row 1 of .* has nothing in column 'id'"),
         ("", "has no column 'id'. Its first line has nothing"),
     ],

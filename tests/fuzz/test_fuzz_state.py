@@ -423,7 +423,7 @@ def test_the_mark_of_a_checkpoint(amount):
 
 @fuzz(60)
 def test_what_this_machine_remembers_of_base_models(amount, monkeypatch):
-    """Lost is speed alone: the digest is right."""
+    """Only speed is lost: the digest is right."""
     model = nn.Linear(2, 2)
     with quick_folder() as root:
         monkeypatch.setattr(base_identity.constants, "HF_HOME", str(root))

@@ -209,7 +209,7 @@ def test_a_change_within_an_answer_is_refused_and_nothing_stays_locked(threads: 
     answers = Served(2, {0}).answers
     with answers.answering():
         for refused in (lambda: answers.changing(1).__enter__(), answers.check_outside, answers.drained):
-            with pytest.raises(S3TError, match="from within its own answer"):
+            with pytest.raises(S3TError, match="An answer cannot change the model that computes it"):
                 refused()
         threads(answers.check_outside).result(LONG)  # it is this thread's answer alone
         Block(threads, answers.answering).enter().leave()

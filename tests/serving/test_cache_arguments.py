@@ -48,9 +48,9 @@ def test_whatever_is_no_cache_of_the_members_is_refused(name: str) -> None:
     ensemble, given = load(trained("llama"), "llama"), prompts()
     pairs = ((torch.zeros(6, 2, 3, 8),) * 2,) * 8
     for other in (DynamicCache(), StaticCache(ensemble.config, 32), pairs, True):
-        with pytest.raises(ValueError, match=f"`{name}` is a cache that has one row per example"):
+        with pytest.raises(ValueError, match=f"`{name}` is a cache with one row per example"):
             ensemble.generate(**given, **{name: other}, **GENERATION)
-        with pytest.raises(ValueError, match=f"`{name}` is a cache that has one row per example"):
+        with pytest.raises(ValueError, match=f"`{name}` is a cache with one row per example"):
             ensemble(**given, **{name: other})
 
 

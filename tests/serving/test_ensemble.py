@@ -152,7 +152,7 @@ def test_a_base_of_another_config_is_named(stores: dict[str, Path], caplog: pyte
 
 
 def test_what_torch_compile_returned_is_no_base(stores: dict[str, Path]) -> None:
-    with pytest.raises(StoreError, match=r"what `torch\.compile` made of a model.*compile the ensemble"):
+    with pytest.raises(StoreError, match=r"`torch\.compile` has compiled this model.*compile the ensemble"):
         S3TEnsemble.from_pretrained(stores["bert"], torch.compile(models.tiny_bert()))
 
 

@@ -69,8 +69,8 @@ def test_a_pod_says_it_when_it_refreshes(store: S3TStore, tmp_path: Path, caplog
     assert behind.refresh() is True
     (line,) = told(caplog)
     assert line.startswith(f"{pod} answers with less") and "shard 2: 0-1-2 -> 2." in line
-    assert "How many rows are dark until then is not known here" in line
-    assert line.split("without the state.")[1] == said.split("has seen them.")[1]  # cost and cliff, by the manifest
+    assert "it is not known how many rows are dark until then" in line
+    assert line.split("dark until then.")[1] == said.split("has seen them.")[1]  # cost and cliff, by the manifest
     assert ensemble.refresh() is True
     (line,) = told(caplog)
     assert line == said  # the state is here

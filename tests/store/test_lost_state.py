@@ -118,7 +118,7 @@ def test_nothing_is_lost_where_the_state_knows_all(tmp_path):
     store.delete(ids=["row-1"])
     before = tree(store.path)
     assert not store.accept_loss().found and tree(store.path) == before
-    assert "Nothing is lost or changed" in plain(run("state", "accept-loss", store.path).stdout)
+    assert "Nothing is lost, and nothing was changed" in plain(run("state", "accept-loss", store.path).stdout)
 
 
 def test_without_any_state_or_key_it_says_what_is_missing(lost, monkeypatch):

@@ -121,7 +121,7 @@ def test_without_the_state_it_says_that_the_rows_are_not_known(store: S3TStore, 
     told()
     bare.delete(slices=[(0, 1)])
     (line,) = [line for line in told() if "answers with less" in line]
-    assert "shard 0: 0-1-2 -> 0." in line and "How many rows are dark until then is not known here" in line
+    assert "shard 0: 0-1-2 -> 0." in line and "it is not known how many rows are dark until then" in line
 
 
 def test_the_outlook_is_that_of_the_status_under_the_prior_that_leaves_fewer(store: S3TStore) -> None:

@@ -329,13 +329,13 @@ def test_the_digest_of_a_stages_examples_depends_on_their_order():
 
 @pytest.mark.parametrize("kind", [set, frozenset])
 def test_a_set_names_no_example(kind):
-    with pytest.raises(ValueError, match="has a set, whose members are in another order in every run.*sorted list"):
+    with pytest.raises(ValueError, match="has a set, and its order changes with every run.*sorted list"):
         row_digest({"tags": kind(["a", "b"])})
 
 
 def test_a_decoded_image_names_no_example():
     row = {"image": PILImage.new("L", (2, 2)), "label": 0}
-    with pytest.raises(ValueError, match="is another one in every run, so it names no example. Hand in the row undec"):
+    with pytest.raises(ValueError, match="changes with every run, so it cannot name an example. Hand in the row"):
         row_digest(row)
 
 

@@ -259,9 +259,9 @@ def test_the_message_shows_every_difference_and_the_way_out(tmp_path):
     message = str(caught.value)
     assert "\n  config.r: the store has 8, this run 4\n" in message
     assert "\n  arguments.seed: the store has 42, this run 1\n" in message
-    assert "\nUse the stored settings, or train into another output_dir. Not to be accepted are config.r: " in message
+    assert "\nUse the stored settings, or train into another output_dir. These cannot change: config.r: " in message
     assert STRUCTURE["config"] in message and "accept_recipe" not in message
-    with pytest.raises(RecipeError, match=r"go on with these: accept_recipe=\['arguments.seed'\]\. What is trained"):
+    with pytest.raises(RecipeError, match=r"go on with these: accept_recipe=\['arguments.seed'\]\. Stages"):
         check_same(recipe(tmp_path), recipe(tmp_path, args={"seed": 1}))
 
 
@@ -442,7 +442,7 @@ def test_what_is_named_may_differ_and_nothing_else(tmp_path):
 )  # fmt: skip
 def test_what_a_promise_rests_on_can_not_be_accepted(tmp_path, fields, setting):
     reason = STRUCTURE[setting.split(".")[0]]
-    with pytest.raises(RecipeError, match=f"Not to be accepted are {setting}: {reason}"):
+    with pytest.raises(RecipeError, match=f"These cannot change: {setting}: {reason}"):
         check_same(recipe(tmp_path), recipe(tmp_path, **fields), [setting])
     with pytest.raises(ValueError, match=f"'{setting}' cannot be accepted: {reason}"):
         check_accept([setting])

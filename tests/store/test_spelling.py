@@ -125,7 +125,7 @@ def test_one_person_in_two_unicode_forms_is_named(tmp_path: Path, caplog: pytest
     found = store.locate(groups=[COMPOSED])
     assert [(location.asked, location.found) for location in found] == [(COMPOSED, "live"), (DECOMPOSED, "live")]
     assert store.delete(groups=[COMPOSED]).examples == 6
-    assert "Not deleted, as nobody asked for it" in caplog.text and ascii(DECOMPOSED) in caplog.text
+    assert "not deleted, because nobody asked for them" in caplog.text and ascii(DECOMPOSED) in caplog.text
     assert store.locate(groups=[DECOMPOSED])[0].found == "live"
 
 
@@ -162,7 +162,7 @@ def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
     store = store_of(tmp_path / "out", ["Zoë", *(f"row-{number}" for number in range(11))])
     (tmp_path / "ids.txt").write_bytes("Zoë\nrow-2".encode("latin-1"))
     result = run("delete", store.path, "--ids-file", tmp_path / "ids.txt", "--missing-ok")
-    assert result.exit_code == 2 and "save it as UTF-8" in plain(result.stderr)
+    assert result.exit_code == 2 and "Save it as UTF-8" in plain(result.stderr)
     assert live(store, "row-2") == [True]
 
 

@@ -192,8 +192,8 @@ def test_one_warning_names_all_and_a_config_that_names_them_is_not_asked(
     given = {"trainer_class": Weighted, "data_collator": Scaling(0.5), "args": {"max_steps": 1}}
     make_trainer(tmp_path / "asked", **given).train()
     (line,) = [record.getMessage() for record in caplog.records if ASKED in record.getMessage()]
-    assert "loss (`Weighted` has" in line and "; collator (`Scaling` holds numbers)? If from the rows" in line
-    assert "S3TConfig(data_derived={'loss': ..., 'collator': ...}), with 'train set' for" in line
+    assert "loss (`Weighted` has" in line and "; collator (`Scaling` holds numbers)? If from the train set" in line
+    assert "S3TConfig(data_derived={'loss': ..., 'collator': ...}), with 'train set' or" in line
     caplog.clear()
     make_trainer(tmp_path / "asked", **given).train()  # nothing is missing
     assert ASKED not in caplog.text
@@ -218,7 +218,7 @@ def test_a_class_that_only_deleted_examples_had_is_told(tmp_path: Path, caplog: 
     store = S3TStore(tmp_path)
     last, *others = [name for name, label in zip(rows["id"], rows["labels"], strict=True) if label == 1]
     limits = store.delete(ids=others).limits
-    assert "Classes and their names stay, also those that only deleted examples had." in limits
+    assert "Classes and their names stay, even those that only deleted examples had." in limits
     make_trainer(tmp_path, base="bert", args=args).train()
     assert told not in caplog.text, "one example of it is left"
     store.delete(ids=[last])

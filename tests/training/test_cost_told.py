@@ -62,7 +62,7 @@ def test_the_cost_is_seen_before_the_first_stage(tmp_path: Path, quiet: bool, ca
     trainer = make_trainer(tmp_path, config=config, args={"num_train_epochs": 2, "disable_tqdm": quiet})
     lines = begun(trainer, capsys)
     assert lines[0].startswith("7 of 7 stages to train, 32 slice passes = 4.0 x one plain fine-tuning, ")
-    assert "A stage has 2 epochs over the slices of its prefix" in lines[0] and "the bar counts" in lines[0]
+    assert "A stage has 2 epochs over the slices of its prefix" in lines[0] and "The bar counts" in lines[0]
     assert sum("plain fine-tuning" in line for line in lines) == 1
     assert not [record for record in caplog.records if "slice passes" in record.getMessage()]  # it is no warning
 
@@ -150,7 +150,7 @@ def test_empty_slices_are_named_and_what_would_fill_them(tmp_path: Path, capsys:
         lines = begun(trainer, capsys)
     names = ", ".join(f"0: {at}" for at in range(4) if at not in filled)
     assert lines[1].startswith("Rows per slice: least 0, ")
-    assert lines[2] == f"Empty (shard: slice): {names}. Stages on these alone hold nothing."
+    assert lines[2] == f"Empty (shard: slice): {names}. A stage that has only such slices learns nothing."
     assert lines[3].endswith("Better: num_slices=1 (least 2, median 2, most 2).")
 
 

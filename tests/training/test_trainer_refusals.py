@@ -62,13 +62,13 @@ def running_python(code: str, *arguments: str) -> str:
     "name, value, message",
     [
         ("torch_compile", True, "specialised to the batches of earlier stages"),
-        ("auto_find_batch_size", True, "starts again on weights that were updated already; set the batch size"),
+        ("auto_find_batch_size", True, "restarts from weights that are already updated; set the batch size"),
         ("packing", True, "joins examples of different slices; set `packing=False`"),
         ("fsdp", "full_shard", "use DDP"),
         ("deepspeed", {"zero_optimization": {"stage": 1}}, "use DDP"),
         ("parallelism_config", object(), "use DDP"),
         ("use_liger_kernel", True, "patch it once before you pass it"),
-        ("ignore_data_skip", True, "begin with rows that it has seen, and miss others"),
+        ("ignore_data_skip", True, "see some rows twice and miss others"),
         ("bf16_full_eval", True, "leave the base and the stages in bfloat16"),
         ("fp16_full_eval", True, "leave the base and the stages in float16"),
     ],
@@ -405,7 +405,7 @@ def test_a_model_that_holds_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapters of another type \(default\).* merge it first"):
         make_trainer(tmp_path / "out", model=other)
     added = inject_adapter_in_model(LoraConfig(**targets), models.tiny_llama(num_hidden_layers=4))
-    with pytest.raises(ValueError, match="holds an adapter already .*merge it first"):
+    with pytest.raises(ValueError, match="already holds an adapter .*merge it first"):
         make_trainer(tmp_path / "out", model=added)
     first = make_trainer(tmp_path / "first")
     first.train()
@@ -430,7 +430,7 @@ def test_the_way_out_of_a_model_with_an_adapter_works(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("somebody's")
-    with pytest.raises(ValueError, match=f"holds {name} and no store"):
+    with pytest.raises(ValueError, match=f"holds {name} but no store"):
         make_trainer(tmp_path / "out").train()
     assert (tmp_path / "out" / name).read_text() == "somebody's"
     assert not (tmp_path / "out/s3t.json").exists()

@@ -268,7 +268,7 @@ def test_preferences_of_several_shards_are_evaluated_one_by_one(
     trainer = make_dpo(tmp_path / "out", config={"num_shards": 2}, eval_dataset=preferences(4))
     trainer.train()
     found = trainer.evaluate()
-    assert "evaluates them one by one" in caplog.text
+    assert "evaluates each shard by itself" in caplog.text
     apart = []
     for name in trainer.store.live().to_json()["served"]:
         trainer.tuner.activate(name.split("/")[0])

@@ -720,7 +720,7 @@ def test_states_are_made_anew_after_the_collator_was_edited(llama, tmp_path, cap
     trainer(llama.rows, ignored=False).train()
     S3TStore(tmp_path / "out").delete(ids=[llama.victim])
     trainer(without(llama.rows, {llama.victim}), ignored=True).train()
-    assert "is made anew: a row of it is not what the collator" in caplog.text
+    assert "is made again: a row of it differs from what the collator" in caplog.text
     assert not S3TStore(tmp_path / "out").status().missing
 
 
@@ -866,7 +866,7 @@ def test_rows_that_see_each_others_padding_are_refused(tmp_path, make_rows):
 
     options = {"data_collator": collate, "activation_cache": "disk", "model": models.tiny_bert(**STEADY["bert"])}
     trainer = make_trainer(tmp_path / "out", CASES["bert"], rows=rows, **options)
-    with pytest.raises(ValueError, match="depends on the company .* collator without attention mask"):
+    with pytest.raises(ValueError, match="depends on the other rows .* collator without attention mask"):
         trainer.train()
 
 
@@ -883,7 +883,7 @@ def test_a_trunk_that_computes_otherwise_in_training_is_told_from_a_random_one(t
     model = CASES["llama"].make_model()
     model.model.layers[0].mlp.register_forward_hook(lambda mlp, args, output: output * (1 + 1e-3 * mlp.training))
     trainer = make_trainer(tmp_path / "out", CASES["llama"], model=model, activation_cache="disk")
-    with pytest.raises(ValueError, match="computes otherwise in training than in eval mode, the same each time"):
+    with pytest.raises(ValueError, match="computes differently in training and in eval mode, always in the same way"):
         trainer.train()
 
 

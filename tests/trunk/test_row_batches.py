@@ -275,7 +275,7 @@ def test_rows_that_see_their_mates_are_computed_one_by_one(small, batches, tmp_p
 
 
 def test_rows_that_see_a_lot_of_their_mates_are_refused(small, tmp_path):
-    with pytest.raises(ValueError, match="depends on the company that a row has in its batch"):
+    with pytest.raises(ValueError, match="depends on the other rows of a batch"):
         trainer(tmp_path / "out", "llama", model=leaking(1, 0.1)).train()
 
 
@@ -401,5 +401,5 @@ def test_a_block_is_looked_at_in_every_width(small, tmp_path, caplog):
     with changed(MODELS["llama"](), 16) as model:
         trainer(tmp_path / "out", "llama", left, model=model).train()
     after = {path: path.read_bytes() for path in before if path.exists()}
-    assert "is made anew: a row of it is not what the collator" in caplog.text
+    assert "is made again: a row of it differs from what the collator" in caplog.text
     assert after and all(data != before[path] for path, data in after.items())

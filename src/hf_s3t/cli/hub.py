@@ -59,14 +59,14 @@ def unpurged_of(store: S3TStore) -> dict[str, list[str]]:
 
 def push(
     store: OneStore,
-    repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model; made, private, if there is none.")],
-    public: Annotated[bool, typer.Option("--public", help="Make a new one public; allow one that is.")] = False,
+    repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model. If there is none, a private one is made.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new one public; allow a public one.")] = False,
     tombstones: Annotated[
-        bool | None, typer.Option(help="Let tombstones travel in it. Default: if it is private.")
+        bool | None, typer.Option(help="Upload tombstones, too. Default: only if it is private.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring a repository on the Hub to what the store holds, in one commit. The state stays here."""
+    """Upload the store to a repository on the Hub, in one commit. The private state stays here."""
 
     from ..store.store import S3TStore
 
@@ -74,7 +74,7 @@ def push(
         info = opened.push(repo, private=not public, tombstones=tombstones)
         unpurged = unpurged_of(S3TStore(repo, state=opened.private))
         result = {"repo": repo, "commit": info.oid, "unpurged": sum(unpurged.values(), [])}
-        shown = f"{repo} is what {opened.path} holds, at {info.oid}."
+        shown = f"{repo} now holds what {opened.path} holds, at commit {info.oid}."
         if unpurged:
             shown += f" {display.still_serves(unpurged)}"
         return Outcome(str(opened.path), PENDING if unpurged else DONE, result, shown)
@@ -85,11 +85,11 @@ def push(
 def pull(
     store: OneStore, repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model.")], as_json: AsJson = False
 ) -> None:
-    """Bring a store to what a repository on the Hub holds, and obey the tombstones that travel in it."""
+    """Download what a repository on the Hub holds into a store, and obey the tombstones in it."""
 
     def verb(opened: S3TStore) -> Outcome:
         opened.pull(repo)
-        return Outcome(str(opened.path), DONE, {"repo": repo}, f"{opened.path} is what {repo} holds.")
+        return Outcome(str(opened.path), DONE, {"repo": repo}, f"{opened.path} now holds what {repo} holds.")
 
     run([store], None, as_json, verb)
 
@@ -98,12 +98,12 @@ def purge(
     repo: Annotated[str, typer.Argument(help="Repository, e.g. me/model.")],
     keep_refs: KeepRefs = None,
     drop_refs: DropRefs = False,
-    report: Annotated[Path | None, typer.Option(help="File for the report, for `recheck`.")] = None,
+    report: Annotated[Path | None, typer.Option(help="File to write the report to, for `recheck`.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to wait for the Hub to settle.")] = SECONDS,
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove from a repository's history what its head does not serve, probe it, and report what was seen."""
+    """Remove weights that the head does not serve from a repository's history, probe for them, and report."""
 
     def verb(store: S3TStore) -> Outcome:
         found = store.purge(keep_refs or ([] if drop_refs else None), seconds)
@@ -114,12 +114,12 @@ def purge(
 
 def recheck(
     report: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, help="File that `purge` wrote; it is brought up to date.")
+        Path, typer.Argument(exists=True, dir_okay=False, help="File that `purge` wrote. It is updated.")
     ],
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask again for what a purge report has as pending."""
+    """Probe again what is pending in a purge report."""
 
     from ..hub.probes import recheck as ask_again
     from ..hub.repo import HubRepo
@@ -130,7 +130,7 @@ def recheck(
         found = ask_again(HubRepo(known.repo), known)
         kept = StoreFolder(known.repo, state=state).private / file_name(found)
         if found is known and found.status != "begun":
-            shown = f"Nothing was pending, so nothing was asked; it was last seen at {known.ended_at}."
+            shown = f"Nothing was pending, so nothing was asked. The last probe was at {known.ended_at}."
             return Outcome(known.repo, DONE, known.to_json(), f"{known.to_text()}\n{shown}")
         if kept.exists():  # the one beside the receipts, which says whether the history is purged
             write_atomic(kept, json_bytes(found.to_json()), PRIVATE)
@@ -145,7 +145,7 @@ def _purge_outcome(repo: str, found: PurgeReport, file: Path | None, kept: Path)
     kept = file or kept
     shown = f"{found.to_text()}\nThis report is in {kept}."
     if found.status == "begun":
-        shown += f" End it: hf-s3t purge {repo}, with what you said of its refs."
+        shown += f" To finish it, run hf-s3t purge {repo} again with the same --keep-ref or --drop-refs."
     elif found.pending:
-        shown += f" Ask again for what is pending: hf-s3t recheck {kept}"
+        shown += f" To probe again what is pending, run: hf-s3t recheck {kept}"
     return Outcome(repo, DONE if found.status == "no_longer_served" else PENDING, found.to_json(), shown)

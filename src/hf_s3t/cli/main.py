@@ -72,11 +72,16 @@ for command in (cli_plan.plan, cli_hub.push, cli_hub.pull, cli_hub.purge, cli_hu
 
 @app.callback()
 def main() -> None:
-    """Look after stores of stages that S3T trained: find examples, delete them, check what is there.
+    """Find and delete training examples in the stores that S3T trained, and check these stores.
 
-    Exit codes: 0 done; 2 bad input, or something to be put right first; 3 no longer served here, but pending (a disk
-    that failed, exports, a repository's history); 4 not known, nothing changed; 5 a promise is broken or a file is
-    damaged; 6 fewer requests are left than --fail-below asks for. Of several stores the gravest counts: 5, 2, 4, 3, 6.
+    Exit codes:
+    0 done
+    2 bad input, or something must be put right first
+    3 no longer served here, but pending: a disk that failed, exports, a repository's history
+    4 an id or a group is not known; nothing changed
+    5 a promise is broken, or a file is damaged
+    6 fewer requests are left than --fail-below asks for
+    With several stores the gravest code counts: 5, 2, 4, 3, 6.
     """
 
 
@@ -86,13 +91,13 @@ def status(
     prior: Prior = None,
     fail_below: Annotated[
         float | None,
-        typer.Option(min=0, help="End with 6 if fewer requests are expected until a shard is dead (either prior)."),
+        typer.Option(min=0, help="Exit with 6 if a shard is expected to be dead after fewer requests (either prior)."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the tree of stages of one store (.png, .svg, .pdf).")] = None,
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """What is trained, served, missing and deleted, and how many requests are left. 3 while a deletion is pending."""
+    """Show what is trained, served, missing and deleted, and how many requests are left. 3: a deletion is pending."""
     if plot is not None and len(stores) > 1:
         raise typer.BadParameter("--plot draws one store. Give one store, or leave it out.")
     if fail_below is not None and math.isnan(fail_below):  # not every version of typer does
@@ -127,7 +132,7 @@ def locate(
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Whether and where ids and groups are, and which live stages saw them."""
+    """Find ids and groups: in which slice they are, and which live stages saw them."""
     wanted = wanted_names(ids, ids_file, groups, groups_file, column)
 
     def verb(store: S3TStore) -> Outcome:
@@ -202,7 +207,7 @@ def readmit(
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Lift tombstones, for rectified data or renewed consent. Then train again with the rows."""
+    """Lift tombstones, after a correction of data or a renewed consent. Then train again with the rows."""
     wanted = wanted_names(ids, ids_file, groups, groups_file, column)
 
     def verb(store: S3TStore) -> Outcome:
@@ -220,8 +225,8 @@ def verify_command(
         bool, typer.Option("--retrain", help="Train stages again, and compare bytes: --all, --sample or --stage.")
     ] = False,
     every: Annotated[bool, typer.Option("--all", help="With --retrain: every live stage.")] = False,
-    sample: Annotated[int | None, typer.Option(min=1, help="With --retrain: so many stages, drawn.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draw; without it a new one, which is told.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="With --retrain: draw this many stages at random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for --sample. Default: a new one, which is shown.")] = None,
     stage: Annotated[
         list[str] | None, typer.Option(help="With --retrain: this stage, e.g. shard-00/2-0. Repeatable.")
     ] = None,
@@ -229,21 +234,21 @@ def verify_command(
         str | None,
         typer.Option(
             help="module:function or file.py:function. It is called with (output_dir, train_dataset) and returns a "
-            "trainer with the settings that trained the store. It is run: give only what you trust."
+            "trainer with the settings that trained the store. This code is run: give only what you trust."
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Dataset file or folder with the train set, for --retrain.")
+        Path | None, typer.Option(help="Dataset file or folder of the train set, for --retrain.")
     ] = None,
     scan_for: Annotated[
         Path | None,
-        typer.Option(help="File of texts and ids, one a line (.jsonl: as JSON), to look for in every byte."),
+        typer.Option(help="File of texts and ids to look for in every byte, one per line (.jsonl: as JSON)."),
     ] = None,
     key_file: KeyFile = None,
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check hashes, contents, tombstones and the root adapter; train stages again; look for texts in every byte."""
+    """Check hashes, contents, tombstones and the root adapter. On request, retrain stages or search all bytes."""
     if retrain != bool(trainer and data) or bool(trainer) != bool(data):
         raise typer.BadParameter("Give --retrain, --trainer and --data together, or none of them.")
     if retrain != (every + (sample is not None) + bool(stage) == 1) or (seed is not None and sample is None):
@@ -272,7 +277,7 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the served model, or any live prefix, as one plain LoRA adapter that stock PEFT loads, or merged."""
+    """Write the served model, or any live prefix, as a plain LoRA adapter for stock PEFT, or merged into the base."""
 
     def verb(store: S3TStore) -> Outcome:
         _check_export(store, target, prefix)

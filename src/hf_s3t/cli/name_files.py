@@ -41,7 +41,7 @@ def names_in(file: Path | None, column: str | None = None) -> tuple[list[str], s
     try:
         return [id_text(value) for value in _cells(text, file, column)], ""
     except (csv.Error, RecursionError) as error:
-        raise typer.BadParameter(f"{file} is no table that can be read: {error}.") from None
+        raise typer.BadParameter(f"{file} cannot be read as a table: {error}.") from None
 
 
 def _hint(file: Path, lines: list[str]) -> str:
@@ -68,10 +68,10 @@ def _text(file: Path) -> str:
     try:
         text = data.decode(MARKS.get(data[:2], "utf-8-sig"))
     except UnicodeDecodeError as error:
-        message = f"{file} is no UTF-8 text ({error}): save it as UTF-8, or names with accents would not be found."
+        message = f"{file} is not UTF-8 text ({error}). Save it as UTF-8; else names with accents are not found."
         raise typer.BadParameter(message) from None
     if "\0" in text:
-        raise typer.BadParameter(f"{file} looks like UTF-16 without its mark. Save it as UTF-8.")
+        raise typer.BadParameter(f"{file} looks like UTF-16 without a byte order mark. Save it as UTF-8.")
     return text
 
 
@@ -117,4 +117,4 @@ def _rows(text: str, file: Path, column: str) -> Iterator[Any]:
                 raise typer.BadParameter(f"{file} has no column {column!r}. Its first line has {names:.200}.")
             yield from csv.DictReader(lines, delimiter=delimiter)
     except ValueError as error:
-        raise typer.BadParameter(f"{file} is no JSON that can be read: {error}.") from None
+        raise typer.BadParameter(f"{file} cannot be read as JSON: {error}.") from None

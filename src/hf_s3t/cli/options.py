@@ -40,33 +40,33 @@ IdsFile = Annotated[Path | None, typer.Option("--ids-file", help="File with one 
 Groups = Annotated[list[str] | None, typer.Option("--groups", help="A group; give the option again for another one.")]
 GroupsFile = Annotated[Path | None, typer.Option("--groups-file", help="File with one group per line.")]
 Column = Annotated[
-    str | None, typer.Option(help="The file of ids or groups is a table (CSV, JSON): the column to take.")
+    str | None, typer.Option(help="The column to read, if the file of ids or groups is a table (CSV, JSON).")
 ]
 Reference = Annotated[str | None, typer.Option(help="Your name for the request, kept in the private receipt.")]
-KeyFile = Annotated[Path | None, typer.Option(help="File with the partition key, where .s3t/ does not hold it.")]
+KeyFile = Annotated[Path | None, typer.Option(help="File with the partition key, if .s3t/ does not hold it.")]
 StateFolder = Annotated[
-    Path | None, typer.Option("--state", help="Folder of the state of a repository's store; also HF_S3T_STATE.")
+    Path | None, typer.Option("--state", help="Folder of the private state, for a repository. Default: HF_S3T_STATE.")
 ]
 NotIn = Annotated[
-    Path | None, typer.Option(help="Dataset file or folder; every example that is not in it is deleted.")
+    Path | None, typer.Option(help="Dataset file or folder. Every example that is not in it is deleted.")
 ]
-AtMost = Annotated[str, typer.Option(help="With --not-in: the share of the examples that may be missing there.")]
-Slices = Annotated[list[str] | None, typer.Option(help="SHARD:SLICE; works with the state lost, too.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")]
+AtMost = Annotated[str, typer.Option(help="With --not-in: delete nothing if more than this share is missing.")]
+Slices = Annotated[list[str] | None, typer.Option(help="A whole slice, SHARD:SLICE. Works without the state, too.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")]
 MissingOk = Annotated[bool, typer.Option("--missing-ok", help="Delete what is known, ignore what is not.")]
 RefreshExports = Annotated[
-    bool, typer.Option("--refresh-exports", help="Make exports that carry the influence anew, or remove them.")
+    bool, typer.Option("--refresh-exports", help="Rewrite exports that carry the influence, or remove them.")
 ]
-Purge = Annotated[bool, typer.Option("--purge", help="Of a repository: remove it from the history, too, and probe.")]
+Purge = Annotated[bool, typer.Option("--purge", help="For a repository: remove it from the history, too, and probe.")]
 KeepRefs = Annotated[
     list[str] | None,
     typer.Option("--keep-ref", help="A branch, tag or pull request to keep; all others are removed. Repeatable."),
 ]
 DropRefs = Annotated[bool, typer.Option("--drop-refs", help="Remove every ref but the main branch.")]
 Prior = Annotated[
-    str | None, typer.Option(help="Chance that a request hits each slice, 0.4,0.3,0.3. Default: the plan's own.")
+    str | None, typer.Option(help="Chance that a request hits each slice: 0.4,0.3,0.3. Default: the plan's own.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document: a list with an outcome per store.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: a list with one outcome per store.")]
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
@@ -109,7 +109,7 @@ def parse_slice(text: str) -> tuple[int, int]:
     """`(shard, slice)` from `"0:2"`."""
     match = re.fullmatch(r"(\d{1,6}):(\d{1,4})", text)
     if not match:
-        raise typer.BadParameter(f"{text!r} is no slice. Write SHARD:SLICE, for example 0:2.")
+        raise typer.BadParameter(f"{text!r} is not a slice. Write SHARD:SLICE, for example 0:2.")
     return int(match[1]), int(match[2])
 
 
@@ -130,7 +130,7 @@ def parse_count(text: str) -> int:
     size = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
     count = Fraction(match[1]) * size[match[2].lower()] if match else None
     if count is None or count.denominator != 1:
-        raise ValueError(f"{text!r:.40} is no number of rows. Write a whole number, or 52k, 1.5M, 2B.")
+        raise ValueError(f"{text!r:.40} is not a number of rows. Write a whole number, or 52k, 1.5M, 2B.")
     return int(count)
 
 
@@ -153,7 +153,7 @@ def parse_share(text: str) -> float:
     """A share from `"10%"`."""
     match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)%", text)
     if not match or float(match[1]) > 100:
-        raise typer.BadParameter(f"{text!r} is no share. Write it as a percentage, for example 10%.")
+        raise typer.BadParameter(f"{text!r} is not a share. Write a percentage, for example 10%.")
     return float(match[1]) / 100
 
 
@@ -182,14 +182,14 @@ def digests_not_in(store: S3TStore, file: Path, at_most: float) -> list[str]:
         pairs = [f"{ascii(text)} for {ascii(name)}" for name in strange for text, _ in alike.of("id", name)]
     if pairs:
         raise ValueError(
-            f"{len(pairs)} ids of {file} are spelled otherwise in {store.path}, e.g. {', '.join(pairs[:5])}. Write "
-            "them as the store knows them, or name what is to be deleted with --ids-file."
+            f"{len(pairs)} ids of {file} are spelled differently in {store.path}, e.g. {', '.join(pairs[:5])}. Write "
+            "them as the store has them, or name the ids to delete with --ids-file."
         )
     if len(missing) > at_most * count:
         raise ValueError(
             f"{len(missing)} of the {count} examples of {store.path} are not in {file}: "
-            f"{len(missing) / count:.1%}, and --at-most allows {at_most:.0%}. Nothing was deleted. If all are to "
-            "go, raise it."
+            f"{len(missing) / count:.1%}, and --at-most allows {at_most:.0%}. Nothing was deleted. To delete "
+            "them all, raise --at-most."
         )
     if missing:
         typer.echo(f"{len(missing)} of the {count} examples of {store.path} are not in {file}", err=True)

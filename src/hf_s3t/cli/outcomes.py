@@ -78,7 +78,7 @@ def _absent(path: str, store: S3TStore) -> str:
     if store.source.repo_id is not None:
         return f"there is no folder {path}, and the repository {path} on the Hub has no s3t.json."
     if hides_repo(path):
-        return f"the folder {path}, which holds no store, hides a repository of that name. Work elsewhere to reach it."
+        return f"the folder {path} holds no store, and hides the repository of that name. Run this in another folder."
     return (
         "there is no store here (no s3t.json). Give the output_dir of a training, or the id of a repository, such as "
         "me/model."
@@ -112,7 +112,7 @@ def outcome_of(name: str, verb: Callable[[], Outcome]) -> Outcome:
                 code, message = _exit_code(error), in_options(str(error))
             elif _is_of_the_hub(error):
                 code = BAD_INPUT
-                message = f"the Hub did not answer ({error}). Run it again later: it goes on from there."
+                message = f"the Hub did not answer ({error}). Run the command again later: it goes on from there."
             else:
                 traceback.print_exc()
                 code, message = 1, f"{error} (a fault of this program)"

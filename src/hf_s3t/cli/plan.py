@@ -28,48 +28,48 @@ if TYPE_CHECKING:  # the other verbs need no planner
 def plan(
     examples: Annotated[str, typer.Option(help="Rows of the train set: 52002, 52k, 10M, 1.5B.")],
     requests_per_day: Annotated[float, typer.Option(help="Deletion requests per day, each for one example.")],
-    horizon_days: Annotated[float, typer.Option(help="Until when costs and deletions count.")],
+    horizon_days: Annotated[float, typer.Option(help="Days over which costs and deletions are counted.")],
     shards: Annotated[int | None, typer.Option(help="m. Without it 1, 2, 5 and 10 are compared.")] = None,
     slices: Annotated[int | None, typer.Option(help="L, at most 16. Without it 2, 4 and 8 are compared.")] = None,
-    budget: Annotated[int | None, typer.Option(help="B, sequences per shard, of --slices.")] = None,
-    cost_budget: Annotated[int | None, typer.Option(help="Instead of --budget: slice passes per shard.")] = None,
+    budget: Annotated[int | None, typer.Option(help="B, sequences per shard. Needs --slices.")] = None,
+    cost_budget: Annotated[int | None, typer.Option(help="Slice passes per shard, instead of --budget.")] = None,
     prior: Annotated[
-        str | None, typer.Option(help="Chance that a request hits each slice: 0.4,0.3,0.2,0.1. Default: all alike.")
+        str | None, typer.Option(help="Chance that a request hits each slice: 0.4,0.3,0.2,0.1. Default: all equal.")
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(help="Layers of the model: at most as many slices; not for rank groups.")
+        int | None, typer.Option(help="Layers of the model: the most slices it can have. Not for rank groups.")
     ] = None,
-    gpu_hours_per_epoch: Annotated[float | None, typer.Option(help="Of one epoch over all examples.")] = None,
+    gpu_hours_per_epoch: Annotated[float | None, typer.Option(help="GPU hours of an epoch over all examples.")] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="GPUs that train: gives hours, and what fits. Needs --gpu-hours-per-epoch.")
+        int | None, typer.Option(help="GPUs that train. Shows hours, and what fits. Needs --gpu-hours-per-epoch.")
     ] = None,
     gpus_per_stage: Annotated[int, typer.Option(help="GPUs that train one stage together.")] = 1,
-    replay: Annotated[float, typer.Option(help="Share of its earlier slices that a stage sees again.")] = 1.0,
-    adapter_mb: Annotated[float | None, typer.Option(help="Size of the adapter of a whole sequence.")] = None,
+    replay: Annotated[float, typer.Option(help="Share of the earlier slices that a stage trains on again.")] = 1.0,
+    adapter_mb: Annotated[float | None, typer.Option(help="Size in MB of the adapter of a whole sequence.")] = None,
     activation_cache_gb: Annotated[
-        float | None, typer.Option(help="What the activation cache may take; counts as storage.")
+        float | None, typer.Option(help="Size limit of the activation cache in GB; counts as storage.")
     ] = None,
     quality: Annotated[
-        Path | None, typer.Option(help="JSON file with the score by prefix length: adds an expected score.")
+        Path | None, typer.Option(help="JSON file with the score by prefix length. Adds an expected score.")
     ] = None,
     min_in_use: Annotated[
-        float, typer.Option(help="The rule: at least this share of the slices in use on average.")
+        float, typer.Option(help="Rule: at least this share of the slices is in use on average.")
     ] = 0.5,
-    max_dead: Annotated[float, typer.Option(help="The rule: at most this chance of a dead shard.")] = 0.05,
+    max_dead: Annotated[float, typer.Option(help="Rule: at most this chance that a shard is dead.")] = 0.05,
     plot: Annotated[Path | None, typer.Option(help="Draw cost against slices in use: file.png, .svg, .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document with every candidate.")] = False,
 ) -> None:
-    """Which plan to train and when to repair it: a table of candidates, and a line for S3TConfig.
+    """Choose a plan and a time to repair: a table of candidates, and a line for S3TConfig.
 
-    --shards, --slices and --budget say what you have in mind. Those rows come first;
-    other budgets, orders, rules of repair and sizes are compared with them. What you
-    give as --shards and --slices stays in the recommendation. Without --shards, mind
-    that more shards are always cheaper here: what they cost in quality is not known.
+    Give --shards, --slices and --budget if you have a plan in mind. Its rows come first,
+    and other budgets, orders, repair rules and sizes are compared with it. The
+    recommendation keeps your --shards and --slices. Without --shards, note that more
+    shards are always cheaper here: the planner does not know what they cost in quality.
 
-    Recommended is what costs least until the horizon where at least --min-in-use of
-    the slices are in use on average and the chance that a shard is dead, with nothing
-    of it to serve until it is trained again, is at most --max-dead. With --gpus, what
-    does not fit on them is marked, and never recommended.
+    The recommendation is the cheapest candidate until the horizon that obeys two rules:
+    at least --min-in-use of the slices are in use on average, and the chance of a dead
+    shard is at most --max-dead. A dead shard serves nothing until it is trained again.
+    With --gpus, candidates that do not fit are marked and never recommended.
     """
     from ..planner.planner import S3TPlanner
 
@@ -221,7 +221,7 @@ def _legend(planner: S3TPlanner, metric: str) -> list[str]:
             "examples, and\n  num_train_epochs=1; of a repair the mean/the longest, with all GPUs its own;\n  from "
             "scratch is one training on all GPUs",
             f"GPUs: the share of their time until {day} that repairs take",
-            "x: does not fit: above 100%, or a shard's repair lasts until its next is due",
+            "x: does not fit: above 100%, or a shard's next repair is due before one ends",
         ]
     if planner.adapter_mb:
         cache = f", {planner.activation_cache_gb:g} GB of activation cache" if planner.activation_cache_gb else ""
@@ -229,11 +229,11 @@ def _legend(planner: S3TPlanner, metric: str) -> list[str]:
     if not (gpus or planner.quality):
         told.append("life: requests until the first shard / all shards are dead, without repair")
     told += [
-        f"in use: of the slices, mean over time until {day}",
-        "dead: the chance that nothing of some shard could be served, be it for a moment",
+        f"in use: share of the slices, mean over time until {day}",
+        "dead: the chance that some shard serves nothing, even for a moment",
     ]
     if planner.quality:
-        told.append(f"score: {metric} of a shard, mean over time; of the ensemble it may be better")
+        told.append(f"score: {metric} of a shard, mean over time; the ensemble may do better")
     return [*told, "<: a baseline that costs less than S3T"]
 
 

@@ -22,7 +22,7 @@ Name = Annotated[str, typer.Argument(help="A receipt, such as receipt-0123456789
 
 @app.command("list")
 def list_receipts(store: OneStore, state: StateFolder = None, as_json: AsJson = False) -> None:
-    """Every receipt of a store, oldest first, with where it stands."""
+    """List every receipt of a store, oldest first, with its status."""
 
     def verb(store: S3TStore) -> Outcome:
         from ..store.receipt_since import since_of, status_words
@@ -39,14 +39,14 @@ def show_one(
     store: OneStore,
     receipt: Name,
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML page, which prints to PDF.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Write it as JSON: what `receipt verify` checks.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Write it as JSON, for `receipt verify`.")] = None,
     sign_key: Annotated[
-        Path | None, typer.Option(help="Private key (Ed25519, PEM): sign it, unless it is signed already.")
+        Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign it with, if it has no signature yet.")
     ] = None,
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a receipt again, with what became of it since; or write it to hand it over, readable by you alone."""
+    """Show a receipt, and what has happened since. Or write it to a file that only you can read."""
 
     def verb(store: S3TStore) -> Outcome:
         from dataclasses import replace
@@ -61,7 +61,7 @@ def show_one(
         found = store.receipt(receipt)
         if sign_key is not None and found.signature is None:
             if not found.digest:
-                raise ValueError(f"{found.receipt} is of an earlier version: it has no digest to sign.")
+                raise ValueError(f"An earlier version wrote {found.receipt}, without a digest. It cannot be signed.")
             found = replace(found, signature=signature_by(str(sign_key), found.to_json()))
         since = since_of(store, found)
         names = {name: value for name, value in read_names(store).items() if name != "signing_key"}
@@ -83,14 +83,14 @@ def show_one(
 def open_one(
     store: OneStore,
     receipt: Name,
-    file: Annotated[Path, typer.Argument(help="File to write, for an auditor and nobody else.")],
+    file: Annotated[Path, typer.Argument(help="File to write. Give it to the auditor only.")],
     ids: Ids = None,
     ids_file: IdsFile = None,
     key_file: KeyFile = None,
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write what opens the commitments of a receipt: that exactly its examples went, as keyed digests."""
+    """Write a file that lets an auditor check which examples a receipt deleted. It holds keyed digests."""
     wanted = wanted_names(ids, ids_file, None, None).ids
 
     def verb(store: S3TStore) -> Outcome:
@@ -99,8 +99,8 @@ def open_one(
         opening = store.open_receipt(receipt, wanted)
         write_atomic(file, json_bytes(opening), PRIVATE)
         shown = (
-            f"{opening['receipt']} is opened by {file}: it names examples by keyed digests. Hand it to the auditor "
-            "alone, who checks it with `hf-s3t receipt verify RECEIPT --opening FILE`."
+            f"{file} opens {opening['receipt']}: it names the examples by keyed digests. Give it to the auditor only. "
+            "The auditor runs `hf-s3t receipt verify RECEIPT --opening FILE`."
         )
         return Outcome(str(store.path), DONE, {"file": str(file), "receipt": opening["receipt"]}, shown)
 
@@ -111,13 +111,13 @@ def open_one(
 def verify_one(
     file: Annotated[Path, typer.Argument(help="A receipt that `receipt show --file` wrote.")],
     store: Annotated[
-        str | None, typer.Option(help="The store, its published files alone, or a repository, to check it against.")
+        str | None, typer.Option(help="Store to check it against: its folder, its published files, or a repository.")
     ] = None,
-    public_key: Annotated[Path | None, typer.Option(help="Public key (PEM) that has to have signed it.")] = None,
+    public_key: Annotated[Path | None, typer.Option(help="Public key (PEM) that must have signed it.")] = None,
     opening: Annotated[Path | None, typer.Option(help="An opening that `receipt open` wrote.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a receipt that was handed over. Needs no store, no state and no key; 5 if it is not what it was."""
+    """Check a receipt file. Needs no store, no state and no key. Exit code 5: it was changed."""
 
     def verb() -> Outcome:
         from ..files import read_json

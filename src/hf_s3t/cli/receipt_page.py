@@ -54,12 +54,12 @@ def receipt_page(receipt: Receipt, since: Since, names: Mapping[str, str], store
         _table([(name.capitalize(), names.get(name)) for name in ("organisation", "model", "dataset")]),
         f'<p class="status"><strong>{escape(status_words(receipt, since))}</strong></p>',
         _section("What was asked", _asked(receipt)),
-        _section("Since when and where it is not used any more", _done(receipt)),
-        _section("What answers since", _answers(receipt)),
+        _section("Since when it is no longer used, and where", _done(receipt)),
+        _section("What has answered since then", _answers(receipt)),
         _section("Who else is affected until the repair", _dark(receipt, since)),
-        _section("What was repaired since", _repaired(receipt, since)),
-        _section("Where it can still be", _elsewhere(receipt, since)),
-        _section("What this receipt does not cover", _list(receipt.limits, "Nothing is excepted.")),
+        _section("What has been repaired since then", _repaired(receipt, since)),
+        _section("Where it may still be", _elsewhere(receipt, since)),
+        _section("What this receipt does not cover", _list(receipt.limits, "No exceptions.")),
         _section("What is claimed", _claims()),
         _section("How to check this receipt", _check(receipt, store)),
         _appendix(receipt),
@@ -91,7 +91,7 @@ def _done(receipt: Receipt) -> str:
     where = f"the head of the repository {receipt.repository}" if receipt.repository else "the store in its folder"
     count = len(receipt.stages_removed)
     return _table([
-        ("Inactive since (UTC)", receipt.inactive_since or "not known here: it was deleted elsewhere"),
+        ("Not used since (UTC)", receipt.inactive_since or "not known here: it was deleted elsewhere"),
         ("No longer served by", where),
         ("Parts of the model removed", f"{count} trained stages, listed at the end" if count else "none was left"),
         ("Generation of the store", receipt.generation),
@@ -108,8 +108,8 @@ def _answers(receipt: Receipt) -> str:
         for shard in shards
     ]  # fmt: skip
     return (
-        "<p>The model is an ensemble of shards. Each answers with parts that were trained on some slices of its data; "
-        "no part that answers since was trained on a slice that this receipt is about.</p>" + _table(rows)
+        "<p>The model is an ensemble of shards. Each shard answers with parts that were trained on some slices of its "
+        "data. No part that this deletion left in place was trained on a slice that it is about.</p>" + _table(rows)
     )
 
 
@@ -122,17 +122,18 @@ def _dark(receipt: Receipt, since: Since) -> str:
         return "<p>It is not known how many: the private state was not at hand.</p>"
     if not receipt.dark_examples:
         return "<p>Nobody.</p>"
-    now = "They are, until the parts that were removed are trained again." if since.missing else "They were."
+    now = "This lasts until the removed parts are trained again." if since.missing else "The repair ended this."
     return (
-        f"<p>{receipt.dark_examples} other examples. They shared a slice with what was deleted, or lay in a slice "
-        f"that is not used without it, so the model answers without them, too. {now} Their data was not deleted.</p>"
+        f"<p>{receipt.dark_examples} other examples, which nobody asked to delete. They share a slice with what was "
+        "deleted, or are in a slice that cannot be used without that one. So the model answers without them, too. "
+        f"{now} Their data was not deleted.</p>"
     )
 
 
 def _repaired(receipt: Receipt, since: Since) -> str:
     if not receipt.stages_removed:
         return "<p>There is nothing to repair.</p>"
-    done = [f"{name}, written {when or 'at a time that is not known'}" for name, when in since.repaired.items()]
+    done = [f"{name}, written {when or 'at an unknown time'}" for name, when in since.repaired.items()]
     told = f"{len(done)} of {len(receipt.stages_removed)} removed stages were trained again, without what was deleted."
     return f"<p>{told}</p>" + (_list(done) if done else "")
 
@@ -148,10 +149,10 @@ def _elsewhere(receipt: Receipt, since: Since) -> str:
 
 def _claims() -> str:
     return (
-        "<p><strong>Influence-free by construction</strong>: no number in what answers was computed from what was "
-        "deleted. That holds on any hardware, from the moment given above.</p><p><strong>Bit-equal on this stack"
-        "</strong>: after the repair every file is, byte for byte, that of a training that never had it. That is "
-        "claimed for the same versions and hardware, and only after the repair.</p>"
+        "<p><strong>Influence-free by construction</strong>: no number in the parts that answer was computed from "
+        "the deleted data. This holds on any hardware, from the time above.</p><p><strong>Bit-equal on this stack"
+        "</strong>: after the repair every file equals, byte for byte, that of a training without the deleted "
+        "data. This is claimed for the same versions and hardware only, and only after the repair.</p>"
     )
 
 
@@ -159,13 +160,13 @@ def _check(receipt: Receipt, store: str) -> str:
     signature = f"signed by the key {receipt.signature['public_key']}" if receipt.signature else "not signed"
     shown = _table([
         ("Receipt", receipt.receipt),
-        ("Digest", receipt.digest or "none: it is of an earlier version, not chained by digest"),
+        ("Digest", receipt.digest or "none: an earlier version wrote it, without a digest"),
         ("Receipt before it", receipt.previous or "none"),
         ("Signature", signature),
     ])  # fmt: skip
     return shown + (
-        "<p>The digest is in the public file <code>s3t.json</code> of the store, beside the name of the receipt. The "
-        "file that belongs to this page is checked with the library, or without it by the script in "
+        "<p>The digest is in the public file <code>s3t.json</code> of the store, beside the receipt's name. Check "
+        "the file that belongs to this page with the library, or without it by the script in "
         f"docs/guarantees.md:</p><p><code>hf-s3t receipt verify FILE --store {escape(shlex.quote(store))}</code></p>"
     )
 

@@ -18,32 +18,38 @@ def serve(
     base: Annotated[
         str | None, typer.Option(help="Folder or repository of the base model. Default: the one in the store.")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Of another folder or repository than the base's.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; the log names it.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="Of the model, for clients. Default: the store's.")] = None,
-    refresh_seconds: Annotated[float, typer.Option(help="Between two looks at the store.")] = 5.0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or repository of the tokenizer. Default: the base's.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0: all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port. 0: any free one; the log names it.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name of the model for clients. Default: the store's.")] = None,
+    refresh_seconds: Annotated[float, typer.Option(help="Seconds between two looks at the store.")] = 5.0,
     max_staleness: Annotated[
-        float, typer.Option(help="Seconds without a look that succeeded, after which nothing is answered.")
+        float, typer.Option(help="Stop answering if no look has succeeded for this many seconds.")
     ] = 60.0,
-    max_queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
-    max_batch: Annotated[int, typer.Option(help="Rows that are answered together.")] = 16,
-    max_batch_tokens: Annotated[int, typer.Option(help="Those rows times the longest one, with its answer.")] = 65_536,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait. More get 429.")] = 256,
+    max_batch: Annotated[int, typer.Option(help="Most rows in one batch.")] = 16,
+    max_batch_tokens: Annotated[
+        int, typer.Option(help="Most tokens in one batch: rows times the longest row with its answer.")
+    ] = 65_536,
     drain_seconds: Annotated[
-        float, typer.Option(help="After SIGTERM, for the answers that were asked for; then they are cut.")
+        float, typer.Option(help="Seconds that running answers get after SIGTERM. Then they are cut off.")
     ] = 300.0,
-    max_tokens: Annotated[int, typer.Option(help="Of one answer; who asks for more is refused.")] = 4096,
-    dtype: Annotated[str | None, typer.Option(help="Of the base, e.g. bfloat16. Default: as it was saved.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens in one answer. A request for more is refused.")] = 4096,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the base's weights, e.g. bfloat16. Default: as it was saved.")
+    ] = None,
     allow_delete: Annotated[
         bool, typer.Option("--allow-delete", help="Answer DELETE /v1/examples, with the token in HF_S3T_DELETE_TOKEN.")
     ] = False,
     state: Annotated[Path | None, typer.Option("--state", help="Folder of the state, for --allow-delete.")] = None,
 ) -> None:
-    """Answer over HTTP, and follow the store meanwhile. Needs the extra `serve`.
+    """Serve a store over HTTP. Deletions take effect while it runs. Needs the extra `serve`.
 
-    Language models answer /v1/completions and /v1/chat/completions as OpenAI's API
-    does, classifiers /classify. /health says whether they do, /metrics counts.
-    SIGTERM ends it after the answers that were asked for.
+    Language models answer /v1/completions and /v1/chat/completions like OpenAI's API,
+    classifiers answer /classify. /health says whether the model answers, /metrics has
+    counters. After SIGTERM it finishes the running answers and ends.
     """
 
     def verb() -> Outcome:
@@ -57,7 +63,7 @@ def serve(
         from ..endpoint.settings import Settings, delete_token_of, model_name
 
         if allow_delete != (state is not None):
-            raise ValueError("Give --allow-delete and --state together, or neither: answering needs no state.")
+            raise ValueError("Give --allow-delete and --state together, or neither. Answering needs no state.")
         settings = Settings(
             name or model_name(store), refresh_seconds, max_staleness, max_queue, max_batch, max_batch_tokens,
             max_tokens, drain_seconds=drain_seconds, delete_token=delete_token_of(os.environ, allow_delete),

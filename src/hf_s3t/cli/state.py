@@ -22,11 +22,11 @@ app = typer.Typer(no_args_is_help=True, help="Look after the private state of a 
 def export_state(
     store: OneStore, file: Annotated[Path, typer.Argument(help="File to write.")], as_json: AsJson = False
 ) -> None:
-    """Write key, index, tombstones and receipts into one private file. Keep it where nobody else reads."""
+    """Write key, index, tombstones and receipts into one file. Keep it private."""
 
     def verb(store: S3TStore) -> Outcome:
         store.export_state(file)
-        shown = f"The state of {store.path} is in {file}. It names who was deleted to whoever has it: keep it private."
+        shown = f"The state of {store.path} is in {file}. It tells its reader who was deleted: keep it private."
         return Outcome(str(store.path), DONE, {"file": str(file)}, shown)
 
     run([store], None, as_json, verb)
@@ -39,7 +39,7 @@ def import_state(
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put a backup of the state in place, and finish what its tombstones ask for."""
+    """Restore a backup of the state, and delete what its tombstones name."""
 
     def verb(store: S3TStore) -> Outcome:
         store.import_state(file)
@@ -54,13 +54,13 @@ def move_key(
     file: Annotated[Path, typer.Argument(help="New file for the key, outside the store.")],
     as_json: AsJson = False,
 ) -> None:
-    """Move the partition key out of the state into a file of its own: who has one of them finds nobody."""
+    """Move the partition key out of the state into its own file. Neither of them alone can find a person."""
 
     def verb(store: S3TStore) -> Outcome:
         store.move_key(file)
         shown = (
-            f"The key of {store.path} is in {file} now, and no longer beside the state. Bring it with --key-file, or "
-            "as HF_S3T_KEY; without it nobody is found. Keep it, and keep it apart: backups from before hold both."
+            f"The key of {store.path} is in {file} now, and no longer beside the state. Give it with --key-file or "
+            "HF_S3T_KEY; nobody can be found without it. Keep it apart from the state. Older backups hold both."
         )
         return Outcome(str(store.path), DONE, {"file": str(file)}, shown)
 
@@ -74,16 +74,16 @@ def expire(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take references, caches and paths of copies that are gone out of old receipts. The receipts stay."""
+    """Remove references, caches and paths of vanished copies from old receipts. The receipts stay."""
 
     def verb(store: S3TStore) -> Outcome:
         done = store.expire(older_than, dry_run=dry_run)
         would = "would lose" if dry_run else "lost"
-        shown = f"{len(done.receipts)} receipts of {store.path} from before {done.before} {would} what nothing needs."
+        shown = f"{len(done.receipts)} receipts of {store.path} from before {done.before} {would} what no check needs."
         if done.purge_reports:
-            shown += f"\nAs old, and left as they are: {', '.join(done.purge_reports)}"
+            shown += f"\nThese purge reports are as old, and were left: {', '.join(done.purge_reports)}"
         if not dry_run:
-            shown += "\nBackups from before still hold it."
+            shown += "\nOlder backups still hold it."
         return Outcome(str(store.path), DONE, asdict(done), shown)
 
     run([store], None, as_json, verb)
@@ -93,11 +93,11 @@ def expire(
 def set_names(
     store: OneStore,
     names: Annotated[
-        list[str], typer.Argument(help="NAME=VALUE: organisation, model, dataset, signing_key (a file). Empty: unset.")
+        list[str], typer.Argument(help="NAME=VALUE: organisation, model, dataset, signing_key (a file). NAME=: unset.")
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Name once whose store it is, for the pages of receipts, and which key signs receipts. It stays private."""
+    """Set the names that receipt pages show, and the key that signs receipts. They stay private."""
 
     def verb(store: S3TStore) -> Outcome:
         wrong = [text for text in names if "=" not in text]
@@ -119,7 +119,7 @@ def accept_loss(
     state: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Go on where the state that knew of deletions is lost, after importing its last backup. Try --dry-run first."""
+    """Restart the slices of deletions that no state knows any more. Import the last backup first; try --dry-run."""
 
     def verb(store: S3TStore) -> Outcome:
         loss = store.accept_loss(reference, dry_run=dry_run)

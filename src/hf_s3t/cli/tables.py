@@ -32,7 +32,7 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
     places = status.num_shards * status.num_slices
     repair = f"{status.repair_slice_passes} slice passes for {len(status.missing)} missing stages"
     if status.repair_budget is not None:
-        repair += f" of a repair by cost ({status.repair_budget}); train() comes back to the config's plan"
+        repair += f", by cost ({status.repair_budget}); train() returns to the config's plan"
     rows: list[tuple[str, Any]] = [
         ("generation", status.generation),
         ("stages", f"{status.trained} of {status.planned} trained"),
@@ -49,16 +49,17 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
         rows.append((f"requests left, {under}", f"about {first} until a shard is dead, {last} until all are"))
     if status.dead_shards:
         names = ", ".join(f"shard {shard}" for shard in status.dead_shards)
-        rows.insert(4, ("dead", f"{names}: nothing of it can be served until it is trained again"))
+        rows.insert(4, ("dead", f"{names}: serves nothing until it is trained again"))
     if len(status.stacks) > 1:
         lines = [f"{count} stages with {stack}" for stack, count in status.stacks.items()]
-        rows.append(("trained with", "\n".join([*lines, "bit-equality is claimed within one of them"])))
+        rows.append(("trained with", "\n".join([*lines, "bit-equality is claimed within one such stack only"])))
     if status.accepted:
         from ..store.recipe_differences import NOT_BIT_EQUAL
 
         rows.append(("changed settings", "\n".join([*map(str, status.accepted), NOT_BIT_EQUAL])))
     if status.interrupted_deletions:
-        rows.append(("interrupted deletions", f"{status.interrupted_deletions}: the next delete or train() ends them"))
+        told = f"{status.interrupted_deletions}: the next delete or train() finishes them"
+        rows.append(("interrupted deletions", told))
     if status.exports:
         rows.append(("exports", "\n".join(status.exports)))
     if status.stale_exports:
@@ -93,7 +94,7 @@ def show_locations(path: str, locations: Sequence[Location]) -> RenderableType:
     if not many:
         return Group(path, table)
     told = ", ".join(f"{number:,} {found}" for found, number in sorted(counts.items()))
-    return Group(path, table, f"{told}. The table has what is not live, at most {MOST_ROWS:,}; --json tells of each.")
+    return Group(path, table, f"{told}. The table has what is not live, at most {MOST_ROWS:,} rows; --json has all.")
 
 
 def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[str]] = NONE) -> RenderableType:
@@ -101,7 +102,7 @@ def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[st
     before = f", {receipt.already_deleted} deleted before" if receipt.already_deleted else ""
     rows: list[tuple[str, Any]] = [("request", f"{receipt.found} of {receipt.asked} found{before}")]
     if receipt.status != "unchanged":
-        dark = f"{receipt.dark_examples} other examples, whose slices are not served"
+        dark = f"{receipt.dark_examples} other examples, which nobody asked to delete, do not answer until the repair"
         rows += [
             ("examples", UNKNOWN if receipt.examples is None else f"{receipt.examples} of this request"),
             ("served prefixes", _served_lines(receipt)),
@@ -116,7 +117,7 @@ def show_receipt(path: str, receipt: Receipt, unpurged: Mapping[str, Sequence[st
     if receipt.exports_removed:
         rows.append(("exports removed", "\n".join(receipt.exports_removed)))
     if receipt.exports_refreshed:
-        rows.append(("exports made anew", "\n".join(receipt.exports_refreshed)))
+        rows.append(("exports rewritten", "\n".join(receipt.exports_refreshed)))
     rows += [
         ("exports that still carry it", "\n".join(receipt.exports) or "none known"),
         ("caches with the text", "\n".join(receipt.caches) or "none known"),
@@ -152,7 +153,7 @@ def show_export(path: str, done: Export) -> RenderableType:
         ("rank", done.rank),
         ("size", f"{done.parameters:,} parameters, {done.bytes:,} bytes"),
     ]
-    return Group(_pairs(rows), f"A later deletion from {path} names it if it carries the influence.")
+    return Group(_pairs(rows), f"If it carries the influence of a later deletion from {path}, the receipt names it.")
 
 
 def show_readmission(path: str, receipt: Receipt) -> RenderableType:
@@ -166,7 +167,7 @@ def show_loss(path: str, loss: Loss) -> RenderableType:
     from ..store.lost_state import WARNING
 
     if not loss.found:
-        return f"The state of {path} knows every deletion that its manifest names. Nothing is lost or changed."
+        return f"The state of {path} knows every deletion in the manifest. Nothing is lost, and nothing was changed."
     places = ", ".join(f"{shard}: {slice_id}" for shard, slice_id in loss.places)
     rows = [(name, "from " + ", ".join(f"{s}: {i}" for s, i in at)) for name, at in loss.deletions.items()]
     rows += [(name, "a readmission") for name in loss.readmissions]
@@ -203,10 +204,10 @@ def show_kept(path: str, receipt: Receipt, since: Since) -> RenderableType:
     rows = [
         ("status", status_words(receipt, since)),
         ("requested at", receipt.requested_at),
-        ("inactive since", receipt.inactive_since or "not known here"),
+        ("not served since", receipt.inactive_since or "not known here"),
         ("trained again since", f"{len(since.repaired)} of {len(receipt.stages_removed)} removed stages"),
         ("still carries it", "\n".join((*since.history, *since.exports)) or "nothing that is known"),
-        ("digest", receipt.digest or "none: of an earlier version, not chained by digest"),
+        ("digest", receipt.digest or "none: an earlier version wrote it, without a digest"),
         ("signed", "yes" if receipt.signature else "no"),
     ]
     if receipt.obeys:
@@ -248,7 +249,7 @@ def _outcomes(header: str, outcomes: Mapping[str, str]) -> Table:
 def _verdict(report: VerifyReport) -> str:
     verdict = "Nothing is broken" if report.ok else "Something is broken"
     if report.influence_free != "broken" and report.bit_equal == "different":
-        verdict = "Stages are not what training them again gives"
+        verdict = "Some stages differ when they are trained again"
     return f"{verdict}{'' if report.complete else ', but not everything could be checked'}."
 
 

@@ -95,7 +95,7 @@ class Prompts:
         if not self.tokenizer.chat_template:
             raise Refusal(
                 400,
-                "The model's tokenizer has no chat template, so what a chat looks like is not known. Ask "
+                "The model's tokenizer has no chat template, so the format of a chat is not known. Ask "
                 "/v1/completions, or start the endpoint with a --tokenizer that has one.",
                 "messages",
                 "no_chat_template",

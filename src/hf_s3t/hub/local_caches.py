@@ -51,7 +51,7 @@ def clear_caches(repo_id: str, head: str) -> tuple[list[str], list[str]]:
     left = seam.left_in_cache(repo_id, head)
     if left:
         logger.warning(
-            "%d files in this machine's caches may hold old revisions of %s, and it is not known how to remove them: "
+            "%d files in this machine's caches may hold old revisions of %s, but are not of a known form: "
             "%s. Remove them by hand (%s).", len(left), repo_id, ", ".join(left[:5]), folder.parent,
         )  # fmt: skip
     return cleared, left

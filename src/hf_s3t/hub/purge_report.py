@@ -106,8 +106,7 @@ class PurgeReport:
 
     @property
     def pending(self) -> list[Probe]:
-        """Probes that found a removed large file, or that nothing is known from. A plain file found is no longer open:
-        it is told in the report."""
+        """Probes that found a removed large file, or gave no answer. Not plain files: see `plain_files`."""
         return [probe for probe in self.probes if probe.served is None or (probe.served and probe.way != "plain file")]
 
     @property
@@ -117,7 +116,7 @@ class PurgeReport:
 
     @property
     def still_served_at(self) -> list[str]:
-        """Revisions that serve a removed file, or of which it is not known that they do not."""
+        """Revisions that serve a removed file, or may serve it: no probe has ruled that out."""
         ways = ("revision", "plain weights")
         return sorted({probe.at.split(":", 1)[0] for probe in self.pending if probe.way in ways})
 
@@ -200,7 +199,7 @@ class PurgeReport:
             lines.append(f"  {PLAIN_WEIGHTS}")
         if self.proving_nothing:
             lines.append(
-                f"{len(self.proving_nothing)} probes saw nothing before either: that they do not now says little."
+                f"{len(self.proving_nothing)} probes saw nothing before the purge either, so they prove little now."
             )
         if self.plain_files:
             lines += ["", f"{len(self.plain_files)} plain files can still be read:"]

@@ -69,13 +69,13 @@ S3T = add_peft_type("S3T")
 class S3TConfig(LoraConfig):
     """A LoRA config whose parameters are trained group by group on growing prefixes of slices.
 
-    Of the [`~peft.LoraConfig`] fields these work: `r`, `lora_alpha`, `lora_dropout`, `use_rslora`, `target_modules`,
-    `exclude_modules`, `modules_to_save`, `fan_in_fan_out` and `init_lora_weights` (`True` or `"gaussian"`); every
-    other one is refused with the reason.
+    These [`~peft.LoraConfig`] fields work: `r`, `lora_alpha`, `lora_dropout`, `use_rslora`, `target_modules`,
+    `exclude_modules`, `modules_to_save`, `fan_in_fan_out` and `init_lora_weights` (`True` or `"gaussian"`). Any other
+    field raises an error that says why.
 
     Args:
         num_shards (`int`, *optional*, defaults to `1`):
-            Number `m` of shards; each trains its own adapter, and the served model is their ensemble.
+            Number `m` of shards. Each trains its own adapter. The served model is the ensemble of the shards.
         num_slices (`int`, *optional*, defaults to `4`):
             Number `L` of slices per shard, and of layer groups or rank groups.
         budget (`int`, *optional*):
@@ -87,35 +87,35 @@ class S3TConfig(LoraConfig):
             `"cyclic"` (the paper's rotation), `"spaced"`, `"random"`, `"bms"` (the paper's, for a given prior),
             `"optimal"`, or the orders themselves (may be truncated).
         cost_budget (`int`, *optional*):
-            With `"optimal"`, instead of `budget`: slice passes per epoch and shard, at least `L (L + 1) / 2`. The best
-            tree of stages for it, with one complete sequence in it.
+            With `"optimal"`, instead of `budget`: slice passes per epoch and shard, at least `L (L + 1) / 2`. The plan
+            is the best tree of stages for this cost. It has one complete sequence.
         deletion_prior (`list[float]`, *optional*):
             With `"bms"` and `"optimal"`: chance that a request hits each slice, the same in every shard. `None`: all
-            alike.
+            equal.
         stage_parameters (`"layer_group"`, `"rank_group"` or `"all"`, *optional*, defaults to `"layer_group"`):
-            What a stage owns: the LoRA of its layer group; a LoRA of its own over all targeted layers, of rank `r`,
-            beside those of its parents, which stay as they are; or one LoRA over all targeted layers, started from
-            its parent's weights. With the latter two `num_slices` may exceed the number of layers.
+            What a stage owns. `"layer_group"`: the LoRA of its layer group. `"rank_group"`: its own LoRA of rank `r`
+            over all targeted layers, added to the frozen LoRA of its parents. `"all"`: one LoRA over all targeted
+            layers, which starts from its parent's weights. The last two allow more slices than layers.
         replay (`float`, *optional*, defaults to `1.0`):
-            Share of the examples of each earlier slice of its prefix that a stage sees again, beside all of the newest
-            one: 1 is the paper's way, 0 the newest slice alone. Which ones they are follows from each example's keyed
-            digest and the prefix. A stage at depth `d` costs `1 + replay (d - 1)` slice passes; budgets in slice
-            passes take every stage at its depth, the most that it can cost.
+            A stage trains on all examples of the newest slice of its prefix, and on this share of each earlier one.
+            1 is the paper's way, 0 the newest slice alone. Each example's keyed digest and the prefix decide which
+            examples are seen again. A stage at depth `d` costs `1 + replay (d - 1)` slice passes. Budgets in slice
+            passes count it as `d`, the most that it can cost.
         prune (`bool`, *optional*, defaults to `True`):
-            Leave out the tails of sequences whose set of slices another sequence covers. Lossless for survival.
+            Leave out a tail of a sequence if another sequence covers the same set of slices. Survival loses nothing.
         id_column (`str`, *optional*):
             Column that names an example. `None`: the column `id` if there is one, else a digest of the raw row.
         group_column (`str`, *optional*):
-            Column that names whoever the row is about; all rows of a group lie in one slice.
+            Column that names the person whom a row is about. All rows of a group are in one slice.
         slice_columns (`tuple[str, str]`, *optional*):
             Columns of the dataset that hold the `(shard, slice)` of each row, instead of the keyed hash.
         data_derived (`dict[str, str]`, *optional*):
-            What else was computed from data, and from which: `{"class_weights": "public counts", "tokenizer": "train
-            set"}`. `"train set"` says that it keeps what it saw of rows that are deleted later. At most 20 names of 40
-            characters and sources of 200. It is published, in the recipe and the card, and named in every receipt:
-            no personal data. What was named once stays on record.
+            What else was computed from data, and from which data: `{"class_weights": "public counts", "tokenizer":
+            "train set"}`. `"train set"` means that it keeps what it saw of rows that are deleted later. At most 20
+            names of 40 characters, with sources of 200. The recipe, the card and every receipt publish it, so name
+            no person. A name stays on record.
         layers_pattern (`str`, *optional*):
-            Which stack of layers is trained, by the end of its path, where `target_modules` match modules of several:
+            The end of the path of the stack of layers to train. Needed if `target_modules` match several stacks:
             `"decoder.layers"` of an encoder-decoder, `"language_model.layers"` beside a vision tower.
         stage_layers (`list[int]`, *optional*):
             Set by the library: the layers that the adapter owns. `None`: all that any stage owns.

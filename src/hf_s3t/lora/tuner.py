@@ -186,7 +186,7 @@ class StageTuner:
                 "The parameters that train are not the stage's. Unexpected: "
                 f"{sorted(training - self.training_owned)[:5]}; missing: "
                 f"{sorted(self.training_owned - training)[:5]}. "
-                "Something (a callback, a subclass) changed `requires_grad`; take that out."
+                "A callback or a subclass changed `requires_grad`. Remove that change."
             )
 
     def check_optimizer(self, optimizer: Any) -> None:

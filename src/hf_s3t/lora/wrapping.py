@@ -27,7 +27,7 @@ def wrap_model(model: nn.Module, config: S3TConfig | None, seed: int) -> tuple[P
         model = model.unload()
     elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
-            "The model holds an adapter already (`add_adapter`, `load_adapter`), and no stage is stored beside it. "
+            "The model already holds an adapter (`add_adapter`, `load_adapter`). A stage cannot be stored beside it. "
             f"{BASE_OF_ADAPTER}"
         )
     if not isinstance(config, S3TConfig):
@@ -50,4 +50,4 @@ def _refuse_trained(model: PeftModel) -> None:
     trained = [name for name, value in model.named_parameters() if ".lora_B." in name and bool(value.detach().any())]
     if other or trained:
         what = f"adapters of another type ({', '.join(other)})" if other else "an S3T adapter that was trained"
-        raise ValueError(f"The model holds {what}, which S3T would take off without a trace. {BASE_OF_ADAPTER}")
+        raise ValueError(f"The model holds {what}, which S3T would remove silently. {BASE_OF_ADAPTER}")

@@ -38,37 +38,37 @@ Choice = tuple[str, int | None, int | None]  # selection, budget and cost budget
 class S3TPlanner:
     """Compares plans and rules of repair for a rate of deletion requests, and recommends one.
 
-    Shards and slices that are given stay in the recommendation; other numbers are compared beside them. The budget is
-    compared with others, too. The recommendation is, of the candidates where the chance that some shard is dead before
-    the horizon is at most `max_dead` and the slices in use are at least `min_in_use` on average, the one that costs
-    least until the horizon. With `gpus`, a candidate whose repairs do not fit on them is never recommended; if none
-    fits that obeys the rule, nothing is. Without `shards`, mind that more shards are always cheaper here: what they
-    cost in quality is not known. All numbers are expected values under one model: requests at random moments, each for
-    one example.
+    The recommendation keeps the shards and slices that you give. Other numbers of them, and other budgets, are
+    compared. The recommendation is the cheapest candidate until the horizon that obeys two rules: some shard is dead
+    before the horizon with a chance of at most `max_dead`, and on average at least `min_in_use` of the slices are in
+    use. With `gpus`, a candidate whose repairs do not fit on them is never recommended. If no candidate both fits and
+    obeys the rules, nothing is recommended. Without `shards`, note that more shards are always cheaper here: the
+    planner does not know what they cost in quality. All numbers are expected values under one model: requests come at
+    random times, each for one example.
 
     Args:
         examples (`int`): Rows of the train set.
         requests_per_day (`float`): Deletion requests per day. Count a person's examples as that many requests, unless
             a group column keeps them together.
-        horizon_days (`float`): Until when costs and deletions are counted.
+        horizon_days (`float`): Days over which costs and deletions are counted.
         shards (`int`, *optional*): `m`. Without it 1, 2, 5 and 10 are compared.
         slices (`int`, *optional*): `L`, at most 16. Without it 2, 4 and 8 are compared.
         budget (`int`, *optional*): `B`, sequences per shard; needs `slices`.
         cost_budget (`int`, *optional*): Instead of `budget`: slice passes per epoch and shard.
         prior (`Sequence[float]`, *optional*): The chance that a request hits each slice, the same in every shard.
-        layers (`int`, *optional*): Layers of the model: there are at most as many slices. Not for rank groups.
+        layers (`int`, *optional*): Layers of the model, the most slices it can have. Not for rank groups.
         gpu_hours_per_epoch (`float`, *optional*): GPU hours of one epoch over all examples.
         gpus (`int`, *optional*): GPUs that train; needs `gpu_hours_per_epoch`.
-        gpus_per_stage (`int`, *optional*, defaults to 1): How many train one stage together, so many times as fast.
-        replay (`float`, *optional*, defaults to 1.0): That of [`S3TConfig`], for S3T's rows.
+        gpus_per_stage (`int`, *optional*, defaults to 1): GPUs that train one stage together, with linear speed-up.
+        replay (`float`, *optional*, defaults to 1.0): `replay` of [`S3TConfig`], for S3T's candidates.
         adapter_mb (`float`, *optional*): Size in MB of the adapter of a whole sequence, without heads.
-        activation_cache_gb (`float`, *optional*): What the activation cache may take, in 10^9 bytes: storage of S3T's
-            rows; needs `adapter_mb`.
+        activation_cache_gb (`float`, *optional*): Size of the activation cache in 10^9 bytes, counted as storage of
+            S3T's candidates; needs `adapter_mb`.
         quality (`Sequence[float]`, *optional*): The score of a shard that serves 0, 1, ... slices, on held-out rows.
             Gives every candidate an expected score.
         min_in_use (`float`, *optional*, defaults to 0.5): The rule: at least this share of the slices in use.
         max_dead (`float`, *optional*, defaults to 0.05): The rule: at most this chance that, at some moment before the
-            horizon, nothing of some shard can be served until it is trained again.
+            horizon, some shard is dead: it serves nothing until it is trained again.
 
     Raises:
         ValueError: If a number is out of range, or two do not fit together.
@@ -133,9 +133,9 @@ class S3TPlanner:
             check_count("gpus", self.gpus, 1, 10**6)
             check_count("gpus_per_stage", self.gpus_per_stage, 1, self.gpus)
             if self.gpu_hours_per_epoch is None:
-                raise ValueError(f"gpus={self.gpus}, but not how long they train. Give gpu_hours_per_epoch, too.")
+                raise ValueError(f"gpus={self.gpus} needs the time that they train. Give gpu_hours_per_epoch, too.")
         elif self.gpus_per_stage != 1:
-            raise ValueError(f"gpus_per_stage={self.gpus_per_stage}, but not of how many GPUs. Give gpus, too.")
+            raise ValueError(f"gpus_per_stage={self.gpus_per_stage} needs the number of GPUs. Give gpus, too.")
         if self.activation_cache_gb is not None and self.adapter_mb is None:
             raise ValueError("activation_cache_gb counts as storage beside the adapters. Give adapter_mb, too.")
         if self.quality is not None:
@@ -317,14 +317,14 @@ class S3TPlanner:
         told = [f"{those} it costs least {day}."]
         if not self.obeys(chosen):
             told = [
-                f"None has {rule}. Of those compared its shards are dead least often, and then it has most in use."
+                f"None has {rule}. Of those compared this one has dead shards least often, then most in use."
             ]
         told.append(f"Repair: {chosen.when}, about {chosen.outlook.repairs:.0f} times {day}.")
         spent = chosen.epochs / (self.requests_per_day * self.horizon_days)
         told.append(f"Training and repairs cost {cost(spent, self.gpu_hours_per_epoch)} per request.")
         told += what_baselines_lack(self._cheaper, self.terms, self.gpu_hours_per_epoch)
         if self.shards is None:
-            told.append("More shards are always cheaper here: what they cost in quality is not known to the table.")
+            told.append("More shards are always cheaper here: the table does not know what they cost in quality.")
         if self.examples < FEW_EXAMPLES * chosen.setting.places:
             told.append(f"There are only {self.examples / chosen.setting.places:.3g} examples per slice on average.")
         return told

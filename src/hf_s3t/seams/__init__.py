@@ -56,6 +56,6 @@ def lost(name: str, found: str) -> None:
     if name not in _told:
         _told.add(name)
         logger.warning(
-            "%s (%s). Lost is %s; answers and stages stay right. Tested with %s %s.",
+            "%s (%s). What is lost is %s; answers and stages stay right. Tested with %s %s.",
             found, _installed(row.library), row.depends, row.library, SEEN[row.library],
         )  # fmt: skip

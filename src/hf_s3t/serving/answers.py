@@ -134,7 +134,7 @@ class Answers(Generic[T]):
         """Raises [`S3TError`] in the middle of this thread's own answer, which a change might wait for without end."""
         if self._running:
             raise S3TError(
-                "The model cannot be changed from within its own answer. Do it when the answer is complete."
+                "An answer cannot change the model that computes it. Do it when the answer is complete."
             )
 
     def drained(self, timeout: float | None = None) -> bool:

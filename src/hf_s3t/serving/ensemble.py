@@ -40,15 +40,15 @@ LOOKING = ("_", "can_", "create_extended_", "get_", "is_", "num_", "prepare_inpu
 class S3TEnsemble(nn.Module):
     """Answers with the average of its members, the served prefixes of a store's live shards.
 
-    Any number of threads may call it and `generate` while another deletes or refreshes: an answer is computed wholly
-    before a change or wholly after it, and does not wait for it.
+    Any number of threads may call it and `generate` while another thread deletes or refreshes. Each answer is computed
+    entirely before a change or entirely after it, and does not wait for the change.
 
     Args:
         model ([`~peft.PeftModel`] or `PreTrainedModel`): holds one loaded adapter per member.
-        members (`dict[str, int]`): name of each member's adapter, and the lowest layer that it has LoRA in. Empty: the
+        members (`dict[str, int]`): name of each member's adapter, and the lowest layer that has its LoRA. Empty: the
             model answers as it is.
-        combine (`"probabilities"` or `"logits"`): what is averaged. Logits that leave the ensemble are the logarithm
-            of the mean probability, or the mean of the logits; those of a single member are its own.
+        combine (`"probabilities"` or `"logits"`): what is averaged. The ensemble's logits are the logarithm of the
+            mean probability, or the mean of the logits. A single member's logits stay as they are.
 
     Example:
 
@@ -98,23 +98,23 @@ class S3TEnsemble(nn.Module):
         """Loads the base model once, and prefixes of a store onto it.
 
         Args:
-            folder (`str`, `Path` or [`S3TStore`]): the store: a folder, the id of a repository, or one that was opened
-                already. Answering and refreshing need neither key nor state, deleting does.
+            folder (`str`, `Path` or [`S3TStore`]): the store: a folder, the id of a repository, or an open store.
+                Deleting needs key and state; answering and refreshing do not.
             base_model (`PreTrainedModel` or `str`, *optional*): the bare base, which will carry the adapters, or where
                 to load it from. `None`: the id that the store names.
             combine (`"probabilities"` or `"logits"`): what is averaged over the members.
-            key, state, revision, token (*optional*): how the store is opened, see [`S3TStore`]; a revision and a token
-                are those of its repository. The base is loaded at the revision that the store names, with the token
+            key, state, revision, token (*optional*): how to open the store, see [`S3TStore`]. Revision and token are
+                for the store's repository. The base is loaded at the revision that the store names, with the token
                 that is logged in.
-            spare_slots (`int`, *optional*): room for prefixes that take over, at least 1. A change of as many shards
-                keeps no answer waiting, whatever runs. `None`: as many as there are shards.
-            old_answers_seconds (`float`, *optional*): how long an answer may go on that began before a deletion; then
+            spare_slots (`int`, *optional*): room for new prefixes, at least 1. If no more shards than this change at
+                once, no answer has to wait. `None`: as many as there are shards.
+            old_answers_seconds (`float`, *optional*): how long an answer that began before a deletion may go on. Then
                 it ends with an [`AnswerCutOffError`]. `None`: to its end.
             kwargs: for the base model's `from_pretrained`: `dtype`, `device_map`, `quantization_config` and so on.
 
         Raises:
-            ValueError: the store was opened already, or is a folder, and arguments say how to open a repository.
-            StoreError: the store does not say which base it needs, its files are damaged, or the base is another one.
+            ValueError: arguments say how to open a repository, and the store is a folder or is open already.
+            StoreError: the store does not name its base, its files are damaged, or the base is another one.
         """
         if spare_slots is not None and spare_slots < 1:
             raise ValueError(f"`spare_slots` must be at least 1, got {spare_slots}.")
@@ -148,8 +148,8 @@ class S3TEnsemble(nn.Module):
         found = getattr(self.model, name)
         if inspect.ismethod(found) and not name.startswith(LOOKING):
             raise AttributeError(
-                f"S3TEnsemble has no `{name}`: on the model in it, it would act past what deletions know of. Take a "
-                "copy with `S3TStore.export`, push with `S3TStore.push`, or ask `ensemble.model` on your own account."
+                f"S3TEnsemble has no `{name}`: deletions would not know what it does to the model inside. Take a copy "
+                "with `S3TStore.export`, push with `S3TStore.push`, or use `ensemble.model` at your own risk."
             )
         return found
 
@@ -193,19 +193,19 @@ class S3TEnsemble(nn.Module):
 
     @contextmanager
     def answering(self) -> Iterator[int]:
-        """All that this thread asks within the block is one answer, on one state: its generation."""
+        """Within the block, all calls of this thread are one answer, on one state. Gives its generation."""
         with self._answers.answering() as state:
             yield state.generation
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's `generate`: greedy, sampling or beam search on the ensemble's probabilities.
 
-        The whole generation is one answer: it ends on the state that it began with.
+        The whole text is one answer: it ends on the state on which it began.
 
         Raises:
             ValueError: members that differ in an encoder, a kind of cache that cannot hold several of them, or one of
                 members that answer no more.
-            AnswerCutOffError: a deletion came meanwhile, and it went on for too long.
+            AnswerCutOffError: a deletion came in between, and the answer went on for too long after it.
         """
         with self._answers.answering() as state, ExitStack() as until_its_end:
             take_caches(state, args, kwargs)
@@ -218,7 +218,7 @@ class S3TEnsemble(nn.Module):
 
     @property
     def decode_graphs(self) -> bool:
-        """Whether `generate` records a step as a CUDA graph and replays it; of no consequence on other devices."""
+        """Whether `generate` records a step as a CUDA graph and replays it. Other devices ignore it."""
         return self._members.decoding.on
 
     @decode_graphs.setter
@@ -262,14 +262,14 @@ class S3TEnsemble(nn.Module):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a copy that no deletion knows of would carry on what was deleted."""
-        raise S3TError("Save a copy with `store.export(path)`: a later deletion then names it, or makes it anew.")
+        raise S3TError("Save a copy with `store.export(path)`: a later deletion then names it, or rewrites it.")
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the members are what the store serves."""
         raise S3TError("The members' tensors are the store's. Load another store with `S3TEnsemble.from_pretrained`.")
 
     def detach(self) -> None:
-        """Gives the base model back: it answers by itself again, with whichever adapter is active."""
+        """Takes the ensemble off the base model, which then answers by itself with its active adapter."""
         self._members.detach()
         self._stack.take_out()
 
@@ -278,9 +278,9 @@ class S3TEnsemble(nn.Module):
     def delete(self, ids: Any = (), groups: Any = (), rows: Any = (), slices: Any = (), **kwargs: Any) -> Receipt:
         """Deletes examples from the store on disk and from this model, without a gradient step.
 
-        As soon as the deletion is on record in the store, new answers begin without anything it covers; then the
-        files are removed. Answers that run end on what they began with: [`drained`] tells when. Arguments, return
-        value and errors are those of [`S3TStore.delete`]; other copies of the model [`refresh`].
+        When the deletion is on record in the store, new answers no longer use what it covers. Then the files are
+        removed. Running answers end on the state on which they began: [`drained`] tells when. Arguments, return value
+        and errors are those of [`S3TStore.delete`]. Other copies of the model must call [`refresh`].
         """
         asked = {"ids": ids, "groups": groups, "rows": rows, "slices": slices}
         self._answers.check_outside()
@@ -296,19 +296,19 @@ class S3TEnsemble(nn.Module):
         return receipt
 
     def refresh(self, wait: bool = True) -> bool:
-        """Takes over what others did to the store since: a deletion, a repair. Needs no key.
+        """Takes over changes that others made to the store: a deletion, a repair. Needs no key.
 
         Args:
-            wait (`bool`): where running answers hold the slots that new prefixes need, wait until they have ended.
-                Without, members that are no longer live are dropped at once, and the next call does the rest; where no
-                member is left, new answers wait for it.
+            wait (`bool`): wait until running answers free the slots that new prefixes need. `False`: drop members that
+                are no longer live at once, and leave the rest to the next call. If no member is left, new answers
+                wait for that call.
 
         Returns:
             `bool`: whether the store had changed.
 
         Raises:
-            StoreError: a prefix could not be read, and what is no longer live was dropped all the same; or the store
-                is older than what it was loaded from, as it knows fewer deletions, and nothing was changed.
+            StoreError: a prefix could not be read; members that are no longer live were dropped. Or the store knows
+                fewer deletions than this model, so it is an older copy; nothing was changed.
         """
         self._answers.check_outside()
         try:
@@ -318,13 +318,13 @@ class S3TEnsemble(nn.Module):
 
     @property
     def pending(self) -> bool:
-        """Whether the store serves more than this model, as slots that it needs are held by running answers."""
+        """Whether the store has prefixes that this model cannot load yet: running answers hold the slots."""
         return self._follower is not None and self._follower.lacking > 0
 
     def drained(self, timeout: float | None = None) -> bool:
-        """Waits until the last answer that began before a deletion or a refresh has ended, and its slots are zero.
+        """Waits until every answer that began before a deletion or refresh has ended, and its slots are zeroed.
 
-        Returns whether that is so, at the latest after `timeout` seconds; `None`: however long it takes.
+        Returns whether that happened within `timeout` seconds. `None`: waits as long as it takes.
         """
         return self._answers.drained(timeout)
 

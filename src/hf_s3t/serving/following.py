@@ -133,7 +133,7 @@ class Follower:
         self._manifest = manifest
         if lacking:
             logger.warning(
-                "%d new prefixes of %s wait until running answers end; until then answer: %s", lacking,
+                "%d new prefixes of %s wait until running answers end. Until then these answer: %s", lacking,
                 self.store.path, ", ".join(self.answers.current.names) or "nobody",
             )  # fmt: skip
         elif not self.answers.current.names and self.marks is None and not before:

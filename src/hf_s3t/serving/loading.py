@@ -49,7 +49,7 @@ def base_of(store: S3TStore, given: nn.Module | str | None, kwargs: dict[str, An
     if kwargs:
         raise ValueError(f"{sorted(kwargs)} are for loading a base model, but one was given. Leave them out.")
     if any(isinstance(module, LoraLayer | ModulesToSaveWrapper | Around) for module in given.modules()):
-        raise StoreError("This base model carries adapters already, maybe another ensemble's. Load it once more.")
+        raise StoreError("This base model already carries adapters, maybe of another ensemble. Load it again.")
     check_base(given, store.manifest().recipe)
     return given
 

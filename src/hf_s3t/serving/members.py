@@ -222,7 +222,7 @@ class Members(MemberRows):
         """Raises `ValueError` for a cache that was not made for these members."""
         if not isinstance(cache, MemberCache):
             raise ValueError(
-                f"`{name}` is a cache that has one row per example, an ensemble needs one per member. Leave it out: a "
+                f"`{name}` is a cache with one row per example, but an ensemble needs one per member. Leave it out: a "
                 "dynamic cache is made for the members, and returned."
             )
         if (cache.copies, cache.turns) != self.shape(serving):

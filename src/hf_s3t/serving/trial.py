@@ -82,7 +82,7 @@ class Trial:
             reason = "a head comes before the layers" if notes.head_first else self._difference(rows, expected)[0]
             members.shares_trunk = reason is None
             if reason is not None:
-                logger.warning("the members share no trunk: it runs for each of them, as %s", reason)
+                logger.warning("the members share no trunk, so it runs once for each of them: %s", reason)
         members.tried = True
         return True
 
@@ -102,7 +102,7 @@ class Trial:
     def _settle(self, reason: str) -> None:
         """Members answer in turn from now on."""
         self.members.batched, self.members.tried, self.members.shares_trunk = False, True, False
-        logger.warning("the members answer in turn, not together, as %s", reason)
+        logger.warning("the members answer one after the other, not together, because %s", reason)
 
     def _difference(self, rows: dict[str, Any], expected: ModelOutput) -> tuple[str | None, Notes]:
         """Why members do not answer together as they answer in turn, `None` where they do; and what was noted."""

@@ -35,6 +35,6 @@ def check_agreement(folder: StoreFolder, manifest: Manifest) -> None:
     if found:
         raise StateError(
             f"The state in {folder.private} and the stages of {folder.path} are of different times: {found[0]} "
-            f"({len(found)} such stages). Examples may be in the model that the state does not know. Nothing was "
-            "changed. Bring the newer state (`hf-s3t state import`), or delete whole slices (`slices=[...]`)."
+            f"({len(found)} such stages). The model may hold examples that the state does not know. Nothing was "
+            "changed. Import the newer state (`hf-s3t state import`), or delete whole slices (`slices=[...]`)."
         )

@@ -56,7 +56,7 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What an audit of a store found; `checks` has an entry for each thing that was looked at."""
+    """What an audit of a store found, with one entry in `checks` for each promise."""
 
     path: str
     generation: int
@@ -67,7 +67,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is broken. What was not checked is in [`complete`]."""
+        """Whether nothing is broken. Something may be unchecked: see [`complete`]."""
         return self.influence_free != "broken" and self.bit_equal != "different"
 
     @property
@@ -80,13 +80,13 @@ class VerifyReport:
 
     @property
     def influence_free(self) -> Literal["holds", "broken", "not checked"]:
-        """The claim that holds by construction, on any hardware: what the checks say of it together."""
+        """The claim that holds by construction, on any hardware: the worst outcome of all checks."""
         outcomes = {check.outcome for check in self.checks}
         return "broken" if "broken" in outcomes else "not checked" if "not checked" in outcomes else "holds"
 
     @property
     def bit_equal(self) -> Outcome | Literal["not checked"]:
-        """The claim that holds on one stack: the gravest outcome of the stages that were trained again."""
+        """The claim that holds on one stack: the worst outcome of the stages that were trained again."""
         outcomes = {stage.outcome for stage in self.retrained or ()}
         order: tuple[Outcome, ...] = ("different", "not comparable", "equal")
         return next((outcome for outcome in order if outcome in outcomes), "not checked")

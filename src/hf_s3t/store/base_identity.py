@@ -134,6 +134,6 @@ def _tell(path: Path, error: Exception) -> None:
     if path not in _told:
         _told.add(path)
         logger.warning(
-            "%s cannot be used (%s: %s). Lost is speed alone: base models are hashed at every start. Set HF_HOME to a "
+            "%s cannot be used (%s: %s). Only speed is lost: base models are hashed at every start. Set HF_HOME to a "
             "folder that can be written.", path, type(error).__name__, error,
         )  # fmt: skip

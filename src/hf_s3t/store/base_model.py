@@ -88,7 +88,7 @@ def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     from .recipe import bare, base_config, quantization
 
     if original(model) is not model:
-        raise StoreError("This is what `torch.compile` made of a model. Give the model, and compile the ensemble.")
+        raise StoreError("`torch.compile` has compiled this model. Give the model itself, and compile the ensemble.")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise StoreError("Some layers of the base are offloaded. Load it with a `device_map` that holds all of them.")
     stored = recipe["base"]
@@ -96,7 +96,7 @@ def check_base(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     fields = [name for name, value in base_config(model).items() if name in config and value != config[name]]
     if fields:
         logger.warning(
-            "the base model's config differs from that of the training (%s): so may its answers",
+            "the base model's config differs from that of the training (%s), so its answers may differ, too",
             ", ".join(sorted(fields)),
         )
     if stored.get("sha256") is None:

@@ -60,7 +60,7 @@ def delete(
         if not missing_ok:
             raise unknown_error(folder, request)
     if request.look_alikes:
-        logger.warning("Not deleted, as nobody asked for it:%s", alike_sentence(request))
+        logger.warning("Similar names were not deleted, because nobody asked for them:%s", alike_sentence(request))
     receipt = _preview(folder, request, reference, dry_run)
     if dry_run:
         return replace(receipt, status="dry run")

@@ -29,7 +29,7 @@ def key_place(store: StoreFolder) -> KeyPlace:
 def move_key(store: StoreFolder, file: Path) -> None:
     """Moves the key out of the state; see [`S3TStore.move_key`]. Runs under the locks of the store."""
     if any(resolved(file).is_relative_to(folder.resolve()) for folder in (store.path, store.private)):
-        raise ValueError(f"{file} lies inside the store or its state: the key would stay there. Name another file.")
+        raise ValueError(f"{file} lies inside the store or its state: the key would not leave it. Name another file.")
     if _holds_key(store, file):  # an interrupted move left it, and it may be the only one
         _make_durable(file)
     else:

@@ -25,8 +25,8 @@ from .receipts import Receipt, check_receipts, finished, limits_of, linked, rece
 logger = logging.getLogger(__name__)
 
 WARNING = (
-    "This store can no longer tell whom the lost deletions were about. Whoever was deleted by them must not be among "
-    "the rows that are handed in from now on: such a row would be trained on again."
+    "This store can no longer tell who was deleted by the lost deletions. Do not hand in rows of these people any "
+    "more: such rows would be trained on again."
 )
 
 

@@ -95,9 +95,9 @@ def less_served(path: Any, before: Served, after: Served, dark: int | None, outl
         return None
     changes = [f"shard {shard}: {shown(before[shard])} -> {shown(after.get(shard))}" for shard in shards]
     dead = "" if after else " No shard is live: the bare base model answers."
-    rows = "How many rows are dark until then is not known here, without the state"
+    rows = "Without the state it is not known how many rows are dark until then"
     if dark is not None:
-        rows = f"{dark:,} rows that nobody asked to delete are dark until then, as nothing that answers has seen them"
+        rows = f"{dark:,} rows that nobody asked to delete are dark until then: no part that answers has seen them"
     return (
         f"{path} answers with less until it is repaired. Slices that answer: {'; '.join(changes)}.{dead} {rows}. "
         f"{repair_line(outlook)} {cliff_line(outlook)}"

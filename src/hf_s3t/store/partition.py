@@ -52,12 +52,12 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy and torch
         return value.tolist()
     if isinstance(value, set | frozenset):
-        raise ValueError("A row has a set, whose members are in another order in every run. Hand in a sorted list.")
+        raise ValueError("A row has a set, and its order changes with every run. Give a sorted list instead.")
     text = str(value)
     if f"{id(value):x}" in text.lower():  # a decoded image, for one
         raise ValueError(
-            f"A row has a {type(value).__name__}, whose text {text[:80]!r} is another one in every run, so it names "
-            "no example. Hand in the row undecoded: the first is `next(iter(raw_rows(dataset)))`, with "
+            f"A row has a {type(value).__name__}, whose text {text[:80]!r} changes with every run, so it cannot "
+            "name an example. Hand in the row undecoded: the first is `next(iter(raw_rows(dataset)))`, with "
             "`from hf_s3t.store.partition import raw_rows`."
         )
     return text

@@ -61,15 +61,15 @@ def check_receipt(
     if folder is not None and not folder.exists:
         raise ValueError(f"{folder.path} holds no store. Give the folder of its published files, or a repository.")
     checks = [
-        run_check("it says what it said when it was made", _unchanged(told)),
+        run_check("it has not changed since it was made", _unchanged(told)),
         run_check("its signature is valid", _signature(told, key)),
     ]
     if opening is not None:
-        checks.append(run_check("its opening is of what it commits to", opening_findings(opening, told)))
+        checks.append(run_check("the opening matches its commitments", opening_findings(opening, told)))
     if folder is not None:
         manifest = folder.manifest()
         checks.append(run_check("the manifest names it", _named(told, manifest)))
-        checks.append(run_check("what it removed is not there", _gone(told, folder, manifest)))
+        checks.append(run_check("the weights that it removed are gone", _gone(told, folder, manifest)))
     return tuple(checks)
 
 
@@ -95,7 +95,7 @@ def _signature(receipt: Mapping[str, Any], public_key: bytes | None) -> Findings
     if finding:
         yield finding
     elif public_key is None:
-        yield NotChecked("The key that signed it is its own word: give `public_key=`.")
+        yield NotChecked("Only the receipt itself says whose key signed it. Give `public_key=` to check that.")
 
 
 def _named(receipt: Mapping[str, Any], manifest: Manifest) -> Findings:
@@ -119,7 +119,7 @@ def _gone(receipt: Mapping[str, Any], folder: StoreFolder, manifest: Manifest) -
     for name in still_there(receipt, manifest):
         yield f"{name} is in the manifest, with weights that were removed"
     if not isinstance(folder.source, FolderSource):
-        yield NotChecked(f"Of {folder.path} the head alone was looked at; its history is for a purge's report.")
+        yield NotChecked(f"Only the head of {folder.path} was looked at. For its history see the report of a purge.")
         return
     removed = {files[WEIGHTS_FILE] for files in receipt["stages_removed"].values()}
     for path in sorted(folder.path.rglob("*")):

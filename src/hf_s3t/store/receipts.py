@@ -26,11 +26,11 @@ from .recipe_differences import NOT_BIT_EQUAL
 logger = logging.getLogger(__name__)
 
 LIMITS = (
-    "Nothing is said of what the base model saw in pretraining.",
+    "What the base model saw in pretraining is not covered.",
     "Copies that others made, dataset caches, experiment trackers and backups outside the store are not reached.",
     "A request that was chosen by looking at the model is not covered.",
     "Numbers that user code computed from the whole train set (class weights, statistics) keep what they saw.",
-    "Until repair the model misses whole slices; only after repair is it what training without the examples gives.",
+    "Until repair the model misses whole slices; after repair it is what training without the examples gives.",
 )
 
 NO_COMMITMENT = "It has no commitment to who was in its slices: the key or the state was not at hand."
@@ -50,44 +50,45 @@ def limits_of(manifest: Manifest) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a deletion found and did. Kept in the state; of it the digest alone is published, in the manifest's log.
+    """What a deletion found and did. It is kept in the private state. Only its digest is published, in the manifest.
 
     Args:
         receipt (`str`): its own name.
         kind (`str`): `"delete"`, `"readmit"`, `"loss"` (of deletions that no state knows any more), or `"obeyed"`
             (what this state took over from elsewhere).
         status (`str`): `"dry run"`, `"unchanged"` (all was deleted before), `"accepted"` (a loss), or `"inactive"`: no
-            longer served by this store since `inactive_since`. Of a repository `"inactive_at_head"` until a purge, and
-            `"no_longer_served"` once every probe after it says so.
-        requested_at, inactive_since (`str`): UTC times in ISO 8601. What is `"unchanged"` has been inactive since the
-            earlier deletion; `None` where that was made elsewhere.
+            longer served by this store since `inactive_since`. For a repository: `"inactive_at_head"` until a purge,
+            and `"no_longer_served"` after a purge whose probes all say so.
+        requested_at, inactive_since (`str`): UTC times in ISO 8601. If the status is `"unchanged"`, the time of the
+            earlier deletion; `None` if another machine made that deletion.
         asked, found, already_deleted (`int`): numbers of ids, groups, rows or slices in the request.
-        examples (`int`): examples that the request covers and that were in the index; `None`: the state is not here.
-        dark_examples (`int`): other examples whose slices this took out of service until repair; `None` likewise.
-        repair_stages (`int`, *optional*), repair_slice_passes (`float`, *optional*): what a repair costs afterwards,
-            slice passes per epoch.
+        examples (`int`): examples of the request that were in the index. `None`: the state is not here.
+        dark_examples (`int`): other examples, which nobody asked to delete and which do not answer until the repair.
+            `None`: the state is not here.
+        repair_stages (`int`, *optional*), repair_slice_passes (`float`, *optional*): what the repair costs: stages,
+            and slice passes per epoch.
         requests_left (`float`, *optional*): how many more requests are expected until a shard is dead, if nothing is
-            repaired; 0: one is. `None`: any number, where a prior says that some slices are never hit.
-        deleted_by (`list[str]`): names of the deletions that were there before, of what was deleted already.
+            repaired. 0: one is dead. `None`: any number, because a prior says that some slices are never hit.
+        deleted_by (`list[str]`): names of earlier deletions, for what was deleted already.
         stages_removed (`dict[str, dict[str, str]]`): sha256 per file of each removed stage.
         served_before, served_after (`dict[str, list[int]]`): served prefix per live shard.
         exports (`list[str]`): exported copies that still carry the influence.
-        exports_refreshed (`list[str]`): exported copies that were made anew from what is live.
-        exports_removed (`list[str]`): exported copies of which nothing was live, and whose files were removed.
-        repository (`str`, *optional*): the repository that it was asked of; `None`: a folder.
-        still_served_at (`list[str]`): revisions of that repository that still serve what it is about, until a purge.
+        exports_refreshed (`list[str]`): exported copies that were rewritten from live stages.
+        exports_removed (`list[str]`): exported copies whose files were removed, because none of their stages is live.
+        repository (`str`, *optional*): the repository that was changed. `None`: a folder.
+        still_served_at (`list[str]`): revisions of that repository that serve what was deleted, until a purge.
         caches (`list[str]`): files of the datasets cache, outside the store, that may hold the text.
         stages_after (`dict[str, str]`): sha256 of the weights of each stage that stayed.
-        places (`list[list[int]]`): the `[shard, slice]`s that it is about.
-        commitments (`dict[str, dict[str, str]]`): of each place what its examples were `before` and `after`, as an
-            HMAC that an opening ([`~store.opening.open_receipt`]) explains; empty without key or state.
-        obeys (`dict[str, list[str]]`): of `"obeyed"`: deletions and readmissions elsewhere, with their digests there.
-        joins (`list[str]`): of `"obeyed"`: digests of the ends of chains that it joins.
+        places (`list[list[int]]`): every `[shard, slice]` that the request hits.
+        commitments (`dict[str, dict[str, str]]`): for each place an HMAC of its examples `before` and `after`. An
+            opening ([`~store.opening.open_receipt`]) explains them. Empty without key or state.
+        obeys (`dict[str, list[str]]`): for `"obeyed"`: deletions and readmissions elsewhere, with their digests there.
+        joins (`list[str]`): for `"obeyed"`: digests of the ends of the chains that it joins.
         number (`int`), previous (`str`): its place in the chain, from 1, and the digest of the receipt before it.
-        salt (`str`), salts (`dict[str, str]`), sealed (`dict[str, str]`): what makes digests impossible to guess, and
-            hashes of what a term may end for.
-        digest (`str`): sha256 of the evidence, see `evidence.py`; empty in a dry run and in receipts of format 1.
-        copies (`str`): hash of the exports that it names.
+        salt (`str`), salts (`dict[str, str]`), sealed (`dict[str, str]`): random salts, so that nobody can guess a
+            digest, and hashes of the fields that [`S3TStore.expire`] may empty.
+        digest (`str`): sha256 of the evidence, see `evidence.py`. Empty in a dry run and in receipts of format 1.
+        copies (`str`): hash of the exports that the receipt names.
         signature (`dict[str, str]`, *optional*): `public_key` and `signature` (Ed25519), in hexadecimal.
     """
 

@@ -17,8 +17,8 @@ from ..errors import RecipeError
 from .partition import canonical
 
 STRUCTURE = {
-    "base": "live stages were trained on that base, so their prefixes would be another model than on their day",
-    "config": "live stages and those to come are joined into one adapter, so they have to own the same parameters",
+    "base": "live stages were trained on that base, so on another one they would be another model",
+    "config": "live and new stages are joined into one adapter, so they must own the same parameters",
     "partition": "it says which slice an example lies in, so a deletion would look in the wrong place",
 }
 """Parts of a recipe that stay as they are, and why."""
@@ -72,7 +72,7 @@ class Accepted:
         return accepted
 
 
-NOT_BIT_EQUAL = "What is trained since is influence-free by construction, and not bit-equal to training from scratch"
+NOT_BIT_EQUAL = "Stages trained since are influence-free by construction, and not bit-equal to training from scratch"
 
 
 def why_not(setting: str) -> str | None:
@@ -99,8 +99,8 @@ def check_same(
     differences = compare_recipes(stored, wanted)
     if any(found.setting not in accept or why_not(found.setting) for found in differences):
         raise RecipeError(
-            "The settings differ from those that the store was trained with, so repaired stages would not be what "
-            "training from scratch gives:\n  " + "\n  ".join(map(str, differences)) + "\n" + _way_out(differences)
+            "The settings differ from those that the store was trained with, so repaired stages would differ from "
+            "training from scratch:\n  " + "\n  ".join(map(str, differences)) + "\n" + _way_out(differences)
         )
     return differences
 
@@ -135,7 +135,7 @@ def _way_out(differences: Iterable[Difference]) -> str:
             f"{NOT_BIT_EQUAL}."
         )
     reasons = [f"{', '.join(n for n in fixed if fixed[n] == why)}: {why}" for why in dict.fromkeys(fixed.values())]
-    return f"Use the stored settings, or train into another output_dir. Not to be accepted are {'; '.join(reasons)}."
+    return f"Use the stored settings, or train into another output_dir. These cannot change: {'; '.join(reasons)}."
 
 
 def _comparable(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:

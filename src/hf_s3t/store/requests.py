@@ -85,7 +85,7 @@ def resolve(
     if not wanted and not hit and not digests:
         raise ValueError("The request is empty: give ids, groups, rows or slices.")
     if any(kind == "group" for _, kind in wanted) and not manifest.recipe["partition"]["group_column"]:
-        raise ValueError("This store was trained without `group_column`, so it knows none. Delete by ids or rows.")
+        raise ValueError("This store was trained without `group_column`, so it has no groups. Delete by ids or rows.")
     if not wanted and not digests:
         return _slices_request(folder, hit)
     named = _named_request(folder, wanted, digests)

@@ -74,7 +74,7 @@ def scan_check(store: StoreFolder, texts: str | os.PathLike[str]) -> Check:
     if store.private.exists() and not store.private.resolve().is_relative_to(roots[0]):
         roots.append(store.private.resolve())
     if any(path.resolve().is_relative_to(root) for root in roots):
-        raise ValueError(f"{path} lies inside the store, where it would find itself. Put it elsewhere.")
+        raise ValueError(f"{path} lies inside the store, so the search would find the file itself. Put it elsewhere.")
     needles = Needles(read_texts(path))
     scan = Scan(needles)
     for root in roots:

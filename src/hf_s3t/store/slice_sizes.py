@@ -52,7 +52,7 @@ class SliceSizes(NamedTuple):
         if empty := self.empty:
             names = ", ".join(f"{shard}: {at}" for shard, at in empty[:NAMED])
             more = f" and {len(empty) - NAMED} more" if len(empty) > NAMED else ""
-            told.append(f"Empty (shard: slice): {names}{more}. Stages on these alone hold nothing.")
+            told.append(f"Empty (shard: slice): {names}{more}. A stage that has only such slices learns nothing.")
         if key is not None and (advice := self.advice(key)):
             told.append(advice)
         return told

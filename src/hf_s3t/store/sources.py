@@ -211,7 +211,7 @@ class RepoSource:
         there = self.repo.paths(self.revision)
         if (self.waiting.get(TOMBSTONES) or TOMBSTONES in there) and not self.repo.is_private():
             logger.warning(
-                "%s is public now: its tombstones are removed at the head, and travel no more. Its history holds them "
+                "%s is public now: its head loses the tombstones, and no more are uploaded. Its history holds them "
                 "until a purge.", self.repo.repo_id,
             )  # fmt: skip
             self.drop(TOMBSTONES)
@@ -288,8 +288,8 @@ def on_top(attempt: Callable[[], Done], look_again: Callable[[], None]) -> Done:
             time.sleep(random.uniform(0, min(0.1 * 2**trial, LONGEST_WAIT)))  # so that two do not keep meeting
             look_again()
     raise StoreError(
-        f"{TRIALS} times somebody else committed first. Run the command again later; a deletion is on record, and is "
-        "carried out first then."
+        f"{TRIALS} times somebody else committed first. Run the command again later: a deletion is on record, and is "
+        "carried out first."
     )
 
 

@@ -75,7 +75,7 @@ class StateCare(StoreFolder):
             back_up(self, path)
 
     def import_state(self, file: str | os.PathLike[str]) -> None:
-        """Joins a backup with the state that is here, and finishes what its tombstones ask for; forgets no deletion.
+        """Merges a backup into the state that is here, and deletes what its tombstones name. Forgets no deletion.
 
         Raises:
             StateError: the backup is of another store.
@@ -83,10 +83,10 @@ class StateCare(StoreFolder):
         restore(self, Path(file))
 
     def move_key(self, file: str | os.PathLike[str]) -> None:
-        """Moves the partition key out of the state, into a new private file: who has one of them finds nobody.
+        """Moves the partition key out of the state into a new private file. Neither alone can find a person.
 
-        From then on `HF_S3T_KEY`, `key=` or `--key-file` bring it. Backups from before hold both. A move that was
-        interrupted is ended by the same call.
+        From then on give the key by `HF_S3T_KEY`, `key=` or `--key-file`. Older backups hold both. The same call
+        finishes a move that was interrupted.
 
         Raises:
             ValueError: the file exists and is not this store's key, or lies in the store; nothing was changed.
@@ -96,13 +96,13 @@ class StateCare(StoreFolder):
             move_key(self, Path(file))
 
     def expire(self, older_than: str | datetime.timedelta, *, dry_run: bool = False) -> Expired:
-        """Takes out of old receipts what nothing depends on: references, caches, paths of copies that are gone.
+        """Removes references, caches and paths of vanished copies from old receipts. No check depends on these.
 
-        Receipts themselves, tombstones, the log and the stages stay. Backups from before still hold what is taken out.
+        Receipts themselves, tombstones, the log and the stages stay. Older backups still hold what is removed.
 
         Args:
             older_than (`str` or `timedelta`): the term: `"2y"`, `"18m"` or `"90d"`.
-            dry_run (`bool`): only tell which receipts that concerns.
+            dry_run (`bool`): tell which receipts would change, and change nothing.
 
         Returns:
             [`~store.retention.Expired`]: how many receipts, by name, and which purge reports are as old.
@@ -111,18 +111,18 @@ class StateCare(StoreFolder):
             return expire(self, older_than, dry_run)
 
     def accept_loss(self, reference: str | None = None, *, dry_run: bool = False) -> Loss:
-        """Goes on where deletions are lost, because the state that knew them is: after the last backup was imported.
+        """Accepts that deletions are lost, because the state that knew them is lost. Import the last backup first.
 
-        Their slices start anew: stages that saw them go, and their examples leave the index. Whoever was deleted by
-        them must not be among the rows that are handed in next, because the store can no longer tell. In a repository
-        its head loses those stages, in one commit; the history keeps them until a purge.
+        The slices of these deletions start anew: their stages are removed, and their examples leave the index. The
+        store cannot tell any more who was deleted, so do not hand in the rows of these people again. In a repository
+        the head loses these stages, in one commit. The history keeps them until a purge.
 
         Args:
             reference (`str`, *optional*): your name for it; it stays in the private receipt.
-            dry_run (`bool`): only name what is lost.
+            dry_run (`bool`): name what is lost, and change nothing.
 
         Returns:
-            [`~store.lost_state.Loss`]: what is lost; if that is nothing, nothing was changed.
+            [`~store.lost_state.Loss`]: what is lost. If nothing is lost, nothing was changed.
 
         Raises:
             StateError: there is no state, or no key: import a backup first.

@@ -44,11 +44,11 @@ class S3TStore(Verifiable, StateCare):
 
     Args:
         path (`str` or `Path`): the `output_dir` of a training, or the id of a repository (`"me/model"`, where there is
-            no such folder). What is read from a repository is downloaded; what changes it is committed to it.
+            no such folder). Reading from a repository downloads; changing it commits.
         key (`str` or `bytes`, *optional*): the partition key; `None`: `HF_S3T_KEY`, else `partition.key` of the state.
-        state (`str` or `Path`, *optional*): the folder of the state. `None`: `.s3t/` in the folder; of a repository
-            what `HF_S3T_STATE` says. Without it a repository can be read, and whole slices can be deleted.
-        revision (`str`, *optional*): of a repository, a commit, branch or tag to read, for good. `None`: the head.
+        state (`str` or `Path`, *optional*): the folder of the private state. `None`: `.s3t/` in the folder; for a
+            repository `HF_S3T_STATE`. Without a state, a repository can be read and whole slices can be deleted.
+        revision (`str`, *optional*): for a repository: the commit, branch or tag to read from. `None`: the head.
         token (`str`, *optional*): for the Hub; `None`: the one that is logged in.
 
     Example:
@@ -63,13 +63,13 @@ class S3TStore(Verifiable, StateCare):
     # ---- looking ----
 
     def status(self, prior: Sequence[float] | None = None) -> Status:
-        """What is trained, served, missing and deleted, and how long what lives may last.
+        """Tells what is trained, served, missing and deleted, and how many more requests the store can take.
 
         Needs no key; without the state, counts are `None`.
 
         Args:
-            prior (`Sequence[float]`, *optional*): chance that a request hits each slice; `None`: the one that the plan
-                was made for, if it was made for one.
+            prior (`Sequence[float]`, *optional*): chance that a request hits each slice. `None`: the plan's own prior,
+                if it has one.
 
         Raises:
             ValueError: the prior does not fit the store.
@@ -78,12 +78,12 @@ class S3TStore(Verifiable, StateCare):
         return status_of(self, prior)
 
     def locate(self, ids: Iterable[Any] = (), groups: Iterable[Any] = ()) -> list[Location]:
-        """Tells for each id and group whether and where it is, and which live stages saw it.
+        """Finds ids and groups: whether each is known, in which slices, and which live stages saw it.
 
-        Other spellings that are known follow what they look like.
+        After an id or group come known ids and groups that look like it but are spelled differently.
 
         Raises:
-            StateError: something is not known, and state and stages are of different times: it may be in the model.
+            StateError: something is not known, and state and stages are of different times. It may be in the model.
         """
         check_lists(ids=ids, groups=groups)
         self.source.look()
@@ -120,21 +120,21 @@ class S3TStore(Verifiable, StateCare):
     ) -> Receipt:
         """Removes everything that depends on some examples. No model, no dataset, no gradient step.
 
-        One warning says where less answers until a repair; the receipt, of a dry run too, has the numbers.
+        If fewer slices answer until a repair, one warning says so. The receipt has the numbers, in a dry run too.
 
         Args:
             ids (`Iterable`): ids, as they stood in the id column.
             groups (`Iterable`): groups, all of whose examples go.
             rows (`Iterable[dict]`): raw rows; named by their id column, else by their content.
-            slices (`Iterable[tuple[int, int]]`): whole `(shard, slice)`s; works with the state lost, too.
-            dry_run (`bool`): only tell what would be removed.
+            slices (`Iterable[tuple[int, int]]`): whole slices as `(shard, slice)`; works without the state, too.
+            dry_run (`bool`): tell what would be removed, and change nothing.
             reference (`str`, *optional*): your name for the request; it stays in the private receipt.
-            missing_ok (`bool`): delete what is known although something else is not.
-            refresh_exports (`bool`): make exports that carry the influence anew from what is live (a prefix: its
-                longest live beginning; nothing live: their files are removed). Loads the base of a merged one. The
-                receipt names those for which it failed as still carrying the influence.
+            missing_ok (`bool`): delete what is known, and ignore what is not.
+            refresh_exports (`bool`): rewrite exports that carry the influence from live stages. A prefix becomes its
+                longest live beginning; if nothing of it is live, its files are removed. A merged export loads its
+                base. If a rewrite fails, the receipt names the export as still carrying the influence.
             purge (`bool`), keep_refs (`Iterable[str]`, *optional*): for a store that was opened from a repository:
-                remove it from the history, too, see [`purge`].
+                purge its history, too, see [`purge`].
 
         Returns:
             [`Receipt`]
@@ -199,29 +199,29 @@ class S3TStore(Verifiable, StateCare):
         token: str | None = None,
         commit_message: str | None = None,
     ) -> CommitInfo:
-        """Brings a repository on the Hub to what this folder holds, in one commit; only what changed is sent.
+        """Uploads this store to a repository on the Hub, in one commit. Only changed files are sent.
 
-        Nothing of the state goes there. What others trained and pushed since is kept; a stage that a deletion hit,
+        The private state is never sent. Stages that others have pushed since are kept. A stage that a deletion hit,
         here or there, never comes back.
 
         Args:
-            repo_id (`str`): `"me/model"`; made if there is none.
-            private (`bool`): make a new repository private, and refuse one that is public and holds no store yet.
-            tombstones (`bool`, *optional*): let tombstones (keyed digests without their key) travel, so that other
-                machines obey them. `None`: in private repositories.
+            repo_id (`str`): `"me/model"`. It is made if there is none.
+            private (`bool`): make a new repository private, and refuse a public one that holds no store yet.
+            tombstones (`bool`, *optional*): upload tombstones (keyed digests without the key), so that other
+                machines obey them. `None`: only to private repositories.
             token (`str`, *optional*): `None`: the one that is logged in.
             commit_message (`str`, *optional*): first line of the commit's message; a random name is added to it.
 
         Raises:
             StateError: the repository obeys deletions that this store has not seen; nothing was pushed.
-            ValueError: the repository is public, and neither that nor tombstones were meant; nothing was pushed.
+            ValueError: the repository is public, and `private` or `tombstones` forbid that; nothing was pushed.
         """
         with self.writing():
             target = StoreFolder(repo_id, self._given_key, self.private, token=token)
             return publishing.push(self, target, private, tombstones, commit_message)
 
     def pull(self, repo_id: str, token: str | None = None) -> None:
-        """Brings this folder to what a repository on the Hub holds, and obeys the tombstones that travel in it.
+        """Downloads what a repository on the Hub holds into this folder, and obeys the tombstones in it.
 
         Raises:
             StoreError: the repository holds another store, or its files are damaged.
@@ -232,7 +232,7 @@ class S3TStore(Verifiable, StateCare):
             tell_of_change(self, manifest, before, self.served(manifest))
 
     def purge(self, keep_refs: Iterable[str] | None = None, seconds: float = SECONDS) -> PurgeReport:
-        """Removes from a repository's history what its head does not serve; see [`hf_s3t.hub.purge.purge`].
+        """Removes weights that the head does not serve from a repository's history; see [`hf_s3t.hub.purge.purge`].
 
         The report is kept beside the receipts, as `purge-*.json`.
         """
@@ -250,7 +250,7 @@ class S3TStore(Verifiable, StateCare):
         return report
 
     def readmit(self, ids: Iterable[Any] = (), groups: Iterable[Any] = (), reference: str | None = None) -> Receipt:
-        """Lifts tombstones, for rectified data or renewed consent. Hand the rows to `train()` again afterwards.
+        """Lifts tombstones, after a correction of data or a renewed consent. Then give the rows to `train()` again.
 
         Raises:
             UnknownExampleError: something has no tombstone; nothing was changed.
@@ -291,12 +291,12 @@ class S3TStore(Verifiable, StateCare):
             merge (`bool`): write a whole model, the adapter merged into the unquantised base, with the prefix's head.
                 Weights keep the base's dtype.
             base_model (`PreTrainedModel` or `str`, *optional*): for `merge`, the base or where to load it from.
-                `None`: the one that the store names. A model is copied, so twice its memory is needed, and comes out
-                as it was; a later deletion cannot make such an export anew.
+                `None`: the one that the store names. A model is copied, which needs its memory twice, and is left as
+                it was. A later deletion cannot rewrite an export that was made from a model.
 
         Raises:
             StoreError: there is no such adapter, or `path` lies in the store.
-            ValueError: `path` holds something else, the base is not named, quantised, or not the adapter's.
+            ValueError: `path` holds something else, or the base is not named, is quantised or is another one.
         """
         target, stage = resolved(Path(path)), None if prefix is None else as_stage(prefix)
         encoded(str(target), "The path of an export")

@@ -125,8 +125,8 @@ def check_same_store(ours: Manifest, theirs: Manifest) -> None:
     since = newer.accepted[len(older.accepted) :]
     if newer.accepted != older.accepted + since:
         raise RecipeError(
-            "Here and in the repository different settings were accepted (`accept_recipe`), so the stages of both are "
-            "not of one store any more. Go on with one of them; push the other one to a new repository."
+            "This store and the repository accepted different settings (`accept_recipe`), so their stages no longer "
+            "belong to one store. Go on with one of them, and push the other one to a new repository."
         )
     check_same(older.recipe, newer.recipe, [accepted.setting for accepted in since])
 

@@ -26,26 +26,26 @@ class Verifiable(StoreFolder):
         make_trainer: MakeTrainer | None = None,
         scan_for: str | os.PathLike[str] | None = None,
     ) -> VerifyReport:
-        """Tells what of the store's promises holds, what is broken, and what cannot be told; changes nothing.
+        """Audits the store: which promises hold, which are broken, and which could not be checked. Changes nothing.
 
         Args:
-            retrain (`"all"` or `list[str]`, *optional*): live stages to train again from the remaining rows, each from
-                the parent that the store has, and to compare byte for byte.
-            sample (`int`, *optional*): draw so many of them instead.
-            seed (`int`, *optional*): of the draw, to repeat one. `None`: a new draw, whose seed the report tells.
-            make_trainer (`Callable`): for these. It is given an `output_dir` and returns a trainer with the model,
+            retrain (`"all"` or `list[str]`, *optional*): live stages to train again and to compare byte for byte. Each
+                starts from the parent in the store and trains on the remaining rows.
+            sample (`int`, *optional*): instead, draw this many live stages at random.
+            seed (`int`, *optional*): seed of the draw. `None`: a new one, which the report names.
+            make_trainer (`Callable`): needed for both. It takes an `output_dir` and returns a trainer with the model,
                 arguments, config and train set that trained the store. It is called once.
-            scan_for (`str` or `Path`, *optional*): a file of texts and ids, one a line (`.jsonl`: as JSON), which are
-                looked for in every byte below the store and its state; see [`scan_check`].
+            scan_for (`str` or `Path`, *optional*): a file of texts and ids, one per line (`.jsonl`: as JSON). Every
+                byte of the store and its state is searched for them; see [`scan_check`].
 
         Returns:
             [`VerifyReport`]: its `influence_free` and `bit_equal` are the two grades of claim.
 
         Raises:
             StoreError: there is no store, or its manifest cannot be read.
-            StoreLockedError: somebody kept changing it meanwhile.
-            ValueError: a stage is not live, there is no `make_trainer`, or what is looked for is too short.
-            RecipeError, StateError: nothing can be trained again with this trainer, or without state and key.
+            StoreLockedError: somebody kept changing it during the audit.
+            ValueError: a stage is not live, there is no `make_trainer`, or a text to look for is too short.
+            RecipeError, StateError: this trainer does not fit the store, or state or key are missing.
         """
         stages, drawn = chosen_stages(self, retrain, sample, seed)
         wanted = retrain is not None or sample is not None

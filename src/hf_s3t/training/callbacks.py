@@ -142,7 +142,7 @@ class StageGuard(TrainerCallback):
         if len(self.waiting) == len(self.tuner.training_owned):
             raise IsolationError(
                 f"No parameter of the stage received a gradient in {self.steps} steps: it would store untrained "
-                "weights. With activation checkpointing use `use_reentrant=False`; otherwise see whether the loss "
+                "weights. With activation checkpointing use `use_reentrant=False`; otherwise check that the loss "
                 "depends on the model's outputs."
             )
         logger.warning(

@@ -51,8 +51,8 @@ def ask(trainer: Any, manifest: Manifest) -> None:
     found = {name: text for name, text in questions(trainer).items() if named.keys().isdisjoint(_answers(name))}
     if found:
         logger.warning(
-            "What was this computed from: %s? If from the rows, it keeps what it saw of those that are deleted later. "
-            "Say it, and receipts name it: S3TConfig(%s={%s}), with %r for what is the rows', or what else it is.",
+            "What was this computed from: %s? If from the train set, it keeps what it saw of rows that are deleted "
+            "later. Say so, and receipts will name it: S3TConfig(%s={%s}), with %r or another source.",
             "; ".join(f"{name} ({text})" for name, text in found.items()),
             DATA_DERIVED, ", ".join(f"{name!r}: ..." for name in found), TRAIN_SET,
         )  # fmt: skip
@@ -202,7 +202,7 @@ def warn_of_empty_classes(store: S3TStore, rows: TrainRows, model: Any) -> None:
     if empty:
         logger.warning(
             "classes %s of %d have no example in the train set. The head and the label map (`id2label` of the base's "
-            "config) have them still: a deletion does not reach what classes there are. If that tells of somebody who "
-            "was deleted, train a new store on a base without them.",
+            "config) still have them: a deletion does not remove classes. If a class tells of a deleted person, train "
+            "a new store on a base without it.",
             ", ".join(map(str, empty[:10])) + ", ..." * (len(empty) > 10), base.config.num_labels,
         )  # fmt: skip

@@ -47,7 +47,7 @@ class Meter(NamedTuple):
         epochs = f"{self.epochs:g} epoch{'' if self.epochs == 1 else 's'}"
         return (
             "A slice pass is one epoch over the rows of one slice. A stage has "
-            f"{epochs} over the slices of its prefix, and the bar counts the passes of all stages."
+            f"{epochs} over the slices of its prefix. The bar counts the passes of all stages."
         )
 
 

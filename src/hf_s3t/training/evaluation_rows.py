@@ -43,17 +43,16 @@ def check_evaluation(store: S3TStore, rows: TrainRows, recipe: Mapping[str, Any]
     chooses = "The evaluation set chooses weights, learning rates or when to stop, and holds"
     if deleted:
         raise DatasetError(
-            f"{chooses} {deleted} deleted examples, by id or group: what they say would come back with every stage. "
-            "Nothing was trained. Take them out. In a store that was trained with them, live stages keep what they "
-            "chose; go on with accept_recipe=[...], as the next error names it, or train a new one. If its ids name "
-            "other examples than the train set's, give it ids of its own."
+            f"{chooses} {deleted} deleted examples, by id or group: every stage would learn from them again. Nothing "
+            "was trained. Take them out of the evaluation set. Live stages keep what these chose: go on with "
+            "accept_recipe=[...], as the next error names it, or train a new store. If these ids name other examples "
+            "than those of the train set, use other ids."
         )
     if shared and not named:
         raise DatasetError(
-            f"{chooses} {shared} examples of the train set, by id or group: they would stay in what it chose after "
-            "they were deleted. Nothing was trained. Take them out; if its ids name other examples, give it ids of "
-            f"its own; or say that it keeps them, for receipts: S3TConfig(data_derived={{{EVALUATION!r}: "
-            f"{TRAIN_SET!r}}})."
+            f"{chooses} {shared} examples of the train set, by id or group: a later deletion would not undo what they "
+            "chose. Nothing was trained. Take them out of the evaluation set. If these ids name other examples, use "
+            f"other ids. Or declare it, for receipts: S3TConfig(data_derived={{{EVALUATION!r}: {TRAIN_SET!r}}})."
         )
 
 

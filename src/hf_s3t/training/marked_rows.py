@@ -51,7 +51,7 @@ class MarkedRowsMixin(RunningStageMixin):
             self.args.dataloader_drop_last = False
             logger.warning(
                 "stage %s has %d rows, fewer than a batch of %d: that batch is kept although `dataloader_drop_last` "
-                "is set, as the stage would not be trained at all", order.stage.name, len(rows), batch,
+                "is set, because otherwise the stage would not be trained", order.stage.name, len(rows), batch,
             )  # fmt: skip
 
     def weights_loaded(self) -> None:

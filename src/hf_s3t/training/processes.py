@@ -67,7 +67,7 @@ def check_ranks(args: TrainingArguments, tensors: Tensors) -> None:
     if len(set(gather_object([digest]))) > 1:
         raise IsolationError(
             "The processes ended the stage with different weights: gradients were not averaged between them. "
-            "Nothing was stored. See whether a callback or a loss changes the model on one process only."
+            "Nothing was stored. Check whether a callback or a loss changes the model on one process only."
         )
 
 

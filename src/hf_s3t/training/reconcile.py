@@ -98,7 +98,7 @@ def _with_new_settings(
     recipe = with_named(recipe, manifest.recipe)
     manifest = replace(manifest, recipe=recipe, accepted=(*manifest.accepted, *accepted))
     store.write_manifest(manifest)
-    logger.warning("settings are other ones from now on (%s). %s.", "; ".join(map(str, accepted)), NOT_BIT_EQUAL)
+    logger.warning("settings change from now on (%s). %s.", "; ".join(map(str, accepted)), NOT_BIT_EQUAL)
     return manifest
 
 
@@ -128,8 +128,8 @@ def warn_of_other_stacks(store: S3TStore, manifest: Manifest) -> None:
         others = {stack: count for stack, count in state.stacks(manifest.names).items() if stack != running}
     if others:
         logger.warning(
-            "%d live stages were trained with %s; those to come are trained with %s. What was deleted is in none of "
-            "them, but bit-equality with training from scratch is claimed within one stack only.",
+            "%d live stages were trained with %s; new ones are trained with %s. What was deleted is in none, but "
+            "bit-equality with training from scratch is claimed within one stack only.",
             sum(others.values()), "; and ".join(others), running,
         )  # fmt: skip
 
@@ -153,7 +153,7 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted, plan: Plan) -> M
         # A state that was imported, or is left from a store that is gone: what it buries stays buried.
         if state.store not in (None, key_check):
             raise StateError(
-                f"The state in {store.private} is of another store. Name another folder, or bring its key."
+                f"The state in {store.private} is of another store. Name another folder, or give that store's key."
             )
         state.begin(key_check, places)
         state.keep_records(())
@@ -162,8 +162,8 @@ def _create(store: S3TStore, config: S3TConfig, wanted: Wanted, plan: Plan) -> M
         comparison = compare(state.examples(), rows)
     warn_of_empty_slices(rows, key, config)
     logger.warning(
-        "The private state of this store is in %s. Back it up (`hf-s3t state export`): without it, nobody can be "
-        "found again.", store.private,
+        "The private state of this store is in %s. Back it up (`hf-s3t state export`): without it, the store cannot "
+        "find anybody again.", store.private,
     )  # fmt: skip
     manifest = Manifest(
         len(log), digest, key_check, wanted.recipe, plan, log=log, deletion_prior=_chances(wanted.prior)
@@ -177,7 +177,7 @@ def _refuse_foreign_files(store: S3TStore) -> None:
     found = sorted(path.name for name in ours for path in store.path.glob(name))
     if found:
         raise ValueError(
-            f"{store.path} holds {', '.join(found[:5])} and no store: another training, perhaps, which would be "
+            f"{store.path} holds {', '.join(found[:5])} but no store. It may be another training, which would be "
             "replaced. Name an empty folder as `output_dir`, or move these files away."
         )
 

@@ -14,16 +14,16 @@ from ..seams.arguments import launched, loader_setting, setting
 from ..seams.models import is_compiled
 
 Repair = Literal["all", "best"]
-COMPILED = "what is compiled is specialised to the batches of earlier stages, which moves last bits of later ones"
+COMPILED = "compiled code is specialised to the batches of earlier stages, which changes last bits of later ones"
 WHOLE = "stages need whole tensors on every process; use DDP"
 REFUSED = {
-    "auto_find_batch_size": "it starts again on weights that were updated already; set the batch size",
-    "ignore_data_skip": "a killed stage would begin with rows that it has seen, and miss others; leave it out",
+    "auto_find_batch_size": "it restarts from weights that are already updated; set the batch size",
+    "ignore_data_skip": "a resumed stage would see some rows twice and miss others; leave it out",
     "bf16_full_eval": "an evaluation would leave the base and the stages in bfloat16; load the base in bfloat16",
     "fp16_full_eval": "an evaluation would leave the base and the stages in float16; load the base in float16",
     "packing": "it joins examples of different slices; set `packing=False`",
-    "precompute_ref_log_probs": "it computes rows of different slices in one batch, which moves their last bits, and "
-    "keeps them in a cache of its own; leave it out: the reference is computed in each step",
+    "precompute_ref_log_probs": "it computes rows of different slices in one batch, which changes last bits, and "
+    "keeps the results in its own cache; leave it out: each step computes the reference",
     "fsdp": WHOLE,
     "deepspeed": WHOLE,
     "parallelism_config": WHOLE,
@@ -47,16 +47,16 @@ def refuse_arguments(model: Any, args: Any, kwargs: dict[str, Any], missing: str
         raise ValueError(f"`missing` must be 'error', 'delete' or 'ignore', got {missing!r}.")
     if is_compiled(model):
         raise ValueError(
-            f"The model, or a module of it, was compiled: {COMPILED}. Pass it as it was loaded; the ensemble that is "
-            "served may be compiled."
+            f"The model, or a module of it, was compiled: {COMPILED}. Pass it as it was loaded. The served ensemble "
+            "may be compiled."
         )
     for name, reason in REFUSED.items():
         if setting(args, name):
             raise ValueError(f"S3T does not work with `{name}={getattr(args, name)!r}`: {reason}.")
     for name, variable in launched().items():
         raise ValueError(
-            f"S3T does not work with `{variable}`, which `accelerate launch` or TrainingArguments of before have set "
-            f"in the environment: {REFUSED.get(name, WHOLE)}. Choose another configuration, and unset it."
+            f"S3T does not work with `{variable}`, which `accelerate launch` or earlier TrainingArguments have set in "
+            f"the environment: {REFUSED.get(name, WHOLE)}. Choose another configuration, and unset it."
         )
     for name, wanted in {"dispatch_batches": (None, False), "use_seedable_sampler": (None, True)}.items():
         if loader_setting(args, name) not in wanted:
@@ -88,7 +88,7 @@ def check_repair(repair: Repair, cost_budget: int | None, extend: bool, num_slic
         )
     if cost_budget is not None and extend:
         raise ValueError(
-            "`extend=True` trains live stages again, whatever they cost, which a cost budget forbids. Run `train()` "
+            "`extend=True` trains live stages again at any cost, which a cost budget forbids. Run `train()` "
             "without `repair` for the new rows, or make a trainer without `extend` for the repair."
         )
     if cost_budget is not None:

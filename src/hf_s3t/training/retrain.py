@@ -94,7 +94,7 @@ class RetrainingMixin(TrainerSeam):
         accepted = {*self.accept_recipe, *OF_THE_LAUNCH}
         apart = check_same(manifest.recipe, self.recipe(), accepted)
         if self.rows.key != store.key:
-            raise ValueError("The trainer has another partition key than the store. Give it none, or the store's.")
+            raise ValueError("Trainer and store have different partition keys. Give the trainer the store's, or none.")
         self.watch = Apart(self.store.path, lambda: False)
         differences = RowDifferences(store, self.rows.entries)
         try:

@@ -59,8 +59,8 @@ class TrainRows:
             prepared = prepared.remove_columns(DIGEST_COLUMN)
         elif len(prepared) != len(self.raw_names):
             raise ValueError(
-                f"{len(self.raw_names)} rows became {len(prepared)} without the column {DIGEST_COLUMN!r}: it is not "
-                "known which row is whose. Keep extra columns in the dataset's preparation, and do not pack examples."
+                f"{len(self.raw_names)} rows became {len(prepared)} without the column {DIGEST_COLUMN!r}, so it is "
+                "unclear which is which. Keep extra columns in the dataset's preparation, and do not pack examples."
             )
         self._assign(digests)
         self.dataset = prepared

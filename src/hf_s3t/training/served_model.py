@@ -96,7 +96,7 @@ class ServedModelMixin(TrainerSeam):
             self.tuner.activate(next(iter(members)))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's, of the served model; while a stage trains, of that stage."""
+        """Evaluates the served model, as the Trainer does. While a stage trains, evaluates that stage."""
         evaluate = partial(super().evaluate, *args, **kwargs)
         with kept_generators():
             if self._apart:
@@ -109,8 +109,8 @@ class ServedModelMixin(TrainerSeam):
                     raise
                 found = self._evaluate_apart(evaluate)  # what ails the set or the metrics is raised here again
                 logger.warning(
-                    "%s does not take the ensemble of the shards (%s: %s): it evaluates them one by one, and gives "
-                    "the means of their metrics", type(self).__name__, type(error).__name__, error,
+                    "%s cannot evaluate the ensemble of the shards (%s: %s). It evaluates each shard by itself, and "
+                    "reports the means of their metrics", type(self).__name__, type(error).__name__, error,
                 )  # fmt: skip
                 self._apart = True
                 return found
@@ -146,7 +146,7 @@ class ServedModelMixin(TrainerSeam):
             _put_back(self, name, value)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, of the served model."""
+        """Predicts with the served model, as the Trainer does."""
         with self._served_model(), kept_generators():
             return super().predict(*args, **kwargs)
 
@@ -162,11 +162,11 @@ class ServedModelMixin(TrainerSeam):
         return on_main_process(self.args, lambda: self.store.export(path, prefix, merge, **kwargs))
 
     def locate(self, ids: Any = (), groups: Any = ()) -> list[Location]:
-        """Tells where ids and groups are, and which live stages saw them; see [`S3TStore.locate`]."""
+        """Finds ids and groups, and the live stages that saw them; see [`S3TStore.locate`]."""
         return on_main_process(self.args, lambda: self.store.locate(ids, groups))
 
     def status(self, **kwargs: Any) -> Status:
-        """What is trained, served, missing and deleted; see [`S3TStore.status`]."""
+        """Tells what is trained, served, missing and deleted; see [`S3TStore.status`]."""
         return on_main_process(self.args, lambda: self.store.status(**kwargs))
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -205,9 +205,9 @@ class ServedModelMixin(TrainerSeam):
             commit_message (`str`, *optional*): first line of the commit's message.
             blocking (`bool`): `False`: return a future.
             token (`str`, *optional*): `None`: `args.hub_token`, else the one that is logged in.
-            revision: has to be `None`: a store lives on the main branch, where its deletions are.
-            private (`bool`, *optional*): of a new repository. `None`: `args.hub_private_repo`, else `True`.
-            kwargs: for upstream's model card, which is not used: the store's own says what is live.
+            revision: must be `None`: a store lives on the main branch, because its deletions change that branch.
+            private (`bool`, *optional*): make a new repository private. `None`: `args.hub_private_repo`, else `True`.
+            kwargs: ignored: they are for upstream's model card, and the store writes its own.
 
         Returns:
             `CommitInfo`, a future of it, or `None` on all but the main process.

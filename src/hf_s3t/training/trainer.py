@@ -61,29 +61,29 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
 
     Args:
         model (`PreTrainedModel`): the base model, or a [`~peft.PeftModel`] made with an [`S3TConfig`].
-        args ([`~transformers.TrainingArguments`]): `output_dir` is the store; epochs, steps, learning rate, scheduler,
-            evaluation and saving are per stage.
-        train_dataset (`Dataset`): as for the Trainer; it is partitioned before anything else touches it.
+        args ([`~transformers.TrainingArguments`]): `output_dir` is the store. Epochs, steps, learning rate, scheduler,
+            evaluation and saving apply to each stage.
+        train_dataset (`Dataset`): as for the Trainer. It is partitioned before tokenisation.
         peft_config ([`S3TConfig`], *optional*): what a stage trains.
-        partition_key (`str` or `bytes`, *optional*): decides which slice an example lies in; written to `.s3t/` only.
-            `None`: `HF_S3T_KEY`, else a new random key.
-        missing (`"error"`, `"delete"` or `"ignore"`): what to do with examples that were trained on and are gone from
-            the train set, or changed. `"delete"` deletes them.
-        extend (`bool`): train stages again that saw other rows than the train set has for them now, or whose parents
-            did. By default only stages trained from now on see new rows.
+        partition_key (`str` or `bytes`, *optional*): decides which slice an example is in. It is written to `.s3t/`
+            only. `None`: `HF_S3T_KEY`, else a new random key.
+        missing (`"error"`, `"delete"` or `"ignore"`): what to do if examples that were trained on have changed or
+            are no longer in the train set. `"delete"` deletes them.
+        extend (`bool`): train a stage again if its rows, or those of its parents, are not what the train set has now.
+            By default only stages trained from now on see new rows.
         accept_recipe (`Collection[str]`): settings that may differ from the store's, as the [`RecipeError`] names
-            them, for example `["arguments.weight_decay"]`. Live stages stay; those to come are influence-free by
-            construction and not bit-equal to training from scratch, and the store says so from then on.
-        base_model_id (`str`, *optional*): the base's id on the Hub, where it was loaded from a local folder.
-        activation_cache (`"off"`, `"memory"` or `"disk"`): keep what enters the layers of a stage, computed once for
-            each example, so that stages run from there up. Part of the recipe, wherever it is kept: the states may
-            differ in their last bits from those in a step's batch.
-        activation_cache_gb (`float`, *optional*): how much to keep, in 10^9 bytes. `None`: all that is of use.
-        eval_trunk (`bool`): with a cache, whether layers that drop out in training may run without, below a stage.
+            them, for example `["arguments.weight_decay"]`. Live stages stay. New stages are influence-free by
+            construction and not bit-equal to training from scratch. The store says so from then on.
+        base_model_id (`str`, *optional*): the base's id on the Hub, if it was loaded from a local folder.
+        activation_cache (`"off"`, `"memory"` or `"disk"`): compute once for each example what enters the layers of a
+            stage, and keep it. A stage then runs its own layers and those above. This is part of the recipe: the
+            states may differ in their last bits from those in a step's batch.
+        activation_cache_gb (`float`, *optional*): the most to keep, in 10^9 bytes. `None`: no limit.
+        eval_trunk (`bool`): with a cache, whether the layers below a stage may run without their dropout.
         charts_per_stage (`bool`): whether logged metrics carry the stage's name (`shard-00/0-1/loss`), so that
-            trackers draw a chart for each stage. By default all stages share their names, on one count of steps.
-        given: what the Trainer takes by position, in its own order.
-        kwargs: everything else that the Trainer takes.
+            trackers draw a chart for each stage. By default all stages share metric names and one global step.
+        given: positional arguments, in the order of the Trainer's.
+        kwargs: all other arguments of the Trainer.
 
     Example:
 
@@ -172,20 +172,20 @@ class S3TMixin(MarkedRowsMixin, ServedModelMixin, RetrainingMixin):
         repair: Repair = "all",
         cost_budget: int | None = None,
     ) -> TrainOutput:
-        """Trains every stage that the store lacks: a first run, a resumed run and a repair are the same call.
+        """Trains every stage that the store lacks. A first run, a resumed run and a repair are the same call.
 
-        `repair="best"` does not come back to the config's plan: it spends at most `cost_budget` slice passes per
-        epoch, over all shards, on the stages that add most to what still lives. These are the plan from then on, until
+        `repair="best"` leaves the config's plan. It spends at most `cost_budget` slice passes per epoch, over all
+        shards, on the stages that add most to the live ones. These stages are the plan from then on, until
         `repair="all"`. See "Plan again at repair" in docs/planning.md.
 
         Args:
-            resume_from_checkpoint (`bool`, *optional*): a killed stage is always resumed; only `None`, `True` and
-                `False` are accepted, and `False` starts a killed stage again.
-            trial: not supported, as hyperparameter search needs a store per trial.
+            resume_from_checkpoint (`bool`, *optional*): `None` or `True`: resume a killed stage. `False`: start it
+                again. A path is refused.
+            trial: refused, because hyperparameter search needs one store per trial.
             ignore_keys_for_eval (`list[str]`, *optional*): as for the Trainer.
-            repair (`"all"` or `"best"`, *optional*, defaults to `"all"`): every stage of the config's plan that is
-                missing, or the best for the cost.
-            cost_budget (`int`, *optional*): with `repair="best"`, and only then.
+            repair (`"all"` or `"best"`, *optional*, defaults to `"all"`): train every missing stage of the config's
+                plan, or the best stages for the cost.
+            cost_budget (`int`, *optional*): slice passes per epoch over all shards, for `repair="best"` only.
 
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: steps and mean loss over the stages trained by this call.

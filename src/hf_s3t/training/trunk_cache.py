@@ -142,7 +142,7 @@ class TrunkCache:
             same = states.dtype == kept.dtype and torch.equal(states, kept)
             if not same or block.inputs[position] != self._batches.digest(numbers[position]):
                 logger.warning(
-                    "%s is made anew: a row of it is not what the collator and the model give now", name.file,
+                    "%s is made again: a row of it differs from what the collator and the model give now", name.file,
                     main_process_only=False,
                 )  # fmt: skip
                 return False

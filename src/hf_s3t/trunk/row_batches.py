@@ -251,7 +251,7 @@ class RowBatches:
         if not self._told:
             logger.warning(
                 "the activation cache computes rows of this model one by one where what enters a layer may depend on "
-                "the rest of a batch, if only in its last bits (the first: %d rows of %d positions). Only speed is "
+                "the rest of a batch, even if only in last bits (the first: %d rows of %d positions). Only speed is "
                 "lost.", size, width,
             )  # fmt: skip
             self._told = True

@@ -144,7 +144,7 @@ def check_model(rows: AloneRows, numbers: Sequence[int], entrance: int, eval_tru
     bound = closeness(rows, alone[0])
     if not all(is_close(found[: len(states)], states, bound) for found, states in zip(company, alone, strict=True)):
         raise ValueError(
-            "What enters a layer depends on the company that a row has in its batch, so it cannot be cached. A "
+            "What enters a layer depends on the other rows of a batch, so it cannot be cached. A "
             "collator without attention mask may be the reason; otherwise use activation_cache='off'."
         )
     if not all(is_close(*pair, bound) for pair in zip(_tensors(fed), _tensors(unfed), strict=True)):
@@ -173,7 +173,7 @@ def _check_not_random(rows: AloneRows, batches: list[Any], entrance: int, alone:
         return
     if _equal(again, once_more):
         raise ValueError(
-            "The trunk computes otherwise in training than in eval mode, the same each time (another kernel, maybe). "
+            "The trunk computes differently in training and in eval mode, always in the same way (another kernel?). "
             "Pass `eval_trunk=True` to train on a trunk that runs in eval mode, or use activation_cache='off'."
         )
     raise ValueError(
