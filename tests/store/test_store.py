@@ -54,6 +54,14 @@ def test_a_fresh_store_at_a_glance(store):
     assert json.loads(json.dumps(status.to_json()))["trained"] == 18
 
 
+def test_rows_that_no_served_prefix_saw_are_dark_until_the_repair(store, known):
+    assert store.status().dark_examples == 0
+    receipt = store.delete(ids=["row-1"])
+    assert store.status().dark_examples == receipt.dark_examples > 0
+    shutil.rmtree(store.private)
+    assert store.status().dark_examples is None
+
+
 def test_the_status_needs_neither_key_nor_state(store):
     shutil.rmtree(store.private)
     status = store.status()
