@@ -51,9 +51,10 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
     if status.dead_shards:
         names = ", ".join(f"shard {shard}" for shard in status.dead_shards)
         rows.insert(4, ("dead", f"{names}: nothing of it can be served until it is trained again"))
-    if len(status.stacks) > 1:
-        lines = [f"{count} stages with {stack}" for stack, count in status.stacks.items()]
-        rows.append(("trained with", "\n".join([*lines, "bit-equality is claimed within one of them"])))
+    if status.stacks:
+        lines = [f"{count} stage{'' if count == 1 else 's'} with {stack}" for stack, count in status.stacks.items()]
+        lines += ["bit-equality is claimed within one of them"] if len(lines) > 1 else []
+        rows.append(("trained with", "\n".join(lines)))
     if status.accepted:
         from ..store.recipe_differences import NOT_BIT_EQUAL
 

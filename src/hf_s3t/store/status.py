@@ -43,7 +43,8 @@ class Status:
 
     `dark_examples` lie in slices that are in no served prefix: nothing that answers has seen them until a repair;
     `None` without the state. `requests` are the deletions received. `life` says how many more requests, each for one
-    example, the store is expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under the prior.
+    example, the store is expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under
+    the prior.
     `repair_budget` is there where the plan is that of a repair by cost: the config's may lack more. `stacks` says how
     many live stages each set of versions trained: what is bit-equal is so within one. `accepted` are settings that
     were changed while stages lived: what is trained since is not bit-equal to training from scratch. `key` says where
