@@ -198,7 +198,7 @@ def test_a_public_repository_has_no_tombstones(server, machine, tmp_path):
 
 def test_a_public_repository_is_not_pushed_to_by_mistake(server, machine, tmp_path):
     machine(create, private=False)
-    with pytest.raises(Failed, match="ValueError: owner/m is public.*Nothing was pushed.*--public"):
+    with pytest.raises(Failed, match="ValueError: owner/m is public.*Nothing was pushed.*`private=False`"):
         machine(make_and_push, path=tmp_path / "out")
     repository = server.repository("owner/m")
     assert set(repository.entries("main")) == {".gitattributes"}
@@ -441,7 +441,7 @@ def locate(state, name, repo="owner/m"):
 def test_without_a_state_slices_can_be_deleted_and_ids_can_not(server, machine, newcomer, tmp_path):
     machine(make_and_push, path=tmp_path / "out")
     for key in (None, KEY.hex()):
-        with pytest.raises(Failed, match=r"(?s)StateError: .*--state.*HF_S3T_STATE.*delete\(slices=\.\.\.\)"):
+        with pytest.raises(Failed, match=r"(?s)StateError: .*`state=`.*HF_S3T_STATE.*delete\(slices=\.\.\.\)"):
             newcomer(delete, ids=["row-3"], key=key)
     assert len(server.repository("owner/m").log()) == 2
     receipt = newcomer(delete, slices=[(0, 1)])

@@ -71,8 +71,8 @@ class HubRepo:
             seen = self._cached_sha(revision or self.branch)
             if seen is None:
                 raise HubError(
-                    f"There is no folder {self.repo_id} here. As a repository it cannot be looked up, and nothing of it "
-                    f"is cached: {error}"
+                    f"There is no folder {self.repo_id} here. As a repository it cannot be looked up, and nothing of "
+                    f"it is cached: {error}"
                 ) from None
             logger.warning("%s cannot be looked up: reading the cached commit %s", self.repo_id, seen)
             return seen
