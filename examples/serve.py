@@ -7,7 +7,7 @@ from hf_s3t import S3TEnsemble, S3TStore
 BASE = "recipes/demo/base"
 tokenizer = AutoTokenizer.from_pretrained(BASE)
 model = S3TEnsemble.from_pretrained("out/chat", BASE)  # the base is in memory once, whatever the number of shards
-prompt = tokenizer("Name the town of Bilodar Fentrune. ", return_tensors="pt")
+prompt = tokenizer("Name the town of Yuzoric Nuthoford. ", return_tensors="pt")
 print("before:", tokenizer.decode(model.generate(**prompt, max_new_tokens=12)[0], skip_special_tokens=True))
 
 S3TStore("out/chat").delete(slices=[(0, 0)])  # anybody with the state, in any process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -588,6 +589,15 @@ def test_as_a_program(store: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert [outcome["exit_code"] for outcome in json.loads(done.stdout)] == [0, 2]
     assert "no store here" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", [(), ("plan",), ("serve",), ("receipt",)])
+def test_help_breaks_lines_where_the_terminal_does(verb: tuple[str, ...]) -> None:
+    prose = run(*verb, "--help").stdout.split("╭")[0]
+    for paragraph in prose.split("Usage:")[1].split("\n" + " " * 80 + "\n")[1:]:
+        lines = [line.strip() for line in paragraph.strip().splitlines()]
+        for line, after in itertools.pairwise(lines):
+            assert len(line) + 1 + len(after.split()[0]) > 70, (line, after)
 
 
 def test_help_names_the_verbs() -> None:

@@ -48,7 +48,7 @@ def test_a_receipt_is_listed_and_shown_again(store, monkeypatch):
     shown = plain(run("receipt", "show", store.path, receipt).stdout)
     for part in ("done here; not yet repaired", "DSR-1", "0 of ", "digest", "Not covered:"):
         assert part in shown
-    assert "inactive " not in shown
+    assert "inactive" not in shown and "no longer served since" in shown
     (outcome,) = outcomes("receipt", "show", store.path, receipt[:14])
     assert outcome["result"]["receipt"]["receipt"] == receipt and outcome["result"]["since"]["repaired"] == {}
     assert outcome["result"]["words"] == "done here; not yet repaired"
@@ -73,6 +73,10 @@ def test_what_is_handed_over_is_checked_without_the_store(store, tmp_path):
     file.write_text("{}")
     done = run("receipt", "verify", file)
     assert done.exit_code == 5 and "holds no receipt" in done.stderr
+    run("receipt", "show", store.path, receipt, "--html", file)
+    done = run("receipt", "verify", file)
+    assert done.exit_code == 5 and "Give a file that `hf-s3t receipt show --file` wrote" in done.stderr
+    assert "backup" not in done.stderr
     assert run("receipt", "verify", tmp_path / "none").exit_code == 2
     run("receipt", "show", store.path, receipt, "--file", file)
     assert run("receipt", "verify", file, "--store", tmp_path).exit_code == 2
@@ -154,7 +158,7 @@ def test_the_page_says_what_a_reader_has_to_know(store):
         "hf-s3t receipt verify FILE --store out", *receipt.limits, *receipt.stages_removed, *receipt.stages_after,
     ):  # fmt: skip
         assert part in page.text, part
-    assert "inactive" not in page.text
+    assert "inactive" not in page.text.lower()
     odd = Page(receipt_page(receipt, since_of(store, receipt), {}, "my store; rm -r x"))
     assert "--store 'my store; rm -r x'" in odd.text, "whoever copies the command runs that alone"
 

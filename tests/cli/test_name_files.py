@@ -52,6 +52,8 @@ def test_a_column_of_a_table(tmp_path: Path, table: str, encoding: str) -> None:
         ("id;name\nrow-1;x\n", "--column 'id' or --column 'name'"),
         ('"id"\n"row-1"\n', "--column 'id'"),
         ("id\nrow-1\n", "--column 'id'"),
+        ("row-1;x\nrow-2;y\n", "If not, write one above"),
+        ('"row-1"\n"row-2"\n', "has quotes around its lines. Take them off, or write a header above them"),
         ('{"id": "row-1"}\n', "looks like JSON"),
         ("row-1\nrow-2\n", ""),
         ("Doe, Jane\nRoe\n", ""),

@@ -46,6 +46,7 @@ PLAN = ("plan", "--examples", "10", "--requests-per-day", "1", "--horizon-days")
     ("arguments", "told"),
     [
         (("delete", "{}", "--ids", "nobody"), "(`hf-s3t locate`), or give `--missing-ok` to delete"),
+        (("delete", "{}"), "give --ids, --ids-file, --groups, --groups-file, --not-in or --slices."),
         (("export", "{}", "copy", "--base", "x"), "`--base` is for `--merge`"),
         (("purge", "{}"), "Open a repository: `me/model`"),
         (("status", "{}", "--prior", "x"), "The prior must be numbers"),

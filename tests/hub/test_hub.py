@@ -441,7 +441,7 @@ def locate(state, name, repo="owner/m"):
 def test_without_a_state_slices_can_be_deleted_and_ids_can_not(server, machine, newcomer, tmp_path):
     machine(make_and_push, path=tmp_path / "out")
     for key in (None, KEY.hex()):
-        with pytest.raises(Failed, match=r"(?s)StateError: .*`state=` or HF_S3T_STATE.*delete\(slices=\.\.\.\)"):
+        with pytest.raises(Failed, match=r"(?s)StateError: .*`state=`.*HF_S3T_STATE.*delete\(slices=\.\.\.\)"):
             newcomer(delete, ids=["row-3"], key=key)
     assert len(server.repository("owner/m").log()) == 2
     receipt = newcomer(delete, slices=[(0, 1)])

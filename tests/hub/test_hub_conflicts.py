@@ -15,11 +15,11 @@ import pytest
 from hf_s3t import Plan, S3TStore, Stage
 from hf_s3t.cli import hub as cli_hub
 from hf_s3t.store.audit import verify
-from hf_s3t.store.partition import keyed_digest
+from hf_s3t.store.partition import examples_digest, keyed_digest
 from hf_s3t.store.receipts import read_receipts
 from machines import Died, Failed
 from models import llama_rows
-from stores import Known, index_of, make_store, stage_adapter, state_of, tombstones_of
+from stores import Known, examples_of, index_of, make_store, stage_adapter, state_of, tombstones_of
 from trainers import ROWS, artefacts, make_trainer
 
 pytest_plugins = ["hub_fixtures"]
@@ -105,8 +105,9 @@ def repair(path):
         with store.changing() as state:
             for stage in stages:
                 if state.record(stage.name) is None:
-                    record = {"generation": state.generation, "examples": 0, "data": "", "steps": 1}
-                    state.write_record(stage.name, record)
+                    seen = examples_of(stage, index_of(store))
+                    known = {"examples": len(seen), "data": examples_digest(seen)}
+                    state.write_record(stage.name, {"generation": state.generation, **known, "steps": 1})
 
 
 def dies(path, when, name):

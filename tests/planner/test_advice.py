@@ -117,6 +117,14 @@ def test_where_no_row_obeys_the_rule_it_is_about_the_nearest():
     assert "Nor does m=" in planner.advice[0] and number(planner, "GPUs") > 1
 
 
+def test_a_cheaper_size_of_sisa_is_named():
+    planner = S3TPlanner(**ASKED | {"requests_per_day": 2, "shards": None, "slices": None})
+    text = line(planner, "Cheaper: SISA, each hit")
+    sisa = [c for c in planner.candidates if c.setting.method == "SISA"]
+    cheap = [c.setting for c in sisa if c.epochs < planner.recommended.epochs]
+    assert any(f"each hit at m={one.num_shards}, L={one.num_slices}, " in text for one in cheap)
+
+
 def test_baselines_are_told_with_what_a_request_waits_for():
     planner = S3TPlanner(**ASKED | {"requests_per_day": 1}, gpu_hours_per_epoch=6, gpus=8)
     alone = next(c for c in planner.candidates if c.setting.method == "shards alone")

@@ -172,7 +172,7 @@ def test_receipts_are_kept_in_their_order(store, known):
         ({"rows": [{"id": "x"}]}, UnknownExampleError, "1 of 1 are not known"),
         ({"digests": ["0" * 32]}, UnknownExampleError, "1 of 1 are not known"),
         ({"rows": [{"text": "x"}]}, ValueError, "named by column 'id', which a given row lacks"),
-        ({}, ValueError, "request is empty"),
+        ({}, ValueError, "request is empty: give ids, groups, rows or slices."),
         ({"ids": [], "rows": iter(())}, ValueError, "request is empty"),
         ({"slices": [(2, 0)]}, ValueError, "There is no slice 0 of shard 2"),
         ({"slices": [(0, 3)], "ids": ["row-0"]}, ValueError, "There is no slice 3 of shard 0"),

@@ -68,7 +68,9 @@ def test_what_names_nobody_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("text", "other"),
-    [("04", "4"), (" a", "a"), ('"a"', "a"), ("a", "A"), ("2026-01-02", "2026-01-02 00:00:00"), ("4.0", "4")],
+    [("04", "4"), (" a", "a"), ('"a"', "a"), ("a", "A"), ("2026-01-02", "2026-01-02 00:00:00"), ("4.0", "4"),
+     ("A ", "a"),
+     ("ada lovelace", "Ada Lovelace"), ('"ada  lovelace" ', "Ada Lovelace")],
 )
 def test_what_may_be_meant(text: str, other: str) -> None:
     assert other in look_alikes(text) and text not in look_alikes(text)

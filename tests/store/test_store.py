@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -10,9 +11,11 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from hf_s3t import Plan, S3TStore, Stage, StateError, StoreError, UnknownExampleError
+from hf_s3t.cli.tables import show_status
 from hf_s3t.files import read_limited
 from hf_s3t.lora.adapter import WEIGHTS_FILE, average, join
 from hf_s3t.plan.sequences import cyclic
@@ -52,6 +55,21 @@ def test_a_fresh_store_at_a_glance(store):
     assert (status.generation, status.examples, status.deleted_examples, status.requests) == (0, 48, 0, 0)
     assert (status.dead_shards, status.interrupted_deletions, status.exports) == ((), 0, ())
     assert json.loads(json.dumps(status.to_json()))["trained"] == 18
+
+
+def test_rows_that_no_served_prefix_saw_are_dark_until_the_repair(store, known):
+    assert store.status().dark_examples == 0
+    receipt = store.delete(ids=["row-1"])
+    assert store.status().dark_examples == receipt.dark_examples > 0
+    shutil.rmtree(store.private)
+    assert store.status().dark_examples is None
+
+
+def test_the_status_shows_what_trained_the_stages_of_one_stack_too(store):
+    console = Console(width=300, file=io.StringIO(), record=True)
+    console.print(show_status(dataclasses.replace(store.status(), stacks={"torch 1.0": 18})))
+    shown = console.export_text()
+    assert "18 stages with torch 1.0" in shown and "bit-equality" not in shown
 
 
 def test_the_status_needs_neither_key_nor_state(store):

@@ -21,6 +21,7 @@ from hf_s3t.training.cost import Meter, cost_line
 from trainers import make_trainer
 
 PLAN = Plan.make(1, 4, [(0, 1, 2, 3), (2, 3)])
+WHOLE = "A shard of one slice has nothing left to serve after a deletion in it, until the repair."
 SHOWN = {"disable_tqdm": False}
 
 
@@ -139,7 +140,7 @@ def test_rows_and_groups_of_each_slice_are_told(tmp_path: Path, capsys: Any) -> 
     cut = {size: Counter(assign(trainer.store.key, unit, *size) for unit in units) for size in ((2, 1), (1, 3))}
     assert lines[2] == (
         f"60 groups are few for 6 slices: chance makes them uneven below {EVEN} per slice. Better: num_slices=1 "
-        f"({spread([*cut[2, 1].values()])}); or num_shards=1 ({spread([*cut[1, 3].values()])})."
+        f"({spread([*cut[2, 1].values()])}); or num_shards=1 ({spread([*cut[1, 3].values()])}). {WHOLE}"
     )
 
 
@@ -151,7 +152,7 @@ def test_empty_slices_are_named_and_what_would_fill_them(tmp_path: Path, capsys:
     names = ", ".join(f"0: {at}" for at in range(4) if at not in filled)
     assert lines[1].startswith("Rows per slice: least 0, ")
     assert lines[2] == f"Empty (shard: slice): {names}. A stage that has only such slices learns nothing."
-    assert lines[3].endswith("Better: num_slices=1 (least 2, median 2, most 2).")
+    assert lines[3].endswith("Better: num_slices=1 (least 2, median 2, most 2). " + WHOLE)
 
 
 def test_enough_rows_get_no_advice_and_a_repair_none_either(tmp_path: Path, capsys: Any) -> None:

@@ -57,6 +57,7 @@ from .options import (
     wanted_names,
 )
 from .outcomes import BROKEN, DONE, LOW, PENDING, UNKNOWN, Outcome, Verb, run
+from .wording import let_flow
 
 if TYPE_CHECKING:  # each verb imports what it needs
     from ..store.store import S3TStore
@@ -299,6 +300,10 @@ def _check_export(store: S3TStore, target: Path, prefix: str | None) -> None:
         raise ValueError(f"{store.path} has no root adapter; its README.md says why. Name a stage with --prefix.")
     if resolved(target).is_relative_to(store.path.resolve()):
         raise ValueError(f"{target} lies inside the store, which holds its own files only. Export to another folder.")
+
+
+for group in (app, cli_state.app, cli_receipt.app):
+    let_flow(group)
 
 
 # ---- running a verb ----

@@ -54,7 +54,9 @@ def _hint(file: Path, lines: list[str]) -> str:
         return ""
     header = next(csv.reader(lines[:1], delimiter=delimiter or ","))
     shown = " or ".join(f"--column {ascii(name)}" for name in header[:3])
-    return f"{file} looks like CSV with a header; if it is, give {shown}."
+    if delimiter is None and header[0].strip().lower() not in HEADERS:
+        return f"{file} has quotes around its lines. Take them off, or write a header above them and give --column."
+    return f"{file} looks like CSV with a header; if it is, give {shown}. If not, write one above: it names nobody."
 
 
 def _text(file: Path) -> str:

@@ -91,7 +91,7 @@ def _done(receipt: Receipt) -> str:
     where = f"the head of the repository {receipt.repository}" if receipt.repository else "the store in its folder"
     count = len(receipt.stages_removed)
     return _table([
-        ("Not used since (UTC)", receipt.inactive_since or "not known here: it was deleted elsewhere"),
+        ("No longer served since (UTC)", receipt.inactive_since or "not known here: it was deleted elsewhere"),
         ("No longer served by", where),
         ("Parts of the model removed", f"{count} trained stages, listed at the end" if count else "none was left"),
         ("Generation of the store", receipt.generation),

@@ -41,6 +41,7 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
         ("repair", repair),
         ("examples", UNKNOWN if status.examples is None else status.examples),
         ("deleted examples", UNKNOWN if status.deleted_examples is None else status.deleted_examples),
+        ("dark until repair", UNKNOWN if status.dark_examples is None else status.dark_examples),
         ("requests received", status.requests),
         ("partition key", status.key),
     ]
@@ -50,9 +51,10 @@ def show_status(status: Status, unpurged: Mapping[str, Sequence[str]] = NONE) ->
     if status.dead_shards:
         names = ", ".join(f"shard {shard}" for shard in status.dead_shards)
         rows.insert(4, ("dead", f"{names}: serves nothing until it is trained again"))
-    if len(status.stacks) > 1:
-        lines = [f"{count} stages with {stack}" for stack, count in status.stacks.items()]
-        rows.append(("trained with", "\n".join([*lines, "bit-equality is claimed within one such stack only"])))
+    if status.stacks:
+        lines = [f"{count} stage{'' if count == 1 else 's'} with {stack}" for stack, count in status.stacks.items()]
+        lines += ["bit-equality is claimed within one such stack only"] if len(lines) > 1 else []
+        rows.append(("trained with", "\n".join(lines)))
     if status.accepted:
         from ..store.recipe_differences import NOT_BIT_EQUAL
 
@@ -204,7 +206,7 @@ def show_kept(path: str, receipt: Receipt, since: Since) -> RenderableType:
     rows = [
         ("status", status_words(receipt, since)),
         ("requested at", receipt.requested_at),
-        ("not served since", receipt.inactive_since or "not known here"),
+        ("no longer served since", receipt.inactive_since or "not known here"),
         ("trained again since", f"{len(since.repaired)} of {len(receipt.stages_removed)} removed stages"),
         ("still carries it", "\n".join((*since.history, *since.exports)) or "nothing that is known"),
         ("digest", receipt.digest or "none: an earlier version wrote it, without a digest"),
@@ -296,7 +298,8 @@ def _served_lines(receipt: Receipt) -> str:
     changes = [(shard, receipt.served_before.get(shard), receipt.served_after.get(shard)) for shard in shards]
     lines = [f"shard {shard}: {_prefix(old)} -> {_prefix(new)}" for shard, old, new in changes if old != new]
     unchanged = len(shards) - len(lines)
-    return "\n".join([*lines, f"{unchanged} shard{'' if unchanged == 1 else 's'} unchanged"])
+    lines += [f"{unchanged} shard{'' if unchanged == 1 else 's'} unchanged"] if unchanged else []
+    return "\n".join(lines) or "none"
 
 
 def _prefix(prefix: Sequence[int] | None) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import typer
 
 OPTIONS = {
     "activation_cache_gb": "--activation-cache-gb",
@@ -38,6 +43,7 @@ SENTENCES = (
     (r"\(`locate`\)", "(`hf-s3t locate`)"),
     (r"`slices=\[\((\d+), (\d+)\)\]`", r"`--slices \1:\2`"),
     (r"`S3TStore\('([^'`]+)'\)`", r"`\1`"),
+    (r"give ids, groups, rows or slices\.", "give --ids, --ids-file, --groups, --groups-file, --not-in or --slices."),
     (r"`private=False`", "`--public`"),
     (r"`keep_refs=\[\]`", "`--drop-refs`"),
     (r"pass (?=`)", "give "),
@@ -60,3 +66,12 @@ def _named(match: re.Match[str]) -> str:
     shown = "" if value in (None, "", "True", "[...]") else f" {value.strip(chr(39))}"
     quote = "`" if match[0].startswith("`") else ""
     return f"{quote}{option}{shown}{quote}"
+
+
+def let_flow(app: typer.Typer) -> None:
+    """Takes the line ends of the source out of the help of all verbs, so that the terminal's width breaks lines."""
+    registered: list[Any] = [*app.registered_commands, app.registered_callback]
+    for command in filter(None, registered):
+        paragraphs = inspect.cleandoc(command.callback.__doc__ or "").split("\n\n")
+        if any(paragraphs):
+            command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)

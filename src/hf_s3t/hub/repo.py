@@ -77,7 +77,10 @@ class HubRepo:
         except (OfflineModeIsEnabled, seam.transport_error()) as error:
             seen = self._cached_sha(revision or self.branch)
             if seen is None:
-                raise HubError(f"{self.repo_id} cannot be looked up, and nothing of it is cached: {error}") from None
+                raise HubError(
+                    f"There is no folder {self.repo_id} here. As a repository it cannot be looked up, and nothing of "
+                    f"it is cached: {error}"
+                ) from None
             logger.warning("%s cannot be looked up: reading the cached commit %s", self.repo_id, seen)
             return seen
         if sha is None:

@@ -154,7 +154,8 @@ def what_baselines_lack(cheaper: Iterable[Candidate], terms: Terms, hours: float
     for one in cheaper:
         setting, found = one.setting, one.outlook
         each = cost(found.repair_cost / max(found.repairs, 1e-12) / setting.places, hours)
-        line = f"Cheaper: {name(one)}, {cost(one.epochs, hours)} in all."
+        size = f" at m={setting.num_shards}, L={setting.num_slices}" if setting.method == "SISA" else ""
+        line = f"Cheaper: {name(one)}{size}, {cost(one.epochs, hours)} in all."
         if one.rule.every_days:
             line += f" From a request to the next date nothing is served: {found.in_use:.0%} in use."
         else:

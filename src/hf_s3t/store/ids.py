@@ -77,12 +77,18 @@ def id_text(value: Any) -> str:
 def look_alikes(value: Any) -> list[str]:
     """Other texts that may be meant by an id: other Unicode, spaces, leading zeros, a decimal point, case, midnight.
 
+    Quotes, spaces and case may differ together.
+
     >>> look_alikes("04")
     ['4']
+    >>> "Ada Lovelace" in look_alikes("ada  lovelace ")
+    True
     """
     text = id_text(value)
     found = [unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKC")]
-    found += [text.strip(), text.strip("\"'"), text.lower(), text.upper(), text.removesuffix(MIDNIGHT)]
+    found += [text.strip(), text.strip("\"'"), text.removesuffix(MIDNIGHT)]
+    bare = " ".join(text.strip().strip("\"'").split())
+    found += [case(form) for form in (text, bare) for case in (str, str.lower, str.upper, str.title)]
     if re.fullmatch(r"-?\d+(\.\d+)?", text, re.ASCII):
         found.append(id_text(Decimal(text)))
     if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):

@@ -33,6 +33,9 @@ def read_receipt_file(path: Path) -> Receipt:
         data = parse_json(read_limited(path, MAX_JSON_BYTES), path)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist. Give a file that `hf-s3t receipt show --file` wrote.") from None
+    except StoreError as error:
+        what = str(error).removesuffix(" Restore it from a backup.")
+        raise StoreError(f"{what} Give a file that `hf-s3t receipt show --file` wrote, not its page.") from None
     if isinstance(data, list) and len(data) == 1:
         data = data[0]
     for name in ("result", "receipt"):

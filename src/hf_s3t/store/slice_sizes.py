@@ -69,7 +69,8 @@ class SliceSizes(NamedTuple):
         fewer = max(number // (EVEN * m), 1), max(number // (EVEN * most), 1)
         better = [f"num_slices={fewer[0]} ({self._cut(key, m, fewer[0])})"] if fewer[0] < most else []
         better += [f"num_shards={fewer[1]} ({self._cut(key, fewer[1], most)})"] if fewer[1] < m else []
-        return f"{few} Better: {'; or '.join(better)}."
+        whole = " A shard of one slice has nothing left to serve after a deletion in it, until the repair."
+        return f"{few} Better: {'; or '.join(better)}.{whole if 1 in (most, fewer[0]) else ''}"
 
     def _cut(self, key: bytes, shards: int, slices: int) -> str:
         """What would lie in so many slices."""

@@ -41,8 +41,10 @@ class Location:
 class Status:
     """A store at a glance; see [`S3TStore.status`].
 
-    `requests` are the deletions received. `life` says how many more requests, each for one example, the store is
-    expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under the prior.
+    `dark_examples` lie in slices that are in no served prefix: nothing that answers has seen them until a repair;
+    `None` without the state. `requests` are the deletions received. `life` says how many more requests, each for one
+    example, the store is expected to take without a repair: `"uniform"` if they hit all places alike, `"given"` under
+    the prior.
     `repair_budget` is there where the plan is that of a repair by cost: the config's may lack more. `stacks` says how
     many live stages each set of versions trained: what is bit-equal is so within one. `accepted` are settings that
     were changed while stages lived: what is trained since is not bit-equal to training from scratch. `key` says where
@@ -62,6 +64,7 @@ class Status:
     dead_shards: tuple[int, ...]
     examples: int | None
     deleted_examples: int | None
+    dark_examples: int | None
     requests: int
     interrupted_deletions: int
     exports: tuple[str, ...]
@@ -101,6 +104,7 @@ def status_of(store: StoreFolder, prior: Sequence[float] | None) -> Status:
     missing = manifest.plan.missing(manifest.stages)
     examples: int | None = None
     deleted: int | None = None
+    dark: int | None = None
     stale: list[str] = []  # with the state lost the record of exports is lost, too
     stacks: dict[str, int] = {}
     exports: list[str] = []
@@ -108,6 +112,8 @@ def status_of(store: StoreFolder, prior: Sequence[float] | None) -> Status:
         exports = list(read_exports(store))
         with store.reading() as state:
             examples, deleted = state.count, state.deleted
+            seen = {(end.shard, at) for end in served for at in end.prefix}
+            dark = sum(count for place, count in state.counts().items() if place not in seen)
             stacks, newest = state.stacks(manifest.names), state.newest_deletions()
         stale = carrying(store, newest)
     return Status(
@@ -124,6 +130,7 @@ def status_of(store: StoreFolder, prior: Sequence[float] | None) -> Status:
         dead_shards=tuple(shard for shard in range(manifest.plan.num_shards) if shard not in alive),
         examples=examples,
         deleted_examples=deleted,
+        dark_examples=dark,
         requests=manifest.deletions,
         interrupted_deletions=len(store.intents()),
         exports=tuple(exports),

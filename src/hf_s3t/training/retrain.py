@@ -67,6 +67,8 @@ class RetrainingMixin(TrainerSeam):
         if self._order is not None:
             raise ValueError("A stage is being trained. Verify the store before or after `train()`.")
         store, watch = self.store, self.watch
+        if retrain is None and sample is None:
+            return store.verify(seed=seed, scan_for=scan_for)
 
         def moved(folder: str) -> Any:
             self.store, self.watch = S3TStore(Path(folder)), Apart(Path(folder), lambda: False)
