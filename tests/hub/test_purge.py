@@ -528,7 +528,7 @@ def test_probes_that_saw_nothing_before_either_are_counted(server: Server, machi
     assert status == "no_longer_served"
     assert {oid for oid, _ in probes} == {sha256("lost weights")}
     assert {way for _, way in probes} == {"object", "listing", "revision"}
-    assert f"{len(probes)} probes saw nothing before either" in text
+    assert f"{len(probes)} probes saw nothing before the purge either" in text
 
 
 def stopped(name: str, folder: str) -> list[Any]:
