@@ -265,7 +265,7 @@ def test_rows_that_depend_on_one_another_are_answered_in_turn(caplog: pytest.Log
     model, inputs = by_peft(base, target_modules=["q_proj"]), inputs_of("llama")
     ensemble = S3TEnsemble(model, {"a": 2, "b": 2})
     answers = [logits(ensemble, inputs), logits(ensemble, inputs)]
-    assert caplog.text.count("answer in turn") == 1
+    assert caplog.text.count("answer one after the other") == 1
     ensemble.detach()
     for answer in answers:
         torch.testing.assert_close(answer, one_by_one(model, inputs), **ROUNDING)

@@ -135,5 +135,5 @@ def test_the_command_line(tmp_path):
     assert run("state", "expire", store.path, "--older-than", "soon").exit_code == 2
     assert outcomes("state", "expire", store.path, "--older-than", "1d")[0]["result"]["receipts"] == []
     shown = plain(run("state", "expire", store.path, "--older-than", "0d").stdout)
-    assert "1 receipts of" in shown and "Backups from before still hold it" in shown
+    assert "1 receipts of" in shown and "Older backups still hold it" in shown
     assert json.dumps(OLD) not in json.dumps(read_receipts(store))

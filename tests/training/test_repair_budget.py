@@ -183,7 +183,7 @@ def test_a_dead_shard_for_which_no_money_is_left_stays_dead(world, hit):
     assert len(after.stages) == 1 and sorted(map(len, after.plan.sequences)) == [0, 1]
     assert len(store.served()) == 1 and len(store.status().dead_shards) == 1
     assert store.status().life["uniform"].until_first_dead.mean == 0 and verify(store).ok
-    assert "of a repair by cost (1); train() comes back to the config's plan" in shown(store)
+    assert ", by cost (1); train() returns to the config's plan" in shown(store)
     assert "1 of 6; in each shard at least 0" in shown(store)
     assert len(repaired(world, hit).stages) == 14
     assert "6 of 6; in each shard at least 3" in shown(store) and "repair by cost" not in shown(store)

@@ -49,7 +49,7 @@ class Answers(Generic[T]):
     ...     answers.replace("after", {*spare})
     Traceback (most recent call last):
     ...
-    hf_s3t.errors.S3TError: The model cannot be changed from within its own answer. Do it when the answer is complete.
+    hf_s3t.errors.S3TError: An answer cannot change the model that computes it. Do it when the answer is complete.
     """
 
     def __init__(self, state: T, spare: int, clear: Callable[[int], Any], limit: float | None = None):
