@@ -25,10 +25,8 @@ def commitment_key(key: bytes, receipt: str) -> bytes:
 
 def commitment(key: bytes, place: tuple[int, int], digests: Iterable[str]) -> str:
     """What commits to the examples of a `(shard, slice)`: an HMAC over their keyed digests, in order."""
-    told = hmac.new(key, f"{place[0]}:{place[1]}".encode(), hashlib.sha256)
-    for digest in sorted(digests):
-        told.update(b"\n" + digest.encode())
-    return told.hexdigest()
+    told = "\n".join([f"{place[0]}:{place[1]}", *sorted(digests)])
+    return hmac.new(key, told.encode(), hashlib.sha256).hexdigest()
 
 
 def commitments(folder: StoreFolder, receipt: str, request: Request) -> dict[str, dict[str, str]]:

@@ -271,11 +271,18 @@ MAY_BE_NULL = ("store", "key", "owner")
 
 def _checked(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> tuple[Any, ...]:
     """A row as it is, once each of its values is of its column's kind."""
+    if tuple(map(type, row)) == _kinds(cursor.description):  # nearly every row, and there may be millions
+        return row
     for (name, *_), value in zip(cursor.description, row, strict=True):
         kind = KINDS.get(name)
         if kind is not None and type(value) is not kind and not (value is None and name in MAY_BE_NULL):
             raise sqlite3.DatabaseError(f"{name} is {type(value).__name__}, and has to be {kind.__name__}")
     return row
+
+
+@cache
+def _kinds(description: tuple[tuple[Any, ...], ...]) -> tuple[type | None, ...]:
+    return tuple(KINDS.get(name) for name, *_ in description)
 
 
 @contextmanager
