@@ -64,6 +64,7 @@ class Life:
         return check(self.operation, self.root, self.known, self.before, self.after, outcome)
 
 
+ENDED_BY_ANY_WRITER = ("finish a deletion", "obey the state")
 MEMORY = Path("/dev/shm")
 """Where SQLite need not wait for a disk, which no test takes the power from."""
 
@@ -128,10 +129,6 @@ def test_a_move_of_the_key_that_was_interrupted_is_ended_and_never_loses_it(live
     key = (life.folder / "ready/out/.s3t/partition.key").read_text()
     there = [file for file in (life.root / "key", life.root / "out/.s3t/partition.key") if file.exists()]
     assert key in [file.read_text() for file in there]
-    if kind == "write":  # half a key is none: it is no end of a move
-        with pytest.raises(ValueError, match="exists already, and is not this store's key. Nothing was changed"):
-            open_store(life.root).move_key(life.root / "key")
-        return
     open_store(life.root).move_key(life.root / "key")
     assert (life.root / "key").read_text() == key and not (life.root / "out/.s3t/partition.key").exists()
     assert (life.root / "key").stat().st_mode & 0o777 == 0o600
@@ -157,4 +154,5 @@ def test_whatever_befalls_it_at_any_step(lives: dict[str, Life], name: str, faul
     outcomes = [life.strike(*strike) for strike in every(1, life, faults)]
     assert len(outcomes) >= len(life.steps) // 3
     same = without(life.operation.loose, life.before) == without(life.operation.loose, life.after)
-    assert faults != KILLS or same or set(outcomes) == {True, False}
+    ends = {True} if name in ENDED_BY_ANY_WRITER else {True, False}
+    assert faults != KILLS or same or set(outcomes) == ends

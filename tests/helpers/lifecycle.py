@@ -220,7 +220,7 @@ OPERATIONS = {
     "import over a damaged state": Operation(
         lambda root, known: open_store(root).import_state(root / "latest"), _damage, loose=STATE, sound=False
     ),
-    "move the key": Operation(_move_key, loose="key$"),
+    "move the key": Operation(_move_key, loose=r"key$|\.key\.tmp$"),
     "expire": Operation(lambda root, known: open_store(root).expire("2y")),
     "accept a loss": Operation(lambda root, known: open_store(root).accept_loss("DSR-3"), _lost_deletion, sound=False),
 }  # fmt: skip

@@ -71,14 +71,17 @@ def _make_durable(file: Path) -> None:
 
 
 def _write_new(file: Path, data: bytes) -> None:
-    """Writes a file that is not there yet, and waits until the disk has it. If that fails, there is none."""
-    descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, PRIVATE)
+    """Writes a file that is not there yet, whole or not at all, and waits until the disk has it."""
+    scratch = file.with_name(f".{file.name}.tmp")
     try:
-        with open(descriptor, "wb") as opened:
+        scratch.unlink(missing_ok=True)  # of a move that was interrupted
+        with open(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, PRIVATE), "wb") as opened:
             opened.write(data)
             opened.flush()
-            os.fsync(descriptor)
+            os.fsync(opened.fileno())
+        os.replace(scratch, file)
         sync_folder(file.parent)
     except OSError:
+        scratch.unlink(missing_ok=True)
         file.unlink(missing_ok=True)
         raise
