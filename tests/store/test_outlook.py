@@ -147,3 +147,14 @@ def test_nothing_of_it_is_computed_before_the_deletion_is_on_record(
     monkeypatch.setattr("hf_s3t.store.deletion.outlook_of", outlook)
     store._delete({"slices": [(0, 1)]}, when_durable=lambda: order.append("durable"))
     assert order == ["durable", "outlook"]
+
+
+def test_a_repair_with_replay_costs_what_its_stages_see_again(store: S3TStore) -> None:
+    """Half of the earlier slices: a stage at depth 3 reads one slice whole and two by half."""
+    store.delete(slices=[(0, 0), (0, 1)])
+    manifest = store.manifest()
+    recipe = {**manifest.recipe, "config": {**manifest.recipe["config"], "replay": 0.5}}
+    missing = manifest.plan.missing(manifest.stages)
+    whole, half = outlook_of(manifest), outlook_of(replace(manifest, recipe=recipe))
+    assert whole.repair_slice_passes == sum(stage.depth for stage in missing)
+    assert half.repair_slice_passes == sum(1 + (stage.depth - 1) / 2 for stage in missing) < whole.repair_slice_passes
